@@ -1,0 +1,88 @@
+"""The program: a table from verbs to the functions that do them, and how errors and Ctrl-C end a command.
+
+Deliberately not here: the verbs (`alignkit.commands`) and any heavy import, so that `alignkit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from alignkit import __version__
+from alignkit.errors import AlignKitError, UnknownNameError, nearest
+from alignkit.resolve import resolve
+
+COMMANDS = {
+    "run": ("alignkit.commands.run:main", "the whole job: prompts to report, in one resumable folder"),
+    "generate": ("alignkit.commands.generate:main", "draw candidates for prompts with several generators"),
+    "score": ("alignkit.commands.score:main", "judge candidates with several rewards; raw scores are kept"),
+    "rank": ("alignkit.commands.rank:main", "turn scores into a ranked dataset"),
+    "train rankdpo": ("alignkit.commands.train:rankdpo", "align a generator with ranked candidates"),
+    "train sft": ("alignkit.commands.train:sft", "train a generator with the plain denoising objective"),
+    "evaluate": ("alignkit.commands.evaluate:main", "compare base and tuned on the same prompts and seeds"),
+    "report": ("alignkit.commands.report:main", "write one self-contained report.html"),
+    "doctor": ("alignkit.commands.doctor:main", "show versions, devices, optional parts and memory estimates"),
+    "sandbox train": ("alignkit.commands.sandbox:main", "repeat the training of one model of the embedded sandbox"),
+    "ladder": ("alignkit.commands.ladder:main", "compare training methods, arm by arm, on the sandbox"),
+}
+
+_USAGE = """\
+usage: alignkit VERB [--config FILE.yaml] [--key value ...] [--dry-run]
+
+{verbs}
+
+  --help        after a verb: every key with its type, default and meaning
+  --dry-run     print the resolved config and what would be done; loads no model
+  --traceback   show where an error came from
+  --version     print the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code (0 done, 2 an error the user can mend, 130 interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        _dispatch(words)
+    except AlignKitError as error:
+        if show_traceback:
+            raise
+        print(f"alignkit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = f"The same command continues:\n  {shlex.join(['alignkit', *words])}"
+        print(f"\nalignkit: interrupted; finished parts are kept. {again}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read us (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _dispatch(words: list[str]) -> None:
+    if words[:1] == ["--version"]:
+        print(__version__)
+    elif not words or words[0] in ("--help", "-h", "help"):
+        print(_usage(COMMANDS))
+    else:
+        _find(words)()
+
+
+def _find(words: list[str]) -> Callable[[], None]:
+    """The command that the first one or two words name, ready to be called."""
+    for length in (2, 1):
+        verb, rest = " ".join(words[:length]), words[length:]
+        if verb in COMMANDS:
+            main_function = resolve(COMMANDS[verb][0], {}, kind="command")
+            return lambda: main_function(rest)
+    family = [verb for verb in COMMANDS if verb.startswith(f"{words[0]} ")]
+    if family and (len(words) == 1 or words[1] in ("--help", "-h")):
+        return lambda: print(_usage(family))
+    given = " ".join(words[:2] if family else words[:1])
+    raise UnknownNameError(f"unknown command '{given}'.{nearest(given, COMMANDS)} `alignkit --help` lists all.")
+
+
+def _usage(verbs: Sequence[str] | dict[str, tuple[str, str]]) -> str:
+    return _USAGE.format(verbs="\n".join(f"  {verb:<14}{COMMANDS[verb][1]}" for verb in verbs))

@@ -1,0 +1,134 @@
+"""`alignkit evaluate`: base and tuned on the same held-out prompts and seeds, judged by every reward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignkit.commands.builders import (
+    GeneratorSpec,
+    PromptsConfig,
+    RewardSpec,
+    absences,
+    build_generator,
+    load_policy,
+    require_names,
+    reward_builders,
+)
+from alignkit.commands.shared import Verb, execute
+from alignkit.errors import ConfigError
+from alignkit.evaluation.paired import BaseCache, EvaluateConfig, evaluate, fingerprint
+from alignkit.evaluation.results import Evaluation, read_evaluation
+from alignkit.evaluation.terminal import before_after
+from alignkit.provenance import write_resolved
+from alignkit.records import Prompt, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alignkit.generators.base import PipelineGenerator
+    from alignkit.protocols import ImageSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateJob:
+    """Compare two generators.
+
+    base: the generator before.
+    tuned: the generator after; `model` may be left out when it is the base with an adapter.
+    prompts: where the prompts come from; their held-out share is used (all of them with held_out: 0).
+    rewards: all judges, by a name of your choice.
+    gold: the judge among them that training never saw.
+    evaluate: how pictures are drawn and intervals computed.
+    out: the folder of pictures, scores and statistics; run again, it continues.
+    """
+
+    base: GeneratorSpec
+    tuned: GeneratorSpec
+    prompts: PromptsConfig
+    rewards: Mapping[str, RewardSpec]
+    gold: str | None = None
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    out: Path
+
+    def __post_init__(self) -> None:
+        if self.gold is not None:
+            require_names([self.gold], self.rewards, kind="reward", key="gold")
+        if self.tuned == self.base:
+            raise ConfigError("base and tuned are the same; give tuned.adapter or another tuned.model")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseOf:
+    """A policy with its adapter switched off, as a source of its own: both sides with one model in memory."""
+
+    name: str
+    policy: PipelineGenerator
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
+        """Pixels [B, 3, H, W] of the base model."""
+        with self.policy.reference():
+            return self.policy.generate(prompts, seeds, sampling)
+
+
+def compare(
+    sides: Mapping[str, GeneratorSpec],
+    prompts: Sequence[Prompt],
+    config: EvaluateConfig,
+    out: Path,
+    *,
+    rewards: Mapping[str, RewardSpec],
+    gold: str | None,
+    base_cache: Path | None = None,
+) -> Evaluation:
+    """Evaluate `sides` ("base" and "tuned"); a finished evaluation is read back and loads nothing.
+
+    `base_cache` keeps the base side for other evaluations of the same base.
+    """
+    if (out / "evaluation.json").is_file():
+        return read_evaluation(out)
+    base, tuned = _sources(sides["base"], sides["tuned"])
+    judges = {name: builder() for name, builder in reward_builders(rewards).items()}
+    cache = BaseCache(base_cache, _identity(sides["base"])) if base_cache else None
+    identity = _identity(sides["tuned"])
+    return evaluate(
+        base, tuned, prompts, config, out, rewards=judges, gold=gold, base_cache=cache, tuned_identity=identity
+    )
+
+
+def _identity(spec: GeneratorSpec) -> str:
+    """Changes with the local weights; a hub id stands for itself."""
+    folders = [path for path in (Path(spec.model), spec.adapter) if path is not None and path.is_dir()]
+    return " ".join([spec.model, *map(fingerprint, folders)])
+
+
+def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, ImageSource]:
+    if dataclasses.replace(tuned, adapter=None) == base and not base.is_own:
+        policy = load_policy("tuned", tuned)
+        return BaseOf("base", policy), policy
+    return build_generator("base", base), build_generator("tuned", tuned)
+
+
+def _plan(job: EvaluateJob) -> list[str]:
+    pictures = f"{job.evaluate.seeds_per_prompt} seeds, {job.evaluate.sampling.steps} steps"
+    drawing = f"draw both sides for the held-out share of {job.prompts}, {pictures}, into {job.out}"
+    judging = f"judge them with {', '.join(job.rewards)} (gold: {job.gold or 'none'})"
+    return [*absences({"base": job.base, "tuned": job.tuned}), drawing, judging]
+
+
+def _work(job: EvaluateJob) -> None:
+    train, held_out = job.prompts.split()
+    prompts = held_out if job.prompts.held_out else train
+    write_resolved(job.out, job)
+    sides = {"base": job.base, "tuned": job.tuned}
+    print(before_after(compare(sides, prompts, job.evaluate, job.out, rewards=job.rewards, gold=job.gold)))
+    print(f"next: alignkit report --evaluation {job.out} --out {job.out.with_name('report.html')}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb."""
+    summary = "Compare base and tuned on the same prompts and seeds, with every reward and a held-out judge."
+    execute(Verb("evaluate", summary, lambda *_: EvaluateJob, _plan, _work), argv)

@@ -1,0 +1,52 @@
+"""`alignkit generate`: candidates for prompts, drawn with several generators and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignkit.commands.builders import GeneratorSpec, PromptsConfig, absences, generator_builders, require_names
+from alignkit.commands.shared import Verb, execute
+from alignkit.provenance import claim
+from data_pipelines.synpic import GenerateConfig, generate_candidates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateJob:
+    """Draw candidates.
+
+    prompts: where the prompts come from.
+    generators: the generators by a name of your choice.
+    generate: which of them draw how many candidates, and how.
+    out: the folder of the candidates; run again, it continues.
+    """
+
+    prompts: PromptsConfig
+    generators: Mapping[str, GeneratorSpec]
+    generate: GenerateConfig
+    out: Path
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.generate.sources]
+        require_names(names, self.generators, kind="generator", key="generate.sources")
+
+
+def _plan(job: GenerateJob) -> list[str]:
+    sources = ", ".join(f"{source.name} x {source.seeds}" for source in job.generate.sources)
+    drawing = f"draw {job.generate.candidates} candidates ({sources}) for {job.prompts} into {job.out}"
+    return [*absences(job.generators), drawing]
+
+
+def _work(job: GenerateJob) -> None:
+    prompts = job.prompts.read()
+    claim(job.out, job)
+    result = generate_candidates(prompts, job.generate, job.out, build_sources=generator_builders(job.generators))
+    print(f"{result.rows} prompts, {result.counts['pictures']} pictures in {result.folder}")
+    print(f"next: alignkit score --candidates {job.out} --out {job.out.with_name('scores')} ...")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb."""
+    summary = "Draw candidates for prompts with several generators; run again, it continues."
+    execute(Verb("generate", summary, lambda *_: GenerateJob, _plan, _work), argv)

@@ -1,0 +1,226 @@
+"""`alignkit ladder`: one set of ranked candidates, many ways of learning from it, one table.
+
+    OUT/candidates  scores  ranked      Syn-Pic, made once
+    OUT/arms/NAME/seed-S                a training, its adapter and its evaluation
+    OUT/base  OUT/cache                 the base side, latents and reference errors, shared by all arms
+
+Arms are trained in worker processes, each on its share of the cores; a finished arm is recognised, so the command may
+be stopped and given again. A sweep is a ladder whose arms differ in learning rate or beta. Not here: any loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from alignkit.commands.builders import absences
+from alignkit.commands.evaluate import compare
+from alignkit.commands.run import SynPicJob, make_data
+from alignkit.commands.shared import Verb, execute
+from alignkit.commands.train import ValidationConfig, config_class, fit
+from alignkit.config import init_fields
+from alignkit.errors import AlignKitError, ConfigError
+from alignkit.evaluation.ladder import read_arm, table
+from alignkit.evaluation.paired import EvaluateConfig
+from alignkit.provenance import write_resolved, write_text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmConfig:
+    """One way of learning.
+
+    method: rankdpo or sft.
+    labels: ranked, or random (each prompt's phi shuffled among its candidates: the control).
+    own_samples: learn from the policy's own candidates only.
+    train: trainer keys on top of the ladder's.
+    """
+
+    method: Literal["rankdpo", "sft"] = "rankdpo"
+    labels: Literal["ranked", "random"] = "ranked"
+    own_samples: bool = False
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LadderJob(SynPicJob):
+    """Train and evaluate every arm with every seed.
+
+    arms: the ways of learning, by name.
+    seeds: each arm is trained with each of them (LoRA start, order, noise, shuffled labels).
+    train: trainer keys that all arms share, so that they differ in what they are named for alone.
+    validation: pictures judged during training.
+    evaluate: how base and tuned are compared.
+    evaluate_prompts: use at most so many held-out prompts.
+    workers: arms trained at the same time.
+    table: where the table goes.
+    title: its heading.
+    command: the config file to name in it.
+    """
+
+    arms: Mapping[str, ArmConfig]
+    seeds: Sequence[int] = (0, 1, 2)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    validation: ValidationConfig | None = None
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate_prompts: int | None = None
+    workers: int = 2
+    table: Path
+    title: str = "The ladder"
+    command: str = "configs/ladder.yaml"
+
+    def __post_init__(self) -> None:
+        super(LadderJob, self).__post_init__()  # a class with slots is made twice; bare super() finds the first
+        self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
+        reserved = {"output_dir", "cache_dir", "seed", "noise_seed"}
+        for name, arm in self.arms.items():
+            taken = sorted(reserved & {*self.train, *arm.train})
+            if taken:
+                raise ConfigError(f"arms.{name}: {taken} are set by the ladder; remove them from train")
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Where an arm's training with one seed lives."""
+        return self.out / "arms" / arm / f"seed-{seed}"
+
+
+def _arguments(job: LadderJob, name: str, seed: int) -> Any:
+    """The trainer's config of one run. Raises ConfigError for a key that the method's trainer has not."""
+    keys = {
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **job.train,
+        **job.arms[name].train,
+        "output_dir": str(job.folder(name, seed)),
+        "cache_dir": str(job.out / "cache"),
+        "seed": seed,
+        "noise_seed": seed,
+    }
+    method = config_class(job.arms[name].method)
+    known = init_fields(method)
+    shared = {key: value for key, value in keys.items() if key in known or key not in job.train}
+    try:
+        return method(**shared)
+    except TypeError as error:
+        raise ConfigError(f"arms.{name}: {error}") from error
+
+
+def run_arm(job: LadderJob, name: str, seed: int) -> str:
+    """Train one arm with one seed and evaluate it, in a process of its own; returns its label."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.workers))
+    folder, arm = job.folder(name, seed), job.arms[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    _, held_out = job.prompts.split()
+    shown = job.validation.prompts if job.validation else 0
+    with (
+        (folder / "log.txt").open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        validation = None
+        if job.validation is not None:
+            validation = functools.partial(job.validation.build, held_out[:shown], job.rewards)
+        select = functools.partial(_rows, arm=arm, seed=seed, policy=job.policy)
+        adapter = fit(
+            arm.method,
+            (job.policy, job.aligned),
+            _arguments(job, name, seed),
+            job.out / "ranked",
+            held_out=0.0,
+            validation=validation,
+            select=select,
+        )
+        sides = {"base": job.aligned, "tuned": replace(job.aligned, adapter=adapter)}
+        prompts = held_out[shown:][: job.evaluate_prompts]
+        out = folder / "evaluation"
+        compare(sides, prompts, job.evaluate, out, rewards=job.rewards, gold=job.gold, base_cache=job.out / "base")
+    return f"{name}, seed {seed}"
+
+
+def _rows(rows: Any, *, arm: ArmConfig, seed: int, policy: str) -> Any:
+    """The ranked rows as the arm sees them."""
+    from data_pipelines.views import own_candidates, shuffled_labels
+
+    if arm.own_samples:
+        rows = own_candidates(rows, policy)
+    return shuffled_labels(rows, seed) if arm.labels == "random" else rows
+
+
+def _plan(job: LadderJob) -> list[str]:
+    runs = len(job.arms) * len(job.seeds)
+    return [
+        *absences(job.generators),
+        f"generate, score and rank {job.generate.candidates} candidates for the training share of {job.prompts}",
+        f"train and evaluate {len(job.arms)} arms x {len(job.seeds)} seeds = {runs} runs, {job.workers} at a time",
+        *(f"arm {name}: {arm.method}, {arm.labels} labels, {dict(arm.train)}" for name, arm in job.arms.items()),
+        f"write the table to {job.table}",
+    ]
+
+
+def _work(job: LadderJob) -> None:
+    write_resolved(job.out, job)
+    for name in job.arms:
+        _arguments(job, name, job.seeds[0])  # a wrong key stops here, not in the last arm
+    counts = make_data(job, job.prompts.split()[0])
+    print(counts)
+    failed = _run_all(job, [(name, seed) for seed in job.seeds for name in job.arms])
+    results = [read_arm(name, [job.folder(name, seed) / "evaluation" for seed in job.seeds]) for name in job.arms]
+    page = table([arm for arm in results if arm is not None], title=job.title, settings=_settings(job, counts))
+    write_text(job.table, page)
+    print(f"\n{page}\ntable: {job.table}")
+    if failed:
+        raise AlignKitError(f"{len(failed)} runs failed: {'; '.join(failed)}. The rest is kept: give the command again")
+
+
+def _settings(job: LadderJob, counts: str) -> list[str]:
+    """What stands above the table: the command and what every number depends on."""
+    drawn = "; ".join(f"{s.name} x {s.seeds} at guidance {s.sampling.guidance_scale:g}" for s in job.generate.sources)
+    sampling = job.evaluate.sampling
+    return [
+        f"command: `alignkit ladder --config {job.command}`",
+        f"candidates: {drawn}; ranked by {', '.join(job.score.rewards)}; {counts}",
+        f"training, all arms: {json.dumps(dict(job.train))}",
+        *(f"arm {name}: {_words(arm)}" for name, arm in job.arms.items()),
+        (
+            f"evaluation: {job.evaluate_prompts or 'all'} held-out prompts x {job.evaluate.seeds_per_prompt} seeds, "
+            f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}; training seeds {list(job.seeds)}"
+        ),
+    ]
+
+
+def _words(arm: ArmConfig) -> str:
+    own = ", own samples only" if arm.own_samples else ""
+    return f"{arm.method}, {arm.labels} labels{own}, {json.dumps(dict(arm.train))}"
+
+
+def _run_all(job: LadderJob, todo: Sequence[tuple[str, int]]) -> list[str]:
+    """Run all arms, `workers` at a time, with a bar; returns what failed and why."""
+    failed = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(job.workers, mp_context=context) as pool, tqdm(total=len(todo), unit="run") as bar:
+        futures = {pool.submit(run_arm, job, name, seed): (name, seed) for name, seed in todo}
+        for future in as_completed(futures):
+            name, seed = futures[future]
+            error = future.exception()
+            if error is not None:
+                log = job.folder(name, seed) / "log.txt"
+                failed.append(f"{name} seed {seed}: {type(error).__name__}: {error} ({log})")
+            bar.set_postfix_str(f"{name}, seed {seed}")
+            bar.update()
+    return failed
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb."""
+    summary = "Train one generator in many ways on the same candidates, each with several seeds, and write a table."
+    execute(Verb("ladder", summary, lambda *_: LadderJob, _plan, _work), argv)

@@ -1,0 +1,44 @@
+"""`alignkit rank`: scores become win rates, filters and a ranked dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from alignkit.commands.shared import Verb, counts_line, execute
+from alignkit.provenance import claim
+from data_pipelines.synpic import RankConfig, rank_candidates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankJob:
+    """Rank candidates.
+
+    candidates: the folder that `alignkit generate` wrote.
+    scores: the folder that `alignkit score` wrote.
+    rank: how scores become rankings, and which rows stay.
+    out: the folder of the ranked dataset; `datasets.load_dataset` opens it.
+    """
+
+    candidates: Path
+    scores: Path
+    rank: RankConfig = field(default_factory=RankConfig)
+    out: Path
+
+
+def _plan(job: RankJob) -> list[str]:
+    return [f"rank the candidates in {job.candidates} by the scores in {job.scores} into {job.out}"]
+
+
+def _work(job: RankJob) -> None:
+    claim(job.out, job)
+    result = rank_candidates(job.candidates, job.scores, job.rank, job.out)
+    print(f"{result.rows} ranked rows in {result.folder}: {counts_line(result.counts)}")
+    print(f"next: alignkit train rankdpo --data {job.out} --model MODEL --output_dir {job.out.with_name('rankdpo')}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb."""
+    summary = "Turn raw scores into a ranked dataset (Syn-Pic win rates, filters, split); never scores again."
+    execute(Verb("rank", summary, lambda *_: RankJob, _plan, _work), argv)

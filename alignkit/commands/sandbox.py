@@ -1,0 +1,91 @@
+"""`alignkit sandbox train NAME`: repeat the training of one model of the embedded sandbox, from its recipe.
+
+Resumable: the same command continues. Deliberately not here: the recipes (`alignkit.sandbox`).
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.commands.shared import Verb, execute, finished, mark_finished
+from alignkit.errors import ConfigError, MissingFileError, UnknownNameError, nearest
+
+NEEDS = {
+    "vae": (),
+    "eyes": (),
+    "clip": ("eyes",),
+    "careful": ("eyes",),
+    "showy": ("eyes",),
+    "unet": ("vae",),
+    "flow": ("vae",),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SandboxJob:
+    """Train one model of the sandbox.
+
+    name: vae, eyes (a picture tower), clip (the CLIP proxy), careful, showy (heads), unet, flow (generators).
+    out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
+    work: checkpoints and logs, one sub-folder a model.
+    """
+
+    name: str
+    out: Path = Path("runs/sandbox/models")
+    work: Path = Path("runs/sandbox/work")
+
+    def __post_init__(self) -> None:
+        if self.name not in NEEDS:
+            raise UnknownNameError(f"unknown sandbox model '{self.name}'.{nearest(self.name, NEEDS)}")
+
+
+def _trainer(job: SandboxJob) -> Callable[[], Any]:
+    """The recipe of a model, ready to run."""
+    from alignkit.sandbox import generators, recipes
+    from rewards.preference import PreferenceConfig, PreferenceModel
+
+    target, work = job.out / job.name, job.work / job.name
+    if job.name in ("vae", "eyes"):
+        return functools.partial({"vae": recipes.train_vae, "eyes": recipes.train_eyes}[job.name], target, work)
+    if job.name == "clip":
+        return functools.partial(recipes.train_clip, job.out / "eyes", target, work)
+    if job.name in recipes.HEADS:
+        classes = (PreferenceModel, PreferenceConfig)
+        return functools.partial(recipes.train_head, job.name, *classes, job.out / "eyes", target, work)
+    return functools.partial(generators.train_generator, job.name, job.out, work)
+
+
+def _plan(job: SandboxJob) -> list[str]:
+    needs = [f"NOT THERE YET: {job.out / name}" for name in NEEDS[job.name] if not (job.out / name).is_dir()]
+    return [*needs, f"train {job.name} into {job.out / job.name}, checkpoints in {job.work / job.name}"]
+
+
+def _work(job: SandboxJob) -> None:
+    absent = [name for name in NEEDS[job.name] if not (job.out / name).is_dir()]
+    if absent:
+        first = f"alignkit sandbox train {absent[0]} --out {job.out}"
+        raise MissingFileError(f"'{job.name}' starts from {absent}, not in '{job.out}'; first: {first}")
+    target = job.out / job.name
+    if target.exists() and not finished(job.work / job.name):
+        # The save of an interrupted run: its checkpoints are in `work`, and training writes this folder anew.
+        shutil.rmtree(target) if (job.work / job.name).exists() else _refuse(target)
+    if not finished(job.work / job.name):
+        _trainer(job)()
+        mark_finished(job.work / job.name)
+    print(f"result: {target}")
+
+
+def _refuse(target: Path) -> None:
+    raise ConfigError(f"'{target}' exists and was not made by this command; choose another --out")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb; the name may stand alone as the first word."""
+    words = ["--name", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    summary = "Repeat the training of one sandbox model (vae, eyes, clip, careful, showy, unet, flow)."
+    execute(Verb("sandbox train", summary, lambda *_: SandboxJob, _plan, _work), words)

@@ -1,0 +1,345 @@
+"""Strict configuration: dataclasses from a YAML file and flags, with every problem reported at once.
+
+Unknown, abbreviated, duplicate and wrongly typed keys are errors naming the file, the line and the nearest valid key.
+Sections are nested dataclasses in YAML and dotted flags on the command line (`--sampling.steps 20`); flags win.
+Deliberately not here: what the keys mean (each dataclass lives beside its owner) and any import of torch.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import difflib
+import enum
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from alignkit.errors import ConfigError, MissingFileError, nearest
+
+Config = TypeVar("Config")
+
+_BAD: Any = object()
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A value and where it came from. Mappings and lists hold Located values; `text` marks a flag not yet parsed."""
+
+    value: Any
+    where: str
+    text: bool = False
+
+
+def load(
+    schema: type[Config], argv: Sequence[str] = (), *, file: Path | None = None, base: Mapping[str, Any] | None = None
+) -> Config:
+    """Build `schema` from `base` (plain defaults), then `file`, then flags in `argv`, later ones winning.
+
+    Raises ConfigError listing every problem found in all of them.
+    """
+    problems: list[str] = []
+    tree = read_tree(argv, file, problems, base=base)
+    return build(schema, tree, problems)
+
+
+def read_tree(
+    argv: Sequence[str], file: Path | None, problems: list[str], *, base: Mapping[str, Any] | None = None
+) -> dict[str, Located]:
+    """The merged, still untyped tree of `base`, `file` and flags; what is wrong is appended to `problems`."""
+    tree: dict[str, Located] = {k: _located(v, "default") for k, v in (base or {}).items()}
+    if file is not None:
+        tree.update(read_yaml(file, problems))
+    for key, flag in _read_flags(argv, problems).items():
+        _place(tree, key.split("."), flag, problems)
+    return tree
+
+
+def build(schema: type[Config], tree: Mapping[str, Located], problems: list[str]) -> Config:
+    """`schema` from a tree; raises ConfigError with `problems` and all that the types add to them."""
+    config = _coerce_dataclass(Located(dict(tree), "config"), schema, "", problems)
+    if problems:
+        count = f"{len(problems)} problems:\n  " if len(problems) > 1 else ""
+        raise ConfigError(count + "\n  ".join(problems))
+    return typing.cast("Config", config)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_yaml(path: Path, problems: list[str]) -> dict[str, Located]:
+    """The mapping in a YAML file with file and line of every value; duplicate keys are appended to `problems`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise MissingFileError(f"config file '{path}' does not exist or is no file; give one with --config") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+    tree = _parse_yaml(text, str(path), problems)
+    if tree.value is None:
+        return {}
+    if not isinstance(tree.value, dict):
+        raise ConfigError(f"{path}: must hold 'key: value' lines, not {_show(tree)}")
+    return tree.value
+
+
+def _parse_yaml(text: str, source: str, problems: list[str], *, lines: bool = True) -> Located:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return Located(None, source) if node is None else _locate(node, source, problems, lines=lines)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _locate(node: yaml.Node, source: str, problems: list[str], *, lines: bool) -> Located:
+    where = f"{source}:{node.start_mark.line + 1}" if lines else source
+    if isinstance(node, yaml.SequenceNode):
+        return Located([_locate(item, source, problems, lines=lines) for item in node.value], where)
+    if not isinstance(node, yaml.MappingNode):
+        return Located(yaml.SafeLoader("").construct_object(node, deep=True), where)
+    mapping: dict[str, Located] = {}
+    for key, value in node.value:
+        if key.value in mapping:
+            line = f"{source}:{key.start_mark.line + 1}" if lines else source
+            problems.append(f"{line}: '{key.value}' is given twice (first at {mapping[key.value].where}); keep one")
+        mapping[key.value] = _locate(value, source, problems, lines=lines)
+    return Located(mapping, where)
+
+
+def _located(value: Any, where: str) -> Located:
+    if isinstance(value, Mapping):
+        return Located({str(k): _located(v, where) for k, v in value.items()}, where)
+    if isinstance(value, list | tuple):
+        return Located([_located(item, where) for item in value], where)
+    return Located(value, where)
+
+
+def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Located]:
+    flags: dict[str, Located] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            problems.append(f"unexpected word '{word}': flags are '--key value'; a list is one value, '[1, 2]'")
+            continue
+        name, equals, value = word[2:].partition("=")
+        key = name.replace("-", "_")
+        if not equals and words and not words[0].startswith("--"):
+            equals, value = "=", words.pop(0)
+        if key in flags:
+            problems.append(f"flag --{name} is given twice; keep one")
+        flags[key] = Located(value, f"flag --{name}", text=True) if equals else Located(True, f"flag --{name}")
+    return flags
+
+
+def _place(tree: dict[str, Located], path: list[str], flag: Located, problems: list[str]) -> None:
+    """Set a flag at its dotted path, making the sections on the way."""
+    for key in path[:-1]:
+        section = tree.get(key, Located({}, flag.where))
+        section = _parse_yaml(section.value, section.where, problems, lines=False) if section.text else section
+        if section.value is not None and not isinstance(section.value, dict):
+            problems.append(f"{flag.where}: '{key}' is {_show(section)} at {section.where}, not a section")
+            return
+        # A copy: an anchor in the file may share one mapping between several sections.
+        tree[key] = Located(dict(section.value or {}), section.where)
+        tree = tree[key].value
+    tree[path[-1]] = flag
+
+
+# --- types ----------------------------------------------------------------------------------------------------------
+
+
+def coerce(given: Located, annotation: Any, key: str, problems: list[str]) -> Any:
+    """`given` as a value of `annotation`; what does not fit is appended to `problems` under the name `key`."""
+    origin = typing.get_origin(annotation) or annotation
+    if origin in (Union, types.UnionType):
+        return _coerce_union(given, annotation, key, problems)
+    if given.text and origin not in (str, Path, Literal) and not _is_enum(origin):
+        given = _parse_yaml(given.value, given.where, problems, lines=False)
+    if is_dataclass(origin):
+        return _coerce_dataclass(given, typing.cast("type", origin), key, problems)
+    if origin in (list, tuple, Sequence, collections.abc.Sequence):
+        return _coerce_list(given, annotation, key, problems)
+    if origin in (dict, Mapping, collections.abc.Mapping):
+        return _coerce_mapping(given, annotation, key, problems)
+    value = _coerce_scalar(given, annotation)
+    if value is _BAD:
+        _complain(given, annotation, key, problems)
+    return value
+
+
+def _complain(given: Located, annotation: Any, key: str, problems: list[str]) -> Any:
+    hint = " (quote it)" if annotation is str and isinstance(given.value, int | float | bool) else ""
+    choices = [str(choice) for choice in _choices(annotation)]
+    if choices and isinstance(given.value, str):
+        hint = f".{nearest(given.value, choices)}"
+    problems.append(f"{given.where}: {key} must be {describe(annotation)}, not {_show(given)}{hint}")
+    return _BAD
+
+
+def _coerce_scalar(given: Located, annotation: Any) -> Any:
+    value = given.value
+    if annotation in (Any, object):
+        return plain_tree(given)
+    if _choices(annotation):
+        matches = [c for c in _choices(annotation) if c == value or (given.text and str(c) == value)]
+        matches = [c for c in matches if isinstance(c, bool) == isinstance(value, bool) or given.text]
+        return (annotation(matches[0]) if _is_enum(annotation) else matches[0]) if matches else _BAD
+    if annotation is Path and isinstance(value, str) and value:
+        return Path(value).expanduser()
+    if annotation is float:
+        return _float(value)
+    if annotation in (None, type(None)):
+        return None if value is None else _BAD
+    # Exact types: bool is an int to Python, never to a reader.
+    return value if type(value) is annotation else _BAD
+
+
+def _float(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as text, so text that is wholly a number counts as one."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else _BAD
+
+
+def _coerce_union(given: Located, annotation: Any, key: str, problems: list[str]) -> Any:
+    """The first arm that fits; text is tried last, so `--x null` is None and `--x 3` an int where both may be."""
+    rank = {type(None): -1, float: 1, str: 2, Path: 2}
+    arms = sorted(typing.get_args(annotation), key=lambda arm: rank.get(arm, 0))
+    if any(_is_enum(arm) for arm in arms):  # transformers writes `IntervalStrategy | str` and means the former
+        arms = [arm for arm in arms if arm is not str]
+    real = [arm for arm in arms if arm is not type(None)]
+    for arm in arms:
+        own: list[str] = []
+        try:
+            value = coerce(given, arm, key, own)
+        except ConfigError:  # text that is no YAML may still be plain text
+            continue
+        if not own:
+            return value
+    if len(real) == 1:
+        return coerce(given, real[0], key, problems)
+    return _complain(given, annotation, key, problems)
+
+
+def _coerce_list(given: Located, annotation: Any, key: str, problems: list[str]) -> Any:
+    if not isinstance(given.value, list):
+        return _complain(given, annotation, key, problems)
+    item = (*typing.get_args(annotation), Any)[0]
+    values = [coerce(value, item, f"{key}[{i}]", problems) for i, value in enumerate(given.value)]
+    return tuple(values) if (typing.get_origin(annotation) or annotation) is not list else values
+
+
+def _coerce_mapping(given: Located, annotation: Any, key: str, problems: list[str]) -> Any:
+    if not isinstance(given.value, dict):
+        return _complain(given, annotation, key, problems)
+    item = (*typing.get_args(annotation), Any, Any)[1]
+    return {name: coerce(value, item, f"{key}.{name}", problems) for name, value in given.value.items()}
+
+
+def _coerce_dataclass(given: Located, schema: type, key: str, problems: list[str]) -> Any:
+    if not isinstance(given.value, dict):
+        return _complain(given, schema, key, problems)
+    known, hints = init_fields(schema), typing.get_type_hints(schema)
+    before, values = len(problems), {}
+    for name, value in given.value.items():
+        path = f"{key}.{name}" if key else name
+        if name in known:
+            values[name] = coerce(value, hints[name], path, problems)
+        else:
+            problems.append(f"{value.where}: unknown key '{path}'.{suggest(name, schema)}")
+    prefix = f"{key}." if key else ""
+    absent = [name for name, field in known.items() if name not in given.value and _required(field)]
+    problems += [f"{given.where}: key '{prefix}{name}' is missing; it has no default" for name in absent]
+    if len(problems) > before:
+        return _BAD
+    return _construct(schema, values, f"{given.where}: {key or 'config'}", problems)
+
+
+def _construct(schema: type, values: dict[str, Any], where: str, problems: list[str]) -> Any:
+    try:
+        if is_trainer_config(schema):
+            from trl.scripts.utils import TrlParser
+
+            return TrlParser(typing.cast("Any", schema)).parse_dict(values)[0]
+        return schema(**values)
+    except (ValueError, ImportError) as error:
+        problems.append(f"{where}: {error}")
+        return _BAD
+
+
+# --- looking at schemas and values ----------------------------------------------------------------------------------
+
+
+def init_fields(schema: Any) -> dict[str, Field[Any]]:
+    """The fields of a dataclass that its constructor takes."""
+    return {f.name: f for f in fields(schema) if f.init}
+
+
+def suggest(name: str, schema: type) -> str:
+    """` Did you mean 'x'?` among the keys of `schema`, then among the last words of those in its sections."""
+    known, hints = init_fields(schema), typing.get_type_hints(schema)
+    hint = nearest(name, known)
+    if hint.startswith(" Did"):
+        return hint
+    sections = [(key, hints[key]) for key in known if is_dataclass(hints[key])]
+    inner = {leaf: f"{key}.{leaf}" for key, section in sections for leaf in init_fields(section)}
+    close = difflib.get_close_matches(name, inner, n=1, cutoff=0.7)
+    return f" Did you mean '{inner[close[0]]}'?" if close else hint
+
+
+def is_trainer_config(schema: type) -> bool:
+    """Whether a config extends `transformers.TrainingArguments`; told without importing it."""
+    return any(base.__module__ == "transformers.training_args" for base in schema.__mro__)
+
+
+def describe(annotation: Any) -> str:
+    """A short name of a type for help and messages: `int`, `list of str`, `'a' | 'b'`, `int or null`."""
+    origin, arms = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        named = any(_is_enum(arm) for arm in arms)
+        names = [describe(arm) for arm in arms if arm is not type(None) and not (named and arm is str)]
+        return " or ".join(names + ["null"] * (type(None) in arms))
+    if _choices(annotation):
+        return " | ".join(str(c) for c in _choices(annotation))
+    if origin in (list, tuple, collections.abc.Sequence):
+        return f"list of {describe(arms[0])}"
+    if origin in (dict, collections.abc.Mapping):
+        return f"mapping of name to {describe(arms[1])}"
+    if is_dataclass(annotation):
+        return f"section {typing.cast('type', annotation).__name__}"
+    short: dict[Any, str] = {Path: "path", Any: "any", dict: "mapping"}
+    return str(short.get(annotation) or annotation.__name__)
+
+
+def plain_tree(given: Located) -> Any:
+    """The value without its places."""
+    if isinstance(given.value, dict):
+        return {name: plain_tree(value) for name, value in given.value.items()}
+    return [plain_tree(item) for item in given.value] if isinstance(given.value, list) else given.value
+
+
+def _choices(annotation: Any) -> Iterable[Any]:
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    return [member.value for member in annotation] if _is_enum(annotation) else ()
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
+
+
+def _required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _show(given: Located) -> str:
+    if isinstance(given.value, dict | list):
+        return "a section" if isinstance(given.value, dict) else "a list"
+    return "nothing" if given.value is None else repr(given.value)

@@ -1,0 +1,57 @@
+"""Every error alignkit raises on purpose.
+
+Each child also inherits the standard-library error it refines, so `except ValueError` keeps working.
+A message says what is wrong, where (file, row, key), which value, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AlignKitError(Exception):
+    """Root of all errors raised on purpose; the program prints these without a traceback."""
+
+
+class ConfigError(AlignKitError, ValueError):
+    """A config key, flag or value is unknown, duplicated, of the wrong type or contradicts another."""
+
+
+class UnknownNameError(ConfigError, LookupError):
+    """A generator, reward, loss or backbone name is in no table."""
+
+
+class DataError(AlignKitError, ValueError):
+    """A file, row, column or picture cannot be used."""
+
+
+class MissingFileError(DataError, FileNotFoundError):
+    """A file or folder that a stage needs is not there."""
+
+
+class ResumeError(AlignKitError, RuntimeError):
+    """An interrupted run cannot be continued: another config, or no complete checkpoint."""
+
+
+class CheckpointMismatchError(ResumeError):
+    """A checkpoint was written by a run with other trainable weights."""
+
+
+class StorageError(AlignKitError, OSError):
+    """A result could not be written (full disk, no permission); what was complete before is kept."""
+
+
+class NumericsError(AlignKitError, ArithmeticError):
+    """A loss, gradient or reward is NaN or infinite where that must stop the run."""
+
+
+class AdapterError(AlignKitError, ValueError):
+    """An adapter matches no layer, or belongs to another model family."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest known name, or a list of all where none is close."""
+    names = sorted(known)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean '{match[0]}'?" if match else f" Known: {', '.join(names)}."

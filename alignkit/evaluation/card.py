@@ -1,0 +1,148 @@
+"""The model card beside an adapter: README.md with front matter, settings, scores and example pictures.
+
+Deliberately not here: uploading (transformers' `push_to_hub` takes the folder) and paths of the machine it ran on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignkit.evaluation.files import write_generated, write_whole
+from alignkit.evaluation.gallery import Shown, choose, lead_reward, load
+from alignkit.evaluation.report import bounds, sampling_text, verdict
+from alignkit.evaluation.results import Evaluation, read_evaluation, read_pairs
+from alignkit.evaluation.svg import compact
+
+_USE = """## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("path/to/this/folder")
+```"""
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class CardInputs:
+    """What a card tells. `base_model` is a hub id or a folder (only its name is printed); the rest may be missing."""
+
+    title: str
+    method: str
+    base_model: str
+    evaluation: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+    examples: int = 3
+
+
+def write_card(card: CardInputs, folder: Path) -> Path:
+    """Write `folder/README.md` and `folder/examples/*.png`; returns the card's path. Hand edits are set aside."""
+    evaluation = read_evaluation(card.evaluation) if card.evaluation else None
+    shown = _examples(card, evaluation)
+    for name, png in _files(shown):
+        write_whole(folder / "examples" / name, png)
+    path = folder / "README.md"
+    if path.exists() and "[More Information Needed]" in path.read_text(encoding="utf-8"):
+        path.unlink()  # the empty form that peft writes; nothing of a user's is in it
+    write_generated(path, render_card(card, evaluation, shown))
+    return path
+
+
+def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[str, list[Shown]]) -> str:
+    """The card as Markdown with YAML front matter."""
+    base = Path(card.base_model).name if Path(card.base_model).is_dir() else card.base_model
+    parts = [
+        _front_matter(card, base),
+        f"# {card.title}\n\nA LoRA adapter for `{base}`, trained with {card.method} by alignkit.",
+        _USE.format(base=base),
+        _scores(evaluation),
+        _pictures(shown),
+        _block("Data", card.data, "No data statistics were recorded."),
+        _block("Configuration", card.config, "No configuration was recorded."),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _front_matter(card: CardInputs, base: str) -> str:
+    fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    fields["tags"] = ["alignkit", card.method.lower(), "lora", "text-to-image"]
+    if _HUB_ID.fullmatch(base):
+        fields["base_model"] = base
+    if card.licence:
+        fields["license"] = card.licence
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False).strip()}\n---"
+
+
+def _scores(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "## Scores\n\nThis adapter was not evaluated."
+    head = "| reward | base | tuned | paired gain | interval | win rate |\n|---|--:|--:|--:|:-:|--:|"
+    rows = [
+        f"| {_cell(r.reward)}{' (held out)' if r.is_gold else ''} | {compact(r.overall.base.mean)} | "
+        f"{compact(r.overall.tuned.mean)} | {compact(r.overall.gain.mean, signed=True)} | "
+        f"{bounds(r.overall.gain, signed=True)} | {compact(r.overall.win_rate.mean)} |"
+        for r in evaluation.results
+    ]
+    note = (
+        f"{evaluation.prompts} held-out prompts \N{MULTIPLICATION SIGN} {evaluation.seeds_per_prompt} seeds, the same "
+        f"for both sides. Sampler for every number: {sampling_text(evaluation.sampling)}. "
+        f"{evaluation.confidence:.0%} bootstrap intervals over prompts."
+    )
+    return "\n".join(["## Scores", "", verdict(evaluation), "", head, *rows, "", note])
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break out of a Markdown table cell or become HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _examples(card: CardInputs, evaluation: Evaluation | None) -> dict[str, list[Shown]]:
+    if evaluation is None or card.evaluation is None:
+        return {}
+    pairs, lead = read_pairs(card.evaluation), lead_reward(evaluation)
+    return {group: load(pairs, rows, lead) for group, rows in choose(pairs, lead, card.examples).items()}
+
+
+def _files(shown: Mapping[str, list[Shown]]) -> Iterable[tuple[str, bytes]]:
+    for group, pairs in shown.items():
+        for number, pair in enumerate(pairs):
+            yield f"{group}-{number}-base.png", pair.base
+            yield f"{group}-{number}-tuned.png", pair.tuned
+
+
+def _pictures(shown: Mapping[str, list[Shown]]) -> str:
+    rows = [
+        f"| {group} | {_cell(pair.prompt.text)} | ![base](examples/{group}-{number}-base.png) | "
+        f"![tuned](examples/{group}-{number}-tuned.png) |"
+        for group, pairs in shown.items()
+        for number, pair in enumerate(pairs)
+    ]
+    if not rows:
+        return ""
+    note = "The biggest gains, the biggest losses and pairs drawn blindly; one prompt and one seed a row."
+    head = "| chosen as | prompt | base | tuned |\n|---|---|---|---|"
+    return "\n".join(["## Examples", "", note, "", head, *rows])
+
+
+def _block(title: str, value: Mapping[str, Any], otherwise: str) -> str:
+    if not value:
+        return f"## {title}\n\n{otherwise}"
+    return f"## {title}\n\n```yaml\n{yaml.safe_dump(_simple(value), sort_keys=False, allow_unicode=True).strip()}\n```"
+
+
+def _simple(value: Any) -> Any:
+    """Plain YAML types; what is none of them becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _simple(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_simple(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

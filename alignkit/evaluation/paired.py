@@ -1,0 +1,304 @@
+"""Paired evaluation: base and tuned draw the same prompts with the same seeds, every reward sees every picture.
+
+Pictures are scored as they are stored (8 bits a channel), so every number can be recomputed from the folder. One
+batch is one part, written whole: a killed evaluation run again draws the missing parts only. Deliberately not here:
+loading models (callers pass sources) and statistics (`statistics`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, UnknownNameError, nearest
+from alignkit.evaluation.files import read_json, write_json, write_whole
+from alignkit.evaluation.results import (
+    SCORE,
+    Evaluation,
+    Pairs,
+    RewardResult,
+    part_files,
+    read_pairs,
+    read_part,
+    write_evaluation,
+)
+from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
+from alignkit.protocols import ImageSource, Reward
+from alignkit.records import Prompt, Sampling, derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_NOT_FINITE = 0.05  # share of a side's pictures a reward may fail on before the evaluation stops
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateConfig:
+    """How an evaluation is drawn. Seed k of a prompt is `derive_seed(run_seed, prompt.id, k)`, for both sides."""
+
+    seeds_per_prompt: int = 4
+    run_seed: int = 0
+    batch_size: int = 8
+    sampling: Sampling = field(default_factory=Sampling)
+    bootstrap_samples: int = 2000
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        for key in ("seeds_per_prompt", "batch_size", "bootstrap_samples"):
+            if asdict(self)[key] < 1:
+                raise ConfigError(f"evaluate: {key} is {asdict(self)[key]}; it must be at least 1.")
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"evaluate: confidence is {self.confidence}; it must lie between 0 and 1, e.g. 0.95.")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCache:
+    """A folder where base sides are kept for later evaluations with equal base, prompts, seeds, sampling and rewards.
+
+    `identity` must change when the base's weights do: a hub revision, or `fingerprint(model_folder)`.
+    """
+
+    folder: Path
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    prompt: Prompt
+    seed: int
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits of the names and bytes of every file below a model folder: an identity for `evaluate`."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def evaluate(
+    base: ImageSource,
+    tuned: ImageSource,
+    prompts: Sequence[Prompt],
+    config: EvaluateConfig,
+    out_dir: Path,
+    *,
+    rewards: Mapping[str, Reward],
+    gold: str | None,
+    base_cache: BaseCache | None = None,
+    tuned_identity: str = "",
+) -> Evaluation:
+    """Draw, score and compare both sides; writes `out_dir` (layout in `results`) and returns its statistics.
+
+    `gold` names the held-out judge among `rewards`. Run again after a kill, it continues; over a folder of another
+    evaluation it raises ResumeError with the difference. Names identify the models unless `base_cache.identity` and
+    `tuned_identity` (an adapter's `fingerprint`) say more; give them when a folder may be evaluated again after
+    retraining. Raises DataError for empty or duplicate prompts, ConfigError for rewards, NumericsError when a reward
+    is not finite on more than 5% of a side (fewer are dropped from the statistics and counted).
+    """
+    _check(prompts, rewards, gold)
+    shared = _settings(prompts, config, rewards)
+    base_side = shared | {"base": base.name, "base_identity": base_cache.identity if base_cache else ""}
+    _claim(out_dir / "settings.json", base_side | {"tuned": tuned.name, "tuned_identity": tuned_identity})
+    items = [
+        _Item(prompt, derive_seed(config.run_seed, prompt.id, index))
+        for prompt in prompts
+        for index in range(config.seeds_per_prompt)
+    ]
+    cached = _cache_folder(base_cache, base_side)
+    _draw(cached or out_dir / "base", base, items, config, rewards)
+    if cached:
+        _adopt(cached, out_dir / "base")
+    _draw(out_dir / "tuned", tuned, items, config, rewards)
+    evaluation = _summarise(read_pairs(out_dir), (base.name, tuned.name), config, gold)
+    write_evaluation(out_dir, evaluation)
+    return evaluation
+
+
+def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str | None) -> None:
+    if not prompts:
+        raise DataError("evaluate: no prompts; give a file with at least one held-out prompt.")
+    if not rewards:
+        raise ConfigError("evaluate: no rewards; name at least one.")
+    if gold is not None and gold not in rewards:
+        raise UnknownNameError(f"evaluate: gold '{gold}' is not among the rewards.{nearest(gold, rewards)}")
+    first: dict[str, int] = {}
+    for row, prompt in enumerate(prompts):
+        if prompt.id in first:
+            raise DataError(f"evaluate: prompt {row} repeats prompt {first[prompt.id]}, {prompt.text!r}; remove one.")
+        first[prompt.id] = row
+
+
+def _settings(prompts: Sequence[Prompt], config: EvaluateConfig, rewards: Mapping[str, Reward]) -> dict[str, Any]:
+    """All that pictures and scores of a side depend on, beside the model; batch size moves their last bits."""
+    listed = "\n".join(f"{prompt.id} {category(prompt)}" for prompt in prompts)
+    return {
+        "prompts": len(prompts),
+        "prompts_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+        "seeds_per_prompt": config.seeds_per_prompt,
+        "run_seed": config.run_seed,
+        "batch_size": config.batch_size,
+        "sampling": config.sampling.to_json(),
+        "rewards": {name: f"{reward.name} ({reward.source})" for name, reward in rewards.items()},
+    }
+
+
+def category(prompt: Prompt) -> str:
+    """The group a prompt is reported under."""
+    return str(prompt.metadata.get("category", "all"))
+
+
+def _claim(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a fresh folder; in a used one they must be equal."""
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = read_json(path)
+    changed = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
+    if changed:
+        lines = "".join(f"\n  {key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in changed)
+        raise ResumeError(f"{path.parent} holds another evaluation; choose another folder. It differs in:{lines}")
+
+
+def _cache_folder(cache: BaseCache | None, settings: Mapping[str, Any]) -> Path | None:
+    if cache is None:
+        return None
+    if not cache.identity:
+        raise ConfigError("evaluate: a base cache needs the identity of the base's weights, e.g. fingerprint(folder).")
+    text = json.dumps(settings, sort_keys=True)
+    folder = cache.folder / hashlib.sha256(text.encode()).hexdigest()[:24]
+    _claim(folder / "settings.json", settings)
+    return folder
+
+
+def _adopt(cached: Path, side: Path) -> None:
+    """Make the evaluation folder whole: hard links (parts never change) or, across disks, copies."""
+    side.mkdir(parents=True, exist_ok=True)
+    for part in part_files(cached):
+        target = side / part.name
+        target.unlink(missing_ok=True)
+        try:
+            os.link(part, target)
+        except OSError:
+            shutil.copyfile(part, target)
+
+
+def _draw(
+    folder: Path, source: ImageSource, items: Sequence[_Item], config: EvaluateConfig, rewards: Mapping[str, Reward]
+) -> None:
+    """Write the parts of one side that are not there whole, one batch a part."""
+    failures = dict.fromkeys(rewards, 0)
+    with tqdm(total=len(items), desc=f"evaluate {source.name}", unit="picture") as bar:
+        for number, start in enumerate(range(0, len(items), config.batch_size)):
+            batch = items[start : start + config.batch_size]
+            path = folder / f"{number:05d}.parquet"
+            table = _whole_part(path)
+            if table is None:
+                table = _draw_part(source, batch, config.sampling, rewards)
+                sink = io.BytesIO()
+                pq.write_table(table, sink, write_page_checksum=True)
+                write_whole(path, sink.getvalue())
+            _count_failures(table, failures, MOST_NOT_FINITE * len(items))
+            bar.update(len(batch))
+
+
+def _whole_part(path: Path) -> pa.Table | None:
+    """The part if it is there and sound; a damaged one is named and will be drawn again."""
+    if not path.exists():
+        return None
+    try:
+        return read_part(path)
+    except DataError as error:
+        logger.warning("%s; redrawing it", error)
+        return None
+
+
+def _draw_part(
+    source: ImageSource, batch: Sequence[_Item], sampling: Sampling, rewards: Mapping[str, Reward]
+) -> pa.Table:
+    import torch
+
+    prompts = [item.prompt for item in batch]
+    with torch.inference_mode():
+        pixels = source.generate([prompt.text for prompt in prompts], [item.seed for item in batch], sampling)
+        stored = pixels.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+        media = stored.float() / 255
+        scores = {name: reward(media, prompts).total.double().cpu().tolist() for name, reward in rewards.items()}
+    columns = {
+        "prompt_id": [prompt.id for prompt in prompts],
+        "prompt": [prompt.text for prompt in prompts],
+        "category": [category(prompt) for prompt in prompts],
+        "seed": [item.seed for item in batch],
+        "image": _encode(stored),
+    }
+    return pa.table(columns | {SCORE + name: values for name, values in scores.items()})
+
+
+def _encode(stored_BCHW: Tensor) -> list[bytes]:
+    encoded = []
+    for picture in stored_BCHW.permute(0, 2, 3, 1).cpu().numpy():
+        sink = io.BytesIO()
+        Image.fromarray(picture).save(sink, format="PNG")
+        encoded.append(sink.getvalue())
+    return encoded
+
+
+def _count_failures(table: pa.Table, failures: dict[str, int], most: float) -> None:
+    for name, before in failures.items():
+        bad = ~np.isfinite(np.array(table[SCORE + name].to_pylist(), np.float64))
+        failures[name] = before + int(bad.sum())
+        if failures[name] > most:
+            prompt = table["prompt"][int(np.argmax(bad))].as_py()
+            raise NumericsError(
+                f"reward '{name}' is NaN or infinite on {failures[name]} pictures, more than {MOST_NOT_FINITE:.0%} of "
+                f"this side; the last for prompt {prompt!r}. Mend the reward or leave it out, into a new folder."
+            )
+
+
+def _summarise(pairs: Pairs, names: tuple[str, str], config: EvaluateConfig, gold: str | None) -> Evaluation:
+    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, derive_seed("bootstrap", config.run_seed))
+    ordered = sorted(pairs.base, key=lambda reward: reward != gold)
+    results = tuple(
+        RewardResult(
+            reward=reward,
+            is_gold=reward == gold,
+            sampling=config.sampling,
+            overall=_compare(pairs, reward, bootstrap, None),
+            categories={name: _compare(pairs, reward, bootstrap, name) for name in _categories(pairs, reward)},
+        )
+        for reward in ordered
+    )
+    count = len(pairs.prompts) // pairs.seeds_per_prompt
+    return Evaluation(
+        *names, config.sampling, count, config.seeds_per_prompt, config.run_seed, config.confidence, results
+    )
+
+
+def _categories(pairs: Pairs, reward: str) -> list[str]:
+    """Categories with a finite pair, in order of appearance; none when there is a single one, the whole again."""
+    gains = zip(pairs.prompts, pairs.gain(reward), strict=True)
+    names = list(dict.fromkeys(category(prompt) for prompt, gain in gains if np.isfinite(gain)))
+    return names if len(names) > 1 else []
+
+
+def _compare(pairs: Pairs, reward: str, bootstrap: Bootstrap, group: str | None) -> Comparison:
+    rows = [row for row, prompt in enumerate(pairs.prompts) if group is None or category(prompt) == group]
+    base, tuned = (side[reward][rows].reshape(-1, pairs.seeds_per_prompt) for side in (pairs.base, pairs.tuned))
+    return compare(base, tuned, bootstrap)

@@ -1,0 +1,179 @@
+"""What an evaluation folder holds, as records, and how it is read back without torch.
+
+    OUT/settings.json            what determines the pictures and scores; another evaluation is refused here
+    OUT/base/00000.parquet ...   prompt_id, prompt, category, seed, image (PNG bytes), score/<reward>
+    OUT/tuned/00000.parquet ...  the same rows, in the same order
+    OUT/evaluation.json          the statistics, each with its sampler settings
+
+Deliberately not here: drawing and scoring (`paired`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alignkit.errors import DataError, MissingFileError
+from alignkit.evaluation.files import read_json, write_json
+from alignkit.evaluation.statistics import Comparison, Floats, Interval
+from alignkit.records import Prompt, Sampling
+
+SCORE = "score/"
+_INTERVALS = ("base", "tuned", "gain", "win_rate")
+
+
+@dataclass(frozen=True, slots=True)
+class RewardResult:
+    """One reward over all pairs and per category; `sampling` says how the pictures behind the numbers were drawn."""
+
+    reward: str
+    is_gold: bool
+    sampling: Sampling
+    overall: Comparison
+    categories: Mapping[str, Comparison]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A finished paired evaluation; `results` has gold first, then the proxies in the order they were given."""
+
+    base: str
+    tuned: str
+    sampling: Sampling
+    prompts: int
+    seeds_per_prompt: int
+    run_seed: int
+    confidence: float
+    results: tuple[RewardResult, ...]
+
+    @property
+    def gold(self) -> RewardResult | None:
+        """The held-out judge, where there is one."""
+        return next((result for result in self.results if result.is_gold), None)
+
+    def result(self, reward: str) -> RewardResult:
+        """The result of one reward by name."""
+        for result in self.results:
+            if result.reward == reward:
+                return result
+        raise DataError(f"no reward '{reward}' in this evaluation; it has {[r.reward for r in self.results]}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Every pair behind an evaluation: N rows ordered by prompt, then seed index; scores [N] by reward."""
+
+    folder: Path
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    seeds_per_prompt: int
+    base: Mapping[str, Floats]
+    tuned: Mapping[str, Floats]
+
+    def gain(self, reward: str) -> Floats:
+        """tuned - base [N]."""
+        return self.tuned[reward] - self.base[reward]
+
+    def pictures(self, side: str, rows: Collection[int]) -> dict[int, bytes]:
+        """PNG bytes of the wanted rows of one side ("base" or "tuned"); only their parts are read."""
+        found: dict[int, bytes] = {}
+        start = 0
+        for part in part_files(self.folder / side):
+            size = pq.read_metadata(part).num_rows
+            wanted = [row for row in rows if start <= row < start + size]
+            if wanted:
+                images = read_part(part, columns=["image"])["image"]
+                found |= {row: images[row - start].as_py() for row in wanted}
+            start += size
+        return found
+
+
+def part_files(folder: Path) -> list[Path]:
+    """The parts of one side, in order."""
+    return sorted(folder.glob("[0-9]*.parquet"))
+
+
+def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """One part with its page checksums verified; DataError names a damaged file."""
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged ({error}); delete it and evaluate again: only it is redone.") from error
+
+
+def read_pairs(folder: Path) -> Pairs:
+    """All prompts, seeds and scores of an evaluation folder; pictures stay on disk."""
+    settings = read_json(folder / "settings.json")
+    base, tuned = (_read_side(folder / side) for side in ("base", "tuned"))
+    if base["prompt_id"] != tuned["prompt_id"] or base["seed"] != tuned["seed"]:
+        raise DataError(
+            f"{folder}: base and tuned hold different prompts or seeds; delete the folder and evaluate again."
+        )
+    prompts = tuple(
+        Prompt(id_, text, {"category": category})
+        for id_, text, category in zip(base["prompt_id"], base["prompt"], base["category"], strict=True)
+    )
+    scores = [_scores(side) for side in (base, tuned)]
+    return Pairs(folder, prompts, tuple(base["seed"]), settings["seeds_per_prompt"], *scores)
+
+
+def _read_side(folder: Path) -> dict[str, list[Any]]:
+    parts = part_files(folder)
+    if not parts:
+        raise MissingFileError(f"{folder} holds no pictures; run `alignkit evaluate` first.")
+    columns = [name for name in pq.read_schema(parts[0]).names if name != "image"]
+    table = pa.concat_tables([read_part(part, columns) for part in parts])
+    return {name: table[name].to_pylist() for name in columns}
+
+
+def _scores(side: Mapping[str, list[Any]]) -> dict[str, Floats]:
+    return {name.removeprefix(SCORE): np.array(side[name], np.float64) for name in side if name.startswith(SCORE)}
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write `evaluation.json`: NaN bounds become null, every result carries its sampler settings."""
+    plain = asdict(evaluation)
+    for result in plain["results"]:
+        for comparison in (result["overall"], *result["categories"].values()):
+            comparison.update({name: _each(comparison[name], _to_null) for name in _INTERVALS})
+    write_json(folder / "evaluation.json", plain)
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """The records back from `evaluation.json`; DataError where keys are missing or unknown."""
+    path = folder / "evaluation.json"
+    plain = read_json(path)
+    try:
+        results = tuple(_result(result) for result in plain.pop("results"))
+        return Evaluation(sampling=Sampling(**plain.pop("sampling")), results=results, **plain)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} has other keys than this version writes ({error}); evaluate again.") from error
+
+
+def _result(plain: dict[str, Any]) -> RewardResult:
+    categories = {name: _comparison(value) for name, value in plain.pop("categories").items()}
+    overall, sampling = _comparison(plain.pop("overall")), Sampling(**plain.pop("sampling"))
+    return RewardResult(overall=overall, categories=categories, sampling=sampling, **plain)
+
+
+def _comparison(plain: dict[str, Any]) -> Comparison:
+    return Comparison(**plain | {name: Interval(**_each(plain[name], _from_null)) for name in _INTERVALS})
+
+
+def _each(interval: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    return {key: change(value) for key, value in interval.items()}
+
+
+def _to_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _from_null(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,94 @@
+"""Generators: a pipeline's own class chooses its adapter, never its name.
+
+A new family is one file with a class and one line in `GENERATORS`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.errors import DataError, MissingFileError, UnknownNameError, nearest
+from alignkit.resolve import resolve
+
+if TYPE_CHECKING:
+    import torch
+
+    from alignkit.generators.base import PipelineGenerator
+
+GENERATORS = {
+    "StableDiffusionPipeline": "alignkit.generators.stable_diffusion:StableDiffusion",
+    "StableDiffusion3Pipeline": "alignkit.generators.stable_diffusion3:StableDiffusion3",
+}
+_WEIGHTLESS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "image_processor")
+
+
+def read_model_index(model: str) -> dict[str, Any]:
+    """`model_index.json` of a folder or hub id, with every component of a local folder checked for its files."""
+    if not Path(model).exists():
+        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+            raise MissingFileError(f"no model folder '{model}'; give a diffusers folder or a hub id such as org/name")
+        from diffusers import DiffusionPipeline
+
+        return dict(DiffusionPipeline.load_config(model))
+    index = Path(model) / "model_index.json"
+    if not index.is_file():
+        raise MissingFileError(f"'{model}' is no diffusers folder: model_index.json is missing")
+    try:
+        components = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{index} is no valid JSON: {error}") from error
+    missing = [problem for name, entry in components.items() for problem in _missing(Path(model), name, entry)]
+    if missing:
+        raise MissingFileError(f"model folder '{model}' is incomplete, missing: {', '.join(missing)}; copy it again")
+    return dict(components)
+
+
+def _missing(model: Path, name: str, entry: Any) -> list[str]:
+    """Files that component `name` should have and has not."""
+    if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+        return []
+    folder = model / name
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return [f"{name}/"]
+    if name in _WEIGHTLESS:
+        return []
+    missing = [] if (folder / "config.json").is_file() else [f"{name}/config.json"]
+    shards = {
+        shard
+        for index in folder.glob("*.safetensors.index.json")
+        for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    }
+    missing += [f"{name}/{shard}" for shard in sorted(shards) if not (folder / shard).is_file()]
+    return missing if shards or any(folder.glob("*.safetensors")) else [*missing, f"{name}/*.safetensors"]
+
+
+def load_generator(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> PipelineGenerator:
+    """Load a diffusers folder or hub id, with an optional LoRA folder, as a Generator.
+
+    `dtype` defaults to float32, `device` to cuda where there is one, else cpu. Raises MissingFileError for missing
+    files, UnknownNameError for a pipeline class without an adapter, AdapterError for an adapter that does not fit.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    class_name = read_model_index(str(model))["_class_name"]
+    if class_name not in GENERATORS:
+        raise UnknownNameError(
+            f"'{model}' is a {class_name}, a pipeline class without an adapter.{nearest(class_name, GENERATORS)} "
+            "To add one see docs/add_a_generator.md."
+        )
+    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype or torch.float32)
+    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    generator = resolve(class_name, GENERATORS, kind="generator")(pipeline, name or Path(model).name)
+    if adapter is not None:
+        generator.load_adapter(Path(adapter))
+    return generator

@@ -1,0 +1,190 @@
+"""A loaded diffusers pipeline behind the seam of `alignkit.protocols.Generator`.
+
+A family adds three things: how prompts become Conditioning, how its network is called, and its schedule. Sampling is
+always the vanilla pipeline's. Not here: video families, packed latents, learned sigma.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.adapters import lora
+from alignkit.diffusion.conversions import add_noise, target_of
+from alignkit.diffusion.schedules import Schedule, expand
+from alignkit.errors import AdapterError
+from alignkit.records import Conditioning, Sampling
+
+
+class Denoiser(nn.Module):
+    """The one module that is trained; its forward is `predict`, so DDP, FSDP and autocast wrap what is called."""
+
+    def __init__(self, family: PipelineGenerator, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        # In tuples: neither the family nor a frozen copy may show up among this module's parameters.
+        self._family = (family,)
+        self._frozen: tuple[nn.Module, ...] = ()
+        self._use_reference = False
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The native prediction for latents x_t [B, C, H, W] at canonical times t [B]."""
+        net = self._frozen[0] if self._use_reference and self._frozen else self.net
+        family = self._family[0]
+        # Cached latents and conditioning are float32, whatever precision the network was loaded in.
+        cond = cond.map(lambda tensor: tensor.to(net.dtype) if tensor.is_floating_point() else tensor)
+        return family.call(net, x_t.to(net.dtype), family.noise_schedule.model_time(t), cond)
+
+    def freeze_copy(self) -> None:
+        """Keep the present weights as the reference (full fine-tuning)."""
+        self._frozen = (copy.deepcopy(self.net).requires_grad_(False).eval(),)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within it, forward is the frozen base model: a frozen copy, else adapters off."""
+        layers = lora.lora_layers(self.net)
+        if not self._frozen and not layers:
+            raise AdapterError("no reference: the model has neither an adapter nor a frozen copy")
+        self._use_reference = True
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            self._use_reference = False
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """What `TrainingArguments(gradient_checkpointing=True)` calls; diffusers checkpoints its own blocks."""
+        self.net.enable_gradient_checkpointing()
+
+
+class PipelineGenerator:
+    """Base of the families: codec, reference switch, sampling and adapters are the same for all of them."""
+
+    component: str  # attribute of the pipeline that is trained: "unet" or "transformer"
+    prediction: str  # native target, one of alignkit.diffusion.conversions.TARGETS
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    noise_schedule: Schedule
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline, self.name = pipeline, name
+        self.model = Denoiser(self, pipeline.components[self.component])
+
+    # --- what a family defines ---
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of B prompts."""
+        raise NotImplementedError
+
+    def call(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        """One call of the family's network."""
+        raise NotImplementedError
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        """Extra keywords of the pipeline call."""
+        return {}
+
+    # --- the same for all ---
+
+    @property
+    def net(self) -> Any:
+        """The diffusers network that is trained."""
+        return self.model.net
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The native prediction; a trainer calls the (wrapped) `model` instead."""
+        return self.model(x_t, t, cond)
+
+    def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.noise_schedule.sample_t(n, generator)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (expand(value, x0) for value in self.noise_schedule.coefficients(t))
+        return add_noise(x0, noise, alpha, sigma)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (expand(value, x0) for value in self.noise_schedule.coefficients(t))
+        return target_of(self.prediction, x0, noise, alpha, sigma)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = vae.encode((pixels * 2 - 1).to(vae.dtype)).latent_dist.mode()
+        return ((latents - self._shift) * vae.config.scaling_factor).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        pixels = vae.decode((latents / vae.config.scaling_factor + self._shift).to(vae.dtype)).sample
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def _shift(self) -> float:
+        return self.pipeline.vae.config.shift_factor or 0.0
+
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:  # noqa: ARG002 - for video
+        ratio = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        return (self.pipeline.vae.config.latent_channels, height // ratio, width // ratio)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
+        """The vanilla pipeline with one torch generator an item: pixels [B, 3, H, W] in [0, 1]."""
+        was_training = self.net.training
+        self.net.eval()
+        arguments = {**self.sampling_arguments(), **sampling.extra}
+        pictures = self.pipeline(
+            prompt=list(prompts),
+            negative_prompt=[sampling.negative_prompt] * len(prompts),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            height=sampling.height,
+            width=sampling.width,
+            output_type="pt",
+            **arguments,
+        ).images
+        self.net.train(was_training)
+        return pictures.float()
+
+    # --- adapters ---
+
+    def reference(self) -> Any:
+        """Context: `model` is the frozen base model."""
+        return self.model.as_reference()
+
+    def add_lora(self, rank: int, alpha: float | None, targets: Sequence[str] | None, dropout: float) -> None:
+        """Freeze the network and put a fresh LoRA on it."""
+        lora.inject(self.net, rank=rank, alpha=alpha, targets=targets or self.lora_targets, dropout=dropout)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Load a LoRA saved by `save_adapter` or by diffusers / PEFT."""
+        lora.load(self.net, Path(folder), component=self.component)
+
+    def save_adapter(self, folder: Path) -> None:
+        """diffusers' LoRA layout in `folder`, PEFT's in `folder/peft`."""
+        lora.export_diffusers(self.net, Path(folder), component=self.component)
+        lora.export_peft(self.net, Path(folder) / "peft", base_model=self.name)
+
+    def save_merged(self, folder: Path) -> None:
+        """A plain pipeline folder with the adapter folded into the weights; this generator keeps its adapter."""
+        adapted = self.net
+        merged = copy.deepcopy(adapted)
+        if lora.lora_layers(merged):
+            merged.fuse_lora()
+            merged.unload_lora()
+        self.pipeline.register_modules(**{self.component: merged})
+        try:
+            self.pipeline.save_pretrained(folder)
+        finally:
+            self.pipeline.register_modules(**{self.component: adapted})

@@ -1,0 +1,118 @@
+"""What a result was made with: the resolved config and the versions, saved beside it and compared on resume.
+
+Deliberately not here: reading configs (`config`), and what a stage considers the same data (each stage's own manifest).
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import operator
+import platform
+from collections.abc import Mapping
+from dataclasses import MISSING, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignkit.config import init_fields, is_trainer_config
+from alignkit.errors import ResumeError, StorageError
+
+_VERSIONS = ("alignkit", "torch", "transformers", "diffusers", "peft", "trl", "accelerate", "datasets", "numpy")
+
+
+def plain(config: Any) -> Any:
+    """A config as YAML-ready values that `load` reads back to an equal config; secrets (`*_token`) are left out."""
+    if is_dataclass(config) and not isinstance(config, type):
+        names = [name for name in init_fields(config) if not name.endswith("_token")]
+        return {name: plain(vars_of(config)[name]) for name in names}
+    if isinstance(config, Mapping):
+        return {str(name): plain(value) for name, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    if isinstance(config, enum.Enum):
+        return config.value
+    return str(config) if isinstance(config, Path) else config
+
+
+def without_defaults(config: Any) -> Any:
+    """`plain(config)`, less those keys of trainer configs (there are over a hundred) that stand at their defaults."""
+    kept = plain(config)
+    for name, field in init_fields(config).items():
+        value = vars_of(config)[name]
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if is_trainer_config(type(config)) and value == default:
+            kept.pop(name, None)
+        elif is_dataclass(value) and name in kept:
+            kept[name] = without_defaults(value)
+    return kept
+
+
+def vars_of(config: Any) -> dict[str, Any]:
+    """Field values of a dataclass instance, slotted or not."""
+    return {name: operator.attrgetter(name)(config) for name in init_fields(config)}
+
+
+def dump(config: Any) -> str:
+    """A config, or what `plain` makes of one, as YAML text."""
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the libraries a result depends on; imports none of them."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def claim(folder: Path, config: Any) -> None:
+    """Save `config.yaml` in `folder`, once: a result keeps the config that it was made with.
+
+    Raises ResumeError showing the difference when another config is there already.
+    """
+    target, text = folder / "config.yaml", dump(config)
+    if target.exists():
+        changed = differences(yaml.safe_load(target.read_text(encoding="utf-8")), yaml.safe_load(text))
+        if changed:
+            lines = "\n  ".join(changed)
+            advice = "Use the old values to continue it, or another folder."
+            raise ResumeError(f"'{folder}' was made with another config:\n  {lines}\n{advice}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(target, text)
+
+
+def write_resolved(folder: Path, config: Any) -> None:
+    """`claim` the folder, and save `versions.json` beside the config. (A data stage writes its own `versions.json`.)"""
+    claim(folder, config)
+    if not (folder / "versions.json").exists():
+        write_text(folder / "versions.json", json.dumps(versions(), indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that `path` is either the old file or the whole new one; raises StorageError on a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        advice = "free some space or choose another folder"
+        raise StorageError(f"cannot write '{path}': {error.strerror}; {advice}") from error
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Lines `key: old -> new` for every leaf that differs."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
+    names = list(dict.fromkeys([*old, *new]))
+    return [
+        line
+        for name in names
+        for line in differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+    ]

@@ -1,0 +1,138 @@
+"""Frozen records that stages, generators, rewards and trainers exchange.
+
+Importing this module loads no torch: tensors appear in annotations only. Shape letters: P prompts, K candidates a
+prompt, B batch, C/H/W channels and size, F frames, L tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt; `id` is a hash of the normalised text, so equal prompts have equal ids in every run."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def from_text(cls, text: str, **metadata: Any) -> Prompt:
+        """Strip, fold white space and NFC-normalise `text`; the id is 16 hex digits of its SHA-256."""
+        folded = " ".join(unicodedata.normalize("NFC", text).split())
+        return cls(hashlib.sha256(folded.encode()).hexdigest()[:16], folded, metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How pictures are drawn. `extra` goes to the pipeline call as it is (e.g. `max_sequence_length`)."""
+
+    steps: int = 30
+    guidance_scale: float = 5.0
+    height: int = 512
+    width: int = 512
+    negative_prompt: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Canonical JSON (sorted keys), the form stored beside every picture."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a reward says of B media: `total` [B], higher is better, and named parts [B] of it."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RankedSet:
+    """One row of a ranked dataset: K encoded pictures of one prompt with raw scores and `phi` in [0, 1]."""
+
+    prompt: Prompt
+    images: tuple[bytes, ...]
+    generators: tuple[str, ...]
+    seeds: tuple[int, ...]
+    sampling: str
+    scores: Mapping[str, tuple[float, ...]]
+    phi: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """An unreduced loss and detached tensors worth logging."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """Named tensors `[B, ...]` that the denoiser takes beside x_t and t, with the null condition `[1, ...]`.
+
+    A record, never a bare tensor: families differ in what they need (pooled embeddings, masks, size ids).
+    """
+
+    tensors: Mapping[str, Tensor]
+    null: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def map(self, change: Any) -> Conditioning:
+        """Apply `change(tensor)` to every tensor of the rows; the null condition stays as it is."""
+        return Conditioning({k: change(v) for k, v in self.tensors.items()}, self.null)
+
+    def rows(self, index: Any) -> Conditioning:
+        """The rows that `index` (slice, list or index tensor) selects."""
+        return self.map(lambda tensor: tensor[index])
+
+    def repeat(self, times: int) -> Conditioning:
+        """Each row `times` times in a row: [B, ...] -> [B * times, ...]."""
+        return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def drop(self, mask_B: Tensor) -> Conditioning:
+        """Rows where `mask_B` is true become the null condition (caption dropout)."""
+        return Conditioning({k: _where(mask_B, self.null[k], v) for k, v in self.tensors.items()}, self.null)
+
+    def unconditional(self) -> Conditioning:
+        """The null condition at this batch size, for classifier-free guidance."""
+        return Conditioning({k: self.null[k].expand_as(v) for k, v in self.tensors.items()}, self.null)
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """Both parts on `device`."""
+        null = {k: v.to(device) for k, v in self.null.items()}
+        return Conditioning({k: v.to(device) for k, v in self.tensors.items()}, null)
+
+
+def _where(mask_B: Tensor, null: Tensor, rows: Tensor) -> Tensor:
+    import torch
+
+    mask = mask_B.reshape(-1, *([1] * (rows.dim() - 1)))
+    return torch.where(mask, null.to(rows.dtype), rows)
+
+
+def derive_seed(*keys: int | str) -> int:
+    """A 63-bit seed from any keys, the same on every machine and in every process.
+
+    Used for everything random: (run seed, prompt id, candidate index), (noise seed, prompt id, epoch), ...
+    """
+    text = "\x1f".join(str(key) for key in keys)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def texts(prompts: Sequence[Prompt]) -> list[str]:
+    """The prompt texts, in order."""
+    return [prompt.text for prompt in prompts]

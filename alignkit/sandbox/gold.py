@@ -1,0 +1,151 @@
+"""The held-out truth: reads a picture's pixels and says whether it shows its caption.
+
+It sees no scene graph, no generator, no seed. A pixel belongs to an object when it has moved at least half the way from
+the ground's colour to a palette colour, along that colour's direction (so anti-aliased edges keep the hue of their
+object). Connected pixels of one colour form an object; its shape is the template with the best overlap. Not judged:
+the background, sizes, and how pretty the picture is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from alignkit.records import Prompt, Scores
+from alignkit.sandbox.captions import parse
+from alignkit.sandbox.scenes import PALETTE, SHAPES, SIZE, Spec, Thing, _obeys, coverage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALLEST_AREA = 14  # pixels; the smallest drawn object covers about 40
+TEMPLATE = 20  # pixels a side of a normalised object mask
+RECOGNISED = 0.70  # overlap below which a blob is no known shape
+_COLORS = np.array(list(PALETTE.values()), np.float32) / 255
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An object found in a picture; `shape` is None where no template fits."""
+
+    shape: str | None
+    color: str
+    x: float
+    y: float
+    area: int
+
+
+def _ground(picture: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The ground's colour: the median of the two outermost pixel rows and columns."""
+    edge = np.ones(picture.shape[:2], bool)
+    edge[2:-2, 2:-2] = False
+    return np.median(picture[edge], axis=0)
+
+
+def _color_classes(picture: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Palette index of each pixel [H, W], -1 for ground."""
+    ground = _ground(picture)
+    axes = _COLORS - ground
+    length = np.linalg.norm(axes, axis=1)
+    offset = picture - ground
+    along = offset @ (axes / length[:, None]).T  # [H, W, colours], in units of the picture
+    cosine = along / (np.linalg.norm(offset, axis=-1, keepdims=True) + 1e-6)
+    best = cosine.argmax(-1)
+    share = np.take_along_axis(along, best[..., None], -1)[..., 0] / length[best]
+    return np.where(share > 0.5, best, -1)
+
+
+def _normalise(mask: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A mask cropped to its bounding box and stretched to TEMPLATE x TEMPLATE."""
+    factors = (TEMPLATE / mask.shape[0], TEMPLATE / mask.shape[1])
+    return np.asarray(ndimage.zoom(mask, factors, order=1, grid_mode=True, mode="nearest"), np.float32)
+
+
+@cache
+def _templates() -> dict[str, list[NDArray[np.float32]]]:
+    """Normalised masks of every shape at several sizes."""
+    found: dict[str, list[NDArray[np.float32]]] = {}
+    for shape in SHAPES:
+        for radius in (6.0, 7.3, 9.0, 11.0):
+            mask = coverage(Thing(shape, "white", SIZE / 2, SIZE / 2, radius)) > 0.5
+            box = ndimage.find_objects(mask.astype(int))[0]
+            found.setdefault(shape, []).append(_normalise(mask[box].astype(np.float32)))
+    return found
+
+
+def _shape_of(mask: NDArray[np.bool_]) -> str | None:
+    """The shape whose template overlaps best (intersection over union), or None."""
+    blob = _normalise(mask.astype(np.float32))
+    best, name = 0.0, None
+    for shape, masks in _templates().items():
+        for template in masks:
+            overlap = float(np.minimum(blob, template).sum() / np.maximum(blob, template).sum())
+            if overlap > best:
+                best, name = overlap, shape
+    height, width = mask.shape
+    stretched = max(height, width) > 1.6 * min(height, width)
+    return None if best < RECOGNISED or stretched else name
+
+
+def look(picture: NDArray[np.float32]) -> list[Seen]:
+    """All objects in a picture [H, W, 3] in [0, 1]."""
+    classes = _color_classes(picture)
+    found = []
+    for index, color in enumerate(PALETTE):
+        labels, _ = ndimage.label(classes == index)
+        for number, box in enumerate(ndimage.find_objects(labels), start=1):
+            mask = labels[box] == number
+            area = int(mask.sum())
+            if area >= SMALLEST_AREA:
+                rows, columns = np.nonzero(mask)
+                x, y = columns.mean() + box[1].start + 0.5, rows.mean() + box[0].start + 0.5
+                found.append(Seen(_shape_of(mask), color, float(x), float(y), area))
+    return found
+
+
+def shows(seen: Sequence[Seen], spec: Spec) -> bool:
+    """Whether the objects are exactly those asked for (no more, no fewer) and stand as asked."""
+    if len(seen) != len(spec.kinds) or any(thing.shape is None for thing in seen):
+        return False
+    if Counter(thing.shape for thing in seen) != Counter(shape for shape, _ in spec.kinds):
+        return False
+    if spec.category == "counting":
+        wanted = spec.kinds[0][1]
+        return wanted is None or all(thing.color == wanted for thing in seen)
+    by_shape = {thing.shape: thing for thing in seen}
+    if any(color is not None and by_shape[shape].color != color for shape, color in spec.kinds):
+        return False
+    if spec.relation is None:
+        return True
+    first, second = (by_shape[shape] for shape, _ in spec.kinds)
+    return _obeys(first.x - second.x, first.y - second.y, spec.relation, margin=1.0)
+
+
+class GoldReward:
+    """The verifier as a reward: 1.0 where the picture shows its caption, else 0.0. Evaluation only: no gradient."""
+
+    name = "gold"
+    modality = "image"
+    needs_prompt = True
+    differentiable = False
+    comparable_across_prompts = True
+    native_range = (0.0, 1.0)
+    licence = "Apache-2.0"
+    source = "alignkit.sandbox.gold"
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Verdicts [B] of media [B, 3, H, W] in [0, 1]; raises DataError for a text outside the caption grammar."""
+        import torch
+
+        pictures = media.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+        verdicts = [
+            float(shows(look(picture), parse(prompt.text))) for picture, prompt in zip(pictures, prompts, strict=True)
+        ]
+        return Scores(torch.tensor(verdicts))

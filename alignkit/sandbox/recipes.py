@@ -1,0 +1,232 @@
+"""How the sandbox's non-generators were trained: the VAE, the CLIP proxy and the preference heads.
+
+Each recipe is seeded, resumable and runs under plain `transformers.Trainer`; `alignkit sandbox train NAME` repeats one.
+The generators are trained by `alignkit.trainers.sft` (see `generators.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPModel, CLIPVisionModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from alignkit.sandbox import models
+from alignkit.sandbox.raters import ASPECTS, TASTES, Comparisons
+from alignkit.sandbox.scenes import PALETTE, SHAPES
+from alignkit.sandbox.worlds import Annotated, Captioned
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a training needs beside its model; `steps * batch` scenes are seen, each once."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    seed: int
+    warmup: int = 50
+
+    @property
+    def scenes(self) -> int:
+        return self.steps * self.batch
+
+
+# The second stage restarts the learning rate: after one, cyan and blue still ran together.
+VAE = (
+    Recipe(steps=750, batch=24, learning_rate=1.5e-3, seed=101),
+    Recipe(steps=450, batch=24, learning_rate=1.5e-3, seed=105),
+)
+EYES = Recipe(steps=400, batch=96, learning_rate=1e-3, seed=106)
+CLIP = Recipe(steps=500, batch=192, learning_rate=7e-4, seed=102)
+HEADS = {
+    "careful": Recipe(steps=1400, batch=48, learning_rate=6e-4, seed=103),
+    "showy": Recipe(steps=1000, batch=48, learning_rate=6e-4, seed=104),
+}
+
+
+def fit(module: nn.Module, dataset: Dataset[Any], recipe: Recipe, work: Path, collate: Any = None) -> None:
+    """Train `module` (its forward returns {"loss": ...}) under `transformers.Trainer`; continues from a checkpoint."""
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        adam_beta2=0.99,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=25,
+        save_steps=200,
+        save_total_limit=1,
+        report_to="none",
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=0,
+    )
+    trainer = Trainer(module, arguments, train_dataset=dataset, data_collator=collate)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
+
+
+class _Objective(nn.Module):
+    """A module whose forward is a loss; `Trainer` asks a resumed model for this attribute of PreTrainedModel."""
+
+    _keys_to_ignore_on_save = None
+
+
+class _VaeObjective(_Objective):
+    """Reconstruction (L1 + MSE) with a slight pull of the posterior to the unit normal."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, prompt: Any = None) -> dict[str, Tensor]:  # noqa: ARG002 - rows carry it
+        wanted = pixels * 2 - 1
+        posterior = self.vae.encode(wanted).latent_dist
+        picture = self.vae.decode(posterior.sample()).sample.float()
+        error = (picture - wanted).abs().mean() + 2 * (picture - wanted).square().mean()
+        return {"loss": error + 5e-7 * posterior.kl().mean()}
+
+
+def train_vae(out: Path, work: Path, stages: Sequence[Recipe] = VAE) -> AutoencoderKL:
+    """Train the autoencoder and set its scaling factor to one over the standard deviation of its latents."""
+    set_seed(stages[0].seed)
+    vae = models.vae()
+    with torch.no_grad():
+        # A posterior that starts almost without noise: otherwise colours drown in it for the first half of the run.
+        vae.quant_conv.bias[vae.config.latent_channels :] -= 6
+    for number, recipe in enumerate(stages, start=1):
+        scenes = Captioned(recipe.scenes, recipe.seed)
+        fit(_VaeObjective(vae), scenes, recipe, work / f"stage-{number}")
+    pixels = torch.stack([scenes[i]["pixels"] for i in range(256)])
+    with torch.no_grad():
+        latents = vae.eval().encode(pixels * 2 - 1).latent_dist.mode()
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+    vae.half().save_pretrained(out)
+    return vae
+
+
+class _EyesObjective(_Objective):
+    """Each patch says which object has its centre there, if any."""
+
+    def __init__(self, eyes: CLIPVisionModel, classes: int) -> None:
+        super().__init__()
+        self.eyes, self.names = eyes, nn.Linear(eyes.config.hidden_size, classes)
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.names(self.eyes(pixel_values=pixels * 2 - 1).last_hidden_state[:, 1:])
+        return {"loss": functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())}
+
+
+def train_eyes(out: Path, work: Path, recipe: Recipe = EYES) -> CLIPVisionModel:
+    """Pre-train the picture tower on annotated scenes, as real towers are on labelled photographs."""
+    set_seed(recipe.seed)
+    eyes = models.eyes()
+    classes = 1 + len(SHAPES) * len(PALETTE)
+    fit(_EyesObjective(eyes, classes), Annotated(recipe.scenes, recipe.seed), recipe, work)
+    eyes.half().save_pretrained(out)
+    return eyes
+
+
+class _ClipObjective(_Objective):
+    """The symmetric contrastive loss of CLIP."""
+
+    def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.clip, self.tokenizer = clip, tokenizer
+
+    def forward(self, pixels: Tensor, prompt: list[str]) -> dict[str, Tensor]:
+        tokens = self.tokenizer(prompt, padding="max_length", max_length=models.TOKENS, return_tensors="pt")
+        loss = self.clip(pixel_values=pixels * 2 - 1, return_loss=True, **tokens.to(pixels.device)).loss
+        return {"loss": loss}
+
+
+def collate_captioned(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pictures stacked, captions as a list."""
+    return {"pixels": torch.stack([row["pixels"] for row in rows]), "prompt": [row["prompt"] for row in rows]}
+
+
+def train_clip(eyes: Path, out: Path, work: Path, recipe: Recipe = CLIP) -> CLIPModel:
+    """Train the CLIP proxy on clean captioned scenes and save it with its tokenizer."""
+    set_seed(recipe.seed)
+    clip, tokenizer = models.clip(), models.clip_tokenizer()
+    clip.vision_model.load_state_dict(CLIPVisionModel.from_pretrained(eyes, dtype=torch.float32).state_dict())
+    fit(_ClipObjective(clip, tokenizer), Captioned(recipe.scenes, recipe.seed), recipe, work, collate_captioned)
+    clip.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return clip
+
+
+def clip_accuracy(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, scenes: int = 512) -> float:
+    """Share of held-out scenes whose own caption is the nearest of 64."""
+    loader = DataLoader(Captioned(scenes, seed=999), batch_size=64, collate_fn=collate_captioned)
+    hits = []
+    for batch in loader:
+        tokens = tokenizer(batch["prompt"], padding="max_length", max_length=models.TOKENS, return_tensors="pt")
+        with torch.no_grad():
+            output = clip(pixel_values=batch["pixels"] * 2 - 1, **tokens)
+        same = torch.tensor([[a == b for b in batch["prompt"]] for a in batch["prompt"]])
+        hits.append(functional.one_hot(output.logits_per_image.argmax(1), 64).bool() & same)
+    return float(torch.cat(hits).any(1).float().mean())
+
+
+class _PairObjective(_Objective):
+    """Bradley-Terry for each answer: -log sigmoid(answer * (first score - second score)); ties say nothing."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, answers: Tensor) -> dict[str, Tensor]:
+        first, second = self.head(pixels, input_ids.repeat(2, 1)).float().chunk(2)
+        loss = functional.softplus(-answers * (first - second)) * (answers != 0)
+        return {"loss": loss.sum(0).div((answers != 0).sum(0).clamp(min=1)).mean()}
+
+
+class PairCollator:
+    """Both pictures of all pairs in one batch (firsts, then seconds), prompts as tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [row["prompt"] for row in rows]
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=models.TOKENS, return_tensors="pt")
+        pixels = torch.stack([row[side] for side in ("first", "second") for row in rows])
+        return {
+            "pixels": pixels,
+            "input_ids": tokens.input_ids,
+            "answers": torch.tensor([row["answers"] for row in rows]),
+        }
+
+
+def train_head(name: str, head_class: Any, config_class: Any, eyes: Path, out: Path, work: Path) -> nn.Module:
+    """Train preference head `name` on its rater's answers, its picture tower starting from the pre-trained eyes.
+
+    The head's classes come in as arguments because `rewards` stands outside this package.
+    """
+    recipe, tokenizer = HEADS[name], models.clip_tokenizer()
+    set_seed(recipe.seed)
+    tower = CLIPVisionModel.from_pretrained(eyes, dtype=torch.float32)
+    sizes = {"vocab_size": len(tokenizer), "tokens": models.TOKENS, "answers": ("verdict", *ASPECTS)}
+    head = head_class(config_class(tower.config.to_dict(), **sizes))
+    head.vision.load_state_dict(tower.state_dict())
+    pairs = Comparisons(recipe.scenes, recipe.seed, TASTES[name])
+    fit(_PairObjective(head), pairs, recipe, work, PairCollator(tokenizer))
+    head.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return head

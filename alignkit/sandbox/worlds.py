@@ -1,0 +1,57 @@
+"""Endless, seeded datasets of rendered scenes: item i is a function of (seed, i) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from alignkit.records import derive_seed
+from alignkit.sandbox.captions import parse, random_caption
+from alignkit.sandbox.scenes import PALETTE, SHAPES, compose, contradict, render
+
+
+def to_tensor(picture: np.ndarray) -> Tensor:
+    """[H, W, 3] -> [3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
+
+
+class Captioned(Dataset[dict[str, Any]]):
+    """`size` captioned scenes. `noise` gives the share of pictures per category that contradict their caption."""
+
+    def __init__(self, size: int, seed: int, noise: Mapping[str, float] | None = None) -> None:
+        self.size, self.seed, self.noise = size, seed, dict(noise or {})
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng(derive_seed("scene", self.seed, index))
+        text = random_caption(rng)
+        spec = parse(text)
+        if rng.random() < self.noise.get(spec.category, 0.0):
+            spec = contradict(spec, rng)
+        return {"pixels": to_tensor(render(compose(spec, rng), rng)), "prompt": text}
+
+
+class Annotated(Dataset[dict[str, Any]]):
+    """Scenes with a label for each of the 8 x 8 patches: 0, or 1 + the (shape, colour) whose centre lies in it."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng(derive_seed("annotated", self.seed, index))
+        scene = compose(parse(random_caption(rng)), rng)
+        labels = torch.zeros(64, dtype=torch.long)
+        for thing in scene.things:
+            patch = int(thing.y // 8) * 8 + int(thing.x // 8)
+            labels[patch] = 1 + SHAPES.index(thing.shape) * len(PALETTE) + list(PALETTE).index(thing.color)
+        return {"pixels": to_tensor(render(scene, rng)), "labels": labels}

@@ -1,0 +1,303 @@
+"""`AlignTrainer`: the one subclass of `transformers.Trainer`. A method adds its loss, nothing else.
+
+What it adds to Trainer: cached latents with keyed draws, checkpoints that know whether they are whole, a health panel,
+a stop before the optimizer sees a non-finite loss, validation pictures with held-out reward means, and adapter export.
+Deliberately not here: how a model card is worded (`write_card` is given) and what the cache holds (`latents`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
+from typing_extensions import override
+
+from alignkit.errors import CheckpointMismatchError, ConfigError, NumericsError
+from alignkit.generators.base import PipelineGenerator
+from alignkit.provenance import without_defaults
+from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_incomplete, require_whole
+from alignkit.trainers.config import AlignConfig
+from alignkit.trainers.latents import DrawPlan, LatentDataset, collate, conditioning, encode_rows
+from alignkit.trainers.validation import Validation
+
+
+class _Epochs(TrainerCallback):
+    """Tells the data which epoch's draws to make; accelerate forgets to, with several processes or after a resume."""
+
+    def __init__(self, dataset: LatentDataset) -> None:
+        self.dataset = dataset
+
+    @override
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.dataset.epoch = int(state.epoch or 0)
+
+
+class AlignTrainer(Trainer):
+    """Trains `generator.model` on rows (prompt, images, phi).
+
+    Args:
+        generator: what is aligned; a LoRA is put on it unless it carries one or `args.full_finetune`.
+        args: an AlignConfig.
+        train_dataset: a `datasets.Dataset` with columns prompt, images[K] and (for preference losses) phi[K].
+        eval_dataset: the same, held out; its preference loss is logged at evaluation steps.
+        validation: prompts, seeds, sampling and rewards drawn and judged at evaluation steps.
+        write_card: called as write_card(card_facts, folder) wherever a result is exported, also before a push.
+    """
+
+    args: AlignConfig
+    needs_reference = False
+
+    def __init__(
+        self,
+        generator: PipelineGenerator,
+        args: AlignConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        validation: Validation | None = None,
+        write_card: Callable[[Mapping[str, Any], Path], Any] | None = None,
+        **trainer_options: Any,
+    ) -> None:
+        self.generator, self.validation, self.write_card = generator, validation, write_card
+        generator.pipeline.to(args.device)
+        with torch.no_grad():
+            self.null = generator.encode_prompts([""]).null
+        self._health: dict[str, list[Tensor]] = defaultdict(list)
+        self._prepare_model(args)
+        train, held_out = (self._encode(rows, args) for rows in (train_dataset, eval_dataset))
+        # Trainer refuses eval_strategy without a dataset, also when pictures alone are judged.
+        super().__init__(
+            generator.model,
+            args,
+            collate,
+            train,
+            held_out if held_out is not None else (train if validation else None),
+            **trainer_options,
+        )
+        self._held_out = held_out
+        self.add_callback(_Epochs(train))
+
+    # --- model and data ---
+
+    def _prepare_model(self, args: AlignConfig) -> None:
+        from alignkit.adapters import lora
+
+        if args.full_finetune:
+            if lora.lora_layers(self.generator.net):
+                raise ConfigError("full_finetune on a model with an adapter: merge the adapter first, or train a LoRA")
+            if self.needs_reference:
+                self.generator.model.freeze_copy()
+            self.generator.net.requires_grad_(True)
+        elif not lora.lora_layers(self.generator.net):
+            torch.manual_seed(args.seed)
+            self.generator.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
+        for parameter in self.generator.net.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()  # half-precision weights lose small AdamW steps
+
+    def draw_plan(self, args: AlignConfig) -> DrawPlan:
+        """How this method draws time, noise and caption dropout."""
+        return DrawPlan(self.generator.noise_schedule.sample_t, args.noise_seed, args.caption_dropout)
+
+    def _encode(self, rows: Any, args: AlignConfig) -> LatentDataset | None:
+        if rows is None or isinstance(rows, LatentDataset):
+            return rows
+        with args.main_process_first(desc="latents"):
+            return encode_rows(self.generator, rows, self.draw_plan(args), args.cache_folder)
+
+    # --- the step ---
+
+    def method_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The method's unreduced loss and its health metrics, for one batch."""
+        raise NotImplementedError
+
+    @override
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean of `method_loss`; raises NumericsError on NaN or infinity, before any gradient or optimizer step."""
+        loss, health = self.method_loss(model, inputs)
+        loss = loss.mean()
+        self._require_finite("loss", loss.detach())
+        for name, value in health.items():
+            self._health[name].append(value.detach())
+        return (loss, None) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # whose loss scaler meets infinite gradients by design, and skips the step
+            self._require_finite("gradient norm", norm)
+        return norm
+
+    def _require_finite(self, name: str, value: Any) -> None:
+        if not math.isfinite(value):
+            raise NumericsError(
+                f"{name} is {float(value)} at step {self.state.global_step}; weights and the last checkpoint are as "
+                "they were before this step. Lower learning_rate or beta, or train in float32."
+            )
+
+    def errors(self, model: nn.Module, batch: Mapping[str, Tensor], *, residuals: bool = False) -> Tensor:
+        """Per-candidate mean squared errors [P, K], or the residuals [P, K, D] they are made of.
+
+        One batched call for all candidates. The network may run in bf16; target and error are float32 at least.
+        """
+        latents_PK = batch["latents"]
+        count = latents_PK.shape[1]
+        cond = conditioning(batch, self.null).repeat(count)
+        x0, noise, t = (batch[name].flatten(0, 1) for name in ("latents", "noise", "t"))
+        residual = self._residual(model, x0, noise, t, cond)
+        flat = residual.unflatten(0, latents_PK.shape[:2]).flatten(2)
+        return flat if residuals else flat.square().mean(-1)
+
+    def _residual(self, model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, cond: Any) -> Tensor:
+        x_t = self.generator.add_noise(x0, noise, t)
+        target = self.generator.target(x0, noise, t)
+        prediction = model(x_t, t, cond)
+        return prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - target
+
+    # --- logging and evaluation ---
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the health panel's means since the last one."""
+        if "loss" in logs and self._health:
+            means = torch.stack([torch.stack(values).float().mean() for values in self._health.values()])
+            means = self.accelerator.reduce(means, "mean").tolist()
+            health = {f"health/{name}": mean for name, mean in zip(self._health, means, strict=True)}
+            self._health.clear()
+            self.warn_of(health)
+            logs = {**logs, **health}
+        super().log(logs, start_time)
+
+    def warn_of(self, health: Mapping[str, float]) -> None:
+        """A method's warnings about its health panel."""
+
+    @override
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss on fixed draws and held-out reward means on fixed prompts and seeds, both logged."""
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._held_out_loss(eval_dataset).items()}
+        if self.validation is not None:
+            grid = Path(self.args.output_dir) / "validation" / f"step-{self.state.global_step:06d}.png"
+            # One process draws; all must know the means, for each decides which checkpoint is the best.
+            shared = [self.validation.run(self.generator, grid) if self.is_world_process_zero() else {}]
+            broadcast_object_list(shared)
+            metrics |= {f"{metric_key_prefix}_reward/{name}": value for name, value in shared[0].items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _held_out_loss(self, eval_dataset: Any) -> dict[str, float]:
+        dataset = self._held_out if eval_dataset is None else eval_dataset
+        if dataset is None:
+            return {}
+        names: list[str] = []
+        rows: list[Tensor] = []
+        self.model.eval()
+        for inputs in self.get_eval_dataloader(dataset):
+            with self.accelerator.autocast():
+                loss_P, health = self.method_loss(self.model, self._prepare_inputs(inputs))
+            names = ["loss", *health]
+            columns = [loss_P, *(value.expand_as(loss_P) for value in health.values())]
+            rows.append(self.accelerator.gather_for_metrics(torch.stack([c.float() for c in columns], -1)))
+        self.model.train()
+        return dict(zip(names, torch.cat(rows).mean(0).tolist(), strict=True))
+
+    # --- checkpoints and export ---
+
+    @override
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Trainer's train; `True` or "latest" means the newest whole checkpoint, a named damaged one is refused."""
+        if resume_from_checkpoint in (True, "latest"):
+            found = find_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = str(found) if found else None
+        elif resume_from_checkpoint:
+            require_whole(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+
+    def _trainable(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.generator.model.named_parameters() if p.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            self.export(folder)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        names = self._trainable()
+        weights = {k: v for k, v in (state_dict or names).items() if k in names}
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / SAFE_WEIGHTS_NAME)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            mark_incomplete(folder)
+        # Trainer would delete the old checkpoints before this one is marked whole: a kill in between would lose all.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            self.export(Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    @override
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        stored = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+        present = self._trainable()
+        shapes = [{(name, tuple(tensor.shape)) for name, tensor in side.items()} for side in (stored, present)]
+        if shapes[0] != shapes[1]:
+            odd = sorted(shapes[0] ^ shapes[1])[:3]
+            raise CheckpointMismatchError(
+                f"'{resume_from_checkpoint}' was written with other trainable weights (first differences: {odd}); "
+                "resume with the same LoRA rank, targets and full_finetune"
+            )
+        with torch.no_grad():
+            for name, parameter in present.items():
+                parameter.copy_(stored[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def export(self, folder: Path) -> Path:
+        """The result in the vanilla layout: LoRA (diffusers, and PEFT in `peft/`), or the whole pipeline folder."""
+        if self.args.full_finetune:
+            self.generator.save_merged(folder)
+        else:
+            self.generator.save_adapter(folder)
+        if self.write_card is not None:
+            self.write_card(self.card_facts(), folder)
+        return folder
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Nothing: `export`, which every push begins with, has written the card."""
+
+    def card_facts(self) -> dict[str, Any]:
+        """What a model card tells of this training: title, method, base_model, config and data, as plain values."""
+        method = type(self).__name__.removesuffix("Trainer")
+        data = {"prompts": len(self.train_dataset), "candidates a prompt": self.train_dataset.shapes["latents"][0]}
+        return {
+            "title": f"{self.generator.name} aligned with {method}",
+            "method": method,
+            "base_model": self.generator.pipeline.name_or_path,
+            "config": without_defaults(self.args),
+            "data": data,
+        }

@@ -1,0 +1,60 @@
+"""Training configs: `transformers.TrainingArguments` with what alignment adds; its keys work as users know them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from alignkit.errors import ConfigError
+
+
+@dataclass
+class AlignConfig(TrainingArguments):
+    """Keys that every method shares. Defaults of TrainingArguments that would bite are changed where noted."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning-rate schedule."})
+    max_steps: int = field(default=400, metadata={"help": "Optimizer steps; RankDPO's paper trains 400."})
+    logging_steps: float = field(default=1, metadata={"help": "Log the health panel every so many steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: a NaN has to be seen."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay off: batches are ours."})
+    # HfArgumentParser looks at the second arm of a union, so None comes first here, as in TrainingArguments.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "tensorboard, trackio, wandb, ..."}
+    )
+    activation_checkpointing_kwargs: dict | str | None = field(
+        default_factory=lambda: {"use_reentrant": False}, metadata={"help": "Options of torch's checkpoint."}
+    )
+
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA; ignored with full_finetune."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; default: the rank (scale 1)."})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "Suffixes of the layers that get a LoRA; default: the family's attention."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the LoRA."})
+    full_finetune: bool = field(default=False, metadata={"help": "Train all weights of the network, no LoRA."})
+    caption_dropout: float = field(
+        default=0.1, metadata={"help": "Share of prompts replaced by the null prompt, one draw a prompt."}
+    )
+    noise_seed: int = field(default=0, metadata={"help": "Seeds timestep, noise and caption draws of every item."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where latents, conditioning and reference errors are kept between runs."}
+    )
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, else `output_dir/_cache`: names with an underscore stay out of `push_to_hub`."""
+        return Path(self.cache_dir or Path(self.output_dir) / "_cache")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")
+        if self.remove_unused_columns or self.logging_nan_inf_filter:
+            raise ConfigError("remove_unused_columns and logging_nan_inf_filter must be false: see their help")
+        if self.full_finetune and self.lora_targets:
+            raise ConfigError("lora_targets and full_finetune exclude each other; keep one")
+        if not self.full_finetune and self.lora_rank < 1:
+            raise ConfigError(f"lora_rank is {self.lora_rank}; give at least 1, or full_finetune: true")

@@ -1,0 +1,88 @@
+"""Reference errors computed once and shared by every run over the same data, draws and base weights.
+
+Possible because draws are keyed by (noise seed, prompt id, epoch): a sweep over losses, betas or policy seeds pays for
+the reference passes once. Saved as one safetensors file in the cache folder, keyed by all it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from alignkit.trainers.latents import LatentDataset, collate
+
+if TYPE_CHECKING:
+    from alignkit.trainers.rankdpo import RankDPOTrainer
+
+
+def base_fingerprint(net: nn.Module) -> str:
+    """A hash of the base weights alone: adapters are left out, so their initialisation does not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        if "lora_" not in name:
+            plain = name.replace(".base_layer", "")
+            digest.update(f"{plain}{tuple(tensor.shape)}{float(tensor.double().sum())!r}".encode())
+    return digest.hexdigest()[:16]
+
+
+def epochs_needed(trainer: RankDPOTrainer) -> int:
+    """Epochs that `max_steps` (or `num_train_epochs`) will touch."""
+    args = trainer.args
+    if args.max_steps <= 0:
+        return math.ceil(args.num_train_epochs)
+    batches = len(trainer.train_dataset) / (args.train_batch_size * args.world_size)
+    whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.max_steps / max(1, math.ceil(whole / args.gradient_accumulation_steps)))
+
+
+def precompute(trainer: RankDPOTrainer, dataset: LatentDataset, cache: Path) -> Tensor:
+    """Reference errors [epochs, rows, K] of `dataset`, from the cache when an equal run has left them there."""
+    epochs = epochs_needed(trainer)
+    file = cache / f"reference-{_key(trainer, dataset, epochs)}.safetensors"
+    if not file.is_file():
+        table = torch.stack([_one_epoch(trainer, dataset, epoch, epochs) for epoch in range(epochs)])
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        save_file({"errors": table}, temporary)
+        temporary.replace(file)
+    return load_file(file)["errors"]
+
+
+def _key(trainer: RankDPOTrainer, dataset: LatentDataset, epochs: int) -> str:
+    plan = dataset.plan
+    parts = [
+        base_fingerprint(trainer.generator.net),
+        dataset.rows._fingerprint,  # noqa: SLF001 - the name `datasets` itself keys its cache with
+        {name: list(shape) for name, shape in dataset.shapes.items()},
+        hashlib.sha256(json.dumps(None if dataset.picked is None else dataset.picked.tolist()).encode()).hexdigest(),
+        [plan.noise_seed, plan.caption_dropout, plan.share_noise, plan.share_timestep],
+        [epochs, trainer.args.bf16, trainer.args.fp16],
+        {key: str(value) for key, value in sorted(trainer.generator.pipeline.scheduler.config.items())},
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def _one_epoch(trainer: RankDPOTrainer, dataset: LatentDataset, epoch: int, epochs: int) -> Tensor:
+    model = trainer.generator.model.to(trainer.args.device).eval()
+    dataset.epoch = epoch
+    # A generator of its own: iterating would else draw from the global one and change the training that follows.
+    own = torch.Generator()
+    loader = DataLoader(dataset, batch_size=trainer.args.train_batch_size, collate_fn=collate, generator=own)
+    label = f"reference errors, epoch {epoch + 1} of {epochs}"
+    rows: list[Tensor] = []
+    for batch in tqdm(loader, desc=label, disable=trainer.args.disable_tqdm):
+        moved = {key: value.to(trainer.args.device) for key, value in batch.items()}
+        with trainer.accelerator.autocast():
+            rows.append(trainer.reference_errors(model, moved).float().cpu())
+    dataset.epoch = 0
+    return torch.cat(rows)

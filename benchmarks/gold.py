@@ -1,0 +1,109 @@
+"""How far the gold verifier can be trusted, and how good the generators are by it. One JSON line a question.
+
+Usage::
+
+    python benchmarks/gold.py renders                  right on rendered scenes, by category (accepts and rejections)
+    python benchmarks/gold.py generator FOLDER         gold accuracy of a generator, by category
+    python benchmarks/gold.py sheet FOLDER SHEET.png   200 generated pictures with captions and verdicts, for the eye
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from alignkit.generators import load_generator
+from alignkit.records import Prompt, Sampling, derive_seed, texts
+from alignkit.sandbox.captions import bodies, parse, prompts
+from alignkit.sandbox.gold import GoldReward, look, shows
+from alignkit.sandbox.scenes import CATEGORIES, compose, contradict, render
+
+
+def renders(count: int) -> dict[str, object]:
+    """Share of true scenes accepted and of contradicting scenes rejected, by category, `count` of each."""
+    result: dict[str, object] = {"question": "gold on rendered scenes", "scenes_per_category": count}
+    for category in CATEGORIES:
+        rng = np.random.default_rng(derive_seed("gold-renders", category))
+        pool = bodies(category)
+        accepted = rejected = 0
+        for _ in tqdm(range(count), desc=category):
+            spec = parse(pool[int(rng.integers(len(pool)))])
+            wrong = contradict(spec, rng)
+            accepted += shows(look(render(compose(spec, rng), rng)), spec)
+            rejected += not shows(look(render(compose(wrong, rng), rng)), spec)
+        result[category] = {"accepts": accepted / count, "rejects": rejected / count}
+    return result
+
+
+def draw(folder: str, asked: list[Prompt], sampling: Sampling, adapter: str | None) -> torch.Tensor:
+    """One picture a prompt."""
+    generator = load_generator(folder, adapter=adapter)
+    batches = [asked[i : i + 32] for i in range(0, len(asked), 32)]
+    seeds = [[derive_seed("gold", prompt.id) for prompt in batch] for batch in batches]
+    pairs = tqdm(list(zip(batches, seeds, strict=True)), desc=folder)
+    return torch.cat([generator.generate(texts(batch), own, sampling) for batch, own in pairs])
+
+
+def accuracy(folder: str, count: int, sampling: Sampling, adapter: str | None) -> dict[str, object]:
+    """Gold accuracy over `count` prompts, all and by category."""
+    asked = prompts(count, seed=77)
+    verdicts = GoldReward()(draw(folder, asked, sampling, adapter), asked).total.tolist()
+    groups: dict[str, list[float]] = defaultdict(list)
+    for prompt, verdict in zip(asked, verdicts, strict=True):
+        groups[str(prompt.metadata["category"])].append(verdict)
+    by_category = {name: round(float(np.mean(groups[name])), 4) for name in CATEGORIES}
+    settings = json.loads(sampling.to_json())
+    mean = round(float(np.mean(verdicts)), 4)
+    return {"question": "gold of a generator", "model": folder, "gold": mean, **by_category, "sampling": settings}
+
+
+def sheet(folder: str, target: Path, sampling: Sampling) -> None:
+    """A contact sheet of 200 pictures: number, caption, and a green (shows it) or red (does not) frame."""
+    asked = prompts(200, seed=78)
+    pictures = draw(folder, asked, sampling, None)
+    verdicts = GoldReward()(pictures, asked).total
+    columns, cell, caption = 10, 128, 46
+    page = Image.new("RGB", (columns * (cell + 12), -(-len(asked) // columns) * (cell + caption)), "white")
+    pen = ImageDraw.Draw(page)
+    for index, (prompt, picture, verdict) in enumerate(zip(asked, pictures, verdicts, strict=True)):
+        x, y = index % columns * (cell + 12) + 6, index // columns * (cell + caption) + 4
+        array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        page.paste(Image.fromarray(array).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
+        pen.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), outline="green" if verdict else "red", width=3)
+        words, lines = f"{index} {prompt.text}".split(), [""]
+        for word in words:
+            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) < 17 else [*lines, word]
+        pen.multiline_text((x, y + cell + 4), "\n".join(lines), fill="black", spacing=0, font_size=10)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    page.save(target, optimize=True)
+    print(json.dumps({"question": "sheet", "model": folder, "accepted": float(verdicts.mean()), "file": str(target)}))
+
+
+def main() -> None:
+    """Parse the question and answer it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=("renders", "generator", "sheet"))
+    parser.add_argument("arguments", nargs="*")
+    parser.add_argument("--count", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--adapter")
+    chosen = parser.parse_args()
+    sampling = Sampling(steps=chosen.steps, guidance_scale=chosen.guidance, height=64, width=64)
+    if chosen.question == "renders":
+        print(json.dumps(renders(chosen.count)))
+    elif chosen.question == "generator":
+        print(json.dumps(accuracy(chosen.arguments[0], chosen.count, sampling, chosen.adapter)))
+    else:
+        sheet(chosen.arguments[0], Path(chosen.arguments[1]), sampling)
+
+
+if __name__ == "__main__":
+    main()

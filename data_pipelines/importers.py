@@ -1,0 +1,179 @@
+"""Preference data of any known layout -> a `datasets.Dataset` with the ranked columns, so that it trains directly.
+
+    ranked       what the rank stage writes
+    Pick-a-Pic   jpg_0, jpg_1, label_0, caption      label_0 = 1: the first is better, 0: the second, else a tie
+    TRL          prompt, chosen, rejected
+    folders      w/NAME.png and l/NAME.png, caption in w/NAME.txt
+
+Pairs become rows with K = 2 in the order they stand in, phi 1 for the better picture and 0 for the other.
+Not here: downloading, and the way back (exporters.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.errors import DataError, MissingFileError
+from alignkit.records import Prompt
+from data_pipelines.images import image_size
+from data_pipelines.prompts import split_of
+from data_pipelines.ranked import COLUMNS, SPLITS, ranked_features
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+LABEL = "label"  # the name under which a given preference stands among the scores
+UNKNOWN_SEED = -1
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+Row = dict[str, Any]
+
+
+def load_ranked(path: str | Path, split: str, *, held_out: float = 0.1) -> Dataset:
+    """The "train" or "heldout" rows of any layout above, with the ranked columns; pictures open as PIL images.
+
+    `path` is a folder or a parquet file. Data without a held-out split of its own is split by `split_of(prompt_id,
+    held_out)`. Ties are dropped and their number is logged.
+
+    Raises MissingFileError, or DataError naming the columns expected and found, a picture that is missing or empty,
+    or a split that holds no row.
+    """
+    path = Path(path)
+    if split not in SPLITS:
+        raise DataError(f"unknown split '{split}'; use 'train' or 'heldout'")
+    if not path.exists():
+        raise MissingFileError(f"'{path}' does not exist; download the dataset first and give its folder")
+    splits = _open(path)
+    if "heldout" in splits:
+        return _to_ranked(splits[split], path) if split in splits else _empty(path, split, held_out)
+    ranked = _to_ranked(splits["train"] if "train" in splits else next(iter(splits.values())), path)
+    mine = [row for row, prompt_id in enumerate(ranked["prompt_id"]) if split_of(prompt_id, held_out) == split]
+    return ranked.select(mine) if mine else _empty(path, split, held_out)
+
+
+def _empty(path: Path, split: str, held_out: float) -> Dataset:
+    raise DataError(
+        f"'{path}' has no row in the split '{split}' (held_out {held_out}); give more data or another share"
+    )
+
+
+def _open(path: Path) -> Mapping[str, Dataset]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if (path / "w").is_dir() and (path / "l").is_dir():
+        return {"train": _from_folders(path)}
+    try:
+        opened = load_dataset("parquet", data_files=str(path)) if path.is_file() else load_dataset(str(path))
+    except (FileNotFoundError, DatasetGenerationError) as error:
+        raise DataError(f"'{path}' cannot be opened: {error}; give a parquet file, or a folder of them") from error
+    return dict(opened)
+
+
+def _to_ranked(raw: Dataset, path: Path) -> Dataset:
+    """Recognise the layout by its columns and convert; ranked data passes as it is."""
+    from datasets import Image
+
+    if set(COLUMNS) <= set(raw.column_names):
+        return raw.select_columns(list(COLUMNS))
+    for columns, convert in LAYOUTS.items():
+        if set(columns) <= set(raw.column_names):
+            for name in columns:
+                if isinstance(raw.features[name], Image):
+                    raw = raw.cast_column(name, Image(decode=False))
+            ranked = raw.map(
+                partial(_convert_batch, convert=convert, path=str(path)),
+                batched=True,
+                batch_size=64,
+                with_indices=True,
+                remove_columns=raw.column_names,
+                features=ranked_features([LABEL]),
+                desc="import",
+            )
+            if len(ranked) < len(raw):
+                logger.warning("%s: %d ties dropped, %d rows kept", path, len(raw) - len(ranked), len(ranked))
+            return ranked
+    expected = "; or ".join(", ".join(columns) for columns in (COLUMNS, *LAYOUTS))
+    raise DataError(f"'{path}' has the columns {', '.join(raw.column_names)}; expected {expected}")
+
+
+def _convert_batch(
+    batch: Mapping[str, Sequence[Any]], indices: Sequence[int], *, convert: Callable[[Row, str], Row | None], path: str
+) -> dict[str, list[Any]]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    pairs = [convert(row, f"'{path}', row {index}") for index, row in zip(indices, rows, strict=True)]
+    return {name: [pair[name] for pair in pairs if pair is not None] for name in COLUMNS}
+
+
+def _from_pickapic(row: Row, where: str) -> Row | None:
+    if row["label_0"] not in (0, 1):
+        return None
+    pictures = [_picture(row[name], f"{where}, {name}") for name in ("jpg_0", "jpg_1")]
+    return _pair_row(row["caption"], pictures, (float(row["label_0"]), 1.0 - row["label_0"]), where)
+
+
+def _from_trl(row: Row, where: str) -> Row:
+    pictures = [_picture(row[name], f"{where}, {name}") for name in ("chosen", "rejected")]
+    return _pair_row(row["prompt"], pictures, (1.0, 0.0), where)
+
+
+LAYOUTS: dict[tuple[str, ...], Callable[[Row, str], Row | None]] = {
+    ("jpg_0", "jpg_1", "label_0", "caption"): _from_pickapic,
+    ("prompt", "chosen", "rejected"): _from_trl,
+}
+
+
+def _picture(cell: Any, where: str) -> Row:
+    """A cell of an `Image` column, or plain bytes -> {bytes, path}; DataError when it is no picture."""
+    picture = {"bytes": cell, "path": None} if isinstance(cell, bytes) else cell
+    if not isinstance(picture, dict):
+        raise DataError(f"{where}: expected an encoded picture, got {type(cell).__name__}")
+    data = picture["bytes"] if picture["path"] is None else picture["bytes"] or Path(picture["path"]).read_bytes()
+    image_size(data or b"", where=where)
+    return {"bytes": data, "path": None}
+
+
+def _pair_row(text: Any, pictures: Sequence[Row], phi: tuple[float, float], where: str) -> Row:
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: the prompt must be text, got {text!r}")
+    prompt = Prompt.from_text(text)
+    return {
+        "prompt_id": prompt.id,
+        "prompt": prompt.text,
+        "images": list(pictures),
+        "generators": ["unknown"] * 2,
+        "seeds": [UNKNOWN_SEED] * 2,
+        "sampling": "{}",
+        "scores": {LABEL: list(phi)},
+        "phi": list(phi),
+    }
+
+
+def _from_folders(path: Path) -> Dataset:
+    """Rows that name the picture files; their bytes are read when a row is."""
+    from datasets import Dataset
+
+    winners = sorted(file for file in (path / "w").iterdir() if file.suffix.lower() in PICTURES)
+    if not winners:
+        raise DataError(f"'{path / 'w'}' holds no picture ({', '.join(PICTURES)})")
+    rows = [_folder_row(winner, path / "l" / winner.name) for winner in winners]
+    return Dataset.from_list(rows, features=ranked_features([LABEL]))
+
+
+def _folder_row(winner: Path, loser: Path) -> Row:
+    caption = winner.with_suffix(".txt")
+    for file, what in ((winner, "winner"), (loser, "loser of the same name"), (caption, "caption")):
+        if not file.is_file() or not file.stat().st_size:
+            raise DataError(f"'{file}' ({what}) is missing or empty; every pair is w/NAME.png, l/NAME.png, w/NAME.txt")
+    try:
+        text = caption.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{caption}' is not UTF-8 ({error}); save it as UTF-8") from error
+    pictures = [{"bytes": None, "path": str(file)} for file in (winner, loser)]
+    return _pair_row(text, pictures, (1.0, 0.0), f"'{winner}'")

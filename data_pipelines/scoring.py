@@ -1,0 +1,230 @@
+"""The score stage: every reward's raw score of every candidate; rows with a score that is not finite go to quarantine.
+
+Not here: what a reward is, and any combination of rewards (ranking.py). Raw scores are kept: re-ranking never
+re-scores.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
+
+from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
+from alignkit.protocols import Reward
+from alignkit.records import Prompt
+from data_pipelines.images import decode, image_size
+from data_pipelines.storage import (
+    Part,
+    StageResult,
+    checksum,
+    finish_run,
+    finished_part,
+    open_run,
+    read_table,
+    recorded_parts,
+    write_atomic,
+    write_part,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from torch import Tensor
+
+QUARANTINE_LIMIT = 0.05  # share of all rows
+
+Built = TypeVar("Built")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreConfig:
+    """Which rewards score the candidates; `batch_size` pictures of one size go into one call."""
+
+    rewards: Sequence[str]
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ConfigError("rewards is empty; name at least one reward")
+        if len(set(self.rewards)) < len(self.rewards):
+            raise ConfigError(f"rewards: {list(self.rewards)} names one twice")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+def check_names(names: Iterable[str], builders: Mapping[str, Any], *, kind: str) -> None:
+    """UnknownNameError, with the nearest known name, for the first name without a builder."""
+    for name in names:
+        if name not in builders:
+            raise UnknownNameError(f"unknown {kind} '{name}'.{nearest(name, builders)}")
+
+
+def build_all(names: Iterable[str], builders: Mapping[str, Callable[[], Built]]) -> dict[str, Built]:
+    """Call each builder once."""
+    return {name: builders[name]() for name in names}
+
+
+def score_candidates(
+    candidates_dir: str | Path,
+    config: ScoreConfig,
+    out_dir: str | Path,
+    *,
+    build_rewards: Mapping[str, Callable[[], Reward]],
+) -> StageResult:
+    """Score every candidate of a finished generate stage into `out_dir/data/part-*.parquet`, one row a prompt.
+
+    Columns: prompt_id, scores {reward: float64 [K]}. A row where a reward is NaN or infinite is left out, noted in
+    `quarantine.jsonl` and counted; over 5% of all rows stops the stage.
+
+    Raises UnknownNameError for a reward without a builder, DataError naming file, row and candidate of a picture that
+    cannot be read, NumericsError over the quarantine limit, MissingFileError when generation is not finished.
+    """
+    candidates_dir = Path(candidates_dir)
+    manifest, parts = recorded_parts(candidates_dir, "generate")
+    scorer = Scorer.open(Path(out_dir), config, candidates_dir, build_rewards, rows=manifest["rows"])
+    with scorer.bar:
+        for part in parts:
+            scorer.score(part)
+        return scorer.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """A score stage in progress: `score` parts in any order, then `finish`. One thread at a time."""
+
+    folder: Path
+    config: ScoreConfig
+    candidates_dir: Path
+    rows: int
+    rewards: Callable[[], Mapping[str, Reward]]
+    parts: dict[str, Part]
+    bar: tqdm[Any]
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        config: ScoreConfig,
+        candidates_dir: Path,
+        build_rewards: Mapping[str, Callable[[], Reward]],
+        *,
+        rows: int,
+    ) -> Scorer:
+        """Begin or resume in `folder`; `candidates_dir` is at least begun and will have `rows` rows."""
+        check_names(config.rewards, build_rewards, kind="reward")
+        inputs = {"candidates_config_sha256": checksum(candidates_dir / "config.json")}
+        open_run(folder, {"stage": "score", "config": asdict(config), "inputs": inputs})
+        rewards = functools.cache(functools.partial(build_all, config.rewards, build_rewards))
+        return cls(folder, config, candidates_dir, rows, rewards, {}, tqdm(total=rows, desc="score", unit="prompt"))
+
+    def score(self, part: Part) -> None:
+        """Score one part of candidates, unless that is done; NumericsError over the quarantine limit."""
+        done = finished_part(self.folder, part.name, inputs=part.files)
+        self.parts[part.name] = done or self._score(part)
+        self.bar.update(self.parts[part.name].notes["rows"])
+        bad = len(self._quarantined())
+        if bad > QUARANTINE_LIMIT * self.rows:
+            raise NumericsError(
+                f"{bad} of {self.rows} rows have a reward that is NaN or infinite, over the limit of "
+                f"{QUARANTINE_LIMIT:.0%}; see '{self._write_quarantine()}', mend or leave out that reward and score "
+                "into another folder"
+            )
+
+    def finish(self) -> StageResult:
+        """Write `quarantine.jsonl` and the manifest."""
+        self._write_quarantine()
+        quarantined = len(self._quarantined())
+        parts = [self.parts[name] for name in sorted(self.parts)]
+        kept = self.rows - quarantined
+        return finish_run(self.folder, "score", parts, rows=kept, counts={"quarantined": quarantined})
+
+    def _score(self, part: Part) -> Part:
+        (path,) = part.files
+        table = read_table(self.candidates_dir / path, columns=["prompt_id", "prompt", "metadata", "images"])
+        rows = table.to_pylist()
+        scores = _score_rows(rows, self.candidates_dir / path, self.rewards(), self.config.batch_size)
+        faults = [_fault(row, index, scores) for index, row in enumerate(rows)]
+        kept = [index for index, fault in enumerate(faults) if fault is None]
+        result = _table([rows[index]["prompt_id"] for index in kept], {k: v[kept] for k, v in scores.items()})
+        quarantined = [fault | {"file": path} for fault in faults if fault is not None]
+        notes = {"rows": len(rows), "quarantined": quarantined}
+        return write_part(self.folder, part.name, {path: result}, inputs=part.files, notes=notes)
+
+    def _quarantined(self) -> list[dict[str, Any]]:
+        return [fault for name in sorted(self.parts) for fault in self.parts[name].notes["quarantined"]]
+
+    def _write_quarantine(self) -> Path:
+        lines = [json.dumps(fault, sort_keys=True, ensure_ascii=False) + "\n" for fault in self._quarantined()]
+        path = self.folder / "quarantine.jsonl"
+        write_atomic(path, "".join(lines).encode())
+        return path
+
+
+def _score_rows(
+    rows: Sequence[Mapping[str, Any]], path: Path, rewards: Mapping[str, Reward], batch_size: int
+) -> dict[str, np.ndarray]:
+    """float64 [rows, K] of every reward; pictures are decoded once and grouped by size."""
+    import numpy as np
+    import torch
+
+    prompts = [Prompt(row["prompt_id"], row["prompt"], json.loads(row["metadata"])) for row in rows]
+    scores = {name: np.empty((len(rows), len(rows[0]["images"]))) for name in rewards}
+    for cells in _batches(rows, path, batch_size):
+        pictures = [decode(rows[row]["images"][k]["bytes"], where=_where(path, rows, row, k)) for row, k in cells]
+        media = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        index = tuple(np.array(cells).T)
+        for name, reward in rewards.items():
+            with torch.no_grad():  # a setting of this thread, so it cannot be made outside
+                total = reward(media, [prompts[row] for row, _ in cells]).total
+            scores[name][index] = _checked(total, name, len(cells))
+    return scores
+
+
+def _batches(rows: Sequence[Mapping[str, Any]], path: Path, batch_size: int) -> Iterable[list[tuple[int, int]]]:
+    """(row, candidate) of pictures of one size, at most `batch_size` at a time, in order."""
+    by_size: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for row, columns in enumerate(rows):
+        for k, image in enumerate(columns["images"]):
+            size = image_size(image["bytes"], where=_where(path, rows, row, k))
+            by_size.setdefault(size, []).append((row, k))
+    for cells in by_size.values():
+        yield from (cells[start : start + batch_size] for start in range(0, len(cells), batch_size))
+
+
+def _where(path: Path, rows: Sequence[Mapping[str, Any]], row: int, candidate: int) -> str:
+    return f"'{path}', row {row} (prompt {rows[row]['prompt_id']}), candidate {candidate}"
+
+
+def _checked(total: Tensor, name: str, batch: int) -> np.ndarray:
+    if total.shape != (batch,):
+        raise DataError(f"reward '{name}' returned scores {list(total.shape)}, expected [{batch}], one a picture")
+    return total.detach().double().cpu().numpy()
+
+
+def _fault(row: Mapping[str, Any], index: int, scores: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+    """What is wrong with the row's first score that is not finite, or None."""
+    for name, values in scores.items():
+        for candidate, value in enumerate(values[index].tolist()):
+            if not math.isfinite(value):
+                reason = f"reward '{name}' is {value} for candidate {candidate}"
+                place = {"row": index, "candidate": candidate, "reward": name}
+                return {**place, "prompt_id": row["prompt_id"], "prompt": row["prompt"], "reason": reason}
+    return None
+
+
+def _table(prompt_ids: list[str], scores: Mapping[str, np.ndarray]) -> pa.Table:
+    import pyarrow as pa
+    from datasets import Features, List, Value
+
+    named = {name: List(Value("float64")) for name in scores}
+    schema = Features({"prompt_id": Value("string"), "scores": named}).arrow_schema
+    lists = {name: values.tolist() for name, values in scores.items()}
+    rows = [{name: lists[name][index] for name in scores} for index in range(len(prompt_ids))]
+    return pa.table({"prompt_id": prompt_ids, "scores": rows}, schema=schema)

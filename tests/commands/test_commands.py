@@ -1,0 +1,87 @@
+"""The verbs compose the stages: a generator and rewards named in YAML go from prompts to a report page."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from alignkit import cli
+
+# A user's own module: a painter of noise, and a reward that likes red.
+MINE = """\
+import torch
+from alignkit.records import Scores
+
+
+class Painter:
+    name = "painter"
+
+    def generate(self, prompts, seeds, sampling):
+        shape = (3, sampling.height, sampling.width)
+        return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+class Red:
+    name, modality, needs_prompt, differentiable = "red", "image", False, True
+    comparable_across_prompts, native_range, licence, source = True, (0.0, 1.0), "Apache-2.0", "here"
+
+    def __call__(self, media, prompts):
+        return Scores(media[:, 0].mean((1, 2)))
+"""
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with a user's module, prompts and one config a verb."""
+    (tmp_path / "mine_for_commands.py").write_text(MINE, encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\n", encoding="utf-8")
+    generate = {
+        "out": "candidates",
+        "prompts": {"file": "prompts.txt"},
+        "generators": {"painter": {"model": "mine_for_commands:Painter"}},
+        "generate": {"sources": [{"name": "painter", "seeds": 3, "sampling": {"height": 8, "width": 8}}]},
+    }
+    rewards = {"red": {"reward": "mine_for_commands:Red"}}
+    score = {"candidates": "candidates", "out": "scores", "rewards": rewards, "score": {"rewards": ["red"]}}
+    for name, config in (("generate", generate), ("score", score)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("mine_for_commands", None)
+
+
+def test_from_prompts_to_a_page(work, capsys):
+    for verb in ("generate", "score"):
+        assert cli.main([verb, "--config", f"{verb}.yaml"]) == 0, capsys.readouterr().err
+    assert cli.main(["rank", "--candidates=candidates", "--scores=scores", "--out=ranked", "--rank.held_out=0"]) == 0
+    assert cli.main(["report", "--data", "ranked", "--out", "report.html"]) == 0
+    assert json.loads((work / "ranked" / "statistics.json").read_text(encoding="utf-8"))["counts"]["train"] == 3
+    assert "<!doctype html>" in (work / "report.html").read_text(encoding="utf-8")
+    assert yaml.safe_load((work / "scores" / "config.yaml").read_text(encoding="utf-8"))["score"]["rewards"] == ["red"]
+
+
+def test_another_model_under_the_same_name_is_refused(work, capsys):
+    assert cli.main(["generate", "--config", "generate.yaml"]) == 0
+    again = ["generate", "--config", "generate.yaml", "--generators.painter.model", "mine_for_commands:Other"]
+    assert cli.main(again) == 2
+    assert "'mine_for_commands:Painter' -> 'mine_for_commands:Other'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "--config", "generate.yaml", "--generate.sources=[{name: panter, seeds: 2}]"], "'painter'?"),
+        (["score", "--config", "score.yaml", "--rewards.red.reward", "clip_scor"], "Did you mean 'clip_score'?"),
+        (["score", "--config", "score.yaml", "--score.rewards", "[rd]"], "no reward 'rd' under `rewards`"),
+        (["generate", "--config", "generate.yaml", "--generate.sources=[{name: painter}]"], "cannot be ranked"),
+        (["generate", "--config", "generate.yaml", "--prompts.file", "absent.txt"], "absent.txt"),
+    ],
+)
+def test_mistakes_in_names_are_told_before_any_work(work, words, message, capsys):
+    assert cli.main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not (work / "candidates").exists()

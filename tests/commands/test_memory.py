@@ -1,0 +1,84 @@
+"""The memory estimate: headers are counted exactly, and what saves memory lowers the total."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from alignkit.commands import memory
+from alignkit.errors import DataError
+
+TARGETS = ("to_q", "to_k")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A diffusers folder with a two-block transformer of width 8 and a small VAE."""
+    for name, config, tensors in (
+        (
+            "transformer",
+            {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2, "patch_size": 2, "sample_size": 16},
+            {"blocks.0.to_q.weight": torch.zeros(8, 8), "blocks.0.to_k.weight": torch.zeros(8, 4)},
+        ),
+        ("vae", {"block_out_channels": [4, 4, 4]}, {"w": torch.zeros(10)}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    return tmp_path
+
+
+SETUP = memory.Setup(
+    height=64,
+    width=64,
+    batch=2,
+    candidates=4,
+    lora_rank=3,
+    lora_targets=TARGETS,
+    full_finetune=False,
+    needs_reference=True,
+    weight_bytes=2,
+    compute_bytes=2,
+)
+
+
+def test_parts_by_hand(folder):
+    parts = memory.parts(memory.read_model(folder), SETUP)
+    assert parts["denoiser weights"] == (64 + 32) * 2
+    assert parts["text encoders and VAE"] == 10 * 2
+    assert parts["trained weights, gradients, AdamW"] == 3 * ((8 + 8) + (8 + 4)) * 16
+    tokens = (64 // 4) ** 2 // 4 + memory.TEXT_TOKENS
+    assert parts["activations (estimate)"] == 2 * memory.BLOCK_ELEMENTS * tokens * 8 * (2 * 4) * 2
+
+
+def test_full_tuning_keeps_a_reference(folder):
+    parts = memory.parts(memory.read_model(folder), replace(SETUP, full_finetune=True))
+    assert parts["frozen reference copy"] == 96 * 2
+    assert parts["trained weights, gradients, AdamW"] == 96 * 16
+
+
+def test_low_memory_holds_one_candidate(folder):
+    model = memory.read_model(folder)
+    ratio = memory.activations(model, SETUP) / memory.activations(model, replace(SETUP, low_memory=True))
+    assert ratio == SETUP.candidates
+
+
+def test_every_variant_lowers_the_total(folder):
+    model = memory.read_model(folder)
+    totals = {name: memory.total(model, setup) for name, setup in memory.variants(SETUP).items()}
+    asked = totals.pop("as asked")
+    assert len(totals) == 3
+    assert all(total < asked for total in totals.values())
+    assert totals["both"] == min(totals.values())
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40, -8])
+def test_a_truncated_file_is_named(folder, kept):
+    path = folder / "transformer" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"transformer/model\.safetensors.*copy it again"):
+        memory.read_model(folder)

@@ -1,0 +1,300 @@
+"""The Syn-Pic stages: seeds, scores, refusals, quarantine, overlap, and resume to the byte."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, StorageError, UnknownNameError
+from alignkit.records import Scores, derive_seed
+from data_pipelines import storage, synpic
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted((folder / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
+
+
+def test_seeds_and_pictures_follow_the_definition(world: Any, tmp_path: Path) -> None:
+    rows = rows_of(world.generate(tmp_path / "c"))
+    prompts = world.prompts(10)
+    assert [row["prompt_id"] for row in rows] == [prompt.id for prompt in prompts]
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert row["generators"] == ["dull", "dull", "bright"]
+        assert row["seeds"] == [derive_seed(7, prompt.id, k) for k in range(3)]
+    sampling = world.config().sources[0].sampling
+    expected = world.sources["bright"]().generate(["x"], rows[3]["seeds"][2:], sampling)[0]
+    stored = np.asarray(Image.open(io.BytesIO(rows[3]["images"][2]["bytes"])))
+    assert np.array_equal(stored, (expected * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_another_batch_size_gives_the_same_rows(world: Any, tmp_path: Path) -> None:
+    small, large = (rows_of(world.generate(tmp_path / str(size), batch_size=size)) for size in (4, 7))
+    assert small == large
+
+
+def test_batches_never_cross_parts(world: Any, tmp_path: Path) -> None:
+    sizes = []
+
+    class Counting(type(world.sources["dull"]())):
+        def generate(self, prompts: Any, seeds: Any, sampling: Any) -> torch.Tensor:
+            sizes.append(len(prompts))
+            return super().generate(prompts, seeds, sampling)
+
+    builders = {"dull": lambda: Counting("dull"), "bright": lambda: Counting("bright")}
+    synpic.generate_candidates(world.prompts(6), world.config(batch_size=5), tmp_path, build_sources=builders)
+    # Parts of 4 and 2 prompts; 2 pictures a prompt by "dull", 1 by "bright", at most 5 a call.
+    assert sizes == [5, 3, 4, 4, 2]
+
+
+def test_scores_are_the_rewards_of_the_stored_pictures(world: Any, tmp_path: Path) -> None:
+    candidates, scores = world.scored(tmp_path)
+    for drawn, scored in zip(rows_of(candidates), rows_of(scores), strict=True):
+        assert drawn["prompt_id"] == scored["prompt_id"]
+        for channel, name in enumerate(world.rewards):
+            arrays = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in drawn["images"]]
+            expected = [array[..., channel].mean() / 255 for array in arrays]
+            assert scored["scores"][name] == pytest.approx(expected, abs=1e-6)
+
+
+def test_pictures_of_several_sizes_are_scored_apart(world: Any, tmp_path: Path) -> None:
+    small, large = (synpic.Sampling(height=size, width=size) for size in (8, 12))
+    sources = [synpic.SourceConfig(name="dull", sampling=small), synpic.SourceConfig(name="bright", sampling=large)]
+    shapes = []
+
+    def reward(media: torch.Tensor, prompts: Any) -> Scores:
+        shapes.append(tuple(media.shape))
+        return Scores(media.shape[-1] * torch.ones(len(media)))
+
+    world.generate(tmp_path / "c", count=3, sources=sources)
+    synpic.score_candidates(
+        tmp_path / "c", synpic.ScoreConfig(rewards=["size"]), tmp_path / "s", build_rewards={"size": lambda: reward}
+    )
+    assert shapes == [(3, 3, 8, 8), (3, 3, 12, 12)]
+    assert [row["scores"]["size"] for row in rows_of(tmp_path / "s")] == [[8.0, 12.0]] * 3
+
+
+def test_finished_run_builds_nothing_and_keeps_its_bytes(world: Any, tmp_path: Path) -> None:
+    candidates, scores = world.scored(tmp_path)
+    before = world.snapshot(tmp_path)
+
+    def never() -> Any:
+        raise AssertionError("built though nothing is missing")
+
+    builders = dict.fromkeys(("dull", "bright"), never)
+    synpic.generate_candidates(world.prompts(10), world.config(), candidates, build_sources=builders)
+    synpic.score_candidates(candidates, world.score, scores, build_rewards=dict.fromkeys(world.rewards, never))
+    assert world.snapshot(tmp_path) == before
+
+
+def test_damaged_part_is_named_and_rebuilt(world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = world.generate(tmp_path / "c")
+    before = world.snapshot(folder)
+    victim = folder / "data/part-00001.parquet"
+    victim.write_bytes(victim.read_bytes()[:-7])
+    (folder / "data/part-00002.parquet").unlink()
+    world.generate(folder)
+    assert world.snapshot(folder) == before
+    assert f"'{victim}' is damaged" in caplog.text
+    assert "part-00002.parquet' is missing" in caplog.text
+
+
+def test_resume_with_other_settings_is_refused(world: Any, tmp_path: Path) -> None:
+    folder = world.generate(tmp_path / "c")
+    with pytest.raises(ResumeError, match=r"config\.seed: 7 -> 8"):
+        world.generate(folder, seed=8)
+    with pytest.raises(ResumeError, match=r"inputs\.prompts: 10 -> 9"):
+        world.generate(folder, count=9)
+
+
+def test_one_candidate_is_refused_with_the_fix(world: Any) -> None:
+    with pytest.raises(ConfigError, match=r"dull x 1.*seeds: 2.*second source"):
+        world.config(sources=[synpic.SourceConfig(name="dull")])
+
+
+def test_other_bad_configs_are_refused(world: Any) -> None:
+    source = synpic.SourceConfig(name="dull", seeds=2)
+    for changes, message in (
+        ({"part_size": 0}, "part_size must be at least 1"),
+        ({"sources": [source, source]}, "names one twice"),
+        ({"sources": []}, "no source"),
+        ({"sources": [source, synpic.SourceConfig(name="x", seeds=0)]}, "seeds"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            world.config(**changes)
+    for changes in ({"temperature": 0.0}, {"held_out": 1.5}, {"min_margin": -0.1}):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            synpic.RankConfig(**changes)
+
+
+def test_unknown_names_get_the_nearest(world: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"generator 'brigth'\. Did you mean 'bright'"):
+        world.generate(tmp_path / "c", sources=[synpic.SourceConfig(name="brigth", seeds=2)])
+    assert not (tmp_path / "c").exists()
+    candidates = world.generate(tmp_path / "d")
+    config = synpic.ScoreConfig(rewards=["gren"])
+    with pytest.raises(UnknownNameError, match=r"reward 'gren'\. Did you mean 'green'"):
+        synpic.score_candidates(candidates, config, tmp_path / "s", build_rewards=world.rewards)
+
+
+def replace_picture(folder: Path, data: bytes) -> None:
+    """Swap the picture of row 1, candidate 2 of the second part, as if it had been drawn so."""
+    path = folder / "data/part-00001.parquet"
+    table = pq.read_table(path)
+    images = table["images"].to_pylist()
+    images[1][2]["bytes"] = data
+    column = pa.array(images, type=table.schema.field("images").type)
+    pq.write_table(table.set_column(table.column_names.index("images"), table.schema.field("images"), column), path)
+
+
+@pytest.mark.parametrize(("keep", "message"), [(0, "empty"), (60, "truncated")])
+def test_broken_picture_is_named(world: Any, tmp_path: Path, keep: int, message: str) -> None:
+    folder = world.generate(tmp_path / "c")
+    good = rows_of(folder)[5]["images"][2]["bytes"]
+    replace_picture(folder, good[:keep])
+    with pytest.raises(DataError, match=rf"part-00001\.parquet', row 1 .*candidate 2: the picture is {message}"):
+        synpic.score_candidates(folder, world.score, tmp_path / "s", build_rewards=world.rewards)
+
+
+@dataclass
+class FailingReward:
+    """NaN for the prompts whose text ends in one of `bad`."""
+
+    bad: tuple[str, ...]
+
+    def __call__(self, media: torch.Tensor, prompts: Any) -> Scores:
+        total = media.mean(dim=(1, 2, 3))
+        return Scores(total.masked_fill(torch.tensor([p.text.split()[-1] in self.bad for p in prompts]), float("nan")))
+
+
+def score_failing(world: Any, base: Path, bad: tuple[str, ...]) -> storage.StageResult:
+    folder = world.generate(base / "c", count=20)
+    config = synpic.ScoreConfig(rewards=["failing", "red"])
+    builders = {"failing": lambda: FailingReward(bad), "red": world.rewards["red"]}
+    return synpic.score_candidates(folder, config, base / "s", build_rewards=builders)
+
+
+def test_rows_that_are_not_finite_are_quarantined(world: Any, tmp_path: Path) -> None:
+    result = score_failing(world, tmp_path, ("6",))
+    assert (result.rows, result.counts) == (19, {"quarantined": 1})
+    (line,) = (tmp_path / "s/quarantine.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    assert entry["prompt"] == "picture number 6"
+    assert (entry["file"], entry["row"]) == ("data/part-00001.parquet", 2)
+    assert entry["reason"] == "reward 'failing' is nan for candidate 0"
+    ranked = synpic.rank_candidates(tmp_path / "c", tmp_path / "s", synpic.RankConfig(), tmp_path / "r")
+    assert ranked.counts["quarantined"] == 1
+    assert "picture number 6" not in [row["prompt"] for row in rows_of(tmp_path / "r")]
+
+
+def test_over_five_percent_stops_with_advice(world: Any, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match=r"2 of 20 rows .*5%.*quarantine\.jsonl.*leave out that reward"):
+        score_failing(world, tmp_path, ("6", "3"))
+    assert len((tmp_path / "s/quarantine.jsonl").read_text().splitlines()) == 2
+
+
+def test_full_disk_keeps_finished_parts(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == "part-00001.parquet":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(StorageError, match=r"part-00001\.parquet.*No space left"):
+            world.generate(tmp_path / "c")
+    assert (tmp_path / "c/parts/part-00000.json").exists()
+    assert not list((tmp_path / "c").rglob("*.tmp"))
+    assert world.snapshot(world.generate(tmp_path / "c")) == world.snapshot(world.generate(tmp_path / "whole"))
+
+
+@dataclass
+class Around:
+    """A generator or reward that calls `before` first."""
+
+    inner: Any
+    before: Callable[[], object]
+    name: str = "around"
+
+    def generate(self, *arguments: Any) -> Any:
+        self.before()
+        return self.inner(*arguments)
+
+    __call__ = generate
+
+
+def test_scoring_overlaps_generation_and_gives_the_same_folders(world: Any, tmp_path: Path) -> None:
+    judging, drawing = threading.Event(), threading.Event()
+    draws = itertools.count(1)
+
+    def before_drawing() -> None:
+        if next(draws) == 12:  # the last of 4 parts x 3 batches: it waits until scoring has begun
+            assert judging.wait(60)
+            drawing.set()
+
+    def before_judging() -> None:  # and the first scoring waits until that last batch is drawn
+        judging.set()
+        assert drawing.wait(60)
+
+    folders = tmp_path / "both/c", tmp_path / "both/s"
+    synpic.generate_and_score(
+        world.prompts(16),
+        world.config(),
+        world.score,
+        folders,
+        build_sources={n: lambda b=b: Around(b().generate, before_drawing) for n, b in world.sources.items()},
+        build_rewards={**world.rewards, "red": lambda: Around(world.rewards["red"](), before_judging)},
+    )
+    apart = world.generate(tmp_path / "apart/c", count=16), tmp_path / "apart/s"
+    synpic.score_candidates(apart[0], world.score, apart[1], build_rewards=world.rewards)
+    assert world.snapshot(tmp_path / "both") == world.snapshot(tmp_path / "apart")
+
+
+def test_failing_reward_stops_the_drawing(world: Any, tmp_path: Path) -> None:
+    rewards = dict.fromkeys(world.rewards, lambda: FailingReward(tuple(map(str, range(40)))))
+    with pytest.raises(NumericsError, match="NaN or infinite"):
+        synpic.generate_and_score(
+            world.prompts(200),
+            world.config(),
+            world.score,
+            (tmp_path / "c", tmp_path / "s"),
+            build_sources={
+                n: lambda b=b: Around(b().generate, lambda: time.sleep(0.01)) for n, b in world.sources.items()
+            },
+            build_rewards=rewards,
+        )
+    assert len(list((tmp_path / "c/parts").iterdir())) < 50
+
+
+def test_wrong_shapes_and_broken_pixels_are_named(world: Any, tmp_path: Path) -> None:
+    def build(make: Any) -> dict[str, Any]:
+        return dict.fromkeys(world.sources, lambda: Around(make, list))
+
+    cases = (
+        (lambda p, s, q: torch.zeros(len(p), 8, 8, 3), DataError, r"pixels \[4, 8, 8, 3\], expected \[4, 3, H, W\]"),
+        (lambda p, s, q: torch.full((len(p), 3, 8, 8), torch.nan), NumericsError, "NaN or infinite pixels"),
+    )
+    for make, error, message in cases:
+        with pytest.raises(error, match=message):
+            synpic.generate_candidates(world.prompts(4), world.config(), tmp_path / "c", build_sources=build(make))
+    candidates = world.generate(tmp_path / "d")
+    rewards = dict.fromkeys(world.rewards, lambda: lambda media, prompts: Scores(torch.zeros(1)))
+    with pytest.raises(DataError, match=r"reward 'red' returned scores \[1\], expected \[8\]"):
+        synpic.score_candidates(candidates, world.score, tmp_path / "s", build_rewards=rewards)

@@ -1,0 +1,197 @@
+"""Pairing, resume, reuse of the base side, and what the folder holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, UnknownNameError
+from alignkit.evaluation.paired import BaseCache, EvaluateConfig, evaluate, fingerprint
+from alignkit.evaluation.results import part_files, read_evaluation, read_pairs
+from alignkit.records import Prompt, Sampling, derive_seed
+
+
+def _files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_both_sides_see_the_same_prompts_and_seeds_and_every_gain_is_the_shift(world, tmp_path):
+    base, tuned = world.source("base"), world.source("tuned", world.shift)
+    result = evaluate(base, tuned, world.prompts, world.config, tmp_path, rewards=world.rewards(), gold="gold")
+    expected = [(p.text, derive_seed(5, p.id, k)) for p in world.prompts for k in range(3)]
+    assert base.drawn == tuned.drawn == expected
+    shifts = [world.shift(text, seed) for text, seed in expected]
+    assert read_pairs(tmp_path).gain("grey").tolist() == shifts
+    assert result.result("grey").overall.gain.mean == pytest.approx(sum(shifts) / len(shifts))
+    greys = [world.level(text, seed) for text, seed in expected]
+    assert result.result("grey").overall.base.mean == pytest.approx(sum(greys) / len(greys))
+
+
+def test_gold_comes_first_and_categories_are_told_apart(world, finished):
+    result = read_evaluation(finished)
+    assert [r.reward for r in result.results] == ["gold", "grey"]
+    assert result.gold.is_gold
+    odd, even = (result.result("grey").categories[name] for name in ("odd", "even"))
+    assert odd.gain.mean > 0 > even.gain.mean
+    assert odd.win_rate.mean == 1.0
+    assert odd.prompts == even.prompts == 4
+
+
+def test_sampler_settings_stand_beside_every_number(world, finished):
+    plain = json.loads((finished / "evaluation.json").read_text())
+    assert plain["sampling"] == dataclasses.asdict(world.config.sampling)
+    assert all(result["sampling"] == plain["sampling"] for result in plain["results"])
+
+
+def test_the_record_survives_the_file(world, tmp_path):
+    result = world.run(tmp_path, prompts=world.prompts[:1])
+    again = read_evaluation(tmp_path)
+    assert math.isnan(again.gold.overall.gain.low)
+    assert repr(again) == repr(result)
+
+
+def test_killed_and_run_again_only_the_missing_parts_are_drawn_and_the_bytes_are_equal(world, finished, tmp_path):
+    dying = world.source("tuned", world.shift, dies_after=8)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            world.source("base"), dying, world.prompts, world.config, tmp_path, rewards=world.rewards(), gold="gold"
+        )
+    assert not (tmp_path / "evaluation.json").exists()
+    base, tuned = world.source("base"), world.source("tuned", world.shift)
+    evaluate(base, tuned, world.prompts, world.config, tmp_path, rewards=world.rewards(), gold="gold")
+    assert (len(base.drawn), len(tuned.drawn)) == (0, 16)
+    assert _files(tmp_path) == _files(finished)
+
+
+def test_a_damaged_part_is_named_and_redrawn(world, tmp_path, caplog):
+    world.run(tmp_path)
+    whole = _files(tmp_path)
+    victim = part_files(tmp_path / "base")[2]
+    data = bytearray(victim.read_bytes())
+    data[60] ^= 0xFF
+    victim.write_bytes(data)
+    world.run(tmp_path)
+    assert victim.name in caplog.text
+    assert _files(tmp_path) == whole
+
+
+def test_the_base_side_is_drawn_once_for_many_adapters(world, tmp_path):
+    base = world.source("base")
+    cache = BaseCache(tmp_path / "cache", identity="weights-1")
+    gold = {"rewards": world.rewards(), "gold": "gold"}
+    for k in range(3):
+        tuned = world.source(f"tuned {k}", lambda text, seed, k=k: k)
+        result = evaluate(base, tuned, world.prompts, world.config, tmp_path / str(k), base_cache=cache, **gold)
+        assert result.result("grey").overall.gain.mean == pytest.approx(k)
+    assert len(base.drawn) == 24
+    other = BaseCache(tmp_path / "cache", identity="weights-2")
+    evaluate(base, world.source("tuned"), world.prompts, world.config, tmp_path / "x", base_cache=other, **gold)
+    assert len(base.drawn) == 48
+
+
+@pytest.mark.parametrize("change", [{"run_seed": 6}, {"seeds_per_prompt": 2}, {"sampling": Sampling(3, 1.0, 8, 8)}])
+def test_a_cached_base_is_not_reused_for_other_settings(world, tmp_path, change):
+    base, cache = world.source("base"), BaseCache(tmp_path / "cache", identity="weights-1")
+    for out, config in (("a", world.config), ("b", dataclasses.replace(world.config, **change))):
+        tuned = world.source("tuned")
+        rewards = world.rewards()
+        evaluate(base, tuned, world.prompts, config, tmp_path / out, rewards=rewards, gold=None, base_cache=cache)
+    assert len(base.drawn) == 24 + 8 * dataclasses.replace(world.config, **change).seeds_per_prompt
+
+
+def test_the_folder_is_whole_without_the_cache(world, tmp_path):
+    cache = BaseCache(tmp_path / "cache", identity="weights-1")
+    base, tuned, out = world.source("base"), world.source("tuned"), tmp_path / "out"
+    evaluate(base, tuned, world.prompts, world.config, out, rewards=world.rewards(), gold="gold", base_cache=cache)
+    for path in sorted((tmp_path / "cache").rglob("*.parquet")):
+        path.unlink()
+    assert len(read_pairs(out).pictures("base", [0, 23])) == 2
+
+
+def test_another_evaluation_in_the_same_folder_is_refused_with_the_difference(world, tmp_path):
+    world.run(tmp_path)
+    before = _files(tmp_path)
+    config = dataclasses.replace(world.config, run_seed=6)
+    args = (world.source("base"), world.source("tuned"), world.prompts, config, tmp_path)
+    with pytest.raises(ResumeError, match="run_seed: 5 there, 6 now"):
+        evaluate(*args, rewards=world.rewards(), gold="gold")
+    with pytest.raises(ResumeError, match="tuned_identity: '' there, 'retrained' now"):
+        evaluate(*args[:3], world.config, tmp_path, rewards=world.rewards(), gold="gold", tuned_identity="retrained")
+    assert _files(tmp_path) == before
+
+
+def test_other_intervals_need_no_new_pictures(world, tmp_path):
+    world.run(tmp_path)
+    base, tuned = world.source("base"), world.source("tuned", world.shift)
+    config = dataclasses.replace(world.config, bootstrap_samples=50, confidence=0.5)
+    evaluate(base, tuned, world.prompts, config, tmp_path, rewards=world.rewards(), gold="gold")
+    assert base.drawn == tuned.drawn == []
+
+
+def test_scores_are_those_of_the_stored_picture(world, finished):
+    pairs = read_pairs(finished)
+    for side, scores in (("base", pairs.base), ("tuned", pairs.tuned)):
+        for row, png in pairs.pictures(side, range(24)).items():
+            with Image.open(io.BytesIO(png)) as image:
+                assert np.asarray(image).mean() == scores["grey"][row]
+
+
+def test_parts_are_plain_parquet_that_say_what_they_hold(finished):
+    table = pq.read_table(part_files(finished / "tuned")[0])
+    columns = ["prompt_id", "prompt", "category", "seed", "image", "score/grey", "score/gold"]
+    assert table.column_names == columns
+    assert table["category"].to_pylist() == ["even"] * 3 + ["odd"]
+
+
+def test_a_few_scores_that_are_not_finite_are_dropped_and_counted_many_stop(world, tmp_path):
+    def broken(texts):
+        return world.reader("broken", lambda grey, prompt: math.nan if prompt.text in texts else 1.0)
+
+    prompts = [Prompt.from_text(f"p {k}") for k in range(40)]
+    config = EvaluateConfig(seeds_per_prompt=1, batch_size=8, sampling=world.config.sampling)
+    sources = (world.source("base"), world.source("tuned"))
+    few = evaluate(*sources, prompts, config, tmp_path / "few", rewards={"broken": broken({"p 3"})}, gold=None)
+    assert (few.results[0].overall.dropped, few.results[0].overall.pairs) == (1, 39)
+    many = {"broken": broken({"p 3", "p 9", "p 11"})}
+    with pytest.raises(NumericsError, match=r"'broken' is NaN or infinite on 3 pictures.*'p 9'|'p 11'"):
+        evaluate(*sources, prompts, config, tmp_path / "many", rewards=many, gold=None)
+
+
+def test_bad_input_is_refused_before_anything_is_drawn(world, tmp_path):
+    base = world.source("base")
+    same = (base, world.source("tuned"))
+    rewards = world.rewards()
+    with pytest.raises(DataError, match="no prompts"):
+        evaluate(*same, [], world.config, tmp_path, rewards=rewards, gold="gold")
+    with pytest.raises(DataError, match="prompt 8 repeats prompt 0, 'prompt 0'"):
+        evaluate(*same, [*world.prompts, world.prompts[0]], world.config, tmp_path, rewards=rewards, gold="gold")
+    with pytest.raises(UnknownNameError, match=r"gold 'golf'.*'gold'"):
+        evaluate(*same, world.prompts, world.config, tmp_path, rewards=rewards, gold="golf")
+    with pytest.raises(ConfigError, match="no rewards"):
+        evaluate(*same, world.prompts, world.config, tmp_path, rewards={}, gold=None)
+    cache = BaseCache(tmp_path, "")
+    with pytest.raises(ConfigError, match="identity"):
+        evaluate(*same, world.prompts, world.config, tmp_path, rewards=rewards, gold=None, base_cache=cache)
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        EvaluateConfig(batch_size=0)
+    assert base.drawn == []
+
+
+def test_a_fingerprint_follows_names_and_bytes(tmp_path):
+    (tmp_path / "unet").mkdir()
+    weights = tmp_path / "unet" / "w.safetensors"
+    weights.write_bytes(b"a")
+    first = fingerprint(tmp_path)
+    weights.write_bytes(b"b")
+    assert fingerprint(tmp_path) != first
+    weights.write_bytes(b"a")
+    assert fingerprint(tmp_path) == first
+    weights.rename(tmp_path / "unet" / "v.safetensors")
+    assert fingerprint(tmp_path) != first

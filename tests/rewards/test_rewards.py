@@ -1,0 +1,134 @@
+"""Rewards score the diagonal, row by row, whatever the batch, and carry gradients to the pixels."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, CLIPModel
+
+from alignkit.errors import MissingFileError
+from alignkit.protocols import Reward
+from alignkit.records import Prompt
+from alignkit.resolve import resolve
+from alignkit.sandbox import models
+from rewards import REWARDS
+
+TEXTS = ["a red circle", "two blue rings on a gray background", "a cross above a ring"]
+PROMPTS = [Prompt.from_text(text) for text in TEXTS]
+LEARNED = ["clip_score", "preference"]
+
+
+@pytest.fixture(scope="session")
+def preference_folder(tmp_path_factory, clip_folder):
+    from rewards.preference import PreferenceConfig, PreferenceModel
+
+    folder = tmp_path_factory.mktemp("taste")
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        vision = CLIPModel.from_pretrained(clip_folder).config.vision_config
+        config = PreferenceConfig(
+            vision.to_dict(), len(models.clip_tokenizer()), layers=1, answers=("verdict", "neat", "bold")
+        )
+        PreferenceModel(config).save_pretrained(folder)
+    models.clip_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def build(clip_folder, preference_folder):
+    options = {"clip_score": {"model": str(clip_folder)}, "preference": {"model": str(preference_folder)}, "gold": {}}
+    return lambda name: resolve(name, REWARDS, kind="reward")(**options[name])
+
+
+def pictures(count=3, size=16, seed=0):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_declares_itself(name, build):
+    reward = build(name)
+    assert isinstance(reward, Reward)
+    assert reward.modality in ("image", "video")
+    low, high = reward.native_range
+    assert low < high
+    scores = reward(pictures(size=64 if name == "gold" else 16), PROMPTS)
+    assert scores.total.shape == (3,)
+    assert torch.isfinite(scores.total).all()
+    assert ((low <= scores.total) & (scores.total <= high)).all()
+    assert all(isinstance(text, str) and text for text in (reward.name, reward.licence, reward.source))
+
+
+def test_rewards_are_those_of_the_table():
+    assert set(REWARDS) == {"clip_score", "preference", "gold"}, "add the new reward's options to `build`"
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_scores_do_not_depend_on_the_batch(name, build):
+    reward, media = build(name), pictures()
+    together = reward(media, PROMPTS).total
+    alone = torch.cat([reward(media[i : i + 1], PROMPTS[i : i + 1]).total for i in range(3)])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+    order = [2, 0, 1]
+    torch.testing.assert_close(reward(media[order], [PROMPTS[i] for i in order]).total, together[order])
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_scores_depend_on_prompt_and_picture(name, build):
+    reward, media = build(name), pictures()
+    own = reward(media, PROMPTS).total
+    assert (own - reward(media, PROMPTS[::-1]).total).abs().max() > 1e-4
+    assert (own - reward(media.flip(0), PROMPTS).total).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(("name", "size"), [("clip_score", 16), ("clip_score", 24), ("preference", 16)])
+def test_gradients_reach_the_pixels(name, build, size):
+    media = pictures(size=size).mul(0.8).add(0.1).requires_grad_()
+    reward = build(name)
+    assert reward.differentiable
+    total = reward(media, PROMPTS).total
+    (gradient,) = torch.autograd.grad(total[1], media)
+    assert gradient[1].abs().sum() > 0
+    assert gradient[0].abs().sum() == gradient[2].abs().sum() == 0  # the diagonal: nobody else's picture
+
+
+def test_clip_score_is_the_scaled_cosine(build, clip_folder):
+    clip = CLIPModel.from_pretrained(clip_folder).eval()
+    tokens = AutoTokenizer.from_pretrained(clip_folder)(TEXTS, padding="max_length", max_length=16, return_tensors="pt")
+    media = pictures()
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)))
+    with torch.no_grad():
+        output = clip(pixel_values=(media - mean) / std, **tokens)
+    cosine = (output.image_embeds * output.text_embeds).sum(-1)
+    torch.testing.assert_close(build("clip_score")(media, PROMPTS).total, 100 * cosine, rtol=0, atol=0.02)
+
+
+def test_clip_score_normalises_as_its_folder_says(clip_folder, tmp_path):
+    import shutil
+
+    from rewards.clip_score import ClipScore
+
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    plain = ClipScore(str(folder))(pictures(), PROMPTS).total
+    stored = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(stored))
+    assert (plain - ClipScore(str(folder))(pictures(), PROMPTS).total).abs().max() > 1e-4
+
+
+def test_preference_is_bradley_terry_ready(build):
+    """Reloaded weights score as the saved ones did, and the name is the folder's: several heads stand side by side."""
+    one, other = build("preference"), build("preference")
+    assert torch.equal(one(pictures(), PROMPTS).total, other(pictures(), PROMPTS).total)
+    assert one.name.startswith("taste")
+    assert not one.comparable_across_prompts
+    parts = one(pictures(), PROMPTS).parts
+    assert list(parts) == ["neat", "bold"]
+    assert all(part.shape == (3,) for part in parts.values())
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("model", ["/no/such/folder", "./nowhere"])
+def test_a_missing_folder_is_named(name, model):
+    with pytest.raises(MissingFileError, match=f"{name}: no model folder '{model}'"):
+        resolve(name, REWARDS, kind="reward")(model=model)
