@@ -88,8 +88,11 @@ def devices() -> dict[str, int]:
 
 def machine_lines() -> list[str]:
     """Versions, devices and optional parts, as printed."""
+    from alignkit.precision import fast_bf16
+
     lines = ["versions", *(f"  {name:<14}{version}" for name, version in versions().items()), "", "devices"]
     lines += [f"  {name}: {size / memory.GIB:.1f} GiB" for name, size in devices().items()]
+    lines.append(f"  bf16: {'fast' if fast_bf16() else 'slower than fp32 on this hardware; it stays off by default'}")
     lines += ["", "optional parts"]
     for name, use in OPTIONAL.items():
         state = part_state(name)

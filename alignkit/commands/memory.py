@@ -1,8 +1,8 @@
 """Peak memory of a training, estimated from safetensors headers and configs: no weight is read, no device touched.
 
-Weights, gradients and optimizer state are counted exactly; activations are estimated from the architecture (Korthikanti
-et al., arXiv 2205.05198, eq. 2: 34 bytes a token and channel of a 16-bit transformer block, without the attention
-matrix, which fused attention never stores). Deliberately not here: sharding over several devices.
+Weights, gradients and optimizer state are counted exactly; activations are estimated from the architecture, by counts a
+token and channel (the form of Korthikanti et al., arXiv 2205.05198, eq. 2; without the attention matrix, which fused
+attention never stores). Deliberately not here: sharding over several devices.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from typing import Any
 from alignkit.errors import ConfigError, DataError
 
 GIB = 2**30
-BLOCK_ELEMENTS = 17  # of a transformer block, a token and channel
-RESNET_ELEMENTS = 8  # of a U-Net's residual block, a position and channel
+# Elements that autograd keeps a token and channel, counted on SD 1.5, SDXL and SD3 at full size (fake tensors, fused
+# attention): with a LoRA on the attention, and with all weights trained, where every layer's input is kept as well.
+JOINT_BLOCK = {"lora": 12, "full": 21}  # SD3's
+UNET_BLOCK = {"lora": 20, "full": 27}  # the transformer blocks of a U-Net, with cross-attention
+RESNET = 14  # a U-Net's residual block
 ADAM_BYTES = 4 + 4 + 8  # fp32 weight, gradient and two moments of a trained parameter
 TEXT_TOKENS = 333  # joint-attention transformers: 77 of CLIP and 256 of T5
 
@@ -133,11 +136,12 @@ def lora_parameters(model: Model, setup: Setup) -> int:
 def activations(model: Model, setup: Setup) -> float:
     """Bytes that one backward pass needs of the forward pass.
 
-    With gradient checkpointing a block keeps its input (1 element a token and channel), and one block is whole.
+    With gradient checkpointing a block keeps its input (1 element a token and channel; 3 for a residual block, whose
+    skip connection is kept too), and one block is whole.
     """
     blocks = list(_blocks(model, setup))
     if setup.gradient_checkpointing:
-        elements = sum(size for _, size in blocks) + max(count * size for count, size in blocks)
+        elements = sum((3 if count == RESNET else 1) * size for count, size in blocks) + max(count * size for count, size in blocks)
     else:
         elements = sum(count * size for count, size in blocks)
     return float(elements * setup.images_in_graph * setup.compute_bytes)
@@ -146,17 +150,18 @@ def activations(model: Model, setup: Setup) -> float:
 def _blocks(model: Model, setup: Setup) -> Iterator[tuple[int, int]]:
     """(elements kept a token and channel, tokens x channels) of every block for one picture."""
     area = (setup.height // model.vae_ratio) * (setup.width // model.vae_ratio)
+    mode = "full" if setup.full_finetune else "lora"
     if model.denoiser == "unet":
-        yield from _unet_blocks(model.config, area)
+        yield from _unet_blocks(model.config, area, UNET_BLOCK[mode])
         return
     config = model.config
     width = config["num_attention_heads"] * config["attention_head_dim"]
     tokens = area // config.get("patch_size", 1) ** 2 + TEXT_TOKENS
     depth = config.get("num_layers", 0) + config.get("num_single_layers", 0)
-    yield from ((BLOCK_ELEMENTS, tokens * width) for _ in range(depth))
+    yield from ((JOINT_BLOCK[mode], tokens * width) for _ in range(depth))
 
 
-def _unet_blocks(config: Mapping[str, Any], area: int) -> Iterator[tuple[int, int]]:
+def _unet_blocks(config: Mapping[str, Any], area: int, block: int) -> Iterator[tuple[int, int]]:
     channels = config["block_out_channels"]
     depths = _per_level(config.get("transformer_layers_per_block", 1), len(channels))
     layers = _per_level(config.get("layers_per_block", 2), len(channels))
@@ -166,9 +171,9 @@ def _unet_blocks(config: Mapping[str, Any], area: int) -> Iterator[tuple[int, in
         # layers on the way down, one more on the way up; the middle counts as one of the last level
         count = 2 * layers[level] + 1 + (level == len(channels) - 1)
         for _ in range(count):
-            yield RESNET_ELEMENTS, size
+            yield RESNET, size
             if "Attn" in kind:
-                yield from ((BLOCK_ELEMENTS, size) for _ in range(depths[level]))
+                yield from ((block, size) for _ in range(depths[level]))
 
 
 def _per_level(value: Any, levels: int) -> list[int]:

@@ -22,6 +22,7 @@ NEEDS = {
     "careful": ("eyes",),
     "showy": ("eyes",),
     "unet": ("vae",),
+    "unet_long": ("unet",),
     "flow": ("vae",),
 }
 
@@ -30,7 +31,8 @@ NEEDS = {
 class SandboxJob:
     """Train one model of the sandbox.
 
-    name: vae, eyes (a picture tower), clip (the CLIP proxy), careful, showy (heads), unet, flow (generators).
+    name: vae, eyes (a picture tower), clip (the CLIP proxy), careful, showy (heads), unet, flow (generators),
+        unet_long (a LoRA that makes unet stronger).
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """
@@ -87,5 +89,5 @@ def _refuse(target: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb; the name may stand alone as the first word."""
     words = ["--name", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    summary = "Repeat the training of one sandbox model (vae, eyes, clip, careful, showy, unet, flow)."
+    summary = "Repeat the training of one sandbox model (vae, eyes, clip, careful, showy, unet, unet_long, flow)."
     execute(Verb("sandbox train", summary, lambda *_: SandboxJob, _plan, _work), words)

@@ -144,8 +144,9 @@ def fit(
     held_out: float,
     validation: Callable[[], Validation] | None,
     select: Callable[[Any], Any] = lambda rows: rows,
+    write_card: Callable[[Any, Path], None] | None = None,
 ) -> Path:
-    """Train, or continue from the newest whole checkpoint, and export; returns the folder of the result.
+    """Train, or continue from the newest whole checkpoint, export, push if asked; returns the folder of the result.
 
     The result is `output_dir/adapter`, or `output_dir/model` after full fine-tuning. A finished training is recognised
     and loads nothing. `select` may choose or change the training rows (a `datasets.Dataset`).
@@ -159,10 +160,12 @@ def fit(
     heldout = load_ranked(data, "heldout", held_out=held_out) if is_judged else None
     trainer_class = resolve(method, {name: trainer for name, (_, trainer) in METHODS.items()}, kind="method")
     built = validation() if validation else None
-    trainer = trainer_class(load_policy(*policy), args, train, heldout, validation=built)
+    trainer = trainer_class(load_policy(*policy), args, train, heldout, validation=built, write_card=write_card)
     trainer.train(resume_from_checkpoint=True)
     trainer.save_state()
     trainer.export(result)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     mark_finished(folder)
     return result
 
@@ -192,9 +195,16 @@ def _work(method: str, job: Any) -> None:
         held_out = job.prompts.split()[1]
         validation = functools.partial(job.validation.build, held_out, job.rewards)
     policy = (Path(job.model).name, job.policy)
-    result = fit(method, policy, job.train, job.data, held_out=job.held_out, validation=validation)
-    title = f"{Path(job.model).name} aligned with {method}"
-    write_card(CardInputs(title, method, job.model, config=plain(job)), result)
+    inputs = CardInputs(f"{Path(job.model).name} aligned with {method}", method, job.model, config=plain(job))
+    result = fit(
+        method,
+        policy,
+        job.train,
+        job.data,
+        held_out=job.held_out,
+        validation=validation,
+        write_card=lambda _, folder: write_card(inputs, folder),
+    )
     print(f"result: {result}")
     print(f"next: alignkit evaluate --base.model {job.model} --tuned.adapter {result} ...")
 

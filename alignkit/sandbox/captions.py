@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -92,9 +93,10 @@ def prompts(count: int, *, seed: int, weights: dict[str, float] | None = None) -
     return chosen
 
 
-def random_caption(rng: np.random.Generator) -> str:
-    """One caption for training: the category first, so that rare categories are not drowned by large ones."""
-    category = str(rng.choice(list(CATEGORIES)))
+def random_caption(rng: np.random.Generator, weights: Mapping[str, float] | None = None) -> str:
+    """One caption for training: the category first (by `weights`), so that large ones do not drown the rest."""
+    share = None if weights is None else np.array([weights[category] for category in CATEGORIES])
+    category = str(rng.choice(list(CATEGORIES), p=None if share is None else share / share.sum()))
     return str(rng.choice(PREFIXES)) + _random_body(category, rng) + _random_ground(rng)
 
 

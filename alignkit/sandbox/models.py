@@ -97,7 +97,7 @@ def eyes() -> CLIPVisionModel:
             patch_size=8,
             hidden_size=128,
             intermediate_size=512,
-            num_hidden_layers=4,
+            num_hidden_layers=3,
             num_attention_heads=4,
         )
     )

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPModel, CLIPVisionModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from alignkit.precision import fast_bf16
 from alignkit.sandbox import models
 from alignkit.sandbox.raters import ASPECTS, TASTES, Comparisons
 from alignkit.sandbox.scenes import PALETTE, SHAPES
@@ -65,7 +66,7 @@ def fit(module: nn.Module, dataset: Dataset[Any], recipe: Recipe, work: Path, co
         weight_decay=0.01,
         max_grad_norm=1.0,
         adam_beta2=0.99,
-        bf16=True,
+        bf16=fast_bf16(),
         use_cpu=not torch.cuda.is_available(),
         seed=recipe.seed,
         data_seed=recipe.seed,

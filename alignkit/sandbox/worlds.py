@@ -21,17 +21,27 @@ def to_tensor(picture: np.ndarray) -> Tensor:
 
 
 class Captioned(Dataset[dict[str, Any]]):
-    """`size` captioned scenes. `noise` gives the share of pictures per category that contradict their caption."""
+    """`size` captioned scenes.
 
-    def __init__(self, size: int, seed: int, noise: Mapping[str, float] | None = None) -> None:
-        self.size, self.seed, self.noise = size, seed, dict(noise or {})
+    `noise` gives the share of pictures per category that contradict their caption, `weights` how often each category
+    is drawn (default: equally).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        noise: Mapping[str, float] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.size, self.seed, self.noise, self.weights = size, seed, dict(noise or {}), weights
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng(derive_seed("scene", self.seed, index))
-        text = random_caption(rng)
+        text = random_caption(rng, self.weights)
         spec = parse(text)
         if rng.random() < self.noise.get(spec.category, 0.0):
             spec = contradict(spec, rng)

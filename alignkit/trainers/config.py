@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from alignkit.errors import ConfigError
+from alignkit.precision import fast_bf16
 
 
 @dataclass
@@ -26,6 +27,10 @@ class AlignConfig(TrainingArguments):
     )
     activation_checkpointing_kwargs: dict | str | None = field(
         default_factory=lambda: {"use_reentrant": False}, metadata={"help": "Options of torch's checkpoint."}
+    )
+
+    bf16: None | bool = field(  # noqa: RUF036
+        default=None, metadata={"help": "Compute in bf16 (autocast); default: where the hardware is faster with it."}
     )
 
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA; ignored with full_finetune."})
@@ -49,6 +54,8 @@ class AlignConfig(TrainingArguments):
         return Path(self.cache_dir or Path(self.output_dir) / "_cache")
 
     def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and fast_bf16(use_cpu=bool(self.use_cpu))
         super().__post_init__()
         if not 0 <= self.caption_dropout <= 1:
             raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignkit.commands import memory
 from alignkit.errors import DataError
@@ -52,7 +54,7 @@ def test_parts_by_hand(folder):
     assert parts["text encoders and VAE"] == 10 * 2
     assert parts["trained weights, gradients, AdamW"] == 3 * ((8 + 8) + (8 + 4)) * 16
     tokens = (64 // 4) ** 2 // 4 + memory.TEXT_TOKENS
-    assert parts["activations (estimate)"] == 2 * memory.BLOCK_ELEMENTS * tokens * 8 * (2 * 4) * 2
+    assert parts["activations (estimate)"] == 2 * memory.JOINT_BLOCK["lora"] * tokens * 8 * (2 * 4) * 2
 
 
 def test_full_tuning_keeps_a_reference(folder):
@@ -82,3 +84,52 @@ def test_a_truncated_file_is_named(folder, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"transformer/model\.safetensors.*copy it again"):
         memory.read_model(folder)
+
+
+def _kept(build, inputs):
+    """Bytes that autograd keeps of a forward pass of a full-size network, counted without any memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = build().train()
+        weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            net(**inputs())
+    return sum(size for size, _ in kept.values())
+
+
+def test_activations_of_sd15_and_sd3_against_autograd():
+    """SD 1.5 at 512 px and SD3 at 1024 px, all weights trained, float32, one picture."""
+    one = replace(SETUP, height=512, width=512, batch=1, candidates=1, full_finetune=True, compute_bytes=4)
+    unet = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
+    counted = _kept(
+        lambda: UNet2DConditionModel(**unet),
+        lambda: {
+            "sample": torch.empty(1, 4, 64, 64),
+            "timestep": torch.zeros(1),
+            "encoder_hidden_states": torch.empty(1, 77, 768),
+        },
+    )
+    kinds = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    model = memory.Model({}, "unet", {**unet, "down_block_types": kinds}, vae_ratio=8)
+    assert memory.activations(model, one) == pytest.approx(counted, rel=0.1)
+
+    joint = {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64}
+    sizes = {"joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048}
+    counted = _kept(
+        lambda: SD3Transformer2DModel(sample_size=128, pos_embed_max_size=192, **joint, **sizes),
+        lambda: {
+            "hidden_states": torch.empty(1, 16, 128, 128),
+            "timestep": torch.zeros(1),
+            "encoder_hidden_states": torch.empty(1, memory.TEXT_TOKENS, 4096),
+            "pooled_projections": torch.empty(1, 2048),
+        },
+    )
+    model = memory.Model({}, "transformer", {**joint, "patch_size": 2}, vae_ratio=8)
+    assert memory.activations(model, replace(one, height=1024, width=1024)) == pytest.approx(counted, rel=0.1)

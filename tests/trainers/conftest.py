@@ -17,6 +17,7 @@ SETTINGS: dict[str, Any] = {
     "lora_rank": 2,
     "learning_rate": 1e-2,
     "use_cpu": True,
+    "bf16": False,  # what is exact here is exact in float32
     "disable_tqdm": True,
     "save_strategy": "no",
     "caption_dropout": 0.25,
