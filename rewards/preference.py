@@ -39,7 +39,11 @@ class PreferenceConfig(PretrainedConfig):
 
 
 class PreferenceModel(PreTrainedModel):
-    """Scores [B, answers] of pixels [B, 3, H, W] in [0, 1] and prompt tokens [B, L]: patches and words meet."""
+    """Scores [B, answers] of pixels [B, 3, H, W] in [0, 1] and prompt tokens [B, L]: patches and words meet.
+
+    Each word gets a mark as well: the logit that the picture shows what it says (as raters mark words in RichHF-18K,
+    arXiv 2312.10240).
+    """
 
     config_class = PreferenceConfig
 
@@ -52,14 +56,20 @@ class PreferenceModel(PreTrainedModel):
         self.places = nn.Embedding(config.tokens, width)
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.fusion = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
-        self.scores = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(config.answers)))
+        self.scores = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, len(config.answers)))
+        self.marks = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
         self.post_init()
 
     def forward(self, pixels: Tensor, input_ids: Tensor) -> Tensor:
+        return self.read(pixels, input_ids)[0]
+
+    def read(self, pixels: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(scores [B, answers], marks [B, L])."""
         patches = self.vision(pixel_values=pixels * 2 - 1).last_hidden_state
         words = self.words(input_ids) + self.places.weight[: input_ids.shape[1]]
         fused = self.fusion(torch.cat([patches, words], dim=1))
-        return self.scores(fused[:, 0])
+        read = fused[:, patches.shape[1] :]
+        return self.scores(torch.cat([fused[:, 0], read.mean(1)], dim=1)), self.marks(read).squeeze(-1)
 
 
 class PreferenceReward:

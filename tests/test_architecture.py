@@ -22,7 +22,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Level of every part: a module imports its own level's part or lower ones, never higher. See docs of the layout.
 LEVELS = [
     ("errors", "records", "protocols", "resolve", "config", "provenance"),
-    ("diffusion", "losses"),
+    ("diffusion", "losses", "precision"),
     ("backbones", "generators", "adapters"),
     ("trainers", "evaluation", "sandbox"),
     ("commands",),

@@ -135,3 +135,10 @@ def load(net: Any, folder: Path, *, component: str) -> None:
     if misfits:
         raise AdapterError(f"adapter in '{folder}' does not fit this model: '{misfits[0]}' has another shape")
     set_peft_model_state_dict(net, state, adapter_name=NAME)
+
+
+def merge(net: Any) -> None:
+    """Fold the adapter into the weights and remove it; a net without one stays as it is."""
+    if lora_layers(net):
+        net.fuse_lora()
+        net.unload_lora()

@@ -131,10 +131,12 @@ def generator_builders(specs: Mapping[str, GeneratorSpec]) -> dict[str, Callable
 
 
 def build_generator(name: str, spec: GeneratorSpec) -> Any:
-    """Load a generator. Raises MissingFileError naming the files that a model folder lacks."""
+    """Load a generator for sampling. Raises MissingFileError naming the files that a model folder lacks."""
     if spec.is_own:
         return resolve(spec.model, {}, kind="generator")(**spec.options)
-    return load_policy(name, spec)
+    generator = load_policy(name, spec)
+    generator.merge_adapter()
+    return generator
 
 
 def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:

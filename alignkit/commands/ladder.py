@@ -60,7 +60,8 @@ class LadderJob(SynPicJob):
     train: trainer keys that all arms share, so that they differ in what they are named for alone.
     validation: pictures judged during training.
     evaluate: how base and tuned are compared.
-    evaluate_prompts: use at most so many held-out prompts.
+    evaluate_from: leave out so many held-out prompts, those that a sweep has chosen by.
+    evaluate_prompts: use at most so many of the others.
     workers: arms trained at the same time.
     table: where the table goes.
     title: its heading.
@@ -72,6 +73,7 @@ class LadderJob(SynPicJob):
     train: Mapping[str, Any] = field(default_factory=dict)
     validation: ValidationConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate_from: int = 0
     evaluate_prompts: int | None = None
     workers: int = 2
     table: Path
@@ -122,6 +124,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     _, held_out = job.prompts.split()
     shown = job.validation.prompts if job.validation else 0
+    start = max(shown, job.evaluate_from)
     with (
         (folder / "log.txt").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
@@ -141,7 +144,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
             select=select,
         )
         sides = {"base": job.aligned, "tuned": replace(job.aligned, adapter=adapter)}
-        prompts = held_out[shown:][: job.evaluate_prompts]
+        prompts = held_out[start:][: job.evaluate_prompts]
         out = folder / "evaluation"
         compare(sides, prompts, job.evaluate, out, rewards=job.rewards, gold=job.gold, base_cache=job.out / "base")
     return f"{name}, seed {seed}"

@@ -141,7 +141,9 @@ def activations(model: Model, setup: Setup) -> float:
     """
     blocks = list(_blocks(model, setup))
     if setup.gradient_checkpointing:
-        elements = sum((3 if count == RESNET else 1) * size for count, size in blocks) + max(count * size for count, size in blocks)
+        elements = sum((3 if count == RESNET else 1) * size for count, size in blocks) + max(
+            count * size for count, size in blocks
+        )
     else:
         elements = sum(count * size for count, size in blocks)
     return float(elements * setup.images_in_graph * setup.compute_bytes)

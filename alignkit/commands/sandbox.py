@@ -19,8 +19,9 @@ NEEDS = {
     "vae": (),
     "eyes": (),
     "clip": ("eyes",),
-    "careful": ("eyes",),
-    "showy": ("eyes",),
+    "reader": ("eyes",),
+    "careful": ("reader",),
+    "showy": ("reader",),
     "unet": ("vae",),
     "unet_long": ("unet",),
     "flow": ("vae",),
@@ -31,7 +32,7 @@ NEEDS = {
 class SandboxJob:
     """Train one model of the sandbox.
 
-    name: vae, eyes (a picture tower), clip (the CLIP proxy), careful, showy (heads), unet, flow (generators),
+    name: vae, eyes (a picture tower), clip (the CLIP proxy), reader (picture and words), careful, showy (heads), unet, flow (generators),
         unet_long (a LoRA that makes unet stronger).
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
@@ -57,8 +58,10 @@ def _trainer(job: SandboxJob) -> Callable[[], Any]:
     if job.name == "clip":
         return functools.partial(recipes.train_clip, job.out / "eyes", target, work)
     if job.name in recipes.HEADS:
+        return functools.partial(recipes.train_head, job.name, PreferenceModel, job.out / "reader", target, work)
+    if job.name == "reader":
         classes = (PreferenceModel, PreferenceConfig)
-        return functools.partial(recipes.train_head, job.name, *classes, job.out / "eyes", target, work)
+        return functools.partial(recipes.train_reader, *classes, job.out / "eyes", target, work)
     return functools.partial(generators.train_generator, job.name, job.out, work)
 
 
@@ -89,5 +92,7 @@ def _refuse(target: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb; the name may stand alone as the first word."""
     words = ["--name", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    summary = "Repeat the training of one sandbox model (vae, eyes, clip, careful, showy, unet, unet_long, flow)."
+    summary = (
+        "Repeat the training of one sandbox model (vae, eyes, clip, reader, careful, showy, unet, unet_long, flow)."
+    )
     execute(Verb("sandbox train", summary, lambda *_: SandboxJob, _plan, _work), words)

@@ -176,13 +176,15 @@ class PipelineGenerator:
         lora.export_diffusers(self.net, Path(folder), component=self.component)
         lora.export_peft(self.net, Path(folder) / "peft", base_model=self.name)
 
+    def merge_adapter(self) -> None:
+        """Fold the adapter into the weights for good: sampling then costs what the base model costs."""
+        lora.merge(self.net)
+
     def save_merged(self, folder: Path) -> None:
         """A plain pipeline folder with the adapter folded into the weights; this generator keeps its adapter."""
         adapted = self.net
         merged = copy.deepcopy(adapted)
-        if lora.lora_layers(merged):
-            merged.fuse_lora()
-            merged.unload_lora()
+        lora.merge(merged)
         self.pipeline.register_modules(**{self.component: merged})
         try:
             self.pipeline.save_pretrained(folder)

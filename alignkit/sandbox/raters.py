@@ -17,8 +17,8 @@ from scipy import ndimage
 from torch.utils.data import Dataset
 
 from alignkit.records import derive_seed
-from alignkit.sandbox.captions import parse, random_caption
-from alignkit.sandbox.scenes import Scene, Spec, _obeys, compose, contradict, render
+from alignkit.sandbox.captions import NUMBERS, _plural, parse, random_caption
+from alignkit.sandbox.scenes import PALETTE, SHAPES, Scene, Spec, _obeys, compose, contradict, render
 from alignkit.sandbox.worlds import to_tensor
 
 # What each rater cares for; the unit is log-odds of preferring a picture that has it fully over one that lacks it.
@@ -73,6 +73,7 @@ class Judged:
     """One side of a comparison: a picture [64, 64, 3] and what can be said of it."""
 
     picture: NDArray[np.float32]
+    scene: Scene
     features: Mapping[str, float]
 
 
@@ -90,7 +91,7 @@ def _side(spec: Spec, rng: np.random.Generator) -> Judged:
     # A trace of blur and noise, as an autoencoder leaves, so that sharpness of rendering is not what heads go by.
     picture = ndimage.gaussian_filter(picture, (rng.uniform(0, 0.6),) * 2 + (0,))
     picture = np.clip(picture + rng.normal(0, 0.015, picture.shape), 0, 1).astype(np.float32)
-    return Judged(picture, features(spec, scene, clean))
+    return Judged(picture, scene, features(spec, scene, clean))
 
 
 def _can_contradict(spec: Spec) -> bool:
@@ -99,6 +100,55 @@ def _can_contradict(spec: Spec) -> bool:
 
 
 ASPECTS = ("count", "shapes", "colors", "relation", "clean")
+
+
+def marks(text: str, scene: Scene) -> list[float]:
+    """For each word of a caption, 1 if `scene` shows what it says, 0 if not, -1 for words that say nothing alone."""
+    spec, words = parse(text), text.split()
+    shapes = {_plural(shape): shape for shape in SHAPES} | {shape: shape for shape in SHAPES}
+    drawn = Counter((thing.shape, thing.color) for thing in scene.things)
+    counts = Counter(thing.shape for thing in scene.things)
+    marked = []
+    for index, word in enumerate(words):
+        following = next((shapes[later] for later in words[index:] if later in shapes), "")
+        if word in shapes:
+            marked.append(float(counts[shapes[word]] > 0))
+        elif words[index + 1 : index + 2] == ["background"]:
+            marked.append(float(scene.background == word))
+        elif word in PALETTE:
+            marked.append(float(drawn[following, word] > 0))
+        elif word in NUMBERS:
+            marked.append(float(counts[following] == NUMBERS[word]))
+        elif spec.relation is not None and word == spec.relation.split()[0]:
+            marked.append(float(_stands(spec, scene)))
+        else:
+            marked.append(-1.0)
+    return marked
+
+
+class Readings(Dataset[dict[str, Any]]):
+    """`size` pictures with what annotators say of each: a mark for every word, and the aspects in [0, 1].
+
+    `marks` is aligned with the tokens (a begin marker, then one a word) and -1 where there is nothing to say; the first
+    of `answers` is whether the picture is faithful in every respect, the others are ASPECTS.
+    """
+
+    def __init__(self, size: int, seed: int, tokens: int) -> None:
+        self.size, self.seed, self.tokens = size, seed, tokens
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng(derive_seed("reading", self.seed, index))
+        text = random_caption(rng)
+        side = _side(parse(text), rng)
+        aspects = [side.features[name] for name in ASPECTS]
+        line = np.full(self.tokens, -1.0, np.float32)
+        line[1 : 1 + len(text.split())] = marks(text, side.scene)
+        faithful = float(min(aspects[:-1]) == 1.0)
+        answers = np.array([faithful, *aspects], np.float32)
+        return {"pixels": to_tensor(side.picture), "prompt": text, "marks": line, "answers": answers}
 
 
 class Comparisons(Dataset[dict[str, Any]]):

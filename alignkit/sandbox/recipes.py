@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from alignkit.precision import fast_bf16
 from alignkit.sandbox import models
-from alignkit.sandbox.raters import ASPECTS, TASTES, Comparisons
+from alignkit.sandbox.raters import ASPECTS, TASTES, Comparisons, Readings
 from alignkit.sandbox.scenes import PALETTE, SHAPES
 from alignkit.sandbox.worlds import Annotated, Captioned
 
@@ -48,9 +48,10 @@ VAE = (
 )
 EYES = Recipe(steps=400, batch=96, learning_rate=1e-3, seed=106)
 CLIP = Recipe(steps=500, batch=192, learning_rate=7e-4, seed=102)
+READER = Recipe(steps=1000, batch=96, learning_rate=1e-3, seed=107)
 HEADS = {
-    "careful": Recipe(steps=1400, batch=48, learning_rate=6e-4, seed=103),
-    "showy": Recipe(steps=1000, batch=48, learning_rate=6e-4, seed=104),
+    "careful": Recipe(steps=300, batch=48, learning_rate=3e-4, seed=103),
+    "showy": Recipe(steps=300, batch=48, learning_rate=3e-4, seed=104),
 }
 
 
@@ -185,6 +186,50 @@ def clip_accuracy(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, scenes: i
     return float(torch.cat(hits).any(1).float().mean())
 
 
+class _ReaderObjective(_Objective):
+    """Cross-entropy of every word's mark and of every answer about the whole picture."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, marks: Tensor, answers: Tensor) -> dict[str, Tensor]:
+        scores, logits = self.head.read(pixels, input_ids)
+        marked = marks >= 0
+        words = functional.binary_cross_entropy_with_logits(logits.float()[marked], marks[marked])
+        return {"loss": words + functional.binary_cross_entropy_with_logits(scores.float(), answers)}
+
+
+class ReadingCollator:
+    """Rows of `Readings` as a batch, prompts as tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [row["prompt"] for row in rows]
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=models.TOKENS, return_tensors="pt")
+        stacked = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("marks", "answers")}
+        return {"pixels": torch.stack([row["pixels"] for row in rows]), "input_ids": tokens.input_ids, **stacked}
+
+
+def train_reader(head_class: Any, config_class: Any, eyes: Path, out: Path, work: Path) -> nn.Module:
+    """Teach picture and words to meet, before anybody prefers anything: what BLIP's pre-training is to ImageReward.
+
+    The head's classes come in as arguments because `rewards` stands outside this package.
+    """
+    tokenizer = models.clip_tokenizer()
+    set_seed(READER.seed)
+    tower = CLIPVisionModel.from_pretrained(eyes, dtype=torch.float32)
+    sizes = {"vocab_size": len(tokenizer), "tokens": models.TOKENS, "answers": ("verdict", *ASPECTS)}
+    head = head_class(config_class(tower.config.to_dict(), **sizes))
+    head.vision.load_state_dict(tower.state_dict())
+    readings = Readings(READER.scenes, READER.seed, models.TOKENS)
+    fit(_ReaderObjective(head), readings, READER, work, ReadingCollator(tokenizer))
+    head.half().save_pretrained(out)
+    return head
+
+
 class _PairObjective(_Objective):
     """Bradley-Terry for each answer: -log sigmoid(answer * (first score - second score)); ties say nothing."""
 
@@ -215,17 +260,11 @@ class PairCollator:
         }
 
 
-def train_head(name: str, head_class: Any, config_class: Any, eyes: Path, out: Path, work: Path) -> nn.Module:
-    """Train preference head `name` on its rater's answers, its picture tower starting from the pre-trained eyes.
-
-    The head's classes come in as arguments because `rewards` stands outside this package.
-    """
+def train_head(name: str, head_class: Any, reader: Path, out: Path, work: Path) -> nn.Module:
+    """Train preference head `name` on its rater's answers, starting from the reader."""
     recipe, tokenizer = HEADS[name], models.clip_tokenizer()
     set_seed(recipe.seed)
-    tower = CLIPVisionModel.from_pretrained(eyes, dtype=torch.float32)
-    sizes = {"vocab_size": len(tokenizer), "tokens": models.TOKENS, "answers": ("verdict", *ASPECTS)}
-    head = head_class(config_class(tower.config.to_dict(), **sizes))
-    head.vision.load_state_dict(tower.state_dict())
+    head = head_class.from_pretrained(reader, dtype=torch.float32)
     pairs = Comparisons(recipe.scenes, recipe.seed, TASTES[name])
     fit(_PairObjective(head), pairs, recipe, work, PairCollator(tokenizer))
     head.half().save_pretrained(out)

@@ -151,6 +151,15 @@ def test_merged_weights_draw_the_same_picture(tuned, family, tmp_path):
     assert lora.lora_layers(tuned.net)  # the tuned one keeps its adapter
 
 
+def test_a_folded_adapter_draws_the_same_picture(tuned, family, model_folders, tmp_path):
+    tuned.save_adapter(tmp_path)
+    folded = load_generator(model_folders[family], adapter=tmp_path, device="cpu")
+    folded.merge_adapter()
+    assert not lora.lora_layers(folded.net)
+    assert (draw(folded) - draw(tuned)).abs().max() <= CLOSE
+    folded.merge_adapter()  # nothing is left to fold
+
+
 def test_rank_stabilised_adapters_keep_their_scale(tuned, family, model_folders, tmp_path):
     """What the stored config says beyond rank and alpha counts too: rsLoRA scales by alpha / sqrt(rank)."""
     tuned.save_adapter(tmp_path)

@@ -12,7 +12,7 @@ from alignkit.records import Prompt, derive_seed
 from alignkit.sandbox import models
 from alignkit.sandbox.captions import NUMBERS, bodies, captions, parse, prompts, random_caption
 from alignkit.sandbox.gold import GoldReward, look, shows
-from alignkit.sandbox.raters import TASTES, Comparisons, features
+from alignkit.sandbox.raters import ASPECTS, TASTES, Comparisons, Readings, features, marks
 from alignkit.sandbox.scenes import (
     BACKGROUNDS,
     CATEGORIES,
@@ -240,6 +240,10 @@ def test_training_captions_cover_the_categories():
     rng = np.random.default_rng(0)
     found = {parse(random_caption(rng)).category for _ in range(200)}
     assert found == set(CATEGORIES)
+    weights = dict.fromkeys(CATEGORIES, 0.0) | {"position": 2.0, "counting": 1.0}
+    drawn = [parse(random_caption(rng, weights)).category for _ in range(300)]
+    assert set(drawn) == {"position", "counting"}
+    assert 160 < drawn.count("position") < 240
 
 
 # --- raters ---------------------------------------------------------------------------------------------------------
@@ -261,3 +265,34 @@ def test_tastes_differ():
     """The careful rater and the showy one disagree on a share of the same pairs that noise alone would not give."""
     assert TASTES["careful"]["relation"] > TASTES["showy"]["relation"]
     assert TASTES["careful"]["big"] < TASTES["showy"]["big"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "wrong"),
+    [
+        ("a photo of a red circle and a blue ring", "a blue circle and a red ring", ["red", "blue"]),
+        ("a circle left of a ring", "a circle right of a ring", ["left"]),
+        ("three green crosses", "two green crosses", ["three"]),
+        ("a square and a cross", "a square and a circle", ["cross"]),
+        ("a white ring on a navy background", "a white ring on a brown background", ["navy"]),
+        ("a cyan triangle above a square", "a cyan triangle above a square", []),
+    ],
+)
+def test_marks_name_the_words_that_are_not_shown(text, shown, wrong):
+    text = text.replace("cyan ", "")  # positions carry no colours
+    scene = compose(parse(shown.replace("cyan ", "")), np.random.default_rng(3))
+    marked = dict(zip(text.split(), marks(text, scene), strict=True))
+    assert [word for word, mark in marked.items() if mark == 0.0] == wrong
+    assert {word for word, mark in marked.items() if mark == -1.0} <= {"a", "photo", "of", "and", "on", "background"}
+
+
+def test_readings_are_aligned_with_tokens():
+    tokenizer = models.clip_tokenizer()
+    for item in (Readings(30, 4, models.TOKENS)[index] for index in range(30)):
+        words = item["prompt"].split()
+        assert len(tokenizer(item["prompt"]).input_ids) == len(words) + 2
+        said = [word for word, mark in zip(words, item["marks"][1:], strict=False) if mark >= 0]
+        assert set(said) >= {word for word in words if word in SHAPES}
+        assert (item["marks"][1 + len(words) :] == -1).all()
+        assert len(item["answers"]) == 1 + len(ASPECTS)
+        assert (item["answers"][0] == 1.0) == (item["answers"][1:-1] == 1.0).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
-from alignkit.trainers.sft import SFTConfig, winners
+from alignkit.trainers.sft import MAX_WEIGHT, SFTConfig, winners
 
 
 @pytest.mark.parametrize("family", ["unet", "flow"])
@@ -52,3 +52,45 @@ def test_rows_without_labels_train(make, ranked_rows):
 def test_candidates_is_checked(tmp_path):
     with pytest.raises(ConfigError, match="candidates is 'best'; use winner or all"):
         SFTConfig(output_dir=str(tmp_path), use_cpu=True, candidates="best")
+
+
+def test_velocity_space_is_the_v_networks_error(make, batch_of):
+    """|v_hat - v|^2 for v = alpha eps - sigma x0, with v_hat from the eps network's own x0 and eps."""
+    trainer = make("unet", method="sft", candidates="all", error_space="velocity")
+    batch = batch_of(trainer)
+    batch["t"] = torch.tensor([0.1, 0.3, 0.6]).unsqueeze(1).expand(batch["t"].shape)
+    alpha, sigma = (c[..., None] for c in trainer.generator.noise_schedule.coefficients(batch["t"]))
+    with torch.no_grad():
+        loss, _ = trainer.method_loss(trainer.model, batch)
+        off = trainer.errors(trainer.model, batch, residuals=True)  # eps_hat - eps
+    x0_off = -sigma / alpha * off  # of x0_hat = (x_t - sigma eps_hat) / alpha
+    torch.testing.assert_close(loss, (alpha * off - sigma * x0_off).square().mean((-1, -2)))
+
+
+def test_velocity_weights_are_held_and_flows_have_none(make, batch_of):
+    plain, weighted = (make("unet", method="sft", candidates="all", error_space=s) for s in ("native", "velocity"))
+    batch = batch_of(plain)
+    batch["t"] = torch.ones_like(batch["t"])  # next to pure noise
+    with torch.no_grad():
+        torch.testing.assert_close(
+            weighted.method_loss(weighted.model, batch)[0], MAX_WEIGHT * plain.method_loss(plain.model, batch)[0]
+        )
+    plain, weighted = (make("flow", method="sft", error_space=s) for s in ("native", "velocity"))
+    batch = batch_of(plain)
+    with torch.no_grad():
+        assert torch.equal(weighted.method_loss(weighted.model, batch)[0], plain.method_loss(plain.model, batch)[0])
+
+
+def test_error_space_is_checked(tmp_path):
+    with pytest.raises(ConfigError, match="error_space is 'x0'; use native or velocity"):
+        SFTConfig(output_dir=str(tmp_path), use_cpu=True, error_space="x0")
+
+
+@pytest.mark.parametrize(("fast", "wanted"), [(True, True), (False, False)])
+def test_bf16_is_used_where_it_is_fast(tmp_path, monkeypatch, fast, wanted):
+    from alignkit.trainers import config
+
+    monkeypatch.setattr(config, "fast_bf16", lambda **_: fast)
+    assert SFTConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is wanted
+    assert SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=not fast).bf16 is not wanted
+    assert SFTConfig(output_dir=str(tmp_path), use_cpu=True, fp16=True).bf16 is False
