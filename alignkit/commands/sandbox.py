@@ -22,7 +22,9 @@ NEEDS = {
     "reader": ("eyes",),
     "careful": ("reader",),
     "showy": ("reader",),
-    "unet": ("vae",),
+    "unet_first": ("vae",),
+    "unet_clean": ("unet_first",),
+    "unet": ("unet_clean",),
     "unet_long": ("unet",),
     "flow": ("vae",),
 }
@@ -32,8 +34,9 @@ NEEDS = {
 class SandboxJob:
     """Train one model of the sandbox.
 
-    name: vae, eyes (a picture tower), clip (the CLIP proxy), reader (picture and words), careful, showy (heads), unet, flow (generators),
-        unet_long (a LoRA that makes unet stronger).
+    name: vae; eyes, a picture tower; clip, the CLIP proxy; reader, where picture and words meet; careful and showy, the
+        preference heads; unet_first, unet_clean and unet, three stages of a generator; unet_long, a LoRA that undoes
+        what the last one harmed; flow, another generator.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """
