@@ -19,7 +19,7 @@ NEEDS = {
     "vae": (),
     "eyes": (),
     "clip": ("eyes",),
-    "reader": ("eyes",),
+    "reader": (),
     "careful": ("reader",),
     "showy": ("reader",),
     "unet_first": ("vae",),
@@ -64,7 +64,7 @@ def _trainer(job: SandboxJob) -> Callable[[], Any]:
         return functools.partial(recipes.train_head, job.name, PreferenceModel, job.out / "reader", target, work)
     if job.name == "reader":
         classes = (PreferenceModel, PreferenceConfig)
-        return functools.partial(recipes.train_reader, *classes, job.out / "eyes", target, work)
+        return functools.partial(recipes.train_reader, *classes, target, work)
     return functools.partial(generators.train_generator, job.name, job.out, work)
 
 
@@ -95,7 +95,5 @@ def _refuse(target: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb; the name may stand alone as the first word."""
     words = ["--name", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    summary = (
-        "Repeat the training of one sandbox model (vae, eyes, clip, reader, careful, showy, unet, unet_long, flow)."
-    )
+    summary = f"Repeat the training of one sandbox model: {', '.join(NEEDS)}."
     execute(Verb("sandbox train", summary, lambda *_: SandboxJob, _plan, _work), words)

@@ -67,9 +67,9 @@ LAYERS = ("conv_in", "conv1", "conv2", "conv_shortcut", "conv", "conv_out", "tim
 LAYERS += ("proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 RECIPES = {
     "unet_first": GeneratorRecipe("new unet", 24_000, 1_850, 64, 1e-3, 201, error_space="native"),
-    "unet_clean": GeneratorRecipe("unet_first", 24_000, 1_800, 64, 1e-3, 203, weights=HARD),
-    "unet": GeneratorRecipe("unet_clean", 24_000, 300, 64, 3e-4, 204, WEB_NOISE),
-    "unet_long": GeneratorRecipe("unet", 24_000, 250, 64, 1e-3, 205, lora_rank=32),
+    "unet_clean": GeneratorRecipe("unet_first", 24_000, 750, 64, 1e-3, 203, weights=HARD),
+    "unet": GeneratorRecipe("unet_clean", 8_000, 200, 64, 3e-4, 204, WEB_NOISE),
+    "unet_long": GeneratorRecipe("unet", 8_000, 200, 64, 1e-3, 205, lora_rank=32),
     "flow": GeneratorRecipe("new flow", 24_000, 2_400, 64, 1e-3, 202, WEB_NOISE, storage=torch.float8_e4m3fn),
 }
 

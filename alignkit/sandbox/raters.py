@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from alignkit.records import derive_seed
 from alignkit.sandbox.captions import NUMBERS, _plural, parse, random_caption
 from alignkit.sandbox.scenes import PALETTE, SHAPES, Scene, Spec, _obeys, compose, contradict, render
-from alignkit.sandbox.worlds import to_tensor
+from alignkit.sandbox.worlds import centres, to_tensor
 
 # What each rater cares for; the unit is log-odds of preferring a picture that has it fully over one that lacks it.
 TASTES: Mapping[str, Mapping[str, float]] = {
@@ -127,7 +127,7 @@ def marks(text: str, scene: Scene) -> list[float]:
 
 
 class Readings(Dataset[dict[str, Any]]):
-    """`size` pictures with what annotators say of each: a mark for every word, and the aspects in [0, 1].
+    """`size` pictures with what annotators say of each: its objects, a mark for every word, the aspects in [0, 1].
 
     `marks` is aligned with the tokens (a begin marker, then one a word) and -1 where there is nothing to say; the first
     of `answers` is whether the picture is faithful in every respect, the others are ASPECTS.
@@ -148,7 +148,8 @@ class Readings(Dataset[dict[str, Any]]):
         line[1 : 1 + len(text.split())] = marks(text, side.scene)
         faithful = float(min(aspects[:-1]) == 1.0)
         answers = np.array([faithful, *aspects], np.float32)
-        return {"pixels": to_tensor(side.picture), "prompt": text, "marks": line, "answers": answers}
+        pixels, labels = to_tensor(side.picture), centres(side.scene)
+        return {"pixels": pixels, "prompt": text, "labels": labels, "marks": line, "answers": answers}
 
 
 class Comparisons(Dataset[dict[str, Any]]):

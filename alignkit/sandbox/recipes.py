@@ -48,7 +48,7 @@ VAE = (
 )
 EYES = Recipe(steps=400, batch=96, learning_rate=1e-3, seed=106)
 CLIP = Recipe(steps=500, batch=192, learning_rate=7e-4, seed=102)
-READER = Recipe(steps=1000, batch=96, learning_rate=1e-3, seed=107)
+READER = Recipe(steps=900, batch=96, learning_rate=1e-3, seed=107)
 HEADS = {
     "careful": Recipe(steps=300, batch=48, learning_rate=3e-4, seed=103),
     "showy": Recipe(steps=300, batch=48, learning_rate=3e-4, seed=104),
@@ -187,17 +187,26 @@ def clip_accuracy(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, scenes: i
 
 
 class _ReaderObjective(_Objective):
-    """Cross-entropy of every word's mark and of every answer about the whole picture."""
+    """Every place names the object whose centre it holds, every word gets its mark, every question its answer."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
         self.head = head
+        classes = 1 + len(SHAPES) * len(PALETTE)
+        self.names = nn.Linear(head.config.channels[-1], classes)
+        # Nearly all places hold nothing: unweighted, they would be most of the loss.
+        self.register_buffer("weight", torch.cat([torch.tensor([0.05]), torch.ones(classes - 1)]))
 
-    def forward(self, pixels: Tensor, input_ids: Tensor, marks: Tensor, answers: Tensor) -> dict[str, Tensor]:
-        scores, logits = self.head.read(pixels, input_ids)
+    def forward(
+        self, pixels: Tensor, input_ids: Tensor, labels: Tensor, marks: Tensor, answers: Tensor
+    ) -> dict[str, Tensor]:
+        seen = self.head.see(pixels)
+        named = functional.cross_entropy(self.names(seen).float().flatten(0, 1), labels.flatten(), self.weight)
+        scores, logits = self.head.read(seen, input_ids)
         marked = marks >= 0
         words = functional.binary_cross_entropy_with_logits(logits.float()[marked], marks[marked])
-        return {"loss": words + functional.binary_cross_entropy_with_logits(scores.float(), answers)}
+        asked = functional.binary_cross_entropy_with_logits(scores.float(), answers)
+        return {"loss": named + words + asked}
 
 
 class ReadingCollator:
@@ -209,23 +218,21 @@ class ReadingCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in rows]
         tokens = self.tokenizer(prompts, padding="max_length", max_length=models.TOKENS, return_tensors="pt")
-        stacked = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("marks", "answers")}
+        stacked = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("labels", "marks", "answers")}
         return {"pixels": torch.stack([row["pixels"] for row in rows]), "input_ids": tokens.input_ids, **stacked}
 
 
-def train_reader(head_class: Any, config_class: Any, eyes: Path, out: Path, work: Path) -> nn.Module:
+def train_reader(head_class: Any, config_class: Any, out: Path, work: Path, recipe: Recipe = READER) -> nn.Module:
     """Teach picture and words to meet, before anybody prefers anything: what BLIP's pre-training is to ImageReward.
 
     The head's classes come in as arguments because `rewards` stands outside this package.
     """
     tokenizer = models.clip_tokenizer()
-    set_seed(READER.seed)
-    tower = CLIPVisionModel.from_pretrained(eyes, dtype=torch.float32)
+    set_seed(recipe.seed)
     sizes = {"vocab_size": len(tokenizer), "tokens": models.TOKENS, "answers": ("verdict", *ASPECTS)}
-    head = head_class(config_class(tower.config.to_dict(), **sizes))
-    head.vision.load_state_dict(tower.state_dict())
-    readings = Readings(READER.scenes, READER.seed, models.TOKENS)
-    fit(_ReaderObjective(head), readings, READER, work, ReadingCollator(tokenizer))
+    head = head_class(config_class(**sizes))
+    readings = Readings(recipe.scenes, recipe.seed, models.TOKENS)
+    fit(_ReaderObjective(head), readings, recipe, work, ReadingCollator(tokenizer))
     head.half().save_pretrained(out)
     return head
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from alignkit.records import derive_seed
 from alignkit.sandbox.captions import parse, random_caption
-from alignkit.sandbox.scenes import PALETTE, SHAPES, compose, contradict, render
+from alignkit.sandbox.scenes import PALETTE, SHAPES, Scene, compose, contradict, render
 
 
 def to_tensor(picture: np.ndarray) -> Tensor:
@@ -48,8 +48,17 @@ class Captioned(Dataset[dict[str, Any]]):
         return {"pixels": to_tensor(render(compose(spec, rng), rng)), "prompt": text}
 
 
+def centres(scene: Scene) -> Tensor:
+    """For each of the 8 x 8 patches 0, or 1 + the (shape, colour) of the object whose centre lies in it."""
+    labels = torch.zeros(64, dtype=torch.long)
+    for thing in scene.things:
+        patch = int(thing.y // 8) * 8 + int(thing.x // 8)
+        labels[patch] = 1 + SHAPES.index(thing.shape) * len(PALETTE) + list(PALETTE).index(thing.color)
+    return labels
+
+
 class Annotated(Dataset[dict[str, Any]]):
-    """Scenes with a label for each of the 8 x 8 patches: 0, or 1 + the (shape, colour) whose centre lies in it."""
+    """Scenes with the `centres` of their objects."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
@@ -60,8 +69,4 @@ class Annotated(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng(derive_seed("annotated", self.seed, index))
         scene = compose(parse(random_caption(rng)), rng)
-        labels = torch.zeros(64, dtype=torch.long)
-        for thing in scene.things:
-            patch = int(thing.y // 8) * 8 + int(thing.x // 8)
-            labels[patch] = 1 + SHAPES.index(thing.shape) * len(PALETTE) + list(PALETTE).index(thing.color)
-        return {"pixels": to_tensor(render(scene, rng)), "labels": labels}
+        return {"pixels": to_tensor(render(scene, rng)), "labels": centres(scene)}

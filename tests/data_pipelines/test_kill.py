@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ KILLS = 6  # moments by each of two calls
 
 # The child imports once and forks a fresh process for every run, before anything starts a thread.
 CHILD = """
-import json, os, resource, signal, sys
+import json, os, resource, signal, sys, time
 sys.path[:0] = json.loads(sys.argv[1])
 import datasets, pyarrow.parquet, torch
 from pathlib import Path
@@ -50,6 +52,7 @@ def stages(base, rows, size, kill_at, moment):
 
 for line in sys.stdin:
     job = json.loads(line)
+    after = job.pop("after")
     sys.stdout.flush()
     reader, writer = os.pipe()
     child = os.fork()
@@ -59,6 +62,9 @@ for line in sys.stdin:
         finally:
             os._exit(0)
     os.close(writer)
+    if after:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)  # a finished child is still there to be waited for
     with os.fdopen(reader) as pipe:
         told = pipe.read()
     _, status = os.waitpid(child, 0)
@@ -70,8 +76,10 @@ for line in sys.stdin:
 class Runner:
     process: subprocess.Popen[str]
 
-    def __call__(self, base: Path, *, rows: int = 30, size: int = 8, kill_at: int = 0, moment: str = "fsync") -> Any:
-        job = {"base": str(base), "rows": rows, "size": size, "kill_at": kill_at, "moment": moment}
+    def __call__(
+        self, base: Path, *, rows: int = 30, size: int = 8, kill_at: int = 0, moment: str = "fsync", after: float = 0.0
+    ) -> Any:
+        job = {"base": str(base), "rows": rows, "size": size, "kill_at": kill_at, "moment": moment, "after": after}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -97,6 +105,21 @@ def test_killed_and_run_again_gives_the_same_bytes(runner: Runner, world: Any, t
         assert runner(base, moment=moment, kill_at=kill_at)[0] == signal.SIGKILL
         assert runner(base, moment=moment)[0] == 0
         assert world.snapshot(base) == whole, f"killed at {moment} number {kill_at} of {calls}"
+
+
+def test_killed_at_random_instants(runner: Runner, world: Any, tmp_path: Path) -> None:
+    start = time.monotonic()
+    runner(tmp_path / "whole")
+    seconds, whole = time.monotonic() - start, world.snapshot(tmp_path / "whole")
+    instants = random.Random(0)
+    deaths = []
+    for number in range(6):
+        base = tmp_path / str(number)
+        after = instants.uniform(0.02, 0.9) * seconds
+        deaths.append(runner(base, after=after)[0])
+        assert runner(base)[0] == 0
+        assert world.snapshot(base) == whole, f"killed after {after:.3f} of {seconds:.3f} s"
+    assert deaths.count(signal.SIGKILL) >= 3  # on a busy machine some finish first
 
 
 def test_killed_again_and_again_still_ends(runner: Runner, world: Any, tmp_path: Path) -> None:

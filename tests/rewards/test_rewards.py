@@ -21,15 +21,15 @@ LEARNED = ["clip_score", "preference"]
 
 
 @pytest.fixture(scope="session")
-def preference_folder(tmp_path_factory, clip_folder):
+def preference_folder(tmp_path_factory):
     from rewards.preference import PreferenceConfig, PreferenceModel
 
     folder = tmp_path_factory.mktemp("taste")
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        vision = CLIPModel.from_pretrained(clip_folder).config.vision_config
+        answers = ("verdict", "neat", "bold")
         config = PreferenceConfig(
-            vision.to_dict(), len(models.clip_tokenizer()), layers=1, answers=("verdict", "neat", "bold")
+            len(models.clip_tokenizer()), size=16, channels=(16, 16, 32), layers=1, answers=answers
         )
         PreferenceModel(config).save_pretrained(folder)
     models.clip_tokenizer().save_pretrained(folder)
@@ -82,7 +82,7 @@ def test_scores_depend_on_prompt_and_picture(name, build):
     assert (own - reward(media.flip(0), PROMPTS).total).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize(("name", "size"), [("clip_score", 16), ("clip_score", 24), ("preference", 16)])
+@pytest.mark.parametrize(("name", "size"), [("clip_score", 16), ("clip_score", 24), ("preference", 16), ("preference", 24)])
 def test_gradients_reach_the_pixels(name, build, size):
     media = pictures(size=size).mul(0.8).add(0.1).requires_grad_()
     reward = build(name)
