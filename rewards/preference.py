@@ -57,9 +57,9 @@ def _halve(channels: int, wider: int) -> nn.Module:
 class PreferenceModel(PreTrainedModel):
     """Scores [B, answers] of pixels [B, 3, H, W] in [0, 1] and prompt tokens [B, L].
 
-    Convolutions look (a transformer on bare patches needs far longer to tell shapes apart: arXiv 2106.14881), then places
-    of the picture and words of the prompt meet in a transformer. Each word gets a mark as well: the logit that the
-    picture shows what it says, as raters mark words in RichHF-18K (arXiv 2312.10240).
+    Convolutions look (a transformer on bare patches needs far longer to tell shapes apart: arXiv 2106.14881), then
+    places of the picture and words of the prompt meet in a transformer. Each word gets a mark as well: the logit that
+    the picture shows what it says, as raters mark words in RichHF-18K (arXiv 2312.10240).
     """
 
     config_class = PreferenceConfig

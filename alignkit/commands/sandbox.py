@@ -23,9 +23,8 @@ NEEDS = {
     "careful": ("reader",),
     "showy": ("reader",),
     "unet_first": ("vae",),
-    "unet_clean": ("unet_first",),
-    "unet": ("unet_clean",),
-    "unet_long": ("unet",),
+    "unet_second": ("unet_first",),
+    "unet": ("unet_second",),
     "flow": ("vae",),
 }
 
@@ -35,8 +34,7 @@ class SandboxJob:
     """Train one model of the sandbox.
 
     name: vae; eyes, a picture tower; clip, the CLIP proxy; reader, where picture and words meet; careful and showy, the
-        preference heads; unet_first, unet_clean and unet, three stages of a generator; unet_long, a LoRA that undoes
-        what the last one harmed; flow, another generator.
+        preference heads; unet_first, unet_second and unet, three stages of a generator; flow, another one.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """

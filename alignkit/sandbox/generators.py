@@ -2,7 +2,7 @@
 
 Both are ordinary diffusers folders trained from scratch with `SFTTrainer` (full fine-tuning of a random network).
 `flow` learns from captions that are wrong as often as those of web pictures are (`scenes.WEB_NOISE`), `unet` from clean
-ones. How good they are: docs/sandbox.md.
+ones, in three stages. How good they are: docs/sandbox.md.
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ class GeneratorRecipe:
     weights: Mapping[str, float] | None = None  # how often each category is drawn; default: equally
     storage: torch.dtype = torch.float16  # of the network's weights on disk
     error_space: str = "velocity"
-    lora_rank: int = 0  # train a LoRA of this rank on every layer; default: all weights
 
 
-# The share of each category that unet_long sees: mostly what `unet` is worst at.
+# What the second stage sees most: what the first is worst at.
 HARD = {
     "single_object": 0.5,
     "colors": 0.5,
@@ -63,13 +62,10 @@ HARD = {
     "position": 2.0,
     "color_attr": 2.0,
 }
-LAYERS = ("conv_in", "conv1", "conv2", "conv_shortcut", "conv", "conv_out", "time_emb_proj", "linear_1", "linear_2")
-LAYERS += ("proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 RECIPES = {
     "unet_first": GeneratorRecipe("new unet", 24_000, 1_850, 64, 1e-3, 201, error_space="native"),
-    "unet_clean": GeneratorRecipe("unet_first", 24_000, 750, 64, 1e-3, 203, weights=HARD),
-    "unet": GeneratorRecipe("unet_clean", 8_000, 200, 64, 3e-4, 204, WEB_NOISE),
-    "unet_long": GeneratorRecipe("unet", 8_000, 200, 64, 1e-3, 205, lora_rank=32),
+    "unet_second": GeneratorRecipe("unet_first", 24_000, 750, 64, 1e-3, 203, weights=HARD),
+    "unet": GeneratorRecipe("unet_second", 12_000, 500, 64, 7e-4, 206),
     "flow": GeneratorRecipe("new flow", 24_000, 2_400, 64, 1e-3, 202, WEB_NOISE, storage=torch.float8_e4m3fn),
 }
 
@@ -112,8 +108,7 @@ def build_flow(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     )
 
 
-def _scenes(recipe: GeneratorRecipe) -> Iterator[dict[str, Any]]:
-    world = Captioned(recipe.scenes, recipe.seed, recipe.noise, recipe.weights)
+def _scenes(world: Captioned) -> Iterator[dict[str, Any]]:
     for index in range(len(world)):
         scene = world[index]
         buffer = io.BytesIO()
@@ -127,8 +122,9 @@ def dataset(recipe: GeneratorRecipe, work: Path) -> datasets.Dataset:
     features = datasets.Features(
         {"prompt": datasets.Value("string"), "images": datasets.List(datasets.Image(decode=False))}
     )
+    world = Captioned(recipe.scenes, recipe.seed, recipe.noise, recipe.weights)
     return datasets.Dataset.from_generator(
-        _scenes, features=features, gen_kwargs={"recipe": recipe}, cache_dir=str(work / "scenes")
+        _scenes, features=features, gen_kwargs={"world": world}, cache_dir=str(work / "scenes")
     )
 
 
@@ -158,9 +154,7 @@ def train_generator(name: str, models_dir: Path, work: Path, recipe: GeneratorRe
         weight_decay=0.01,
         adam_beta2=0.99,
         use_cpu=not torch.cuda.is_available(),
-        full_finetune=not recipe.lora_rank,
-        lora_rank=recipe.lora_rank or SFTConfig.lora_rank,
-        lora_targets=list(LAYERS) if recipe.lora_rank else None,
+        full_finetune=True,
         candidates="all",
         error_space=recipe.error_space,
         caption_dropout=0.1,
@@ -176,8 +170,5 @@ def train_generator(name: str, models_dir: Path, work: Path, recipe: GeneratorRe
     trainer.train(resume_from_checkpoint=True)
     generator.pipeline.to(torch.float16)
     generator.net.to(recipe.storage)  # float8 moves flow's pixels by 0.001 on average, and halves its file
-    if recipe.lora_rank:
-        trainer.export(models_dir / name)
-    else:
-        generator.pipeline.save_pretrained(models_dir / name)
+    generator.pipeline.save_pretrained(models_dir / name)
     return models_dir / name

@@ -48,10 +48,14 @@ VAE = (
 )
 EYES = Recipe(steps=400, batch=96, learning_rate=1e-3, seed=106)
 CLIP = Recipe(steps=500, batch=192, learning_rate=7e-4, seed=102)
-READER = Recipe(steps=900, batch=96, learning_rate=1e-3, seed=107)
+# After the first stage it reads shapes, numbers and colours; whose colour, and where things stand, need the second.
+READER = (
+    Recipe(steps=900, batch=96, learning_rate=1e-3, seed=107),
+    Recipe(steps=500, batch=96, learning_rate=1e-3, seed=108),
+)
 HEADS = {
-    "careful": Recipe(steps=300, batch=48, learning_rate=3e-4, seed=103),
-    "showy": Recipe(steps=300, batch=48, learning_rate=3e-4, seed=104),
+    "careful": Recipe(steps=150, batch=48, learning_rate=3e-4, seed=103),
+    "showy": Recipe(steps=150, batch=48, learning_rate=3e-4, seed=104),
 }
 
 
@@ -218,21 +222,26 @@ class ReadingCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in rows]
         tokens = self.tokenizer(prompts, padding="max_length", max_length=models.TOKENS, return_tensors="pt")
-        stacked = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("labels", "marks", "answers")}
-        return {"pixels": torch.stack([row["pixels"] for row in rows]), "input_ids": tokens.input_ids, **stacked}
+        said = ("pixels", "labels", "marks", "answers")
+        stacked = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in said}
+        return {"input_ids": tokens.input_ids, **stacked}
 
 
-def train_reader(head_class: Any, config_class: Any, out: Path, work: Path, recipe: Recipe = READER) -> nn.Module:
+def train_reader(
+    head_class: Any, config_class: Any, out: Path, work: Path, stages: Sequence[Recipe] = READER
+) -> nn.Module:
     """Teach picture and words to meet, before anybody prefers anything: what BLIP's pre-training is to ImageReward.
 
     The head's classes come in as arguments because `rewards` stands outside this package.
     """
     tokenizer = models.clip_tokenizer()
-    set_seed(recipe.seed)
+    set_seed(stages[0].seed)
     sizes = {"vocab_size": len(tokenizer), "tokens": models.TOKENS, "answers": ("verdict", *ASPECTS)}
     head = head_class(config_class(**sizes))
-    readings = Readings(recipe.scenes, recipe.seed, models.TOKENS)
-    fit(_ReaderObjective(head), readings, recipe, work, ReadingCollator(tokenizer))
+    objective = _ReaderObjective(head)
+    for number, recipe in enumerate(stages, start=1):
+        readings = Readings(recipe.scenes, recipe.seed, models.TOKENS)
+        fit(objective, readings, recipe, work / f"stage-{number}", ReadingCollator(tokenizer))
     head.half().save_pretrained(out)
     return head
 

@@ -82,7 +82,8 @@ def test_scores_depend_on_prompt_and_picture(name, build):
     assert (own - reward(media.flip(0), PROMPTS).total).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize(("name", "size"), [("clip_score", 16), ("clip_score", 24), ("preference", 16), ("preference", 24)])
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("size", [16, 24])
 def test_gradients_reach_the_pixels(name, build, size):
     media = pictures(size=size).mul(0.8).add(0.1).requires_grad_()
     reward = build(name)
