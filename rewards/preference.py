@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from alignkit.errors import MissingFileError
 from alignkit.records import Prompt, Scores, texts
@@ -90,6 +90,9 @@ class PreferenceModel(PreTrainedModel):
         fused = self.fusion(torch.cat([seen + self.where.weight, words], dim=1))
         places, said = fused.split([seen.shape[1], words.shape[1]], dim=1)
         return self.scores(torch.cat([places.mean(1), said.mean(1)], dim=1)), self.marks(said).squeeze(-1)
+
+
+AutoConfig.register(PreferenceConfig.model_type, PreferenceConfig, exist_ok=True)  # AutoTokenizer looks it up
 
 
 class PreferenceReward:

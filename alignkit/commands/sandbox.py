@@ -17,8 +17,7 @@ from alignkit.errors import ConfigError, MissingFileError, UnknownNameError, nea
 
 NEEDS = {
     "vae": (),
-    "eyes": (),
-    "clip": ("eyes",),
+    "clip": (),
     "reader": (),
     "careful": ("reader",),
     "showy": ("reader",),
@@ -33,7 +32,7 @@ NEEDS = {
 class SandboxJob:
     """Train one model of the sandbox.
 
-    name: vae; eyes, a picture tower; clip, the CLIP proxy; reader, where picture and words meet; careful and showy, the
+    name: vae; clip, the CLIP proxy; reader, where picture and words meet; careful and showy, the
         preference heads; unet_first, unet_second and unet, three stages of a generator; flow, another one.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
@@ -54,10 +53,8 @@ def _trainer(job: SandboxJob) -> Callable[[], Any]:
     from rewards.preference import PreferenceConfig, PreferenceModel
 
     target, work = job.out / job.name, job.work / job.name
-    if job.name in ("vae", "eyes"):
-        return functools.partial({"vae": recipes.train_vae, "eyes": recipes.train_eyes}[job.name], target, work)
-    if job.name == "clip":
-        return functools.partial(recipes.train_clip, job.out / "eyes", target, work)
+    if job.name in ("vae", "clip"):
+        return functools.partial({"vae": recipes.train_vae, "clip": recipes.train_clip}[job.name], target, work)
     if job.name in recipes.HEADS:
         return functools.partial(recipes.train_head, job.name, PreferenceModel, job.out / "reader", target, work)
     if job.name == "reader":

@@ -65,7 +65,7 @@ HARD = {
 RECIPES = {
     "unet_first": GeneratorRecipe("new unet", 24_000, 1_850, 64, 1e-3, 201, error_space="native"),
     "unet_second": GeneratorRecipe("unet_first", 24_000, 750, 64, 1e-3, 203, weights=HARD),
-    "unet": GeneratorRecipe("unet_second", 12_000, 500, 64, 7e-4, 206),
+    "unet": GeneratorRecipe("unet_second", 12_000, 400, 64, 7e-4, 206),
     "flow": GeneratorRecipe("new flow", 24_000, 2_400, 64, 1e-3, 202, WEB_NOISE, storage=torch.float8_e4m3fn),
 }
 

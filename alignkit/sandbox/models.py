@@ -18,7 +18,6 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
-    CLIPVisionModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -89,26 +88,18 @@ def _text_config() -> CLIPTextConfig:
     )
 
 
-def eyes() -> CLIPVisionModel:
-    """The picture tower that CLIP and the preference heads start from: 8 x 8 patches of 8 pixels."""
-    return CLIPVisionModel(
-        CLIPVisionConfig(
-            image_size=SIZE,
-            patch_size=8,
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-        )
-    )
-
-
 def clip() -> CLIPModel:
-    """Two towers that meet in 96 dimensions."""
+    """Two towers that meet in 96 dimensions; the picture's sees 8 x 8 patches of 8 pixels."""
+    vision = CLIPVisionConfig(
+        image_size=SIZE,
+        patch_size=8,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
     return CLIPModel(
-        CLIPConfig(
-            text_config=_text_config().to_dict(), vision_config=eyes().config.to_dict(), projection_dim=TEXT_WIDTH
-        )
+        CLIPConfig(text_config=_text_config().to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH)
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch.utils.data import Dataset
@@ -144,11 +145,11 @@ class Readings(Dataset[dict[str, Any]]):
         text = random_caption(rng)
         side = _side(parse(text), rng)
         aspects = [side.features[name] for name in ASPECTS]
-        line = np.full(self.tokens, -1.0, np.float32)
-        line[1 : 1 + len(text.split())] = marks(text, side.scene)
+        line = torch.full((self.tokens,), -1.0)
+        line[1 : 1 + len(text.split())] = torch.tensor(marks(text, side.scene))
         faithful = float(min(aspects[:-1]) == 1.0)
-        answers = np.array([faithful, *aspects], np.float32)
         pixels, labels = to_tensor(side.picture), centres(side.scene)
+        answers = torch.tensor([faithful, *aspects])
         return {"pixels": pixels, "prompt": text, "labels": labels, "marks": line, "answers": answers}
 
 

@@ -16,14 +16,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPModel, CLIPVisionModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import CLIPModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from alignkit.precision import fast_bf16
 from alignkit.sandbox import models
 from alignkit.sandbox.raters import ASPECTS, TASTES, Comparisons, Readings
 from alignkit.sandbox.scenes import PALETTE, SHAPES
-from alignkit.sandbox.worlds import Annotated, Captioned
+from alignkit.sandbox.worlds import Captioned
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,7 @@ VAE = (
     Recipe(steps=750, batch=24, learning_rate=1.5e-3, seed=101),
     Recipe(steps=450, batch=24, learning_rate=1.5e-3, seed=105),
 )
-EYES = Recipe(steps=400, batch=96, learning_rate=1e-3, seed=106)
-CLIP = Recipe(steps=500, batch=192, learning_rate=7e-4, seed=102)
+CLIP = Recipe(steps=1000, batch=192, learning_rate=7e-4, seed=102)
 # After the first stage it reads shapes, numbers and colours; whose colour, and where things stand, need the second.
 READER = (
     Recipe(steps=900, batch=96, learning_rate=1e-3, seed=107),
@@ -126,28 +125,6 @@ def train_vae(out: Path, work: Path, stages: Sequence[Recipe] = VAE) -> Autoenco
     return vae
 
 
-class _EyesObjective(_Objective):
-    """Each patch says which object has its centre there, if any."""
-
-    def __init__(self, eyes: CLIPVisionModel, classes: int) -> None:
-        super().__init__()
-        self.eyes, self.names = eyes, nn.Linear(eyes.config.hidden_size, classes)
-
-    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.names(self.eyes(pixel_values=pixels * 2 - 1).last_hidden_state[:, 1:])
-        return {"loss": functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())}
-
-
-def train_eyes(out: Path, work: Path, recipe: Recipe = EYES) -> CLIPVisionModel:
-    """Pre-train the picture tower on annotated scenes, as real towers are on labelled photographs."""
-    set_seed(recipe.seed)
-    eyes = models.eyes()
-    classes = 1 + len(SHAPES) * len(PALETTE)
-    fit(_EyesObjective(eyes, classes), Annotated(recipe.scenes, recipe.seed), recipe, work)
-    eyes.half().save_pretrained(out)
-    return eyes
-
-
 class _ClipObjective(_Objective):
     """The symmetric contrastive loss of CLIP."""
 
@@ -166,11 +143,10 @@ def collate_captioned(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"pixels": torch.stack([row["pixels"] for row in rows]), "prompt": [row["prompt"] for row in rows]}
 
 
-def train_clip(eyes: Path, out: Path, work: Path, recipe: Recipe = CLIP) -> CLIPModel:
+def train_clip(out: Path, work: Path, recipe: Recipe = CLIP) -> CLIPModel:
     """Train the CLIP proxy on clean captioned scenes and save it with its tokenizer."""
     set_seed(recipe.seed)
     clip, tokenizer = models.clip(), models.clip_tokenizer()
-    clip.vision_model.load_state_dict(CLIPVisionModel.from_pretrained(eyes, dtype=torch.float32).state_dict())
     fit(_ClipObjective(clip, tokenizer), Captioned(recipe.scenes, recipe.seed), recipe, work, collate_captioned)
     clip.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -223,7 +199,7 @@ class ReadingCollator:
         prompts = [row["prompt"] for row in rows]
         tokens = self.tokenizer(prompts, padding="max_length", max_length=models.TOKENS, return_tensors="pt")
         said = ("pixels", "labels", "marks", "answers")
-        stacked = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in said}
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in said}
         return {"input_ids": tokens.input_ids, **stacked}
 
 

@@ -55,18 +55,3 @@ def centres(scene: Scene) -> Tensor:
         patch = int(thing.y // 8) * 8 + int(thing.x // 8)
         labels[patch] = 1 + SHAPES.index(thing.shape) * len(PALETTE) + list(PALETTE).index(thing.color)
     return labels
-
-
-class Annotated(Dataset[dict[str, Any]]):
-    """Scenes with the `centres` of their objects."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng(derive_seed("annotated", self.seed, index))
-        scene = compose(parse(random_caption(rng)), rng)
-        return {"pixels": to_tensor(render(scene, rng)), "labels": centres(scene)}

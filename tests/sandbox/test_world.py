@@ -27,7 +27,7 @@ from alignkit.sandbox.scenes import (
     contradict,
     render,
 )
-from alignkit.sandbox.worlds import Annotated, Captioned
+from alignkit.sandbox.worlds import Captioned, centres
 
 
 def specs(category, count, seed=0):
@@ -191,7 +191,11 @@ def test_the_longest_caption_fits():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda seed: Captioned(9, seed), lambda seed: Annotated(9, seed), lambda s: Comparisons(9, s, TASTES["showy"])],
+    [
+        lambda seed: Captioned(9, seed),
+        lambda seed: Readings(9, seed, models.TOKENS),
+        lambda seed: Comparisons(9, seed, TASTES["showy"]),
+    ],
 )
 def test_items_depend_on_seed_and_index_alone(make):
     def same(one, other):
@@ -221,19 +225,17 @@ def test_noise_is_the_share_of_wrong_pictures():
     assert accuracy(0.5) == pytest.approx(0.5, abs=0.15)
 
 
-def test_annotations_say_what_gold_sees():
+def test_centres_say_what_gold_sees():
     """Label and place of every object: the patch under its centre carries its shape and colour."""
-    world, colors = Annotated(20, 2), list(PALETTE)
-    for index in range(20):
-        item = world[index]
-        marked = {
-            (SHAPES[(label - 1) // len(colors)], colors[(label - 1) % len(colors)])
-            for label in item["labels"].tolist()
-            if label
-        }
-        seen = look(item["pixels"].permute(1, 2, 0).numpy())
+    rng, colors = np.random.default_rng(2), list(PALETTE)
+    for _ in range(20):
+        scene = compose(parse(random_caption(rng)), rng)
+        labels = centres(scene)
+        found = [label - 1 for label in labels.tolist() if label]
+        marked = {(SHAPES[label // len(colors)], colors[label % len(colors)]) for label in found}
+        seen = look(render(scene, rng))
         assert marked == {(thing.shape, thing.color) for thing in seen}
-        assert int((item["labels"] > 0).sum()) == len(seen)
+        assert int((labels > 0).sum()) == len(seen)
 
 
 def test_training_captions_cover_the_categories():
