@@ -11,6 +11,8 @@ Not here: downloading, and the way back (exporters.py).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -69,11 +71,29 @@ def _open(path: Path) -> Mapping[str, Dataset]:
 
     if (path / "w").is_dir() and (path / "l").is_dir():
         return {"train": _from_folders(path)}
+    cache = _cache_of(path)
     try:
-        opened = load_dataset("parquet", data_files=str(path)) if path.is_file() else load_dataset(str(path))
+        if path.is_file():
+            opened = load_dataset("parquet", data_files=str(path), cache_dir=cache)
+        else:
+            opened = load_dataset(str(path), cache_dir=cache)
     except (FileNotFoundError, DatasetGenerationError) as error:
         raise DataError(f"'{path}' cannot be opened: {error}; give a parquet file, or a folder of them") from error
     return dict(opened)
+
+
+def _cache_of(path: Path) -> str:
+    """A cache of its own for these very files.
+
+    `load_dataset` keys a folder that has a dataset card by its last name alone: a second run's `ranked` folder would
+    silently be read as the first one's.
+    """
+    from datasets import config
+
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return str(Path(config.HF_DATASETS_CACHE) / "alignkit" / key)
 
 
 def _to_ranked(raw: Dataset, path: Path) -> Dataset:

@@ -124,6 +124,12 @@ def _randomise(net: nn.Module) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests leave nothing in the user's cache of datasets."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An ordinary diffusers folder of each family, put together by the sandbox's own builders from tiny parts."""

@@ -15,6 +15,7 @@ from PIL import Image
 from alignkit.errors import DataError, ResumeError
 from alignkit.records import Prompt, Scores
 from data_pipelines import synpic
+from data_pipelines.importers import load_ranked
 from data_pipelines.prompts import split_of
 from data_pipelines.ranked import COLUMNS
 from data_pipelines.ranking import win_rates
@@ -171,3 +172,11 @@ def test_metadata_reaches_the_rewards(world: Any, tmp_path: Path) -> None:
     assert seen == ["counting"] * 6
     data = datasets.load_dataset("parquet", data_files=str(tmp_path / "c/data/*.parquet"), split="train")
     assert isinstance(data[0]["images"][0], Image.Image)
+
+
+def test_two_folders_of_one_name_are_two_datasets(world: Any, tmp_path: Path) -> None:
+    """`load_dataset` alone would read the second run's folder as the first's: its cache goes by the folder's name."""
+    first, second = world.ranked(tmp_path / "a", count=6), world.ranked(tmp_path / "b", count=20)
+    counts = [json.loads((folder / "statistics.json").read_text())["counts"]["train"] for folder in (first, second)]
+    assert counts[0] < counts[1]
+    assert [len(load_ranked(folder, "train")) for folder in (first, second)] == counts
