@@ -127,6 +127,8 @@ def _randomise(net: nn.Module) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests leave nothing in the user's cache of datasets."""
+    import datasets
+
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
