@@ -124,6 +124,27 @@ def _randomise(net: nn.Module) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a push uploads, in place of the hub."""
+    from types import SimpleNamespace
+
+    from transformers import trainer as library
+
+    pushed: list[dict[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=f"someone/{name}")
+
+        def upload_folder(self, **given: Any) -> Any:
+            pushed.append(given)
+            return SimpleNamespace(done=lambda: True)
+
+    monkeypatch.setattr(library, "hf_api", Hub)
+    return pushed
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests leave nothing in the user's cache of datasets."""

@@ -169,6 +169,6 @@ def train_generator(name: str, models_dir: Path, work: Path, recipe: GeneratorRe
         trainer = SFTTrainer(generator, arguments, dataset(recipe, work))
     trainer.train(resume_from_checkpoint=True)
     generator.pipeline.to(torch.float16)
-    generator.net.to(recipe.storage)  # float8 moves flow's pixels by 0.001 on average, and halves its file
+    generator.net.to(recipe.storage)  # float8 halves a file
     generator.pipeline.save_pretrained(models_dir / name)
     return models_dir / name

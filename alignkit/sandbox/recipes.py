@@ -6,6 +6,7 @@ The generators are trained by `alignkit.trainers.sft` (see `generators.py`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,18 +190,17 @@ class _ReaderObjective(_Objective):
         return {"loss": named + words + asked}
 
 
-class ReadingCollator:
+def collate_readings(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows of `Readings` as a batch, prompts as tokens."""
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in ("pixels", "labels", "marks", "answers")}
+    return {"input_ids": _tokens([row["prompt"] for row in rows]), **stacked}
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        prompts = [row["prompt"] for row in rows]
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=models.TOKENS, return_tensors="pt")
-        said = ("pixels", "labels", "marks", "answers")
-        stacked = {name: torch.stack([row[name] for row in rows]) for name in said}
-        return {"input_ids": tokens.input_ids, **stacked}
+_tokenizer = functools.cache(models.clip_tokenizer)  # every batch asks for it
+
+
+def _tokens(prompts: Sequence[str]) -> Tensor:
+    return _tokenizer()(list(prompts), padding="max_length", max_length=models.TOKENS, return_tensors="pt").input_ids
 
 
 def train_reader(
@@ -210,14 +210,13 @@ def train_reader(
 
     The head's classes come in as arguments because `rewards` stands outside this package.
     """
-    tokenizer = models.clip_tokenizer()
     set_seed(stages[0].seed)
-    sizes = {"vocab_size": len(tokenizer), "tokens": models.TOKENS, "answers": ("verdict", *ASPECTS)}
+    sizes = {"vocab_size": len(models.clip_tokenizer()), "tokens": models.TOKENS, "answers": ("verdict", *ASPECTS)}
     head = head_class(config_class(**sizes))
     objective = _ReaderObjective(head)
     for number, recipe in enumerate(stages, start=1):
         readings = Readings(recipe.scenes, recipe.seed, models.TOKENS)
-        fit(objective, readings, recipe, work / f"stage-{number}", ReadingCollator(tokenizer))
+        fit(objective, readings, recipe, work / f"stage-{number}", collate_readings)
     head.half().save_pretrained(out)
     return head
 
@@ -235,21 +234,13 @@ class _PairObjective(_Objective):
         return {"loss": loss.sum(0).div((answers != 0).sum(0).clamp(min=1)).mean()}
 
 
-class PairCollator:
+def collate_pairs(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Both pictures of all pairs in one batch (firsts, then seconds), prompts as tokens."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        prompts = [row["prompt"] for row in rows]
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=models.TOKENS, return_tensors="pt")
-        pixels = torch.stack([row[side] for side in ("first", "second") for row in rows])
-        return {
-            "pixels": pixels,
-            "input_ids": tokens.input_ids,
-            "answers": torch.tensor([row["answers"] for row in rows]),
-        }
+    return {
+        "pixels": torch.stack([row[side] for side in ("first", "second") for row in rows]),
+        "input_ids": _tokens([row["prompt"] for row in rows]),
+        "answers": torch.tensor([row["answers"] for row in rows]),
+    }
 
 
 def train_head(name: str, head_class: Any, reader: Path, out: Path, work: Path) -> nn.Module:
@@ -258,7 +249,7 @@ def train_head(name: str, head_class: Any, reader: Path, out: Path, work: Path) 
     set_seed(recipe.seed)
     head = head_class.from_pretrained(reader, dtype=torch.float32)
     pairs = Comparisons(recipe.scenes, recipe.seed, TASTES[name])
-    fit(_PairObjective(head), pairs, recipe, work, PairCollator(tokenizer))
+    fit(_PairObjective(head), pairs, recipe, work, collate_pairs)
     head.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     return head

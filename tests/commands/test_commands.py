@@ -87,22 +87,7 @@ def test_mistakes_in_names_are_told_before_any_work(work, words, message, capsys
     assert not (work / "candidates").exists()
 
 
-def test_training_pushes_its_result_with_the_card(work, model_folders, monkeypatch):
-    from types import SimpleNamespace
-
-    from transformers import trainer as library
-
-    pushed = []
-
-    class Hub:
-        def create_repo(self, name, **_):
-            return SimpleNamespace(repo_id=f"someone/{name}")
-
-        def upload_folder(self, **given):
-            pushed.append((given["repo_id"], (work / "mine" / "README.md").read_text(encoding="utf-8")))
-            return SimpleNamespace(done=lambda: True)
-
-    monkeypatch.setattr(library, "hf_api", Hub)
+def test_training_pushes_its_result_with_the_card(work, model_folders, uploads):
     config = yaml.safe_load((work / "generate.yaml").read_text(encoding="utf-8"))
     config["generate"]["sources"][0]["sampling"] = {"height": 16, "width": 16}
     (work / "generate.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -112,5 +97,5 @@ def test_training_pushes_its_result_with_the_card(work, model_folders, monkeypat
     options = ["--max_steps=1", "--per_device_train_batch_size=2", "--push_to_hub=true", "--output_dir=mine"]
     model = f"--model={model_folders['flow']}"
     assert cli.main(["train", "rankdpo", model, "--data=ranked", "--held_out=0", *options]) == 0
-    assert pushed[-1][0] == "someone/mine"
-    assert "flow aligned with rankdpo" in pushed[-1][1]
+    assert uploads[-1]["repo_id"] == "someone/mine"
+    assert "flow aligned with rankdpo" in (work / uploads[-1]["folder_path"] / "README.md").read_text(encoding="utf-8")

@@ -307,23 +307,8 @@ def test_two_processes_equal_one(tmp_path, model_folders, ranked_rows, worker, o
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_save_model_and_push_give_a_loadable_folder(make, monkeypatch, full):
+def test_save_model_and_push_give_a_loadable_folder(make, uploads, full):
     """A push uploads the adapter at its root, with the card, and neither caches nor checkpoints."""
-    from types import SimpleNamespace
-
-    from transformers import trainer as library
-
-    pushed = []
-
-    class Hub:
-        def create_repo(self, name, **_):
-            return SimpleNamespace(repo_id=f"someone/{name}")
-
-        def upload_folder(self, **given):
-            pushed.append(given)
-            return SimpleNamespace(done=lambda: True)
-
-    monkeypatch.setattr(library, "hf_api", Hub)
     cards = []
     parts = {"write_card": lambda facts, folder: cards.append((facts, folder))}
     trainer = make(
@@ -332,9 +317,9 @@ def test_save_model_and_push_give_a_loadable_folder(make, monkeypatch, full):
     trainer.train()
     trainer.push_to_hub()
     folder = Path(trainer.args.output_dir)
-    assert pushed[-1]["repo_id"] == f"someone/{folder.name}"
-    assert pushed[-1]["folder_path"] == trainer.args.output_dir
-    assert "_*" in pushed[-1]["ignore_patterns"]
+    assert uploads[-1]["repo_id"] == f"someone/{folder.name}"
+    assert uploads[-1]["folder_path"] == trainer.args.output_dir
+    assert "_*" in uploads[-1]["ignore_patterns"]
     assert (folder / "_cache").is_dir()
     facts, where = cards[-1]
     assert where == folder
