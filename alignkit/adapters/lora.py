@@ -142,3 +142,9 @@ def merge(net: Any) -> None:
     if lora_layers(net):
         net.fuse_lora()
         net.unload_lora()
+
+
+def negate(net: Any) -> None:
+    """Turn the adapter's sign: on a network that it was merged into, it then gives back the network before."""
+    for layer in lora_layers(net):
+        layer.lora_B[NAME].weight.data.neg_()

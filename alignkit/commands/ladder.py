@@ -1,8 +1,8 @@
 """`alignkit ladder`: one set of ranked candidates, many ways of learning from it, one table.
 
-    OUT/candidates  scores  ranked      Syn-Pic, made once
+    DATA/candidates  scores  ranked     Syn-Pic, made once
+    DATA/base  cache                    the base side, latents and reference errors, shared by all arms
     OUT/arms/NAME/seed-S                a training, its adapter and its evaluation
-    OUT/base  OUT/cache                 the base side, latents and reference errors, shared by all arms
 
 Arms are trained in worker processes, each on its share of the cores; a finished arm is recognised, so the command may
 be stopped and given again. A sweep is a ladder whose arms differ in learning rate or beta. Not here: any loss.
@@ -55,6 +55,7 @@ class ArmConfig:
 class LadderJob(SynPicJob):
     """Train and evaluate every arm with every seed.
 
+    data: where candidates, rankings and caches are; ladders that name the same folder share them (default: out).
     arms: the ways of learning, by name.
     seeds: each arm is trained with each of them (LoRA start, order, noise, shuffled labels).
     train: trainer keys that all arms share, so that they differ in what they are named for alone.
@@ -68,6 +69,7 @@ class LadderJob(SynPicJob):
     command: the config file to name in it.
     """
 
+    data: Path | None = None
     arms: Mapping[str, ArmConfig]
     seeds: Sequence[int] = (0, 1, 2)
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -89,6 +91,11 @@ class LadderJob(SynPicJob):
             if taken:
                 raise ConfigError(f"arms.{name}: {taken} are set by the ladder; remove them from train")
 
+    @property
+    def shared(self) -> Path:
+        """The folder of what all arms share."""
+        return self.data or self.out
+
     def folder(self, arm: str, seed: int) -> Path:
         """Where an arm's training with one seed lives."""
         return self.out / "arms" / arm / f"seed-{seed}"
@@ -102,7 +109,7 @@ def _arguments(job: LadderJob, name: str, seed: int) -> Any:
         **job.train,
         **job.arms[name].train,
         "output_dir": str(job.folder(name, seed)),
-        "cache_dir": str(job.out / "cache"),
+        "cache_dir": str(job.shared / "cache"),
         "seed": seed,
         "noise_seed": seed,
     }
@@ -138,7 +145,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
             arm.method,
             (job.policy, job.aligned),
             _arguments(job, name, seed),
-            job.out / "ranked",
+            job.shared / "ranked",
             held_out=0.0,
             validation=validation,
             select=select,
@@ -146,7 +153,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
         sides = {"base": job.aligned, "tuned": replace(job.aligned, adapter=adapter)}
         prompts = held_out[start:][: job.evaluate_prompts]
         out = folder / "evaluation"
-        compare(sides, prompts, job.evaluate, out, rewards=job.rewards, gold=job.gold, base_cache=job.out / "base")
+        compare(sides, prompts, job.evaluate, out, rewards=job.rewards, gold=job.gold, base_cache=job.shared / "base")
     return f"{name}, seed {seed}"
 
 
@@ -174,7 +181,7 @@ def _work(job: LadderJob) -> None:
     write_resolved(job.out, job)
     for name in job.arms:
         _arguments(job, name, job.seeds[0])  # a wrong key stops here, not in the last arm
-    counts = make_data(job, job.prompts.split()[0])
+    counts = make_data(job, job.prompts.split()[0], job.shared)
     print(counts)
     failed = _run_all(job, [(name, seed) for seed in job.seeds for name in job.arms])
     results = [read_arm(name, [job.folder(name, seed) / "evaluation" for seed in job.seeds]) for name in job.arms]

@@ -150,7 +150,7 @@ def _work(job: Any) -> None:
         sides = f"{len(train)} for training, {shown} for validation, {len(evaluated)} for evaluation"
         raise ConfigError(f"{job.prompts} give {sides}; give more prompts or change prompts.held_out")
     write_resolved(job.out, _resolved(job))
-    counts = _stage(1, "generate, score and rank", functools.partial(make_data, job, train))
+    counts = _stage(1, "generate, score and rank", functools.partial(make_data, job, train, job.out))
     print(f"      {counts}")
     result = _stage(2, "train", functools.partial(_train, job, held_out[:shown]))
     tuned = GeneratorSpec(model=str(result)) if job.train.full_finetune else replace(job.aligned, adapter=result)
@@ -174,9 +174,9 @@ def _stage(number: int, title: str, work: Callable[[], Any]) -> Any:
     return work()
 
 
-def make_data(job: SynPicJob, prompts: Sequence[Prompt]) -> str:
-    """Candidates, scores and ranked rows in the folders of the run; says how many rows there are."""
-    folders = (job.out / "candidates", job.out / "scores")
+def make_data(job: SynPicJob, prompts: Sequence[Prompt], out: Path) -> str:
+    """Candidates, scores and ranked rows in folders of `out`; says how many rows there are."""
+    folders = (out / "candidates", out / "scores")
     generate_and_score(
         prompts,
         job.generate,
@@ -185,7 +185,7 @@ def make_data(job: SynPicJob, prompts: Sequence[Prompt]) -> str:
         build_sources=generator_builders(job.generators),
         build_rewards=reward_builders({name: job.rewards[name] for name in job.score.rewards}),
     )
-    return counts_line(rank_candidates(*folders, job.rank, job.out / "ranked").counts)
+    return counts_line(rank_candidates(*folders, job.rank, out / "ranked").counts)
 
 
 def _train(job: Any, held_out: Sequence[Prompt]) -> Path:

@@ -23,7 +23,9 @@ NEEDS = {
     "showy": ("reader",),
     "unet_first": ("vae",),
     "unet_second": ("unet_first",),
-    "unet": ("unet_second",),
+    "unet_third": ("unet_second",),
+    "unet_clean": ("unet_third",),
+    "unet": ("unet_clean",),
     "flow": ("vae",),
 }
 
@@ -33,7 +35,8 @@ class SandboxJob:
     """Train one model of the sandbox.
 
     name: vae; clip, the CLIP proxy; reader, where picture and words meet; careful and showy, the
-        preference heads; unet_first, unet_second and unet, three stages of a generator; flow, another one.
+        preference heads; unet_first to unet_clean, four stages of a generator, and unet, which is made from
+        it; flow, another one.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """

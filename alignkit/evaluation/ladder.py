@@ -43,8 +43,8 @@ def read_arm(name: str, folders: Sequence[Path]) -> ArmResult | None:
     bootstrap = Bootstrap(confidence=evaluation.confidence)
     rewards = {r.reward: combine_runs(_gains(runs, r.reward), bootstrap) for r in evaluation.results}
     gold, categories = evaluation.gold, {}
-    if gold is not None:
-        groups = np.array([p.metadata["category"] for p in runs[0].prompts[:: runs[0].seeds_per_prompt]])
+    groups = np.array([p.metadata.get("category") for p in runs[0].prompts[:: runs[0].seeds_per_prompt]])
+    if gold is not None and all(groups):
         gains = _gains(runs, gold.reward)
         categories = {str(group): combine_runs(gains[:, groups == group], bootstrap) for group in np.unique(groups)}
     return ArmResult(name, evaluation, rewards, categories)
@@ -75,7 +75,7 @@ def table(arms: Sequence[ArmResult], *, title: str, settings: Sequence[str]) -> 
         lines += [f"with {first.confidence:.0%} intervals over prompts and runs; proxies are in their own units.", ""]
     lines += _rows(["arm", "gold gain", "single runs", *proxies], [_arm_row(arm, proxies) for arm in arms])
     groups = sorted(arms[0].categories)
-    if gold is not None:
+    if gold is not None and groups:
         means = [f"{100 * gold.categories[group].base.mean:.0f}" for group in groups]
         rows = [["base (level)", *means], *([arm.name, *_category_row(arm, groups)] for arm in arms)]
         lines += ["", "## Gold by category (mean gain in points)", "", *_rows(["arm", *groups], rows)]

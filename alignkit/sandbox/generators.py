@@ -1,8 +1,10 @@
 """The sandbox's text-to-image generators: how their pipelines are put together and how they were trained.
 
 Both are ordinary diffusers folders trained from scratch with `SFTTrainer` (full fine-tuning of a random network).
-`flow` learns from captions that are wrong as often as those of web pictures are (`scenes.WEB_NOISE`), `unet` from clean
-ones, in three stages. How good they are: docs/sandbox.md.
+`flow` learns from captions that are wrong as often as those of web pictures are (`scenes.WEB_NOISE`). The U-Net learns
+from clean captions in four stages (`unet_clean`) and then, through a LoRA, from captions that lie more often still: the
+result is `unet`, the policy, which can draw what it often gets wrong. The same LoRA with its sign turned is
+`clean_adapter`: on `unet` it is the stronger generator of the family. How good they are: docs/sandbox.md.
 """
 
 from __future__ import annotations
@@ -27,14 +29,12 @@ from diffusers import (
 from PIL import Image
 from transformers import set_seed
 
+from alignkit.adapters import lora
 from alignkit.generators import load_generator
-from alignkit.records import Sampling
 from alignkit.sandbox import models
-from alignkit.sandbox.scenes import SIZE, WEB_NOISE
+from alignkit.sandbox.scenes import HARD, POLICY_NOISE, WEB_NOISE
 from alignkit.sandbox.worlds import Captioned
 from alignkit.trainers.sft import SFTConfig, SFTTrainer
-
-SAMPLING = Sampling(steps=16, guidance_scale=3.0, height=SIZE, width=SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +51,15 @@ class GeneratorRecipe:
     weights: Mapping[str, float] | None = None  # how often each category is drawn; default: equally
     storage: torch.dtype = torch.float16  # of the network's weights on disk
     error_space: str = "velocity"
+    adapter: bool = False  # train a LoRA, fold it in, and keep its negative as `clean_adapter`
 
 
-# What the second stage sees most: what the first is worst at.
-HARD = {
-    "single_object": 0.5,
-    "colors": 0.5,
-    "two_object": 1.5,
-    "counting": 1.5,
-    "position": 2.0,
-    "color_attr": 2.0,
-}
 RECIPES = {
     "unet_first": GeneratorRecipe("new unet", 24_000, 1_850, 64, 1e-3, 201, error_space="native"),
     "unet_second": GeneratorRecipe("unet_first", 24_000, 750, 64, 1e-3, 203, weights=HARD),
-    "unet": GeneratorRecipe("unet_second", 12_000, 400, 64, 7e-4, 206),
+    "unet_third": GeneratorRecipe("unet_second", 12_000, 400, 64, 7e-4, 206),
+    "unet_clean": GeneratorRecipe("unet_third", 16_000, 800, 64, 7e-4, 207, weights=HARD),
+    "unet": GeneratorRecipe("unet_clean", 6_000, 150, 64, 1e-3, 208, POLICY_NOISE, adapter=True),
     "flow": GeneratorRecipe("new flow", 24_000, 2_400, 64, 1e-3, 202, WEB_NOISE, storage=torch.float8_e4m3fn),
 }
 
@@ -154,7 +148,7 @@ def train_generator(name: str, models_dir: Path, work: Path, recipe: GeneratorRe
         weight_decay=0.01,
         adam_beta2=0.99,
         use_cpu=not torch.cuda.is_available(),
-        full_finetune=True,
+        full_finetune=not recipe.adapter,
         candidates="all",
         error_space=recipe.error_space,
         caption_dropout=0.1,
@@ -168,6 +162,11 @@ def train_generator(name: str, models_dir: Path, work: Path, recipe: GeneratorRe
     with torch.autocast(generator.device.type, torch.bfloat16, enabled=bool(arguments.bf16)):
         trainer = SFTTrainer(generator, arguments, dataset(recipe, work))
     trainer.train(resume_from_checkpoint=True)
+    if recipe.adapter:
+        lora.negate(generator.net)
+        lora.export_diffusers(generator.net, models_dir / "clean_adapter", component=generator.component)
+        lora.negate(generator.net)
+        generator.merge_adapter()
     generator.pipeline.to(torch.float16)
     generator.net.to(recipe.storage)  # float8 halves a file
     generator.pipeline.save_pretrained(models_dir / name)

@@ -48,10 +48,11 @@ VAE = (
     Recipe(steps=450, batch=24, learning_rate=1.5e-3, seed=105),
 )
 CLIP = Recipe(steps=1000, batch=192, learning_rate=7e-4, seed=102)
-# After the first stage it reads shapes, numbers and colours; whose colour, and where things stand, need the second.
+# After the first stage it reads shapes, numbers and colours; whose colour, and where things stand, need the others.
 READER = (
     Recipe(steps=900, batch=96, learning_rate=1e-3, seed=107),
     Recipe(steps=500, batch=96, learning_rate=1e-3, seed=108),
+    Recipe(steps=800, batch=96, learning_rate=1e-3, seed=109),
 )
 HEADS = {
     "careful": Recipe(steps=150, batch=48, learning_rate=3e-4, seed=103),

@@ -38,6 +38,25 @@ WEB_NOISE: Mapping[str, float] = {
     "color_attr": 0.25,
 }
 
+# The same for the last stage of the generator to be aligned: it can draw what it then learns to get wrong.
+POLICY_NOISE: Mapping[str, float] = {
+    "single_object": 0.05,
+    "two_object": 0.35,
+    "counting": 0.5,
+    "colors": 0.15,
+    "position": 0.6,
+    "color_attr": 0.5,
+}
+# How often training draws each category once the easy ones are learnt.
+HARD: Mapping[str, float] = {
+    "single_object": 0.5,
+    "two_object": 1.5,
+    "counting": 1.5,
+    "colors": 0.5,
+    "position": 2.0,
+    "color_attr": 2.0,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:

@@ -160,6 +160,17 @@ def test_a_folded_adapter_draws_the_same_picture(tuned, family, model_folders, t
     folded.merge_adapter()  # nothing is left to fold
 
 
+def test_a_negated_adapter_undoes_the_merge(tuned, family, model_folders, tmp_path):
+    base = draw(load_generator(model_folders[family]))
+    lora.negate(tuned.net)
+    tuned.save_adapter(tmp_path / "back")
+    lora.negate(tuned.net)
+    tuned.merge_adapter()
+    assert (draw(tuned) - base).abs().max() > 0.01
+    tuned.load_adapter(tmp_path / "back")
+    assert (draw(tuned) - base).abs().max() <= CLOSE
+
+
 def test_rank_stabilised_adapters_keep_their_scale(tuned, family, model_folders, tmp_path):
     """What the stored config says beyond rank and alpha counts too: rsLoRA scales by alpha / sqrt(rank)."""
     tuned.save_adapter(tmp_path)

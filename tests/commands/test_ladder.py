@@ -1,0 +1,77 @@
+"""The ladder: arms trained in worker processes on shared candidates, one table; finished work is not done again."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from alignkit import cli
+
+SAMPLING = {"height": 16, "width": 16, "steps": 2}
+
+
+@pytest.fixture
+def ladder(work, model_folders):
+    """Writes a ladder's config and gives its name: two arms, two seeds, a user's painter beside the policy."""
+
+    def write(**changes):
+        config = {
+            "out": "ladder",
+            "data": "shared",
+            "table": "ladder.md",
+            "prompts": {"file": "many.txt", "held_out": 0.4},
+            "generators": {
+                "policy": {"model": str(model_folders["unet"])},
+                "painter": {"model": "mine_for_commands:Painter"},
+            },
+            "rewards": {"red": {"reward": "mine_for_commands:Red"}, "dark": {"reward": "mine_for_commands:Dark"}},
+            "policy": "policy",
+            "gold": "dark",
+            "generate": {"sources": [{"name": n, "seeds": 1, "sampling": SAMPLING} for n in ("policy", "painter")]},
+            "score": {"rewards": ["red"]},
+            "rank": {"held_out": 0.0},
+            "evaluate": {"seeds_per_prompt": 1, "sampling": SAMPLING},
+            "evaluate_from": 1,
+            "seeds": [0, 1],
+            "train": {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "beta": 100},
+            "arms": {"sft": {"method": "sft"}, "shuffled": {"labels": "random"}},
+        } | changes
+        (work / "many.txt").write_text("\n".join(f"picture {number}" for number in range(12)), encoding="utf-8")
+        name = f"{config['out']}.yaml"
+        (work / name).write_text(yaml.safe_dump(config), encoding="utf-8")
+        return ["ladder", "--config", name]
+
+    return write
+
+
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in {".parquet", ".safetensors"}}
+
+
+def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
+    assert cli.main(ladder()) == 0, capsys.readouterr().err
+    page = (work / "ladder.md").read_text(encoding="utf-8")
+    rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("|")}
+    assert {"sft", "shuffled"} <= set(rows)
+    assert rows["sft"].count("[") == 1
+    assert len(rows["sft"].split(" | ")[2].split(",")) == 2  # one gain a seed
+    assert rows["sft"] != rows["shuffled"].replace("shuffled", "sft")
+    before = stamps(work / "shared") | stamps(work / "ladder")
+    assert len([path for path in before if path.name == "pytorch_lora_weights.safetensors"]) == 4
+
+    arms = {"broken": {"train": {"learning_rate": 1e30}}, "dpo": {"train": {"loss": "diffusion_dpo"}}}
+    assert cli.main(ladder(out="second", table="second.md", arms=arms, seeds=[0])) == 1
+    said = capsys.readouterr().err
+    assert "1 runs failed: broken seed 0: NumericsError" in said
+    assert "| dpo |" in (work / "second.md").read_text(encoding="utf-8")
+    assert before.items() <= (stamps(work / "shared") | stamps(work / "ladder")).items()
+
+    assert cli.main(ladder()) == 0
+    assert (work / "ladder.md").read_text(encoding="utf-8") == page
+    assert before.items() <= stamps(work / "ladder").items() | stamps(work / "shared").items()
+
+
+def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
+    assert cli.main(ladder(arms={"odd": {"train": {"betta": 3}}})) == 2
+    assert "arms.odd" in capsys.readouterr().err
+    assert not (work / "shared").exists()
