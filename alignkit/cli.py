@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignKitError, UnknownNameError, nearest
@@ -43,6 +44,9 @@ usage: alignkit VERB [--config FILE.yaml] [--key value ...] [--dry-run]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code (0 done, 2 an error the user can mend, 130 interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    here = str(Path.cwd())
+    if not {"", here} & set(sys.path):
+        sys.path.append(here)  # users' modules (`mymodule:Bright`); last, so that none hides a library
     show_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     try:

@@ -6,10 +6,12 @@ Deliberately not here: reading configs (`config`), and what a stage considers th
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
 import operator
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -71,33 +73,77 @@ def versions() -> dict[str, str]:
     return found
 
 
-def claim(folder: Path, config: Any) -> None:
-    """Save `config.yaml` in `folder`, once: a result keeps the config that it was made with.
+def claim(folder: Path, config: Any, free: Collection[str] = ()) -> None:
+    """Save `config.yaml` in `folder`: a result keeps the config that it was made with.
 
-    Raises ResumeError showing the difference when another config is there already.
+    Raises ResumeError showing the difference when another config is there already; sections in `free` may differ.
     """
     target, text = folder / "config.yaml", dump(config)
     if target.exists():
-        changed = differences(yaml.safe_load(target.read_text(encoding="utf-8")), yaml.safe_load(text))
+        old, new = yaml.safe_load(target.read_text(encoding="utf-8")), yaml.safe_load(text)
+        kept = [{name: value for name, value in side.items() if name not in free} for side in (old, new)]
+        changed = differences(*kept)
         if changed:
             lines = "\n  ".join(changed)
             advice = "Use the old values to continue it, or another folder."
             raise ResumeError(f"'{folder}' was made with another config:\n  {lines}\n{advice}")
-        return
+        if old == new:
+            return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(target, text)
 
 
-def write_resolved(folder: Path, config: Any) -> None:
+def write_resolved(folder: Path, config: Any, free: Collection[str] = ()) -> None:
     """`claim` the folder, and save `versions.json` beside the config. (A data stage writes its own `versions.json`.)"""
-    claim(folder, config)
+    claim(folder, config, free)
     if not (folder / "versions.json").exists():
         write_text(folder / "versions.json", json.dumps(versions(), indent=2, sort_keys=True) + "\n")
 
 
+_WHOLE, _SAMPLES, _SAMPLE = 1 << 20, 16, 1 << 16
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits that change when a file, or any file below a folder, is another one: names, sizes and bytes.
+
+    Of files over 1 MiB sixteen evenly spaced stretches of 64 KiB are read, so large models cost milliseconds; trained
+    weights differ everywhere, but an edit of a few bytes between the stretches goes unseen.
+    """
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        if file.name == "README.md" or "examples" in file.relative_to(path).parts:
+            continue  # a card, which is written anew when more is known
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= _WHOLE:
+                digest.update(stream.read())
+            for index in range(_SAMPLES if size > _WHOLE else 0):
+                stream.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def claim_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Save `inputs.json` in `folder`, once: which models and data, by fingerprint, its results come from.
+
+    Raises ResumeError naming those that are others now.
+    """
+    target = folder / "inputs.json"
+    if target.exists():
+        changed = differences(json.loads(target.read_text(encoding="utf-8")), dict(inputs))
+        if changed:
+            lines = "\n  ".join(changed)
+            raise ResumeError(f"'{folder}' was made from other models or data:\n  {lines}\nUse another folder.")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(target, json.dumps(dict(inputs), indent=2, sort_keys=True) + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` so that `path` is either the old file or the whole new one; raises StorageError on a full disk."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of its own: several processes may write the same
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

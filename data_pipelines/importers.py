@@ -4,8 +4,10 @@
     Pick-a-Pic   jpg_0, jpg_1, label_0, caption      label_0 = 1: the first is better, 0: the second, else a tie
     TRL          prompt, chosen, rejected
     folders      w/NAME.png and l/NAME.png, caption in w/NAME.txt
+    captioned    image, and text, caption or prompt (what `imagefolder` with a metadata.jsonl gives): for SFT
 
-Pairs become rows with K = 2 in the order they stand in, phi 1 for the better picture and 0 for the other.
+Pairs become rows with K = 2 in the order they stand in, phi 1 for the better picture and 0 for the other; captioned
+pictures rows with K = 1 and phi 0.
 Not here: downloading, and the way back (exporters.py).
 """
 
@@ -135,17 +137,22 @@ def _from_pickapic(row: Row, where: str) -> Row | None:
     if row["label_0"] not in (0, 1):
         return None
     pictures = [_picture(row[name], f"{where}, {name}") for name in ("jpg_0", "jpg_1")]
-    return _pair_row(row["caption"], pictures, (float(row["label_0"]), 1.0 - row["label_0"]), where)
+    return _row(row["caption"], pictures, (float(row["label_0"]), 1.0 - row["label_0"]), where)
 
 
 def _from_trl(row: Row, where: str) -> Row:
     pictures = [_picture(row[name], f"{where}, {name}") for name in ("chosen", "rejected")]
-    return _pair_row(row["prompt"], pictures, (1.0, 0.0), where)
+    return _row(row["prompt"], pictures, (1.0, 0.0), where)
+
+
+def _from_captioned(row: Row, where: str, *, column: str) -> Row:
+    return _row(row[column], [_picture(row["image"], f"{where}, image")], (0.0,), where)
 
 
 LAYOUTS: dict[tuple[str, ...], Callable[[Row, str], Row | None]] = {
     ("jpg_0", "jpg_1", "label_0", "caption"): _from_pickapic,
     ("prompt", "chosen", "rejected"): _from_trl,
+    **{("image", column): partial(_from_captioned, column=column) for column in ("text", "caption", "prompt")},
 }
 
 
@@ -159,7 +166,7 @@ def _picture(cell: Any, where: str) -> Row:
     return {"bytes": data, "path": None}
 
 
-def _pair_row(text: Any, pictures: Sequence[Row], phi: tuple[float, float], where: str) -> Row:
+def _row(text: Any, pictures: Sequence[Row], phi: tuple[float, ...], where: str) -> Row:
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: the prompt must be text, got {text!r}")
     prompt = Prompt.from_text(text)
@@ -167,8 +174,8 @@ def _pair_row(text: Any, pictures: Sequence[Row], phi: tuple[float, float], wher
         "prompt_id": prompt.id,
         "prompt": prompt.text,
         "images": list(pictures),
-        "generators": ["unknown"] * 2,
-        "seeds": [UNKNOWN_SEED] * 2,
+        "generators": ["unknown"] * len(phi),
+        "seeds": [UNKNOWN_SEED] * len(phi),
         "sampling": "{}",
         "scores": {LABEL: list(phi)},
         "phi": list(phi),
@@ -196,4 +203,4 @@ def _folder_row(winner: Path, loser: Path) -> Row:
     except UnicodeDecodeError as error:
         raise DataError(f"'{caption}' is not UTF-8 ({error}); save it as UTF-8") from error
     pictures = [{"bytes": None, "path": str(file)} for file in (winner, loser)]
-    return _pair_row(text, pictures, (1.0, 0.0), f"'{winner}'")
+    return _row(text, pictures, (1.0, 0.0), f"'{winner}'")

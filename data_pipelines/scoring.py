@@ -71,24 +71,33 @@ def build_all(names: Iterable[str], builders: Mapping[str, Callable[[], Built]])
     return {name: builders[name]() for name in names}
 
 
+def named_identities(names: Iterable[str], identities: Mapping[str, str] | None) -> dict[str, Any]:
+    """The part of a stage's settings that tells its models apart; empty where nothing is known of them."""
+    return {"models": {name: identities[name] for name in names}} if identities else {}
+
+
 def score_candidates(
     candidates_dir: str | Path,
     config: ScoreConfig,
     out_dir: str | Path,
     *,
     build_rewards: Mapping[str, Callable[[], Reward]],
+    identities: Mapping[str, str] | None = None,
 ) -> StageResult:
     """Score every candidate of a finished generate stage into `out_dir/data/part-*.parquet`, one row a prompt.
 
     Columns: prompt_id, scores {reward: float64 [K]}. A row where a reward is NaN or infinite is left out, noted in
-    `quarantine.jsonl` and counted; over 5% of all rows stops the stage.
+    `quarantine.jsonl` and counted; over 5% of all rows stops the stage. `identities` says what stands for the weights
+    of each reward: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
     Raises UnknownNameError for a reward without a builder, DataError naming file, row and candidate of a picture that
     cannot be read, NumericsError over the quarantine limit, MissingFileError when generation is not finished.
     """
     candidates_dir = Path(candidates_dir)
     manifest, parts = recorded_parts(candidates_dir, "generate")
-    scorer = Scorer.open(Path(out_dir), config, candidates_dir, build_rewards, rows=manifest["rows"])
+    scorer = Scorer.open(
+        Path(out_dir), config, candidates_dir, build_rewards, rows=manifest["rows"], identities=identities
+    )
     with scorer.bar:
         for part in parts:
             scorer.score(part)
@@ -116,10 +125,12 @@ class Scorer:
         build_rewards: Mapping[str, Callable[[], Reward]],
         *,
         rows: int,
+        identities: Mapping[str, str] | None = None,
     ) -> Scorer:
         """Begin or resume in `folder`; `candidates_dir` is at least begun and will have `rows` rows."""
         check_names(config.rewards, build_rewards, kind="reward")
         inputs = {"candidates_config_sha256": checksum(candidates_dir / "config.json")}
+        inputs |= named_identities(config.rewards, identities)
         open_run(folder, {"stage": "score", "config": asdict(config), "inputs": inputs})
         rewards = functools.cache(functools.partial(build_all, config.rewards, build_rewards))
         return cls(folder, config, candidates_dir, rows, rewards, {}, tqdm(total=rows, desc="score", unit="prompt"))

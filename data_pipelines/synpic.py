@@ -28,7 +28,14 @@ from alignkit.records import Prompt, Sampling, derive_seed
 from data_pipelines.images import encode_png, quantise
 from data_pipelines.prompts import drop_duplicates
 from data_pipelines.ranked import RankConfig, rank_candidates
-from data_pipelines.scoring import ScoreConfig, Scorer, build_all, check_names, score_candidates
+from data_pipelines.scoring import (
+    ScoreConfig,
+    Scorer,
+    build_all,
+    check_names,
+    named_identities,
+    score_candidates,
+)
 from data_pipelines.storage import Part, StageResult, finish_run, finished_part, open_run, part_name, write_part
 
 if TYPE_CHECKING:
@@ -95,6 +102,7 @@ def generate_candidates(
     out_dir: str | Path,
     *,
     build_sources: Mapping[str, Callable[[], ImageSource]],
+    identities: Mapping[str, str] | None = None,
     on_part: Callable[[Part], None] = lambda _part: None,
 ) -> StageResult:
     """Draw K candidates for every prompt into `out_dir/data/part-*.parquet`, one row a prompt.
@@ -102,7 +110,8 @@ def generate_candidates(
     Columns: prompt_id, prompt, metadata (JSON), images [K], generators [K], seeds [K], sampling (JSON by source).
     Candidate k of a prompt is drawn with `derive_seed(config.seed, prompt.id, k)`, whatever the batch. Encoding and
     writing happen in threads while the next batch is drawn. `on_part` is called, from the writing thread, with each
-    part that is safely on disk (parts of an earlier, interrupted run first).
+    part that is safely on disk (parts of an earlier, interrupted run first). `identities` says what stands for the
+    weights of each source: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
     Raises UnknownNameError for a source without a builder, DataError without prompts, ResumeError, StorageError.
     """
@@ -111,7 +120,7 @@ def generate_candidates(
         raise DataError("no prompts to draw candidates for; give at least one")
     check_names((source.name for source in config.sources), build_sources, kind="generator")
     folder = Path(out_dir)
-    open_run(folder, _settings(prompts, config))
+    open_run(folder, _settings(prompts, config, identities))
     names = [part_name(index) for index in range(-(-len(prompts) // config.part_size))]
     parts = {name: part for name in names if (part := finished_part(folder, name))}
     missing = [name for name in names if name not in parts]
@@ -131,16 +140,21 @@ def generate_and_score(
     *,
     build_sources: Mapping[str, Callable[[], ImageSource]],
     build_rewards: Mapping[str, Callable[[], Reward]],
+    source_identities: Mapping[str, str] | None = None,
+    reward_identities: Mapping[str, str] | None = None,
 ) -> tuple[StageResult, StageResult]:
     """Both stages at once, into `out_dirs` (candidates, scores): each part is scored while the next one is drawn.
 
     The two folders hold the bytes that `generate_candidates` and then `score_candidates` would have written.
+    The identities are what those two take.
     """
     unique, _ = drop_duplicates(prompts)
     check_names((source.name for source in generate.sources), build_sources, kind="generator")
     candidates_dir, scores_dir = map(Path, out_dirs)
-    open_run(candidates_dir, _settings(unique, generate))
-    scorer = Scorer.open(scores_dir, score, candidates_dir, build_rewards, rows=len(unique))
+    open_run(candidates_dir, _settings(unique, generate, source_identities))
+    scorer = Scorer.open(
+        scores_dir, score, candidates_dir, build_rewards, rows=len(unique), identities=reward_identities
+    )
     if not (scores_dir / "manifest.json").exists():
         scorer.rewards()  # here, for loading a model in one thread disturbs drawing in another (the default dtype)
     pending: list[Future[None]] = []
@@ -154,7 +168,12 @@ def generate_and_score(
     pool = ThreadPoolExecutor(1, thread_name_prefix="score")
     try:
         generated = generate_candidates(
-            prompts, generate, candidates_dir, build_sources=build_sources, on_part=score_later
+            prompts,
+            generate,
+            candidates_dir,
+            build_sources=build_sources,
+            identities=source_identities,
+            on_part=score_later,
         )
         for future in pending:
             future.result()
@@ -164,12 +183,15 @@ def generate_and_score(
         scorer.bar.close()
 
 
-def _settings(prompts: Sequence[Prompt], config: GenerateConfig) -> dict[str, Any]:
+def _settings(
+    prompts: Sequence[Prompt], config: GenerateConfig, identities: Mapping[str, str] | None
+) -> dict[str, Any]:
     """All that decides the stage's bytes; the prompts by their number and hash."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(f"{prompt.id}\x1f{prompt.text}\x1f{_metadata(prompt)}\x1e".encode())
     inputs = {"prompts": len(prompts), "prompts_sha256": digest.hexdigest()}
+    inputs |= named_identities((source.name for source in config.sources), identities)
     return {"stage": "generate", "config": asdict(config), "inputs": inputs}
 
 

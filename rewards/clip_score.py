@@ -36,9 +36,11 @@ class ClipScore:
         import torch
         from transformers import AutoTokenizer, CLIPModel
 
-        if model.startswith(("/", ".")) and not Path(model).is_dir():
-            raise MissingFileError(f"clip_score: no model folder '{model}'")
-        self._clip = CLIPModel.from_pretrained(model, dtype=torch.float32).to(device).eval().requires_grad_(False)
+        try:
+            clip = CLIPModel.from_pretrained(model, dtype=torch.float32)
+        except OSError as error:
+            raise MissingFileError(f"clip_score: '{model}' is no CLIP folder here and no hub id: {error}") from error
+        self._clip = clip.to(device).eval().requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         normalisation = Path(model) / "preprocessor_config.json"
         stored = json.loads(normalisation.read_text(encoding="utf-8")) if normalisation.is_file() else {}

@@ -7,12 +7,13 @@ is called. Deliberately not here: what a stage does with them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.errors import ConfigError, UnknownNameError, nearest
+from alignkit.provenance import fingerprint
 from alignkit.records import Prompt
 from alignkit.resolve import resolve
 from data_pipelines.prompts import read_prompts, split_of
@@ -50,6 +51,12 @@ class GeneratorSpec:
         return ":" in self.model and not Path(self.model).exists()
 
     @property
+    def identity(self) -> str:
+        """Changes with the weights of local folders; a hub id or a builder stands for itself."""
+        named = [self.model, *([str(self.adapter)] if self.adapter else []), *map(str, self.options.values())]
+        return " ".join([*named, *map(fingerprint, _local(named))])
+
+    @property
     def absent(self) -> list[str]:
         """Local folders that are named but not there (a name with one slash may be a hub id)."""
         local = self.model.startswith((".", "/", "~")) or self.model.count("/") != 1
@@ -72,6 +79,29 @@ class RewardSpec:
         if self.reward not in REWARDS and ":" not in self.reward:
             hint = nearest(self.reward, REWARDS)
             raise UnknownNameError(f"unknown reward '{self.reward}'.{hint} Your own: 'package.module:attribute'.")
+
+    @property
+    def identity(self) -> str:
+        """Changes with the options and with the files that they name."""
+        named = [f"{name}={value}" for name, value in sorted(self.options.items())]
+        return " ".join([self.reward, *named, *map(fingerprint, _local(map(str, self.options.values())))])
+
+
+def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
+    """`base` with the result of its training: an adapter, or (a folder with its own index) another model."""
+    if (result / "model_index.json").is_file():
+        return replace(base, model=str(result), adapter=None)
+    return replace(base, adapter=result)
+
+
+def _local(names: Iterable[str]) -> list[Path]:
+    """Those of `names` that are files or folders here."""
+    return [Path(name) for name in names if name and Path(name).exists()]
+
+
+def identities(specs: Mapping[str, GeneratorSpec] | Mapping[str, RewardSpec]) -> dict[str, str]:
+    """What stands for each model's weights when a stage is run again."""
+    return {name: spec.identity for name, spec in specs.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

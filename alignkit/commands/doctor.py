@@ -126,9 +126,10 @@ def memory_lines(job: DoctorJob) -> list[str]:
 
     if job.model is None:
         return []
-    class_name = read_model_index(str(job.model))["_class_name"]
     if not job.model.is_dir():
-        raise ConfigError(f"'{job.model}' is no local folder; download it first: hf download {job.model}")
+        advice = f"a hub id is downloaded first: hf download {job.model} --local-dir FOLDER"
+        raise ConfigError(f"'{job.model}' is no local folder; {advice}")
+    class_name = read_model_index(str(job.model))["_class_name"]
     model = memory.read_model(job.model)
     setup = setup_of(job, model, resolve(class_name, GENERATORS, kind="generator").lora_targets)
     device, limit = next(iter(devices().items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +15,17 @@ from alignkit.commands.builders import (
     RewardSpec,
     absences,
     build_generator,
+    identities,
     load_policy,
     require_names,
     reward_builders,
 )
-from alignkit.commands.shared import Verb, execute
+from alignkit.commands.shared import Tree, Verb, execute
 from alignkit.errors import ConfigError
-from alignkit.evaluation.paired import BaseCache, EvaluateConfig, evaluate, fingerprint
+from alignkit.evaluation.paired import BaseCache, EvaluateConfig, evaluate
 from alignkit.evaluation.results import Evaluation, read_evaluation
 from alignkit.evaluation.terminal import before_after
-from alignkit.provenance import write_resolved
+from alignkit.provenance import claim_inputs, write_resolved
 from alignkit.records import Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -88,21 +90,16 @@ def compare(
 
     `base_cache` keeps the base side for other evaluations of the same base.
     """
+    models, judges = identities(sides), identities(rewards)
+    claim_inputs(out, models | {f"reward {name}": judges[name] for name in judges})
     if (out / "evaluation.json").is_file():
         return read_evaluation(out)
     base, tuned = _sources(sides["base"], sides["tuned"])
-    judges = {name: builder() for name, builder in reward_builders(rewards).items()}
-    cache = BaseCache(base_cache, _identity(sides["base"])) if base_cache else None
-    identity = _identity(sides["tuned"])
+    loaded = {name: builder() for name, builder in reward_builders(rewards).items()}
+    cache = BaseCache(base_cache, json.dumps([models["base"], judges], sort_keys=True)) if base_cache else None
     return evaluate(
-        base, tuned, prompts, config, out, rewards=judges, gold=gold, base_cache=cache, tuned_identity=identity
+        base, tuned, prompts, config, out, rewards=loaded, gold=gold, base_cache=cache, tuned_identity=models["tuned"]
     )
-
-
-def _identity(spec: GeneratorSpec) -> str:
-    """Changes with the local weights; a hub id stands for itself."""
-    folders = [path for path in (Path(spec.model), spec.adapter) if path is not None and path.is_dir()]
-    return " ".join([spec.model, *map(fingerprint, folders)])
 
 
 def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, ImageSource]:
@@ -110,6 +107,14 @@ def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, Im
         policy = load_policy("tuned", tuned)
         return BaseOf("base", policy), policy
     return build_generator("base", base), build_generator("tuned", tuned)
+
+
+def _schema(tree: Tree, _: list[str]) -> type[EvaluateJob]:
+    """`tuned` is the base where it does not say otherwise."""
+    sides = [tree[name].value if name in tree else None for name in ("base", "tuned")]
+    if isinstance(sides[0], dict) and isinstance(sides[1], dict) and "model" not in sides[1]:
+        sides[1] |= {name: value for name, value in sides[0].items() if name not in sides[1]}
+    return EvaluateJob
 
 
 def _plan(job: EvaluateJob) -> list[str]:
@@ -131,4 +136,4 @@ def _work(job: EvaluateJob) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Compare base and tuned on the same prompts and seeds, with every reward and a held-out judge."
-    execute(Verb("evaluate", summary, lambda *_: EvaluateJob, _plan, _work), argv)
+    execute(Verb("evaluate", summary, _schema, _plan, _work), argv)

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.commands.builders import GeneratorSpec, PromptsConfig, absences, generator_builders, require_names
+from alignkit.commands.builders import (
+    GeneratorSpec,
+    PromptsConfig,
+    absences,
+    generator_builders,
+    identities,
+    require_names,
+)
 from alignkit.commands.shared import Verb, execute
 from alignkit.provenance import claim
 from data_pipelines.synpic import GenerateConfig, generate_candidates
@@ -41,7 +48,9 @@ def _plan(job: GenerateJob) -> list[str]:
 def _work(job: GenerateJob) -> None:
     prompts = job.prompts.read()
     claim(job.out, job)
-    result = generate_candidates(prompts, job.generate, job.out, build_sources=generator_builders(job.generators))
+    build_sources = generator_builders(job.generators)
+    known = identities(job.generators)
+    result = generate_candidates(prompts, job.generate, job.out, build_sources=build_sources, identities=known)
     print(f"{result.rows} prompts, {result.counts['pictures']} pictures in {result.folder}")
     print(f"next: alignkit score --candidates {job.out} --out {job.out.with_name('scores')} ...")
 

@@ -17,18 +17,18 @@ import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from alignkit.commands.builders import absences
+from alignkit.commands.builders import absences, tuned_spec
 from alignkit.commands.evaluate import compare
 from alignkit.commands.run import SynPicJob, make_data
 from alignkit.commands.shared import Verb, execute
 from alignkit.commands.train import ValidationConfig, config_class, fit
-from alignkit.config import init_fields
+from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError
 from alignkit.evaluation.ladder import read_arm, table
 from alignkit.evaluation.paired import EvaluateConfig
@@ -104,7 +104,6 @@ class LadderJob(SynPicJob):
 def _arguments(job: LadderJob, name: str, seed: int) -> Any:
     """The trainer's config of one run. Raises ConfigError for a key that the method's trainer has not."""
     keys = {
-        "use_cpu": True,
         "disable_tqdm": True,
         **job.train,
         **job.arms[name].train,
@@ -113,12 +112,14 @@ def _arguments(job: LadderJob, name: str, seed: int) -> Any:
         "seed": seed,
         "noise_seed": seed,
     }
-    method = config_class(job.arms[name].method)
-    known = init_fields(method)
-    shared = {key: value for key, value in keys.items() if key in known or key not in job.train}
+    classes = {arm.method: config_class(arm.method) for arm in job.arms.values()}
+    own = classes[job.arms[name].method]
+    # A shared key may be another method's; one that is nobody's stays, for `load` to complain of.
+    others = {key for other in classes.values() for key in init_fields(other)} - set(init_fields(own))
+    keys = {key: value for key, value in keys.items() if key not in others - set(job.arms[name].train)}
     try:
-        return method(**shared)
-    except TypeError as error:
+        return load(own, base=keys)
+    except ConfigError as error:
         raise ConfigError(f"arms.{name}: {error}") from error
 
 
@@ -141,7 +142,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
         if job.validation is not None:
             validation = functools.partial(job.validation.build, held_out[:shown], job.rewards)
         select = functools.partial(_rows, arm=arm, seed=seed, policy=job.policy)
-        adapter = fit(
+        result = fit(
             arm.method,
             (job.policy, job.aligned),
             _arguments(job, name, seed),
@@ -150,7 +151,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
             validation=validation,
             select=select,
         )
-        sides = {"base": job.aligned, "tuned": replace(job.aligned, adapter=adapter)}
+        sides = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}
         prompts = held_out[start:][: job.evaluate_prompts]
         out = folder / "evaluation"
         compare(sides, prompts, job.evaluate, out, rewards=job.rewards, gold=job.gold, base_cache=job.shared / "base")
@@ -168,6 +169,8 @@ def _rows(rows: Any, *, arm: ArmConfig, seed: int, policy: str) -> Any:
 
 def _plan(job: LadderJob) -> list[str]:
     runs = len(job.arms) * len(job.seeds)
+    for name in job.arms:
+        _arguments(job, name, job.seeds[0])
     return [
         *absences(job.generators),
         f"generate, score and rank {job.generate.candidates} candidates for the training share of {job.prompts}",
@@ -219,14 +222,20 @@ def _run_all(job: LadderJob, todo: Sequence[tuple[str, int]]) -> list[str]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(job.workers, mp_context=context) as pool, tqdm(total=len(todo), unit="run") as bar:
         futures = {pool.submit(run_arm, job, name, seed): (name, seed) for name, seed in todo}
-        for future in as_completed(futures):
-            name, seed = futures[future]
-            error = future.exception()
-            if error is not None:
-                log = job.folder(name, seed) / "log.txt"
-                failed.append(f"{name} seed {seed}: {type(error).__name__}: {error} ({log})")
-            bar.set_postfix_str(f"{name}, seed {seed}")
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                name, seed = futures[future]
+                error = future.exception()
+                if isinstance(error, KeyboardInterrupt):
+                    raise error
+                if error is not None:
+                    log = job.folder(name, seed) / "log.txt"
+                    failed.append(f"{name} seed {seed}: {type(error).__name__}: {error} ({log})")
+                bar.set_postfix_str(f"{name}, seed {seed}")
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
 
 

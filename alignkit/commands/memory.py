@@ -115,7 +115,7 @@ def parts(model: Model, setup: Setup) -> dict[str, float]:
     return {
         "denoiser weights": 0 if setup.full_finetune else denoiser * setup.weight_bytes,
         "text encoders and VAE": others * setup.weight_bytes,
-        "frozen reference copy": denoiser * setup.weight_bytes if copy else 0,
+        "frozen reference copy": denoiser * 4 if copy else 0,
         "trained weights, gradients, AdamW": trained * ADAM_BYTES,
         "activations (estimate)": activations(model, setup),
     }

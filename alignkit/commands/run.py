@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from alignkit.commands.builders import (
     RewardSpec,
     absences,
     generator_builders,
+    identities,
     require_names,
     reward_builders,
+    tuned_spec,
 )
 from alignkit.commands.evaluate import compare
 from alignkit.commands.report import ReportJob, gather
 from alignkit.commands.shared import Tree, Verb, counts_line, execute
-from alignkit.commands.train import METHODS, ValidationConfig, fit, set_device, with_trainer
+from alignkit.commands.train import METHODS, ValidationConfig, fit, with_trainer
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError, UnknownNameError, nearest
 from alignkit.evaluation.card import CardInputs, write_card
@@ -112,6 +114,12 @@ class RunJob(SynPicJob):
     def __post_init__(self) -> None:
         super(RunJob, self).__post_init__()  # a class with slots is made twice; bare super() finds the first
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
+        asks = self.train.eval_strategy != "no"
+        if asks and self.validation is None and self.rank.held_out <= self.prompts.held_out:
+            raise ConfigError(
+                "train.eval_strategy asks for evaluations during training, but nothing is held out for them: give "
+                f"`validation`, or rank.held_out above prompts.held_out ({self.prompts.held_out})"
+            )
 
 
 def _schema(tree: Tree, problems: list[str]) -> Any:
@@ -125,7 +133,6 @@ def _schema(tree: Tree, problems: list[str]) -> Any:
             problems.append(f"{where}: a run trains in OUT/train; remove train.output_dir")
         out = tree["out"].value if "out" in tree else ""
         train.value["output_dir"] = Located(f"{out}/train", "default")
-        set_device(train.value)
     return with_trainer(RunJob, method)
 
 
@@ -149,17 +156,27 @@ def _work(job: Any) -> None:
     if not train or not evaluated:
         sides = f"{len(train)} for training, {shown} for validation, {len(evaluated)} for evaluation"
         raise ConfigError(f"{job.prompts} give {sides}; give more prompts or change prompts.held_out")
-    write_resolved(job.out, _resolved(job))
+    write_resolved(job.out, _resolved(job), free=_free(job.out))
     counts = _stage(1, "generate, score and rank", functools.partial(make_data, job, train, job.out))
     print(f"      {counts}")
     result = _stage(2, "train", functools.partial(_train, job, held_out[:shown]))
-    tuned = GeneratorSpec(model=str(result)) if job.train.full_finetune else replace(job.aligned, adapter=result)
-    sides = {"base": job.aligned, "tuned": tuned}
+    sides = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}
     judge = functools.partial(compare, rewards=job.rewards, gold=job.gold)
     evaluation = _stage(3, "evaluate", functools.partial(judge, sides, evaluated, job.evaluate, job.out / "evaluation"))
     report = _stage(4, "report", functools.partial(_report, job, result))
     print(f"\n{before_after(evaluation)}\n\nreport:  {report}\nresult:  {result}\n\nNext, look at the report; then try")
-    print(f"  alignkit run --config {job.out / 'config.yaml'} --out {job.out}-2 --train.learning_rate 3e-4")
+    rate = f"{job.train.learning_rate / 3:.1g}"
+    print(f"  alignkit run --config {job.out / 'config.yaml'} --out {job.out}-2 --train.learning_rate {rate}")
+
+
+def _free(out: Path) -> set[str]:
+    """Sections that may still change: nothing has been made with them."""
+    free = {"report"}
+    if not (out / "train" / "inputs.json").exists():
+        free |= {"method", "train", "validation"}
+    if not (out / "evaluation" / "inputs.json").exists():
+        free |= {"evaluate", "evaluate_prompts"}
+    return free
 
 
 def _resolved(job: Any) -> Any:
@@ -184,6 +201,8 @@ def make_data(job: SynPicJob, prompts: Sequence[Prompt], out: Path) -> str:
         folders,
         build_sources=generator_builders(job.generators),
         build_rewards=reward_builders({name: job.rewards[name] for name in job.score.rewards}),
+        source_identities=identities(job.generators),
+        reward_identities=identities(job.rewards),
     )
     return counts_line(rank_candidates(*folders, job.rank, out / "ranked").counts)
 
@@ -202,7 +221,15 @@ def _report(job: Any, result: Path) -> Path:
     inputs = gather(report)
     write_report(inputs, report.target)
     title = f"{job.policy} aligned with {job.method}"
-    card = CardInputs(title, job.method, job.aligned.model, inputs.evaluation, plain(job), inputs.data)
+    card = CardInputs(
+        title,
+        job.method,
+        job.aligned.model,
+        inputs.evaluation,
+        plain(job),
+        inputs.data,
+        is_adapter=not job.train.full_finetune,
+    )
     write_card(card, result)
     return report.target
 

@@ -50,20 +50,20 @@ class SandboxJob:
             raise UnknownNameError(f"unknown sandbox model '{self.name}'.{nearest(self.name, NEEDS)}")
 
 
-def _trainer(job: SandboxJob) -> Callable[[], Any]:
+def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     """The recipe of a model, ready to run."""
     from alignkit.sandbox import generators, recipes
     from rewards.preference import PreferenceConfig, PreferenceModel
 
-    target, work = job.out / job.name, job.work / job.name
+    work = job.work / job.name
     if job.name in ("vae", "clip"):
-        return functools.partial({"vae": recipes.train_vae, "clip": recipes.train_clip}[job.name], target, work)
+        return functools.partial({"vae": recipes.train_vae, "clip": recipes.train_clip}[job.name], result, work)
     if job.name in recipes.HEADS:
-        return functools.partial(recipes.train_head, job.name, PreferenceModel, job.out / "reader", target, work)
+        return functools.partial(recipes.train_head, job.name, PreferenceModel, job.out / "reader", result, work)
     if job.name == "reader":
         classes = (PreferenceModel, PreferenceConfig)
-        return functools.partial(recipes.train_reader, *classes, target, work)
-    return functools.partial(generators.train_generator, job.name, job.out, work)
+        return functools.partial(recipes.train_reader, *classes, result, work)
+    return functools.partial(generators.train_generator, job.name, job.out, result, work)
 
 
 def _plan(job: SandboxJob) -> list[str]:
@@ -76,18 +76,18 @@ def _work(job: SandboxJob) -> None:
     if absent:
         first = f"alignkit sandbox train {absent[0]} --out {job.out}"
         raise MissingFileError(f"'{job.name}' starts from {absent}, not in '{job.out}'; first: {first}")
-    target = job.out / job.name
-    if target.exists() and not finished(job.work / job.name):
-        # The save of an interrupted run: its checkpoints are in `work`, and training writes this folder anew.
-        shutil.rmtree(target) if (job.work / job.name).exists() else _refuse(target)
-    if not finished(job.work / job.name):
-        _trainer(job)()
-        mark_finished(job.work / job.name)
+    target, work = job.out / job.name, job.work / job.name
+    if target.exists():
+        raise ConfigError(f"'{target}' is there already and stays as it is; choose another --out")
+    result = work / "result"
+    if not finished(work):
+        shutil.rmtree(result, ignore_errors=True)  # half a save of an interrupted run; the checkpoints are beside it
+        _trainer(job, result)()
+        mark_finished(work)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.copytree(result, partial, dirs_exist_ok=True)
+    partial.rename(target)
     print(f"result: {target}")
-
-
-def _refuse(target: Path) -> None:
-    raise ConfigError(f"'{target}' exists and was not made by this command; choose another --out")
 
 
 def main(argv: Sequence[str]) -> None:

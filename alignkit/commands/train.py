@@ -24,7 +24,7 @@ from alignkit.commands.builders import (
 from alignkit.commands.shared import Tree, Verb, execute, finished, mark_finished
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
-from alignkit.provenance import write_resolved
+from alignkit.provenance import claim_inputs, fingerprint, write_resolved
 from alignkit.records import Prompt, Sampling
 from alignkit.resolve import resolve
 from data_pipelines.importers import load_ranked
@@ -69,9 +69,9 @@ class TrainJob:
     """Train a generator; the keys of the trainer stand beside these.
 
     model: a diffusers folder or a hub id.
-    adapter: a LoRA folder to continue from.
+    adapter: a LoRA folder to continue from, of its own rank and targets; the reference stays the model without it.
     dtype: the precision of the frozen weights.
-    data: ranked dataset, or Pick-a-Pic or TRL pairs, or folders w/ and l/.
+    data: ranked dataset, or Pick-a-Pic or TRL pairs, or folders w/ and l/, or (sft) captioned pictures.
     held_out: share of rows kept for the held-out loss, where the data has no split; 0 for none.
     validation: pictures drawn and judged during training.
     prompts: where validation prompts come from (their held-out share is used).
@@ -112,25 +112,19 @@ def with_trainer(job: type, method: str) -> Any:
     return make_dataclass(job.__name__, [("train", config_class(method))], bases=(job,), frozen=True, kw_only=True)
 
 
-def set_device(train: Tree) -> None:
-    """Without an accelerator, ask Trainer for the CPU; it would otherwise refuse `bf16`."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        train.setdefault("use_cpu", Located(True, "default"))
-
-
 def _schema(method: str, tree: Tree, problems: list[str]) -> Any:
     """Move the trainer's keys into their section."""
     trainer = init_fields(config_class(method))
     own = {name for name in init_fields(TrainJob) if name != "train"}
+    nested = tree.pop("train", None)  # as a saved config.yaml has it
+    if nested is not None and isinstance(nested.value, dict):
+        tree |= {name: value for name, value in nested.value.items() if name not in tree}
     section: Tree = {name: tree.pop(name) for name in list(tree) if name in trainer}
     known = {*own, *trainer}
     unknown = [name for name in tree if name not in own]
     problems += [f"{tree.pop(name).where}: unknown key '{name}'.{nearest(name, known)}" for name in unknown]
     if "output_dir" not in section:
         problems.append("key 'output_dir' is missing: the folder of checkpoints, logs and the result")
-    set_device(section)
     tree["train"] = Located(section, "config")
     return with_trainer(TrainJob, method)
 
@@ -144,7 +138,6 @@ def fit(
     held_out: float,
     validation: Callable[[], Validation] | None,
     select: Callable[[Any], Any] = lambda rows: rows,
-    write_card: Callable[[Any, Path], None] | None = None,
 ) -> Path:
     """Train, or continue from the newest whole checkpoint, export, push if asked; returns the folder of the result.
 
@@ -152,18 +145,23 @@ def fit(
     and loads nothing. `select` may choose or change the training rows (a `datasets.Dataset`).
     """
     folder = Path(args.output_dir)
+    inputs = {"policy": policy[1].identity, "data": fingerprint(data)}
     result = folder / ("model" if args.full_finetune else "adapter")
     if finished(folder):
+        claim_inputs(folder, inputs)
         return result
     train = select(load_ranked(data, "train", held_out=held_out))
     is_judged = held_out > 0 and args.eval_strategy != "no"
     heldout = load_ranked(data, "heldout", held_out=held_out) if is_judged else None
     trainer_class = resolve(method, {name: trainer for name, (_, trainer) in METHODS.items()}, kind="method")
     built = validation() if validation else None
-    trainer = trainer_class(load_policy(*policy), args, train, heldout, validation=built, write_card=write_card)
-    trainer.train(resume_from_checkpoint=True)
+    trainer = trainer_class(load_policy(*policy), args, train, heldout, validation=built)
+    claim_inputs(folder, inputs)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)
     trainer.save_state()
     trainer.export(result)
+    if args.save_merged and not args.full_finetune:
+        trainer.generator.save_merged(folder / "merged")
     if args.push_to_hub:
         trainer.push_to_hub()
     mark_finished(folder)
@@ -185,9 +183,6 @@ def _plan(method: str, job: Any) -> list[str]:
 
 
 def _work(method: str, job: Any) -> None:
-    from alignkit.evaluation.card import CardInputs, write_card
-    from alignkit.provenance import plain
-
     folder = Path(job.train.output_dir)
     write_resolved(folder, job)
     validation = None
@@ -195,18 +190,10 @@ def _work(method: str, job: Any) -> None:
         held_out = job.prompts.split()[1]
         validation = functools.partial(job.validation.build, held_out, job.rewards)
     policy = (Path(job.model).name, job.policy)
-    inputs = CardInputs(f"{Path(job.model).name} aligned with {method}", method, job.model, config=plain(job))
-    result = fit(
-        method,
-        policy,
-        job.train,
-        job.data,
-        held_out=job.held_out,
-        validation=validation,
-        write_card=lambda _, folder: write_card(inputs, folder),
-    )
+    result = fit(method, policy, job.train, job.data, held_out=job.held_out, validation=validation)
     print(f"result: {result}")
-    print(f"next: alignkit evaluate --base.model {job.model} --tuned.adapter {result} ...")
+    tuned = "model" if job.train.full_finetune else "adapter"
+    print(f"next: alignkit evaluate --base.model {job.model} --tuned.{tuned} {result} ...")
 
 
 def _main(method: str, summary: str, argv: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from alignkit.evaluation.report import bounds, sampling_text, verdict
 from alignkit.evaluation.results import Evaluation, read_evaluation, read_pairs
 from alignkit.evaluation.svg import compact
 
-_USE = """## Use
+_USE_ADAPTER = """## Use
 
 ```python
 from diffusers import DiffusionPipeline
@@ -27,12 +27,23 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("path/to/this/folder")
 ```"""
+_USE_MODEL = """## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
+```"""
+_GRID = "validation.png"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class CardInputs:
-    """What a card tells. `base_model` is a hub id or a folder (only its name is printed); the rest may be missing."""
+    """What a card tells. `base_model` is a hub id or a folder (only its name is printed); the rest may be missing.
+
+    `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last pictures.
+    """
 
     title: str
     method: str
@@ -42,6 +53,9 @@ class CardInputs:
     data: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     examples: int = 3
+    is_adapter: bool = True
+    validation: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    grid: Path | None = None
 
 
 def write_card(card: CardInputs, folder: Path) -> Path:
@@ -50,6 +64,8 @@ def write_card(card: CardInputs, folder: Path) -> Path:
     shown = _examples(card, evaluation)
     for name, png in _files(shown):
         write_whole(folder / "examples" / name, png)
+    if card.grid is not None:
+        write_whole(folder / "examples" / _GRID, card.grid.read_bytes())
     path = folder / "README.md"
     if path.exists() and "[More Information Needed]" in path.read_text(encoding="utf-8"):
         path.unlink()  # the empty form that peft writes; nothing of a user's is in it
@@ -60,12 +76,14 @@ def write_card(card: CardInputs, folder: Path) -> Path:
 def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[str, list[Shown]]) -> str:
     """The card as Markdown with YAML front matter."""
     base = Path(card.base_model).name if Path(card.base_model).is_dir() else card.base_model
+    what = f"A LoRA adapter for `{base}`" if card.is_adapter else f"All weights of `{base}`"
     parts = [
         _front_matter(card, base),
-        f"# {card.title}\n\nA LoRA adapter for `{base}`, trained with {card.method} by alignkit.",
-        _USE.format(base=base),
+        f"# {card.title}\n\n{what}, trained with {card.method} by alignkit.",
+        (_USE_ADAPTER if card.is_adapter else _USE_MODEL).format(base=base),
         _scores(evaluation),
         _pictures(shown),
+        _validation(card),
         _block("Data", card.data, "No data statistics were recorded."),
         _block("Configuration", card.config, "No configuration was recorded."),
     ]
@@ -74,7 +92,7 @@ def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[
 
 def _front_matter(card: CardInputs, base: str) -> str:
     fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    fields["tags"] = ["alignkit", card.method.lower(), "lora", "text-to-image"]
+    fields["tags"] = ["alignkit", card.method.lower(), *(["lora"] if card.is_adapter else []), "text-to-image"]
     if _HUB_ID.fullmatch(base):
         fields["base_model"] = base
     if card.licence:
@@ -84,7 +102,7 @@ def _front_matter(card: CardInputs, base: str) -> str:
 
 def _scores(evaluation: Evaluation | None) -> str:
     if evaluation is None:
-        return "## Scores\n\nThis adapter was not evaluated."
+        return "## Scores\n\nNo paired evaluation of this result is recorded here."
     head = "| reward | base | tuned | paired gain | interval | win rate |\n|---|--:|--:|--:|:-:|--:|"
     rows = [
         f"| {_cell(r.reward)}{' (held out)' if r.is_gold else ''} | {compact(r.overall.base.mean)} | "
@@ -131,6 +149,20 @@ def _pictures(shown: Mapping[str, list[Shown]]) -> str:
     note = "The biggest gains, the biggest losses and pairs drawn blindly; one prompt and one seed a row."
     head = "| chosen as | prompt | base | tuned |\n|---|---|---|---|"
     return "\n".join(["## Examples", "", note, "", head, *rows])
+
+
+def _validation(card: CardInputs) -> str:
+    if not card.validation:
+        return ""
+    names = sorted({name for metrics in card.validation.values() for name in metrics})
+    rows = [
+        " | ".join(["", str(step), *(compact(metrics[n]) if n in metrics else "" for n in names), ""]).strip()
+        for step, metrics in sorted(card.validation.items())
+    ]
+    head = ["| step | " + " | ".join(map(_cell, names)) + " |", "|--:|" + "--:|" * len(names)]
+    note = "Means on held-out prompts and seeds, the same at every step."
+    picture = [f"![pictures of the last step](examples/{_GRID})"] if card.grid else []
+    return "\n\n".join(["## During training", note, "\n".join([*head, *rows]), *picture])
 
 
 def _block(title: str, value: Mapping[str, Any], otherwise: str) -> str:

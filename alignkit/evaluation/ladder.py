@@ -43,8 +43,8 @@ def read_arm(name: str, folders: Sequence[Path]) -> ArmResult | None:
     bootstrap = Bootstrap(confidence=evaluation.confidence)
     rewards = {r.reward: combine_runs(_gains(runs, r.reward), bootstrap) for r in evaluation.results}
     gold, categories = evaluation.gold, {}
-    groups = np.array([p.metadata.get("category") for p in runs[0].prompts[:: runs[0].seeds_per_prompt]])
-    if gold is not None and all(groups):
+    if gold is not None and gold.categories:
+        groups = np.array([p.metadata["category"] for p in runs[0].prompts[:: runs[0].seeds_per_prompt]])
         gains = _gains(runs, gold.reward)
         categories = {str(group): combine_runs(gains[:, groups == group], bootstrap) for group in np.unique(groups)}
     return ArmResult(name, evaluation, rewards, categories)

@@ -70,7 +70,7 @@ class EvaluateConfig:
 class BaseCache:
     """A folder where base sides are kept for later evaluations with equal base, prompts, seeds, sampling and rewards.
 
-    `identity` must change when the base's weights do: a hub revision, or `fingerprint(model_folder)`.
+    `identity` must change when the base's weights or a reward's do: see `alignkit.provenance.fingerprint`.
     """
 
     folder: Path
@@ -81,16 +81,6 @@ class BaseCache:
 class _Item:
     prompt: Prompt
     seed: int
-
-
-def fingerprint(folder: Path) -> str:
-    """16 hex digits of the names and bytes of every file below a model folder: an identity for `evaluate`."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0")
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def evaluate(

@@ -31,7 +31,10 @@ def read_model_index(model: str) -> dict[str, Any]:
             raise MissingFileError(f"no model folder '{model}'; give a diffusers folder or a hub id such as org/name")
         from diffusers import DiffusionPipeline
 
-        return dict(DiffusionPipeline.load_config(model))
+        try:
+            return dict(DiffusionPipeline.load_config(model))
+        except OSError as error:
+            raise MissingFileError(f"'{model}' is no folder here, and no model with that hub id: {error}") from error
     index = Path(model) / "model_index.json"
     if not index.is_file():
         raise MissingFileError(f"'{model}' is no diffusers folder: model_index.json is missing")

@@ -174,7 +174,7 @@ class PipelineGenerator:
     def save_adapter(self, folder: Path) -> None:
         """diffusers' LoRA layout in `folder`, PEFT's in `folder/peft`."""
         lora.export_diffusers(self.net, Path(folder), component=self.component)
-        lora.export_peft(self.net, Path(folder) / "peft", base_model=self.name)
+        lora.export_peft(self.net, Path(folder) / "peft", base_model=str(self.pipeline.name_or_path))
 
     def merge_adapter(self) -> None:
         """Fold the adapter into the weights for good: sampling then costs what the base model costs."""

@@ -130,8 +130,8 @@ def _untrained(start: str, models_dir: Path) -> Any:
     return build(AutoencoderKL.from_pretrained(models_dir / "vae"))
 
 
-def train_generator(name: str, models_dir: Path, work: Path, recipe: GeneratorRecipe | None = None) -> Path:
-    """Train generator `name` from `models_dir/vae` into `models_dir/name`; continues where it was stopped."""
+def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: GeneratorRecipe | None = None) -> Path:
+    """Train generator `name` into `out`, from what its recipe names in `models_dir`; continues where it was stopped."""
     recipe = recipe or RECIPES[name]
     start = work / "start"
     set_seed(recipe.seed)
@@ -164,10 +164,10 @@ def train_generator(name: str, models_dir: Path, work: Path, recipe: GeneratorRe
     trainer.train(resume_from_checkpoint=True)
     if recipe.adapter:
         lora.negate(generator.net)
-        lora.export_diffusers(generator.net, models_dir / "clean_adapter", component=generator.component)
+        lora.export_diffusers(generator.net, out / "clean_adapter", component=generator.component)
         lora.negate(generator.net)
         generator.merge_adapter()
     generator.pipeline.to(torch.float16)
     generator.net.to(recipe.storage)  # float8 halves a file
-    generator.pipeline.save_pretrained(models_dir / name)
-    return models_dir / name
+    generator.pipeline.save_pretrained(out)
+    return out

@@ -17,14 +17,23 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    CLIPModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from alignkit.precision import fast_bf16
 from alignkit.sandbox import models
 from alignkit.sandbox.raters import ASPECTS, TASTES, Comparisons, Readings
 from alignkit.sandbox.scenes import PALETTE, SHAPES
 from alignkit.sandbox.worlds import Captioned
+from alignkit.trainers.checkpoint import find_checkpoint, mark_complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,13 @@ HEADS = {
 }
 
 
+class _Whole(TrainerCallback):
+    """Marks each checkpoint once all of it is written; one without the mark was interrupted and is not resumed."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
+        mark_complete(Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
 def fit(module: nn.Module, dataset: Dataset[Any], recipe: Recipe, work: Path, collate: Any = None) -> None:
     """Train `module` (its forward returns {"loss": ...}) under `transformers.Trainer`; continues from a checkpoint."""
     arguments = TrainingArguments(
@@ -78,14 +94,16 @@ def fit(module: nn.Module, dataset: Dataset[Any], recipe: Recipe, work: Path, co
         data_seed=recipe.seed,
         logging_steps=25,
         save_steps=200,
-        save_total_limit=1,
+        save_total_limit=2,  # the one before stays until the new one is whole
         report_to="none",
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
         dataloader_num_workers=0,
     )
-    trainer = Trainer(module, arguments, train_dataset=dataset, data_collator=collate)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
+    marks: list[Any] = [_Whole()]
+    trainer = Trainer(module, arguments, train_dataset=dataset, data_collator=collate, callbacks=marks)
+    found = find_checkpoint(work)
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
 
 
 class _Objective(nn.Module):

@@ -41,11 +41,11 @@ WEB_NOISE: Mapping[str, float] = {
 # The same for the last stage of the generator to be aligned: it can draw what it then learns to get wrong.
 POLICY_NOISE: Mapping[str, float] = {
     "single_object": 0.05,
-    "two_object": 0.35,
-    "counting": 0.5,
-    "colors": 0.15,
-    "position": 0.6,
-    "color_attr": 0.5,
+    "two_object": 0.5,
+    "counting": 0.6,
+    "colors": 0.2,
+    "position": 0.7,
+    "color_attr": 0.6,
 }
 # How often training draws each category once the easy ones are learnt.
 HARD: Mapping[str, float] = {

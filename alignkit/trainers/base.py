@@ -2,14 +2,14 @@
 
 What it adds to Trainer: cached latents with keyed draws, checkpoints that know whether they are whole, a health panel,
 a stop before the optimizer sees a non-finite loss, validation pictures with held-out reward means, and adapter export.
-Deliberately not here: how a model card is worded (`write_card` is given) and what the cache holds (`latents`).
+Deliberately not here: how a model card is worded (`evaluation.card`) and what the cache holds (`latents`).
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,23 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 from typing_extensions import override
 
 from alignkit.errors import CheckpointMismatchError, ConfigError, NumericsError
+from alignkit.evaluation.card import CardInputs, write_card
 from alignkit.generators.base import PipelineGenerator
 from alignkit.provenance import without_defaults
 from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_incomplete, require_whole
 from alignkit.trainers.config import AlignConfig
 from alignkit.trainers.latents import DrawPlan, LatentDataset, collate, conditioning, encode_rows
 from alignkit.trainers.validation import Validation
+
+
+def _is_metric(name: str) -> bool:
+    """Of a logged evaluation, what a reader of the model card wants to see."""
+    return name == "eval_loss" or name.startswith("eval_reward/")
 
 
 class _Epochs(TrainerCallback):
@@ -52,7 +57,6 @@ class AlignTrainer(Trainer):
         train_dataset: a `datasets.Dataset` with columns prompt, images[K] and (for preference losses) phi[K].
         eval_dataset: the same, held out; its preference loss is logged at evaluation steps.
         validation: prompts, seeds, sampling and rewards drawn and judged at evaluation steps.
-        write_card: called as write_card(card_facts, folder) wherever a result is exported, also before a push.
     """
 
     args: AlignConfig
@@ -66,11 +70,11 @@ class AlignTrainer(Trainer):
         eval_dataset: Any = None,
         *,
         validation: Validation | None = None,
-        write_card: Callable[[Mapping[str, Any], Path], Any] | None = None,
         **trainer_options: Any,
     ) -> None:
-        self.generator, self.validation, self.write_card = generator, validation, write_card
+        self.generator, self.validation = generator, validation
         generator.pipeline.to(args.device)
+        args._n_gpu = min(args.n_gpu, 1)  # noqa: SLF001 - no DataParallel: several GPUs are torchrun's or accelerate's
         with torch.no_grad():
             self.null = generator.encode_prompts([""]).null
         self._health: dict[str, list[Tensor]] = defaultdict(list)
@@ -96,15 +100,15 @@ class AlignTrainer(Trainer):
         if args.full_finetune:
             if lora.lora_layers(self.generator.net):
                 raise ConfigError("full_finetune on a model with an adapter: merge the adapter first, or train a LoRA")
+            self.generator.net.float().requires_grad_(True)  # half-precision weights lose small AdamW steps
             if self.needs_reference:
                 self.generator.model.freeze_copy()
-            self.generator.net.requires_grad_(True)
         elif not lora.lora_layers(self.generator.net):
             torch.manual_seed(args.seed)
             self.generator.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
         for parameter in self.generator.net.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()  # half-precision weights lose small AdamW steps
+                parameter.data = parameter.data.float()
 
     def draw_plan(self, args: AlignConfig) -> DrawPlan:
         """How this method draws time, noise and caption dropout."""
@@ -189,9 +193,11 @@ class AlignTrainer(Trainer):
         """Held-out loss on fixed draws and held-out reward means on fixed prompts and seeds, both logged."""
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._held_out_loss(eval_dataset).items()}
         if self.validation is not None:
-            grid = Path(self.args.output_dir) / "validation" / f"step-{self.state.global_step:06d}.png"
-            # One process draws; all must know the means, for each decides which checkpoint is the best.
-            shared = [self.validation.run(self.generator, grid) if self.is_world_process_zero() else {}]
+            # All processes draw the same (a sharded network answers only when all call it), one keeps the pictures;
+            # the means are made one process's, for each decides which checkpoint is the best.
+            name = f"step-{self.state.global_step:06d}.png"
+            grid = Path(self.args.output_dir) / "validation" / name if self.is_world_process_zero() else None
+            shared = [self.validation.run(self.generator, grid)]
             broadcast_object_list(shared)
             metrics |= {f"{metric_key_prefix}_reward/{name}": value for name, value in shared[0].items()}
         self.log(metrics)
@@ -231,6 +237,8 @@ class AlignTrainer(Trainer):
         return {name: p for name, p in self.generator.model.named_parameters() if p.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             self.export(folder)
@@ -239,7 +247,6 @@ class AlignTrainer(Trainer):
         names = self._trainable()
         weights = {k: v for k, v in (state_dict or names).items() if k in names}
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / SAFE_WEIGHTS_NAME)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -254,10 +261,10 @@ class AlignTrainer(Trainer):
             mark_complete(folder)
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero():
-            self.export(Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:  # noqa: ARG002 - the result is pushed instead
+        # Not Trainer's own: it uploads the checkpoint's files, pickled arguments among them, not what users load.
+        if self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
 
     @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -283,21 +290,24 @@ class AlignTrainer(Trainer):
             self.generator.save_merged(folder)
         else:
             self.generator.save_adapter(folder)
-        if self.write_card is not None:
-            self.write_card(self.card_facts(), folder)
+        write_card(self.card(), folder)
         return folder
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Nothing: `export`, which every push begins with, has written the card."""
 
-    def card_facts(self) -> dict[str, Any]:
-        """What a model card tells of this training: title, method, base_model, config and data, as plain values."""
+    def card(self) -> CardInputs:
+        """What the model card tells of this training."""
         method = type(self).__name__.removesuffix("Trainer")
-        data = {"prompts": len(self.train_dataset), "candidates a prompt": self.train_dataset.shapes["latents"][0]}
-        return {
-            "title": f"{self.generator.name} aligned with {method}",
-            "method": method,
-            "base_model": self.generator.pipeline.name_or_path,
-            "config": without_defaults(self.args),
-            "data": data,
-        }
+        judged = {int(log["step"]): log for log in self.state.log_history if any(map(_is_metric, log))}
+        grids = sorted((Path(self.args.output_dir) / "validation").glob("step-*.png"))
+        return CardInputs(
+            f"{self.generator.name} aligned with {method}",
+            method,
+            str(self.generator.pipeline.name_or_path),
+            config=without_defaults(self.args),
+            data={"prompts": len(self.train_dataset), "candidates a prompt": self.train_dataset.shapes["latents"][0]},
+            is_adapter=not self.args.full_finetune,
+            validation={s: {n: v for n, v in log.items() if _is_metric(n)} for s, log in judged.items()},
+            grid=grids[-1] if grids else None,
+        )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from alignkit.errors import ConfigError
 from alignkit.precision import fast_bf16
@@ -29,16 +31,28 @@ class AlignConfig(TrainingArguments):
         default_factory=lambda: {"use_reentrant": False}, metadata={"help": "Options of torch's checkpoint."}
     )
 
+    ddp_timeout: int = field(
+        default=86_400, metadata={"help": "Seconds; the first process encodes the pictures while the others wait."}
+    )
+    hub_strategy: HubStrategy | str = field(
+        default="every_save", metadata={"help": "When push_to_hub uploads the result: end or every_save."}
+    )
     bf16: None | bool = field(  # noqa: RUF036
         default=None, metadata={"help": "Compute in bf16 (autocast); default: where the hardware is faster with it."}
     )
 
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA; ignored with full_finetune."})
+    lora_rank: int = field(
+        default=16,
+        metadata={"help": "Rank of the LoRA; without use with full_finetune or an adapter to continue from."},
+    )
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA alpha; default: the rank (scale 1)."})
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "Suffixes of the layers that get a LoRA; default: the family's attention."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the LoRA."})
+    save_merged: bool = field(
+        default=False, metadata={"help": "Beside the adapter, write `merged`: the whole model with it folded in."}
+    )
     full_finetune: bool = field(default=False, metadata={"help": "Train all weights of the network, no LoRA."})
     caption_dropout: float = field(
         default=0.1, metadata={"help": "Share of prompts replaced by the null prompt, one draw a prompt."}
@@ -54,9 +68,13 @@ class AlignConfig(TrainingArguments):
         return Path(self.cache_dir or Path(self.output_dir) / "_cache")
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else Trainer refuses bf16
         if self.bf16 is None:
             self.bf16 = not self.fp16 and fast_bf16(use_cpu=bool(self.use_cpu))
         super().__post_init__()
+        if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ConfigError(f"hub_strategy is '{self.hub_strategy}': checkpoints hold pickles; use end or every_save")
         if not 0 <= self.caption_dropout <= 1:
             raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")
         if self.remove_unused_columns or self.logging_nan_inf_filter:

@@ -11,7 +11,8 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,16 @@ class DrawPlan:
         return Draws(t, noise, dropped)
 
 
+def _draw_ids(prompt_ids: Iterable[str]) -> list[str]:
+    """What draws are keyed by: the prompt, and from its second row on (pairs of one caption) the row's number too."""
+    seen: Counter[str] = Counter()
+    names = []
+    for prompt_id in prompt_ids:
+        names.append(f"{prompt_id}-{seen[prompt_id]}" if seen[prompt_id] else prompt_id)
+        seen[prompt_id] += 1
+    return names
+
+
 class LatentDataset(Dataset[dict[str, Any]]):
     """Cached rows with draws of their own in each `epoch`, which the trainer sets."""
 
@@ -96,6 +107,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self, rows: datasets.Dataset, phi_NK: Tensor, shapes: Mapping[str, Sequence[int]], plan: DrawPlan
     ) -> None:
         self.rows, self.phi, self.shapes, self.plan = rows, phi_NK, dict(shapes), plan
+        self.draw_ids = _draw_ids(rows["prompt_id"])
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by loader workers that outlive an epoch
         self.picked: Tensor | None = None  # [rows, k] candidate numbers, where not all are used
         self.reference: Tensor | None = None  # [epochs, rows, k], once precomputed
@@ -113,6 +125,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """Only each row's best and worst candidate, best first; rows of ties go."""
         kept = (self.phi.amax(-1) > self.phi.amin(-1)).nonzero().flatten()
         self.rows, self.phi = self.rows.select(kept.tolist()), self.phi[kept]
+        self.draw_ids = [self.draw_ids[index] for index in kept.tolist()]
         self.picked = torch.stack([self.phi.argmax(-1), self.phi.argmin(-1)], -1)
 
     def __len__(self) -> int:
@@ -124,7 +137,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         item["phi"] = self.phi[index]
         if self.picked is not None:
             item |= {key: item[key][self.picked[index]] for key in ("latents", "phi")}
-        draws = self.plan.draw(row["prompt_id"], self.epoch, item["latents"].shape)
+        draws = self.plan.draw(self.draw_ids[index], self.epoch, item["latents"].shape)
         item |= {"t": draws.t, "noise": draws.noise, "dropped": torch.tensor(draws.dropped)}
         if self.reference is not None:
             item["reference_err"] = self.reference[self.epoch, index]

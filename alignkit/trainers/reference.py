@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def precompute(trainer: RankDPOTrainer, dataset: LatentDataset, cache: Path) -> 
     if not file.is_file():
         table = torch.stack([_one_epoch(trainer, dataset, epoch, epochs) for epoch in range(epochs)])
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # runs that share a cache may get here together
         save_file({"errors": table}, temporary)
         temporary.replace(file)
     return load_file(file)["errors"]

@@ -26,11 +26,18 @@ class Validation:
     batch_size: int = 16
     shown: int = 16
 
-    def run(self, source: ImageSource, grid: Path) -> dict[str, float]:
-        """Mean of every reward over the prompts, and of their sum as `mean` when there are several."""
+    @torch.no_grad()
+    def run(self, source: ImageSource, grid: Path | None) -> dict[str, float]:
+        """Mean of every reward over the prompts, and the mean of those means as `mean` when there are several."""
         pictures = draw(source, self.prompts, self.seed, self.sampling, self.batch_size)
-        save_grid(pictures[: self.shown], grid)
-        means = {name: float(reward(pictures, self.prompts).total.mean()) for name, reward in self.rewards.items()}
+        if grid is not None:
+            save_grid(pictures[: self.shown], grid)
+        starts = range(0, len(pictures), self.batch_size)
+        batches = [(pictures[i : i + self.batch_size], self.prompts[i : i + self.batch_size]) for i in starts]
+        means = {
+            name: float(torch.cat([reward(*batch).total.cpu() for batch in batches]).mean())
+            for name, reward in self.rewards.items()
+        }
         return means | ({"mean": float(np.mean(list(means.values())))} if len(means) > 1 else {})
 
 

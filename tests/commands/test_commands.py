@@ -54,4 +54,4 @@ def test_training_pushes_its_result_with_the_card(work, model_folders, uploads):
     model = f"--model={model_folders['flow']}"
     assert cli.main(["train", "rankdpo", model, "--data=ranked", "--held_out=0", *options]) == 0
     assert uploads[-1]["repo_id"] == "someone/mine"
-    assert "flow aligned with rankdpo" in (work / uploads[-1]["folder_path"] / "README.md").read_text(encoding="utf-8")
+    assert "flow aligned with RankDPO" in (work / uploads[-1]["folder_path"] / "README.md").read_text(encoding="utf-8")

@@ -60,7 +60,7 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert len([path for path in before if path.name == "pytorch_lora_weights.safetensors"]) == 4
 
     arms = {"broken": {"train": {"learning_rate": 1e30}}, "dpo": {"train": {"loss": "diffusion_dpo"}}}
-    assert cli.main(ladder(out="second", table="second.md", arms=arms, seeds=[0])) == 1
+    assert cli.main(ladder(out="second", table="second.md", arms=arms, seeds=[0])) == 2
     said = capsys.readouterr().err
     assert "1 runs failed: broken seed 0: NumericsError" in said
     assert "| dpo |" in (work / "second.md").read_text(encoding="utf-8")
@@ -73,5 +73,9 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
 
 def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
     assert cli.main(ladder(arms={"odd": {"train": {"betta": 3}}})) == 2
-    assert "arms.odd" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "arms.odd" in said
+    assert "'beta'" in said
+    assert cli.main([*ladder(train={"learning_rat": 1.0}), "--dry-run"]) == 2
+    assert "'learning_rate'" in capsys.readouterr().err
     assert not (work / "shared").exists()

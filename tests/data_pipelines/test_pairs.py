@@ -49,6 +49,17 @@ def test_pickapic_becomes_ranked_rows(world: Any, tmp_path: Path, caplog: pytest
     assert "1 ties dropped, 3 rows kept" in caplog.text
 
 
+def test_an_imagefolder_with_captions_becomes_rows_of_one(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+    lines = [f'{{"file_name": "{number}.jpg", "text": "caption {number}"}}' for number in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    ranked = load_ranked(tmp_path, "train", held_out=0.0)
+    assert ranked["prompt"][:] == ["caption 0", "caption 1"]
+    assert ranked["phi"][:] == [[0.0], [0.0]]
+    assert encoded(ranked) == [[picture(0)], [picture(1)]]
+
+
 def test_pickapic_round_trip(world: Any, tmp_path: Path) -> None:
     rows = pickapic(tmp_path / "in.parquet", [1.0, 0.0, 0.0])
     ranked = load_ranked(tmp_path / "in.parquet", "train", held_out=0.0)

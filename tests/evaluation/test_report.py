@@ -265,7 +265,7 @@ def test_the_card_prints_no_path_of_the_machine(tmp_path):
     text = write_card(CardInputs("T", "RankDPO", str(model)), tmp_path / "out").read_text()
     assert "secret place" not in text
     assert "base_model: my-model" in text
-    assert "This adapter was not evaluated." in text
+    assert "No paired evaluation of this result" in text
 
 
 def test_reading_a_folder_that_is_none_or_damaged_names_the_file(tmp_path):
