@@ -83,6 +83,7 @@ def bare_loop(source: Any, options: argparse.Namespace) -> Callable[[Sequence[Pr
             return
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         size = {"height": SIZE, "width": SIZE, "guidance_scale": sampling.guidance_scale, "output_type": "pt"}
+        size |= source.sampling_arguments()
         with torch.no_grad():
             source.pipeline(texts, num_inference_steps=sampling.steps, generator=generators, **size)
 

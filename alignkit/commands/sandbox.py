@@ -14,6 +14,7 @@ from typing import Any
 
 from alignkit.commands.shared import Verb, execute, finished, mark_finished
 from alignkit.errors import ConfigError, MissingFileError, UnknownNameError, nearest
+from alignkit.provenance import write_resolved
 
 NEEDS = {
     "vae": (),
@@ -79,6 +80,7 @@ def _work(job: SandboxJob) -> None:
     target, work = job.out / job.name, job.work / job.name
     if target.exists():
         raise ConfigError(f"'{target}' is there already and stays as it is; choose another --out")
+    write_resolved(work, job, free={"out"})
     result = work / "result"
     if not finished(work):
         shutil.rmtree(result, ignore_errors=True)  # half a save of an interrupted run; the checkpoints are beside it

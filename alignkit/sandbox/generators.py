@@ -10,6 +10,7 @@ result is `unet`, the policy, which can draw what it often gets wrong. The same 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers import set_seed
 
 from alignkit.adapters import lora
 from alignkit.generators import load_generator
+from alignkit.provenance import write_text
 from alignkit.sandbox import models
 from alignkit.sandbox.scenes import HARD, POLICY_NOISE, WEB_NOISE
 from alignkit.sandbox.worlds import Captioned
@@ -59,7 +61,7 @@ RECIPES = {
     "unet_second": GeneratorRecipe("unet_first", 24_000, 750, 64, 1e-3, 203, weights=HARD),
     "unet_third": GeneratorRecipe("unet_second", 12_000, 400, 64, 7e-4, 206),
     "unet_clean": GeneratorRecipe("unet_third", 16_000, 800, 64, 7e-4, 207, weights=HARD),
-    "unet": GeneratorRecipe("unet_clean", 6_000, 150, 64, 1e-3, 208, POLICY_NOISE, adapter=True),
+    "unet": GeneratorRecipe("unet_clean", 6_000, 220, 64, 1.5e-3, 208, POLICY_NOISE, adapter=True),
     "flow": GeneratorRecipe("new flow", 24_000, 2_400, 64, 1e-3, 202, WEB_NOISE, storage=torch.float8_e4m3fn),
 }
 
@@ -170,4 +172,8 @@ def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: 
     generator.pipeline.to(torch.float16)
     generator.net.to(recipe.storage)  # float8 halves a file
     generator.pipeline.save_pretrained(out)
+    for file in out.rglob("*.json"):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored.pop("_name_or_path", None) is not None:  # a path of this machine
+            write_text(file, json.dumps(stored, indent=2) + "\n")
     return out

@@ -268,6 +268,9 @@ class AlignTrainer(Trainer):
 
     @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         stored = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
         present = self._trainable()
         shapes = [{(name, tuple(tensor.shape)) for name, tensor in side.items()} for side in (stored, present)]

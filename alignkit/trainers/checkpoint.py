@@ -18,8 +18,8 @@ MARK = "complete.json"
 
 def mark_complete(folder: Path) -> None:
     """List the folder's files in `complete.json` (written to a temporary name, fsynced, renamed)."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name != MARK]
-    sizes = {file.name: file.stat().st_size for file in files}
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MARK]
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     temporary = folder / f".{MARK}.tmp"
     with temporary.open("w", encoding="utf-8") as opened:
         json.dump(sizes, opened, indent=2)

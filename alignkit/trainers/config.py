@@ -75,6 +75,9 @@ class AlignConfig(TrainingArguments):
         super().__post_init__()
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ConfigError(f"hub_strategy is '{self.hub_strategy}': checkpoints hold pickles; use end or every_save")
+        if self.fsdp:
+            # Trains, but sharded weights would be exported by parts; DDP and ZeRO 1 and 2 keep them whole.
+            raise ConfigError("fsdp is not supported: use several processes (torchrun), low_memory or a smaller dtype")
         if not 0 <= self.caption_dropout <= 1:
             raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")
         if self.remove_unused_columns or self.logging_nan_inf_filter:

@@ -1,0 +1,89 @@
+"""The recipes of the sandbox's weights, shortened to a step or two: they run, save what loads, and continue."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file
+from transformers import CLIPModel
+
+from alignkit import cli
+from alignkit.generators import load_generator
+from alignkit.sandbox import generators, recipes
+from alignkit.sandbox.scenes import POLICY_NOISE
+from rewards.preference import PreferenceConfig, PreferenceModel
+
+SHORT = recipes.Recipe(steps=2, batch=2, learning_rate=1e-3, seed=1, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    recipes.train_vae(folder / "vae", folder / "work" / "vae", stages=(SHORT, SHORT))
+    return folder
+
+
+def test_the_autoencoder_scales_its_latents(models):
+    vae = AutoencoderKL.from_pretrained(models / "vae")
+    assert vae.dtype == torch.float16
+    assert vae.config.scaling_factor != AutoencoderKL().config.scaling_factor
+
+
+def test_clip(tmp_path):
+    recipes.train_clip(tmp_path / "clip", tmp_path / "work", SHORT)
+    assert CLIPModel.from_pretrained(tmp_path / "clip").dtype == torch.float16
+
+
+def test_a_head_starts_from_the_reader(tmp_path, monkeypatch):
+    monkeypatch.setitem(recipes.HEADS, "careful", SHORT)
+    reader, head = tmp_path / "reader", tmp_path / "careful"
+    recipes.train_reader(PreferenceModel, PreferenceConfig, reader, tmp_path / "work" / "r", stages=(SHORT,))
+    recipes.train_head("careful", PreferenceModel, reader, head, tmp_path / "work" / "h")
+    before, after = (load_file(folder / "model.safetensors") for folder in (reader, head))
+    moved = [(before[name].float() - after[name].float()).abs().max() for name in before]
+    assert 0 < max(moved) < 0.01  # two steps away, so it started there
+
+
+def test_the_policy_and_the_adapter_that_undoes_it(models, tmp_path):
+    recipe = generators.GeneratorRecipe("new unet", 4, 1, 2, 1e-3, 201, error_space="native")
+    train = functools.partial(generators.train_generator, models_dir=models)
+    train("unet_clean", out=models / "unet_clean", work=tmp_path / "clean", recipe=recipe)
+    last = replace(recipe, start="unet_clean", noise=POLICY_NOISE, adapter=True, learning_rate=1.0, steps=2)
+    train("unet", out=models / "unet", work=tmp_path / "unet", recipe=last)
+    clean, policy = (load_generator(models / name).net.state_dict() for name in ("unet_clean", "unet"))
+    back = load_generator(models / "unet", adapter=models / "unet" / "clean_adapter")
+    back.merge_adapter()
+    restored = back.net.state_dict()
+    moved = max((policy[name] - clean[name]).abs().max() for name in clean)
+    assert moved > 0.05
+    assert max((restored[name] - clean[name]).abs().max() for name in clean) < 0.02 * moved
+    assert DiffusionPipeline.from_pretrained(models / "unet")
+
+
+def test_a_torn_checkpoint_is_not_continued(tmp_path, monkeypatch):
+    """Trainer takes the newest folder, whole or not."""
+    work = tmp_path / "work"
+    (work / "checkpoint-1").mkdir(parents=True)
+    (work / "checkpoint-1" / "trainer_state.json").write_text("{", encoding="utf-8")
+    with pytest.warns(UserWarning, match="is refused"):
+        recipes.train_clip(tmp_path / "clip", work, SHORT)
+    assert recipes.find_checkpoint(work) is not None
+
+
+def test_the_command_keeps_what_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipes, "CLIP", SHORT)
+    monkeypatch.setattr(recipes.train_clip, "__defaults__", (SHORT,))
+    words = ["sandbox", "train", "clip", "--work", str(tmp_path / "work"), "--out"]
+    mine = tmp_path / "mine" / "clip"
+    mine.mkdir(parents=True)
+    assert cli.main([*words, str(tmp_path / "mine")]) == 2
+    assert "stays as it is" in capsys.readouterr().err
+    assert cli.main([*words, str(tmp_path / "one")]) == 0
+    assert cli.main([*words, str(tmp_path / "two")]) == 0  # trained already: copied
+    files = [(tmp_path / name / "clip" / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert not list(mine.iterdir())

@@ -1,0 +1,74 @@
+"""The shipped weights: small enough, loadable by everybody's loaders, and as good as the pages say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from alignkit.generators import load_generator
+from alignkit.records import Prompt, Sampling, derive_seed, texts
+from alignkit.resolve import resolve
+from alignkit.sandbox.captions import parse, prompts
+from alignkit.sandbox.gold import GoldReward
+from alignkit.sandbox.scenes import compose, contradict, render
+from rewards import REWARDS
+
+WEIGHTS = Path(__file__).parents[2] / "alignkit" / "sandbox" / "weights"
+EASY = {"single_object": 1.0, "two_object": 0.0, "counting": 0.0, "colors": 1.0, "position": 0.0, "color_attr": 0.0}
+PROXIES = {"clip": "clip_score", "careful": "preference", "showy": "preference"}
+
+
+def test_they_fit_into_a_repository():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 30 * 2**20
+    assert {path.suffix for path in files} <= {".safetensors", ".json"}
+    assert not [path for path in files if b"/tmp/" in path.read_bytes() and path.suffix == ".json"]
+
+
+@pytest.mark.parametrize("name", ["unet", "flow"])
+def test_generators_are_ordinary_diffusers_folders(name):
+    pipeline = DiffusionPipeline.from_pretrained(WEIGHTS / name)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"max_sequence_length": 16} if name == "flow" else {}
+    image = pipeline("a red circle", height=64, width=64, num_inference_steps=2, **options).images[0]
+    assert image.size == (64, 64)
+
+
+def _gold(count, adapter=None):
+    asked = prompts(count, seed=5, weights=EASY)
+    generator = load_generator(WEIGHTS / "unet", adapter=adapter)
+    seeds = [derive_seed("test", prompt.id) for prompt in asked]
+    sampling = Sampling(steps=8, guidance_scale=2.5, height=64, width=64)
+    return float(GoldReward()(generator.generate(texts(asked), seeds, sampling), asked).total.mean())
+
+
+def test_the_policy_draws_what_it_is_asked_for_where_that_is_easy():
+    assert _gold(40) > 0.5
+
+
+def test_the_clean_adapter_loads_in_the_vanilla_pipeline_and_draws_better_still():
+    pipeline = DiffusionPipeline.from_pretrained(WEIGHTS / "unet")
+    pipeline.load_lora_weights(WEIGHTS / "unet" / "clean_adapter")
+    assert pipeline.get_active_adapters()
+    assert _gold(24, adapter=WEIGHTS / "unet" / "clean_adapter") > 0.6
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_proxies_prefer_the_picture_that_shows_the_caption(name):
+    rng = np.random.default_rng(11)
+    reward = resolve(PROXIES[name], REWARDS, kind="reward")(model=str(WEIGHTS / name))
+    asked = [Prompt.from_text(text) for text in ("a red circle", "three blue rings", "a cross and a square") * 8]
+    specs = [parse(prompt.text) for prompt in asked]
+    sides = [
+        [render(compose(make(spec), rng), rng) for spec in specs] for make in (_same, lambda s: contradict(s, rng))
+    ]
+    right, wrong = (torch.from_numpy(np.stack(side)).permute(0, 3, 1, 2) for side in sides)
+    assert (reward(right, asked).total > reward(wrong, asked).total).float().mean() > 0.75
+
+
+def _same(spec):
+    return spec
