@@ -1,4 +1,4 @@
-"""Which arithmetic is fast here. bf16 without hardware for it is emulated: on such a CPU it is fifty times slower."""
+"""Which arithmetic is fast here. bf16 without hardware for it is emulated: on such a CPU it is far slower than fp32."""
 
 from __future__ import annotations
 

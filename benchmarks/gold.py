@@ -5,11 +5,13 @@ Usage::
     python benchmarks/gold.py renders                  right on rendered scenes, by category (accepts and rejections)
     python benchmarks/gold.py generator FOLDER         gold accuracy of a generator, by category
     python benchmarks/gold.py sheet FOLDER SHEET.png   200 generated pictures with captions and verdicts, for the eye
+    python benchmarks/gold.py labels RANKED            how often phi and the rewards prefer what gold accepts
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from alignkit.records import Prompt, Sampling, derive_seed, texts
 from alignkit.sandbox.captions import bodies, parse, prompts
 from alignkit.sandbox.gold import GoldReward, look, shows
 from alignkit.sandbox.scenes import CATEGORIES, compose, contradict, render
+from data_pipelines.importers import load_ranked
 
 
 def renders(count: int) -> dict[str, object]:
@@ -64,6 +67,33 @@ def accuracy(folder: str, count: int, sampling: Sampling, adapter: str | None) -
     return {"question": "gold of a generator", "model": folder, "gold": mean, **by_category, "sampling": settings}
 
 
+def labels(folder: str, count: int) -> dict[str, object]:
+    """On ranked candidates: gold by generator and rank; how often pairs of a right and a wrong one are told apart."""
+    gains: dict[str, list[float]] = defaultdict(list)
+    agreement: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    rows = load_ranked(folder, "train", held_out=0.0)
+    for row in tqdm(rows.select(range(min(count, len(rows)))), desc="labels"):
+        spec = parse(row["prompt"])
+        gold = [bool(shows(look(np.asarray(image.convert("RGB"), np.float32) / 255), spec)) for image in row["images"]]
+        for name, verdict in zip(row["generators"], gold, strict=True):
+            gains[name].append(verdict)
+        gains["best"].append(gold[int(np.argmax(row["phi"]))])
+        gains["worst"].append(gold[int(np.argmin(row["phi"]))])
+        for name, values in {"phi": row["phi"], **row["scores"]}.items():
+            for right, wrong in itertools.permutations(range(len(gold)), 2):
+                if gold[right] and not gold[wrong] and values[right] != values[wrong]:
+                    agreement[name][spec.category].append(values[right] > values[wrong])
+    shares = {
+        name: {
+            "all": round(float(np.mean([*itertools.chain.from_iterable(groups.values())])), 3),
+            **{category: round(float(np.mean(groups[category])), 3) for category in CATEGORIES if groups[category]},
+        }
+        for name, groups in agreement.items()
+    }
+    means = {name: round(float(np.mean(values)), 3) for name, values in gains.items()}
+    return {"question": "labels against gold", "rows": min(count, len(rows)), "gold": means, "agreement": shares}
+
+
 def sheet(folder: str, target: Path, sampling: Sampling) -> None:
     """A contact sheet of 200 pictures: number, caption, and a green (shows it) or red (does not) frame."""
     asked = prompts(200, seed=78)
@@ -89,7 +119,7 @@ def sheet(folder: str, target: Path, sampling: Sampling) -> None:
 def main() -> None:
     """Parse the question and answer it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=("renders", "generator", "sheet"))
+    parser.add_argument("question", choices=("renders", "generator", "sheet", "labels"))
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument("--steps", type=int, default=16)
@@ -101,6 +131,8 @@ def main() -> None:
         print(json.dumps(renders(chosen.count)))
     elif chosen.question == "generator":
         print(json.dumps(accuracy(chosen.arguments[0], chosen.count, sampling, chosen.adapter)))
+    elif chosen.question == "labels":
+        print(json.dumps(labels(chosen.arguments[0], chosen.count)))
     else:
         sheet(chosen.arguments[0], Path(chosen.arguments[1]), sampling)
 

@@ -91,7 +91,7 @@ def load_generator(
         )
     pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype or torch.float32)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    for part in ("unet", "vae"):  # convolutions run a quarter faster so, on tensor cores and CPUs alike
+    for part in ("unet", "vae"):  # convolutions run faster so, on tensor cores and CPUs alike
         if (module := pipeline.components.get(part)) is not None:
             module.to(memory_format=torch.channels_last)
     generator = resolve(class_name, GENERATORS, kind="generator")(pipeline, name or Path(model).name)

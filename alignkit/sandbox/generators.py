@@ -160,7 +160,7 @@ def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: 
         seed=recipe.seed,
         noise_seed=recipe.seed,
     )
-    # Latents to bf16 accuracy: three times faster where the hardware has it.
+    # Latents to bf16 accuracy, where the hardware is faster with it.
     with torch.autocast(generator.device.type, torch.bfloat16, enabled=bool(arguments.bf16)):
         trainer = SFTTrainer(generator, arguments, dataset(recipe, work))
     trainer.train(resume_from_checkpoint=True)

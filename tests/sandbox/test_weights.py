@@ -31,7 +31,7 @@ def test_they_fit_into_a_repository():
 
 @pytest.mark.parametrize("name", ["unet", "flow"])
 def test_generators_are_ordinary_diffusers_folders(name):
-    pipeline = DiffusionPipeline.from_pretrained(WEIGHTS / name)
+    pipeline = DiffusionPipeline.from_pretrained(WEIGHTS / name, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     options = {"max_sequence_length": 16} if name == "flow" else {}
     image = pipeline("a red circle", height=64, width=64, num_inference_steps=2, **options).images[0]
@@ -57,8 +57,8 @@ def test_the_clean_adapter_loads_in_the_vanilla_pipeline_and_draws_better_still(
     assert _gold(24, adapter=WEIGHTS / "unet" / "clean_adapter") > 0.6
 
 
-@pytest.mark.parametrize("name", PROXIES)
-def test_proxies_prefer_the_picture_that_shows_the_caption(name):
+@pytest.mark.parametrize(("name", "least"), [("clip", 0.55), ("careful", 0.85), ("showy", 0.85)])
+def test_proxies_prefer_the_picture_that_shows_the_caption(name, least):
     rng = np.random.default_rng(11)
     reward = resolve(PROXIES[name], REWARDS, kind="reward")(model=str(WEIGHTS / name))
     asked = [Prompt.from_text(text) for text in ("a red circle", "three blue rings", "a cross and a square") * 8]
@@ -67,7 +67,7 @@ def test_proxies_prefer_the_picture_that_shows_the_caption(name):
         [render(compose(make(spec), rng), rng) for spec in specs] for make in (_same, lambda s: contradict(s, rng))
     ]
     right, wrong = (torch.from_numpy(np.stack(side)).permute(0, 3, 1, 2) for side in sides)
-    assert (reward(right, asked).total > reward(wrong, asked).total).float().mean() > 0.75
+    assert (reward(right, asked).total > reward(wrong, asked).total).float().mean() > least
 
 
 def _same(spec):

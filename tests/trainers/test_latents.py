@@ -86,6 +86,18 @@ def test_draws_do_not_depend_on_batch_order_or_workers(dataset):
     assert not torch.equal(first[0][0]["t"], first[0][1]["t"])
 
 
+def test_pairs_of_one_caption_have_their_own_draws(load, ranked_rows, tmp_path):
+    """Pick-a-Pic has many pairs a caption; rows of equal prompt ids must not share noise."""
+    rows = ranked_rows(3)
+    same = rows.remove_columns("prompt_id").add_column("prompt_id", ["a", "b", "a"])
+    encoded = encode_rows(load("flow"), same, plan(), tmp_path)
+    noises = [encoded[index]["noise"][0] for index in range(3)]
+    assert not torch.equal(noises[0], noises[2])
+    assert torch.equal(noises[0], plan().draw("a", 0, encoded[0]["latents"].shape).noise[0])
+    encoded.keep_best_and_worst()
+    assert encoded.draw_ids == ["a", "b", "a-1"]
+
+
 def test_one_caption_draw_a_prompt(make, batch_of):
     """A dropped prompt is the null condition for all its candidates, a kept one for none."""
     trainer = make("flow", caption_dropout=0.5)

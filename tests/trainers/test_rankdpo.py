@@ -306,11 +306,19 @@ def test_protection_changes_gradients_and_no_value(make, batch_of, stir):
         ({"protect_winner": 0.9, "low_memory": True}, "switch off low_memory"),
         ({"full_finetune": True, "lora_targets": ["to_q"]}, "exclude each other"),
         ({"logging_nan_inf_filter": True}, "must be false"),
+        ({"hub_strategy": "checkpoint"}, "use end or every_save"),
+        ({"fsdp": "full_shard"}, "fsdp is not supported"),
     ],
 )
 def test_contradictory_settings_are_refused(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         RankDPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a device takes bf16 as it is")
+def test_bf16_needs_no_word_of_the_cpu(tmp_path):
+    """Trainer alone refuses bf16 without a GPU unless use_cpu is said."""
+    assert RankDPOConfig(output_dir=str(tmp_path), bf16=True).use_cpu
 
 
 def test_an_unknown_loss_is_named_at_once(tmp_path):
