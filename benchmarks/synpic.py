@@ -1,7 +1,7 @@
 """Speed and memory of the Syn-Pic stages; prints one JSON line.
 
-    python benchmarks/synpic.py --model sandbox/unet --steps 20      with a real generator
-    python benchmarks/synpic.py                                     with a source that only sleeps and draws noise
+    python benchmarks/synpic.py --model alignkit/sandbox/weights/unet   with a real generator
+    python benchmarks/synpic.py                                         with a source that only sleeps and draws noise
 
 generation   pictures/s through the stage and of the bare pipeline called in a loop, in turns, and their ratio (>= 0.95)
 overlap      seconds of generate_and_score with a reward that waits, against the two stages one after the other
