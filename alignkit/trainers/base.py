@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import SAFE_WEIGHTS_NAME
 from typing_extensions import override
 
+from alignkit.diffusion.schedules import expand
 from alignkit.errors import CheckpointMismatchError, ConfigError, NumericsError
 from alignkit.evaluation.card import CardInputs, write_card
 from alignkit.generators.base import PipelineGenerator
@@ -30,6 +31,8 @@ from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_in
 from alignkit.trainers.config import AlignConfig
 from alignkit.trainers.latents import DrawPlan, LatentDataset, collate, conditioning, encode_rows
 from alignkit.trainers.validation import Validation
+
+MAX_WEIGHT = 20.0
 
 
 def _is_metric(name: str) -> bool:
@@ -155,6 +158,10 @@ class AlignTrainer(Trainer):
         """Per-candidate mean squared errors [P, K], or the residuals [P, K, D] they are made of.
 
         One batched call for all candidates. The network may run in bf16; target and error are float32 at least.
+
+        With `error_space="velocity"` an eps network's squared error is divided by alpha(t)^2, which makes it that of
+        v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512, section 4): the plain eps error hardly weighs high
+        noise, where layouts are decided. The weight is held at MAX_WEIGHT; next to pure noise it would pass 200.
         """
         latents_PK = batch["latents"]
         count = latents_PK.shape[1]
@@ -168,7 +175,11 @@ class AlignTrainer(Trainer):
         x_t = self.generator.add_noise(x0, noise, t)
         target = self.generator.target(x0, noise, t)
         prediction = model(x_t, t, cond)
-        return prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - target
+        residual = prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - target
+        if self.args.error_space == "velocity" and self.generator.prediction == "epsilon":
+            alpha, _ = self.generator.noise_schedule.coefficients(t)
+            residual = residual * expand(alpha.reciprocal().clamp(max=MAX_WEIGHT**0.5), residual)
+        return residual
 
     # --- logging and evaluation ---
 

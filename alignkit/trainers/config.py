@@ -57,6 +57,10 @@ class AlignConfig(TrainingArguments):
     caption_dropout: float = field(
         default=0.1, metadata={"help": "Share of prompts replaced by the null prompt, one draw a prompt."}
     )
+    error_space: str = field(
+        default="native",
+        metadata={"help": "native, or velocity: weigh an eps network's errors as a v network's, for layouts' sake."},
+    )
     noise_seed: int = field(default=0, metadata={"help": "Seeds timestep, noise and caption draws of every item."})
     cache_dir: str | None = field(
         default=None, metadata={"help": "Where latents, conditioning and reference errors are kept between runs."}
@@ -78,6 +82,8 @@ class AlignConfig(TrainingArguments):
         if self.fsdp:
             # Trains, but sharded weights would be exported by parts; DDP and ZeRO 1 and 2 keep them whole.
             raise ConfigError("fsdp is not supported: use several processes (torchrun), low_memory or a smaller dtype")
+        if self.error_space not in ("native", "velocity"):
+            raise ConfigError(f"error_space is '{self.error_space}'; use native or velocity")
         if not 0 <= self.caption_dropout <= 1:
             raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")
         if self.remove_unused_columns or self.logging_nan_inf_filter:

@@ -66,7 +66,7 @@ def _key(trainer: RankDPOTrainer, dataset: LatentDataset, epochs: int) -> str:
         {name: list(shape) for name, shape in dataset.shapes.items()},
         hashlib.sha256(json.dumps(None if dataset.picked is None else dataset.picked.tolist()).encode()).hexdigest(),
         [plan.noise_seed, plan.caption_dropout, plan.share_noise, plan.share_timestep],
-        [epochs, trainer.args.bf16, trainer.args.fp16],
+        [epochs, trainer.args.bf16, trainer.args.fp16, trainer.args.error_space],
         {key: str(value) for key, value in sorted(trainer.generator.pipeline.scheduler.config.items())},
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

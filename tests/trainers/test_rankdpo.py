@@ -252,6 +252,22 @@ def test_base_fingerprint_ignores_adapters_and_sees_training(make, load):
     assert reference.base_fingerprint(generator.net) != plain
 
 
+def test_the_velocity_space_weighs_policy_and_reference_alike(make, batch_of, stir):
+    """Both errors carry 1 / alpha(t)^2, in one batched call, one by one, and with residuals for the protection."""
+    native, weighted = (make("unet", error_space=space) for space in ("native", "velocity"))
+    for trainer in (native, weighted):
+        stir(trainer)
+    batch = batch_of(weighted)
+    batch["t"] = torch.tensor([0.1, 0.3, 0.6]).unsqueeze(1).expand(batch["t"].shape)
+    alpha_PK, _ = weighted.generator.noise_schedule.coefficients(batch["t"])
+    with torch.no_grad():
+        plain_PK, errors_PK = (trainer.errors(trainer.model, batch) for trainer in (native, weighted))
+        torch.testing.assert_close(errors_PK, plain_PK / alpha_PK.square())
+        torch.testing.assert_close(weighted.errors_one_by_one(weighted.model, batch), errors_PK)
+        reference_PK = native.reference_errors(native.model, batch)
+        torch.testing.assert_close(weighted.reference_errors(weighted.model, batch), reference_PK / alpha_PK.square())
+
+
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_gradient_accumulation_is_a_larger_batch(make, low_memory):
     shared = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "max_grad_norm": 0.5}

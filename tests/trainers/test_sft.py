@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
-from alignkit.trainers.sft import MAX_WEIGHT, SFTConfig, winners
+from alignkit.trainers.base import MAX_WEIGHT
+from alignkit.trainers.sft import SFTConfig, winners
 
 
 @pytest.mark.parametrize("family", ["unet", "flow"])
@@ -57,12 +58,13 @@ def test_candidates_is_checked(tmp_path):
 def test_velocity_space_is_the_v_networks_error(make, batch_of):
     """|v_hat - v|^2 for v = alpha eps - sigma x0, with v_hat from the eps network's own x0 and eps."""
     trainer = make("unet", method="sft", candidates="all", error_space="velocity")
+    native = make("unet", method="sft", candidates="all")
     batch = batch_of(trainer)
     batch["t"] = torch.tensor([0.1, 0.3, 0.6]).unsqueeze(1).expand(batch["t"].shape)
     alpha, sigma = (c[..., None] for c in trainer.generator.noise_schedule.coefficients(batch["t"]))
     with torch.no_grad():
         loss, _ = trainer.method_loss(trainer.model, batch)
-        off = trainer.errors(trainer.model, batch, residuals=True)  # eps_hat - eps
+        off = native.errors(native.model, batch, residuals=True)  # eps_hat - eps
     x0_off = -sigma / alpha * off  # of x0_hat = (x_t - sigma eps_hat) / alpha
     torch.testing.assert_close(loss, (alpha * off - sigma * x0_off).square().mean((-1, -2)))
 
