@@ -33,7 +33,12 @@ def ladder(work, model_folders):
             "evaluate": {"seeds_per_prompt": 1, "sampling": SAMPLING},
             "evaluate_from": 1,
             "seeds": [0, 1],
-            "train": {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "beta": 100},
+            "train": {
+                "max_steps": 2,
+                "per_device_train_batch_size": 2,
+                "save_strategy": "no",
+                "learning_rate": 0.3,
+            },
             "arms": {"sft": {"method": "sft"}, "shuffled": {"labels": "random"}},
         } | changes
         (work / "many.txt").write_text("\n".join(f"picture {number}" for number in range(12)), encoding="utf-8")
