@@ -6,6 +6,7 @@ picture. Nothing matching is an error here; diffusers would only warn.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import fields
@@ -61,6 +62,12 @@ def _add(net: Any, config: LoraConfig) -> None:
             f"none of the LoRA targets {config.target_modules} names a layer of {type(net).__name__}; "
             "give suffixes of module names, e.g. to_q, to_k, to_v, to_out.0"
         ) from error
+
+
+def inject_like(net: Any, other: Any) -> None:
+    """Put an adapter of the kind that `other` carries on `net`, with weights of its own."""
+    net.requires_grad_(False)
+    _add(net, copy.deepcopy(other.peft_config[NAME]))
 
 
 def adapter_state(net: nn.Module) -> dict[str, Tensor]:

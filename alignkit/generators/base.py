@@ -41,6 +41,12 @@ class Denoiser(nn.Module):
         cond = cond.map(lambda tensor: tensor.to(net.dtype) if tensor.is_floating_point() else tensor)
         return family.call(net, x_t.to(net.dtype), family.noise_schedule.model_time(t), cond)
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes that FSDP shards one by one by default: those that diffusers names and the network has."""
+        present = {type(module).__name__ for module in self.net.modules()}
+        return sorted(present & set(self.net._no_split_modules or ()))  # noqa: SLF001 - what accelerate reads as well
+
     def freeze_copy(self) -> None:
         """Keep the present weights as the reference (full fine-tuning)."""
         self._frozen = (copy.deepcopy(self.net).requires_grad_(False).eval(),)
@@ -99,6 +105,11 @@ class PipelineGenerator:
     def net(self) -> Any:
         """The diffusers network that is trained."""
         return self.model.net
+
+    def put_net(self, net: nn.Module) -> None:
+        """Put another network in the present one's place."""
+        self.model.net = net
+        self.pipeline.register_modules(**{self.component: net})
 
     @property
     def device(self) -> torch.device:
@@ -185,8 +196,8 @@ class PipelineGenerator:
         adapted = self.net
         merged = copy.deepcopy(adapted)
         lora.merge(merged)
-        self.pipeline.register_modules(**{self.component: merged})
+        self.put_net(merged)
         try:
             self.pipeline.save_pretrained(folder)
         finally:
-            self.pipeline.register_modules(**{self.component: adapted})
+            self.put_net(adapted)

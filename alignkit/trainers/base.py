@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 from typing_extensions import override
@@ -30,6 +31,7 @@ from alignkit.provenance import without_defaults
 from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_incomplete, require_whole
 from alignkit.trainers.config import AlignConfig
 from alignkit.trainers.latents import DrawPlan, LatentDataset, collate, conditioning, encode_rows
+from alignkit.trainers.sharding import fill, gather, require_known_layout, whole
 from alignkit.trainers.validation import Validation
 
 MAX_WEIGHT = 20.0
@@ -92,6 +94,7 @@ class AlignTrainer(Trainer):
             held_out if held_out is not None else (train if validation else None),
             **trainer_options,
         )
+        require_known_layout(self.accelerator, asked=bool(args.fsdp))
         self._held_out = held_out
         self.add_callback(_Epochs(train))
 
@@ -204,11 +207,12 @@ class AlignTrainer(Trainer):
         """Held-out loss on fixed draws and held-out reward means on fixed prompts and seeds, both logged."""
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._held_out_loss(eval_dataset).items()}
         if self.validation is not None:
-            # All processes draw the same (a sharded network answers only when all call it), one keeps the pictures;
-            # the means are made one process's, for each decides which checkpoint is the best.
+            # All processes draw the same (none would have anything else to do), one keeps the pictures; the means are
+            # made one process's, for each decides which checkpoint is the best.
             name = f"step-{self.state.global_step:06d}.png"
             grid = Path(self.args.output_dir) / "validation" / name if self.is_world_process_zero() else None
-            shared = [self.validation.run(self.generator, grid)]
+            with whole(self.generator):
+                shared = [self.validation.run(self.generator, grid)]
             broadcast_object_list(shared)
             metrics |= {f"{metric_key_prefix}_reward/{name}": value for name, value in shared[0].items()}
         self.log(metrics)
@@ -247,17 +251,17 @@ class AlignTrainer(Trainer):
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.generator.model.named_parameters() if p.requires_grad}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
+    @override
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trained weights into a checkpoint's folder, an export into any other."""
         folder = Path(output_dir or self.args.output_dir)
         if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             self.export(folder)
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        names = self._trainable()
-        weights = {k: v for k, v in (state_dict or names).items() if k in names}
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / SAFE_WEIGHTS_NAME)
+        weights = gather(self._trainable())
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / SAFE_WEIGHTS_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -272,6 +276,16 @@ class AlignTrainer(Trainer):
             mark_complete(folder)
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Not Trainer's own: it adds a pickled copy of the whole model, frozen weights and all, to every checkpoint.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:  # noqa: ARG002 - the result is pushed instead
         # Not Trainer's own: it uploads the checkpoint's files, pickled arguments among them, not what users load.
         if self.args.hub_strategy != HubStrategy.END:
@@ -279,9 +293,6 @@ class AlignTrainer(Trainer):
 
     @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         stored = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
         present = self._trainable()
         shapes = [{(name, tuple(tensor.shape)) for name, tensor in side.items()} for side in (stored, present)]
@@ -291,20 +302,21 @@ class AlignTrainer(Trainer):
                 f"'{resume_from_checkpoint}' was written with other trainable weights (first differences: {odd}); "
                 "resume with the same LoRA rank, targets and full_finetune"
             )
-        with torch.no_grad():
-            for name, parameter in present.items():
-                parameter.copy_(stored[name])
+        for name, parameter in present.items():
+            fill(parameter, stored[name])
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def export(self, folder: Path) -> Path:
         """The result in the vanilla layout: LoRA (diffusers, and PEFT in `peft/`), or the whole pipeline folder."""
-        if self.args.full_finetune:
-            self.generator.save_merged(folder)
-        else:
-            self.generator.save_adapter(folder)
-        write_card(self.card(), folder)
+        with whole(self.generator):
+            if self.args.should_save:
+                (self.generator.save_merged if self.args.full_finetune else self.generator.save_adapter)(folder)
+                write_card(self.card(), folder)
         return folder
 
     def create_model_card(self, *_: Any, **__: Any) -> None:

@@ -79,9 +79,6 @@ class AlignConfig(TrainingArguments):
         super().__post_init__()
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ConfigError(f"hub_strategy is '{self.hub_strategy}': checkpoints hold pickles; use end or every_save")
-        if self.fsdp:
-            # Trains, but sharded weights would be exported by parts; DDP and ZeRO 1 and 2 keep them whole.
-            raise ConfigError("fsdp is not supported: use several processes (torchrun), low_memory or a smaller dtype")
         if self.error_space not in ("native", "velocity"):
             raise ConfigError(f"error_space is '{self.error_space}'; use native or velocity")
         if not 0 <= self.caption_dropout <= 1:

@@ -9,14 +9,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from alignkit.errors import CheckpointMismatchError, ResumeError
+from alignkit.errors import CheckpointMismatchError, ConfigError, ResumeError
 from alignkit.trainers.checkpoint import MARK, damage, find_checkpoint
+from alignkit.trainers.sharding import require_known_layout
 
 SETTINGS = {
     "max_steps": 6,
@@ -39,7 +42,7 @@ def job(tmp_path, model_folders, ranked_rows, name="run", family="flow", count=4
     rows = tmp_path / "rows"
     if not rows.exists():
         ranked_rows(count).save_to_disk(rows)
-    own = {key: changes.pop(key) for key in ("kill_at", "held_out", "validate") if key in changes}
+    own = {key: changes.pop(key) for key in ("kill_at", "held_out", "validate", "resume", "export") if key in changes}
     settings = SETTINGS | {"output_dir": str(tmp_path / name)} | changes
     return {"model": str(model_folders[family]), "rows": str(rows), "settings": settings, **own}
 
@@ -269,9 +272,28 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def test_two_processes_equal_one(tmp_path, model_folders, ranked_rows, worker, one_thread):
+def _run_two(tmp_path, told):
+    """The job in two processes; the logged history of the first."""
+    port = _free_port()
+    processes = [start(tmp_path, told, rank, 2, port) for rank in range(2)]
+    codes = [process.wait(timeout=PATIENCE) for process in processes]
+    assert codes == [0, 0], "".join((tmp_path / f"out-{rank}.txt").read_text()[-3000:] for rank in range(2))
+    return json.loads((tmp_path / "job-0.log").read_text())
+
+
+def _same(file, expected):
+    found = load_file(file)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+
+
+@pytest.mark.parametrize("layout", [{}, FSDP, FSDP | {"full_finetune": True}], ids=["ddp", "fsdp", "fsdp full"])
+def test_two_processes_equal_one(tmp_path, model_folders, ranked_rows, worker, one_thread, layout):
     """The same global batch, across epochs, with the low-memory step, held-out rows that do not divide, validation,
-    the best checkpoint and reference errors computed once: same losses, same metrics, same weights.
+    the best checkpoint and reference errors computed once: same losses, same metrics, same weights, same export.
     """
     options = {
         "optim": "sgd",
@@ -282,26 +304,53 @@ def test_two_processes_equal_one(tmp_path, model_folders, ranked_rows, worker, o
         "held_out": 3,
         "max_grad_norm": 0.3,
         "gradient_accumulation_steps": 2,
+        "full_finetune": "full_finetune" in layout,
     }
-    told = watched(tmp_path, model_folders, ranked_rows, name="two", **options)
-    told["settings"] |= {"ddp_backend": "gloo", "precompute_reference": True}
-    port = _free_port()
-    ports = [start(tmp_path, told, rank, 2, port) for rank in range(2)]
-    alone = watched(tmp_path, model_folders, ranked_rows, name="one", per_device_train_batch_size=2, **options)
-    one = worker["train"](alone)
-    codes = [process.wait(timeout=PATIENCE) for process in ports]
-    assert codes == [0, 0], "".join((tmp_path / f"out-{rank}.txt").read_text()[-3000:] for rank in range(2))
-    history = json.loads((tmp_path / "job-0.log").read_text())
+    told = watched(tmp_path, model_folders, ranked_rows, name="two", export=str(tmp_path / "export"), **options)
+    told["settings"] |= {"ddp_backend": "gloo", **layout}
+    history = _run_two(tmp_path, told)
+    one = worker["train"](watched(tmp_path, model_folders, ranked_rows, per_device_train_batch_size=2, **options))
     # Not the margin: it is a mean over pairs, and prompts with ties have fewer of them, so means of means differ.
     names = ("loss", "grad_norm", "health/winner_error_delta", "eval_loss", "eval_reward/brightness")
     for ours, theirs in zip(one.state.log_history, history, strict=True):
         assert ours.keys() == theirs.keys()
         for name in set(names) & set(ours):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6), name
-    found = load_file(tmp_path / "job-0.safetensors")
-    for name, value in weights(one).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
-    assert damage(next((tmp_path / "two").glob("checkpoint-4"))) is None
+    assert ("sharded" in (tmp_path / "out-0.txt").read_text()) is ("fsdp" in layout)
+    assert damage(tmp_path / "two" / "checkpoint-4") is None
+    _same(tmp_path / "job-0.safetensors", weights(one))
+    _same(tmp_path / "two/checkpoint-4/model.safetensors", load_file(tmp_path / "run/checkpoint-4/model.safetensors"))
+    exported = [file.relative_to(tmp_path / "alone") for file in one.export(tmp_path / "alone").rglob("*.safetensors")]
+    assert exported
+    for file in exported:
+        _same(tmp_path / "export" / file, load_file(tmp_path / "alone" / file))
+
+
+def test_sharded_training_resumes(tmp_path, model_folders, ranked_rows, worker):
+    """From the middle: the same losses and weights, and no copy of the frozen weights in a checkpoint."""
+    told = job(tmp_path, model_folders, ranked_rows, max_steps=4, lora_dropout=0.0, ddp_backend="gloo", **FSDP)
+    whole = _run_two(tmp_path, told)
+    expected = load_file(tmp_path / "job-0.safetensors")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert not list(checkpoint.glob("pytorch_model*"))
+    resumed = _run_two(tmp_path, told | {"resume": str(checkpoint)})
+    assert logged(resumed) == logged(whole)
+    _same(tmp_path / "job-0.safetensors", expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp_version", "zero_stage", "message"),
+    [
+        (DistributedType.MULTI_CPU, None, None, "this is MULTI_CPU"),
+        (DistributedType.FSDP, 1, None, "version to 2"),
+        (DistributedType.DEEPSPEED, None, 3, "ZeRO 3 is not supported"),
+    ],
+)
+def test_layouts_that_would_be_ignored_or_saved_wrongly_are_refused(kind, fsdp_version, zero_stage, message):
+    deepspeed = zero_stage and SimpleNamespace(zero_stage=zero_stage)
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version), deepspeed_plugin=deepspeed)
+    with pytest.raises(ConfigError, match=message):
+        require_known_layout(SimpleNamespace(distributed_type=kind, state=state), asked=zero_stage is None)
 
 
 # --- export ---------------------------------------------------------------------------------------------------------

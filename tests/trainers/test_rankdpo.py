@@ -322,7 +322,6 @@ def test_protection_changes_gradients_and_no_value(make, batch_of, stir):
         ({"full_finetune": True, "lora_targets": ["to_q"]}, "exclude each other"),
         ({"logging_nan_inf_filter": True}, "must be false"),
         ({"hub_strategy": "checkpoint"}, "use end or every_save"),
-        ({"fsdp": "full_shard"}, "fsdp is not supported"),
     ],
 )
 def test_contradictory_settings_are_refused(tmp_path, options, message):

@@ -1,6 +1,7 @@
 """One training run described by a job file; the kill and two-process tests run this as a program, others call `train`.
 
-A job: model, rows (a dataset saved to disk), settings of the config, and optionally held_out, kill_at (step), validate.
+A job: model, rows (a dataset saved to disk), settings of the config, and optionally held_out, kill_at (step), validate,
+resume (a checkpoint), export (a folder).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -22,6 +25,7 @@ from transformers import TrainerCallback
 from alignkit.generators import load_generator
 from alignkit.records import Prompt, Sampling, Scores
 from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer
+from alignkit.trainers.sharding import gather, is_sharded
 from alignkit.trainers.validation import Validation
 
 
@@ -45,6 +49,17 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class ShardedOnCPU(RankDPOTrainer):
+    """accelerate shards (FSDP2) on accelerators alone; with the same plugin torch shards on CPUs as well."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = True
+
+
 def build(job: dict[str, Any]) -> RankDPOTrainer:
     generator = load_generator(job["model"], device="cpu")
     rows = datasets.load_from_disk(job["rows"])
@@ -57,7 +72,8 @@ def build(job: dict[str, Any]) -> RankDPOTrainer:
         validation = Validation(prompts, Sampling(2, 2.0, 16, 16), {"brightness": Brightness()})
     arguments = RankDPOConfig(**job["settings"])
     options = {"callbacks": [Killed(job["kill_at"])]} if "kill_at" in job else {}
-    return RankDPOTrainer(generator, arguments, train, held_out, validation=validation, **options)
+    trainer = ShardedOnCPU if arguments.fsdp else RankDPOTrainer
+    return trainer(generator, arguments, train, held_out, validation=validation, **options)
 
 
 def train(job: dict[str, Any], *, resume: str | bool | None = None) -> RankDPOTrainer:
@@ -70,10 +86,13 @@ def main(job_file: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", ResourceWarning)
     job = json.loads(job_file.read_text())
-    trainer = train(job)
+    trainer = train(job, resume=job.get("resume"))
+    if "export" in job:
+        trainer.export(Path(job["export"]))
+    print("sharded" if is_sharded(trainer.generator.net) else "whole")
+    weights = gather(trainer._trainable())  # all processes take part
     if trainer.is_world_process_zero():
-        weights = {name: value.detach().contiguous() for name, value in trainer._trainable().items()}
-        save_file(weights, job_file.with_suffix(".safetensors"))
+        save_file({k: v.contiguous() for k, v in weights.items()}, job_file.with_suffix(".safetensors"))
         job_file.with_suffix(".log").write_text(json.dumps(trainer.state.log_history))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,0 +1,85 @@
+"""Weights that live in shards (FSDP2): whole tensors for files, a whole network for sampling and export.
+
+Everything here is collective: each process calls it, whoever writes the file. Left out: DeepSpeed ZeRO-3, which shards
+in a way of its own and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedType, init_empty_weights
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from alignkit.adapters import lora
+from alignkit.errors import ConfigError
+
+FSDP2, ZERO3 = 2, 3
+
+if TYPE_CHECKING:
+    from alignkit.generators.base import PipelineGenerator
+
+
+def require_known_layout(accelerator: Accelerator, *, asked: bool) -> None:
+    """Raise ConfigError where weights would be saved wrongly, or FSDP, `asked` for, would silently not be used.
+
+    DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2 are known: their trained weights can be told apart and made whole.
+    """
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if asked and not is_fsdp:
+        raise ConfigError(f"fsdp shards over accelerators; this is {accelerator.distributed_type.value}. Remove fsdp")
+    if is_fsdp and accelerator.state.fsdp_plugin.fsdp_version != FSDP2:
+        raise ConfigError("FSDP version 1 flattens adapters into the frozen weights; set fsdp_config.version to 2")
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == ZERO3:
+        raise ConfigError("DeepSpeed's ZeRO 3 is not supported; use stage 1 or 2, or fsdp, which shards weights too")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether any weight of `module` lives in shards."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole of each tensor, detached, on its own device."""
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach() for name, t in tensors.items()}
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy `value` into `parameter`, or this process's part of it into its shard."""
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.device, parameter.dtype)
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+@contextmanager
+def whole(generator: PipelineGenerator) -> Iterator[None]:
+    """Within it the generator's network is an ordinary one: itself, or a copy put together from all shards."""
+    net = generator.net
+    if not is_sharded(net):
+        yield
+        return
+    generator.put_net(_whole_copy(net))
+    try:
+        yield
+    finally:
+        generator.put_net(net)
+
+
+def _whole_copy(net: Any) -> nn.Module:
+    state = gather(net.state_dict())
+    with init_empty_weights(include_buffers=False):
+        twin: Any = type(net).from_config(net.config)
+        if lora.lora_layers(net):
+            lora.inject_like(twin, net)
+    twin.load_state_dict(state, assign=True)
+    trainable = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    return twin.to(next(iter(state.values())).device).train(net.training)
