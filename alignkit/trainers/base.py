@@ -118,7 +118,8 @@ class AlignTrainer(Trainer):
 
     def draw_plan(self, args: AlignConfig) -> DrawPlan:
         """How this method draws time, noise and caption dropout."""
-        return DrawPlan(self.generator.noise_schedule.sample_t, args.noise_seed, args.caption_dropout)
+        sample_t = self.generator.noise_schedule.sample_t
+        return DrawPlan(sample_t, args.noise_seed, args.caption_dropout, t_min=args.t_min)
 
     def _encode(self, rows: Any, args: AlignConfig) -> LatentDataset | None:
         if rows is None or isinstance(rows, LatentDataset):

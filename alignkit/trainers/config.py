@@ -41,6 +41,10 @@ class AlignConfig(TrainingArguments):
         default=None, metadata={"help": "Compute in bf16 (autocast); default: where the hardware is faster with it."}
     )
 
+    fsdp: None | bool = field(  # noqa: RUF036
+        default=None, metadata={"help": "Shard weights over the GPUs (FSDP2); `fsdp_config` as in transformers."}
+    )
+
     lora_rank: int = field(
         default=16,
         metadata={"help": "Rank of the LoRA; without use with full_finetune or an adapter to continue from."},
@@ -60,6 +64,10 @@ class AlignConfig(TrainingArguments):
     error_space: str = field(
         default="native",
         metadata={"help": "native, or velocity: weigh an eps network's errors as a v network's, for layouts' sake."},
+    )
+    t_min: float = field(
+        default=0.0,
+        metadata={"help": "Train times in [t_min, 1] only (1 is noise): contents are decided high, textures low."},
     )
     noise_seed: int = field(default=0, metadata={"help": "Seeds timestep, noise and caption draws of every item."})
     cache_dir: str | None = field(
@@ -81,6 +89,8 @@ class AlignConfig(TrainingArguments):
             raise ConfigError(f"hub_strategy is '{self.hub_strategy}': checkpoints hold pickles; use end or every_save")
         if self.error_space not in ("native", "velocity"):
             raise ConfigError(f"error_space is '{self.error_space}'; use native or velocity")
+        if not 0 <= self.t_min < 1:
+            raise ConfigError(f"t_min is {self.t_min}; it must lie in [0, 1)")
         if not 0 <= self.caption_dropout <= 1:
             raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")
         if self.remove_unused_columns or self.logging_nan_inf_filter:

@@ -72,19 +72,24 @@ class Draws:
 
 @dataclass(frozen=True)
 class DrawPlan:
-    """How an item's draws are made; `share_*` give all K candidates of a prompt one time / one noise."""
+    """How an item's draws are made; `share_*` give all K candidates of a prompt one time / one noise.
+
+    Times are the family's density pressed into [t_min, 1].
+    """
 
     sample_t: Callable[[int, torch.Generator], Tensor]
     noise_seed: int
     caption_dropout: float
     share_noise: bool = True
     share_timestep: bool = True
+    t_min: float = 0.0
 
     def draw(self, prompt_id: str, epoch: int, shape: Sequence[int]) -> Draws:
         """Draws of one item with latents of `shape` [K, C, H, W]."""
         source = torch.Generator().manual_seed(derive_seed("draw", self.noise_seed, prompt_id, epoch))
         count = shape[0]
         t = self.sample_t(1 if self.share_timestep else count, source).expand(count)
+        t = self.t_min + (1 - self.t_min) * t
         noise = torch.randn((1 if self.share_noise else count, *shape[1:]), generator=source).expand(*shape)
         dropped = bool(torch.rand((), generator=source) < self.caption_dropout)
         return Draws(t, noise, dropped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -76,8 +76,7 @@ class RankDPOTrainer(AlignTrainer):
                 self.train_dataset.reference = precompute(self, self.train_dataset, args.cache_folder)
 
     def draw_plan(self, args: AlignConfig) -> DrawPlan:
-        plan = super().draw_plan(args)
-        return DrawPlan(plan.sample_t, plan.noise_seed, plan.caption_dropout, args.share_noise, args.share_timestep)
+        return replace(super().draw_plan(args), share_noise=args.share_noise, share_timestep=args.share_timestep)
 
     def _encode(self, rows: Any, args: RankDPOConfig) -> LatentDataset | None:
         if rows is not None and not isinstance(rows, LatentDataset):

@@ -65,6 +65,15 @@ def test_noise_is_normal_and_dropout_has_its_share():
     assert all(plan(caption_dropout=1.0).draw(str(i), 0, (1, 2)).dropped for i in range(50))
 
 
+def test_low_times_are_left_out():
+    """Uniform times become uniform on [t_min, 1]; the noise stays what it was."""
+    all_times, high = plan(), plan(t_min=0.6)
+    for name in map(str, range(50)):
+        before, after = all_times.draw(name, 0, (2, 3)), high.draw(name, 0, (2, 3))
+        torch.testing.assert_close(after.t, 0.6 + 0.4 * before.t)
+        assert torch.equal(before.noise, after.noise)
+
+
 def test_draws_do_not_depend_on_batch_order_or_workers(dataset):
     """Also with workers that outlive an epoch and hold their own copy of the dataset."""
     order, workers = [4, 0, 2, 1, 5, 3], {"num_workers": 2, "persistent_workers": True}

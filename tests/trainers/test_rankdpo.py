@@ -224,7 +224,8 @@ def test_precomputed_reference_is_the_reference(make, monkeypatch, tmp_path, fam
     monkeypatch.setattr(reference, "_one_epoch", None)  # any further forward would fail
     again = make(family, precompute_reference=True, **shared, beta=7.0, seed=9)
     assert torch.equal(again.train_dataset.reference, ready.train_dataset.reference)
-    for other in ({"noise_seed": 1}, {"share_noise": False}, {"caption_dropout": 0.5}, {"max_steps": 7}):
+    changes = {"noise_seed": 1, "share_noise": False, "caption_dropout": 0.5, "t_min": 0.5, "max_steps": 7}
+    for other in ({name: value} for name, value in changes.items()):
         with pytest.raises(TypeError, match="not callable"):
             make(family, precompute_reference=True, **{**shared, **other})
 
@@ -315,6 +316,7 @@ def test_protection_changes_gradients_and_no_value(make, batch_of, stir):
         ({"rank_source": "labels"}, "rank_source is 'labels'; use label or model"),
         ({"weighting": "ndcg"}, "weighting is 'ndcg'; use rank_gain or gain or none"),
         ({"beta": 0.0}, "beta is 0.0; it must be positive"),
+        ({"t_min": 1.0}, r"t_min is 1.0; it must lie in \[0, 1\)"),
         ({"caption_dropout": 1.5}, r"caption_dropout is 1.5; it must lie in \[0, 1\]"),
         ({"lora_rank": 0}, "lora_rank is 0; give at least 1"),
         ({"protect_winner": 0.9, "loss": "plackett_luce"}, "protect_winner needs pairs"),
