@@ -183,6 +183,13 @@ def test_files_are_short():
     assert not {name: lines for name, lines in lengths.items() if lines > 400}
 
 
+def test_tests_are_as_long_as_they_should_be():
+    def lines(paths):
+        return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+    assert 0.6 <= lines((ROOT / "tests").rglob("*.py")) / lines(SOURCES) <= 1.0
+
+
 def test_positional_parameters_are_few():
     wrong = []
     for path, function in ALL_FUNCTIONS:

@@ -31,12 +31,17 @@ def tuned(load, family):
     """A generator with an adapter whose alpha is not its rank and that changes pictures."""
     generator = load(family)
     generator.add_lora(rank=3, alpha=7.0, targets=None, dropout=0.0)
+    stir(generator, 0.3)
+    return generator
+
+
+def stir(generator, size):
+    """Random adapter weights."""
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in generator.net.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
-    return generator
+                parameter.copy_(size * torch.randn(parameter.shape, generator=rng))
 
 
 def draw(generator):
@@ -122,6 +127,23 @@ def test_the_vanilla_pipeline_loads_the_export(tuned, family, model_folders, tmp
     picture = draw_vanilla(pipeline, family)
     assert (picture - draw(tuned)).abs().max() <= CLOSE
     assert (picture - base).abs().max() > 100 * CLOSE
+
+
+def test_a_lora_on_convolutions_and_time_layers_is_exported_too(load, model_folders, tmp_path):
+    """The wide targets of configs/ladder.yaml: the vanilla pipeline draws the same, and so does the merged network."""
+    generator = load("unet")
+    wide = ["to_q", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj"]
+    generator.add_lora(2, None, wide, 0.0)
+    stir(generator, 0.1)
+    generator.save_adapter(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(model_folders["unet"])
+    base = draw_vanilla(pipeline, "unet")
+    pipeline.load_lora_weights(tmp_path)
+    picture = draw(generator)
+    assert (draw_vanilla(pipeline, "unet") - picture).abs().max() <= CLOSE
+    assert (picture - base).abs().max() > 100 * CLOSE
+    generator.merge_adapter()
+    assert (draw(generator) - picture).abs().max() <= CLOSE
 
 
 def test_peft_loads_the_peft_folder(tuned, load, family, tmp_path):
