@@ -13,7 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.utils import recurse_remove_peft_layers
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -54,7 +56,10 @@ def inject(net: Any, *, rank: int, targets: Sequence[str], alpha: float | None =
 
 def _add(net: Any, config: LoraConfig) -> None:
     try:
-        net.add_adapter(config, adapter_name=NAME)
+        if isinstance(net, PeftAdapterMixin):
+            net.add_adapter(config, adapter_name=NAME)
+        else:  # PixArt's network, for one
+            inject_adapter_in_model(config, net, adapter_name=NAME)
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
@@ -146,9 +151,16 @@ def load(net: Any, folder: Path, *, component: str) -> None:
 
 def merge(net: Any) -> None:
     """Fold the adapter into the weights and remove it; a net without one stays as it is."""
-    if lora_layers(net):
+    if not lora_layers(net):
+        return
+    if isinstance(net, PeftAdapterMixin):
         net.fuse_lora()
         net.unload_lora()
+        return
+    for layer in lora_layers(net):
+        layer.merge()
+    recurse_remove_peft_layers(net)
+    del net.peft_config
 
 
 def negate(net: Any) -> None:

@@ -26,7 +26,10 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("path/to/this/folder")
-```"""
+```
+
+A pipeline without `load_lora_weights` takes the adapter through PEFT:
+`PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder/peft")`."""
 _USE_MODEL = """## Use
 
 ```python

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 GENERATORS = {
     "StableDiffusionPipeline": "alignkit.generators.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "alignkit.generators.stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "alignkit.generators.stable_diffusion3:StableDiffusion3",
+    "FluxPipeline": "alignkit.generators.flux:Flux",
+    "PixArtSigmaPipeline": "alignkit.generators.pixart:PixArtSigma",
+    "SanaPipeline": "alignkit.generators.sana:Sana",
 }
 _WEIGHTLESS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "image_processor")
 

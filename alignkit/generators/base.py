@@ -7,7 +7,8 @@ always the vanilla pipeline's. Not here: video families, packed latents, learned
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,21 +132,41 @@ class PipelineGenerator:
         return target_of(self.prediction, x0, noise, alpha, sigma)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        latents = vae.encode((pixels * 2 - 1).to(vae.dtype)).latent_dist.mode()
-        return ((latents - self._shift) * vae.config.scaling_factor).float()
+        """Latents of pixels [B, 3, H, W] in [0, 1], float32, as the network expects them."""
+        latents = self._in_range(self._posterior_mode, pixels * 2 - 1)
+        return ((latents - self._shift) * self.pipeline.vae.config.scaling_factor).float()
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Pixels in [0, 1] of latents."""
         vae = self.pipeline.vae
-        pixels = vae.decode((latents / vae.config.scaling_factor + self._shift).to(vae.dtype)).sample
+        pixels = self._in_range(lambda raw: vae.decode(raw).sample, latents / vae.config.scaling_factor + self._shift)
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def _posterior_mode(self, pixels: Tensor) -> Tensor:
+        return self.pipeline.vae.encode(pixels).latent_dist.mode()
+
+    def _in_range(self, coder: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        """What `coder` makes of `given`; a VAE that overflows in fp16 (SDXL's does) is taken to float32 for good."""
+        vae = self.pipeline.vae
+        result = coder(given.to(vae.dtype))
+        if vae.dtype == torch.float16 and not result.isfinite().all():
+            warnings.warn(f"the VAE of '{self.name}' overflows in float16; it runs in float32 now", stacklevel=3)
+            vae.float()
+            result = coder(given.float())
+        return result
 
     @property
     def _shift(self) -> float:
-        return self.pipeline.vae.config.shift_factor or 0.0
+        return self.pipeline.vae.config.get("shift_factor") or 0.0
+
+    @property
+    def spatial_ratio(self) -> int:
+        """Pixels a side of one latent place."""
+        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:  # noqa: ARG002 - for video
-        ratio = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        """[C, h, w] of a picture of that size."""
+        ratio = self.spatial_ratio
         return (self.pipeline.vae.config.latent_channels, height // ratio, width // ratio)
 
     @torch.no_grad()
@@ -154,9 +175,10 @@ class PipelineGenerator:
         was_training = self.net.training
         self.net.eval()
         arguments = {**self.sampling_arguments(), **sampling.extra}
+        if sampling.negative_prompt:  # without one each pipeline has its own habit, zeros for instance
+            arguments["negative_prompt"] = [sampling.negative_prompt] * len(prompts)
         pictures = self.pipeline(
             prompt=list(prompts),
-            negative_prompt=[sampling.negative_prompt] * len(prompts),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,

@@ -1,0 +1,71 @@
+"""FLUX.1: a rectified-flow transformer over 2 x 2 packed latents, with guidance distilled into an input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from alignkit.diffusion.schedules import FlowSchedule
+from alignkit.generators.base import PipelineGenerator
+from alignkit.records import Conditioning
+
+
+class Flux(PipelineGenerator):
+    """Adapter of `FluxPipeline` (dev and schnell). Latents stay [B, 16, H/8, W/8] outside; packing happens in `call`.
+
+    Trained with the guidance that the pipeline samples with by default, as the public LoRA scripts do; policy and
+    reference see the same. Times are logit-normal without the resolution's shift, which only sampling applies.
+    """
+
+    component = "transformer"
+    prediction = "flow"
+    guidance = 3.5
+    lora_targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        super().__init__(pipeline, name)
+        scheduler = pipeline.scheduler.config
+        self.noise_schedule = FlowSchedule(1.0 if scheduler.use_dynamic_shifting else scheduler.shift, scale=1.0)
+        self._tokens = min(512, pipeline.tokenizer_2.model_max_length)
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        return {"max_sequence_length": self._tokens}
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning(self._texts(list(prompts)), self._texts([""]))
+
+    def _texts(self, texts: list[str]) -> dict[str, Tensor]:
+        embeddings, pooled, _ = self.pipeline.encode_prompt(texts, None, max_sequence_length=self._tokens)
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        batch, channels, height, width = x_t.shape
+        states = cond.tensors["encoder_hidden_states"]
+        places = self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, x_t.dtype)  # noqa: SLF001
+        packed = net(
+            hidden_states=pack(x_t),
+            timestep=model_time,
+            guidance=x_t.new_full((batch,), self.guidance) if net.config.guidance_embeds else None,
+            img_ids=places,
+            txt_ids=states.new_zeros(states.shape[1], 3),
+            **cond.tensors,
+        ).sample
+        return unpack(packed, (channels, height, width))
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, H, W] -> tokens [B, H/2 W/2, 4 C], each a 2 x 2 square, channel first."""
+    squares = latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [B, C, h, 2, w, 2]
+    return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The inverse of `pack` for latents of `shape` (C, H, W)."""
+    channels, height, width = shape
+    squares = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (channels, 2, 2))
+    return squares.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
