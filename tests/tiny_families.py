@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import tokenizers
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -26,24 +27,26 @@ VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 @dataclass(frozen=True)
 class Family:
     """build: the pipeline. arguments: what its call needs beside the ordinary. texts: its own conditioning of prompts,
-    by the names that the adapter gives. side: pixels a side. raw_shift: of the VAE's latents.
+    by the names that the adapter gives. codec: its own latents of pixels, and the pixels that come of them. side: pixels a
+    side. guidance: a scale at which it calls the network once a step.
     """
 
     build: Callable[[], Any]
     texts: Callable[[Any, Sequence[str]], Mapping[str, Tensor]]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    codec: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = field(default_factory=lambda: kl_codec())
     side: int = SIDE
-    shift: float = 0.0
+    guidance: float = 1.0
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def vae(**changes: Any) -> Any:
+def vae(levels: int = 2, **changes: Any) -> Any:
     return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
@@ -76,11 +79,11 @@ def t5(width: int = WIDTH) -> Any:
     return transformers.T5EncoderModel(config).eval()
 
 
-def gemma_tokenizer() -> Any:
+def gemma_tokenizer(limit: int = 40) -> Any:
     """Letter by letter."""
     names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
     vocabulary = {name: index for index, name in enumerate(names)}
-    return transformers.GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=40)
+    return transformers.GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=limit)
 
 
 def gemma() -> Any:
@@ -243,6 +246,94 @@ def _sana() -> Any:
     return diffusers.SanaPipeline(gemma_tokenizer(), gemma(), coder, net, scheduler)
 
 
+def _lcm() -> Any:
+    net = unet_2d(time_cond_proj_dim=16)
+    scheduler = diffusers.LCMScheduler(**VP, original_inference_steps=50)
+    parts = (vae(), clip_text(pooled=False), models.clip_tokenizer(), net, scheduler)
+    return diffusers.LatentConsistencyModelPipeline(*parts, None, None, requires_safety_checker=False)
+
+
+def _lumina2() -> Any:
+    net = diffusers.Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(256, 16, 16),
+        cap_feat_dim=WIDTH,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    return diffusers.Lumina2Pipeline(net, scheduler, vae(4, shift_factor=0.1), gemma(), gemma_tokenizer(240))
+
+
+def _qwen_image() -> Any:
+    bytes_ = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {name: index for index, name in enumerate(bytes_)}
+    text = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=sight)
+    coder = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.5, 2.0, 1.0],
+    )
+    net = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    language = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    return diffusers.QwenImagePipeline(scheduler, coder, language, tokenizer, net)
+
+
+# --- their own codec ------------------------------------------------------------------------------------------------
+
+
+def kl_codec(shift: float = 0.0) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
+    """(posterior mode - shift) * scale, as diffusers' own training scripts have it."""
+
+    def code(pipeline: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        raw = pipeline.vae.encode(pixels * 2 - 1).latent_dist.mode()
+        return (raw - shift) * 0.7, pipeline.vae.decode(raw).sample
+
+    return code
+
+
+def _dc_codec(pipeline: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    raw = pipeline.vae.encode(pixels * 2 - 1).latent
+    return raw * 0.7, pipeline.vae.decode(raw).sample
+
+
+def _qwen_codec(pipeline: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    raw = pipeline.vae.encode((pixels * 2 - 1)[:, :, None]).latent_dist.mode()
+    mean, std = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.5, 2.0, 1.0])
+    latents = (raw[:, :, 0] - mean[:, None, None]) / std[:, None, None]
+    return latents, pipeline.vae.decode(raw).sample[:, :, 0]
+
+
 # --- their own conditioning -----------------------------------------------------------------------------------------
 
 
@@ -278,17 +369,33 @@ def _sana_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
     return _masked_texts(pipeline, prompts, max_sequence_length=40, complex_human_instruction=instruction)
 
 
+def _lumina2_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    rows, mask, _, _ = pipeline.encode_prompt(list(prompts), True, max_sequence_length=240)
+    return {"encoder_hidden_states": rows, "encoder_attention_mask": mask}
+
+
+def _qwen_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    """Padded with zeros to 512 places."""
+    rows, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=512)
+    states, used = torch.zeros(len(rows), 512, WIDTH), torch.zeros(len(rows), 512, dtype=torch.long)
+    states[:, : rows.shape[1]], used[:, : rows.shape[1]] = rows, mask
+    return {"encoder_hidden_states": states, "encoder_hidden_states_mask": used}
+
+
 FAMILIES = {
     "unet": Family(lambda: _sandboxed("unet"), _unet_texts),
-    "flow": Family(_sd3, _sd3_texts, {"max_sequence_length": TOKENS}, shift=0.1),
+    "flow": Family(_sd3, _sd3_texts, {"max_sequence_length": TOKENS}, kl_codec(0.1)),
+    "lcm": Family(_lcm, _unet_texts, guidance=8.5),
     "sdxl": Family(_sdxl, _sdxl_texts),
-    "flux": Family(_flux, _flux_texts, {"max_sequence_length": TOKENS}, shift=0.1),
+    "flux": Family(_flux, _flux_texts, {"max_sequence_length": TOKENS}, kl_codec(0.1), guidance=3.5),
     "pixart": Family(
         _pixart,
         lambda pipeline, prompts: _masked_texts(pipeline, prompts, max_sequence_length=TOKENS),
         {"max_sequence_length": TOKENS, "use_resolution_binning": False, "clean_caption": False},
     ),
-    "sana": Family(_sana, _sana_texts, {"max_sequence_length": 40, "use_resolution_binning": False}, side=32),
+    "sana": Family(_sana, _sana_texts, {"max_sequence_length": 40, "use_resolution_binning": False}, _dc_codec, side=32),
+    "lumina2": Family(_lumina2, _lumina2_texts, {"max_sequence_length": 240}, kl_codec(0.1), side=32),
+    "qwen_image": Family(_qwen_image, _qwen_texts, {"max_sequence_length": 512, "negative_prompt": " "}, _qwen_codec),
 }
 
 

@@ -21,9 +21,12 @@ GENERATORS = {
     "StableDiffusionPipeline": "alignkit.generators.stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "alignkit.generators.stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "alignkit.generators.stable_diffusion3:StableDiffusion3",
+    "LatentConsistencyModelPipeline": "alignkit.generators.latent_consistency:LatentConsistency",
     "FluxPipeline": "alignkit.generators.flux:Flux",
     "PixArtSigmaPipeline": "alignkit.generators.pixart:PixArtSigma",
     "SanaPipeline": "alignkit.generators.sana:Sana",
+    "Lumina2Pipeline": "alignkit.generators.lumina2:Lumina2",
+    "QwenImagePipeline": "alignkit.generators.qwen_image:QwenImage",
 }
 _WEIGHTLESS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "image_processor")
 
@@ -96,7 +99,8 @@ def load_generator(
     pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype or torch.float32)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in ("unet", "vae"):  # convolutions run faster so, on tensor cores and CPUs alike
-        if (module := pipeline.components.get(part)) is not None:
+        module = pipeline.components.get(part)
+        if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
     generator = resolve(class_name, GENERATORS, kind="generator")(pipeline, name or Path(model).name)
     if adapter is not None:

@@ -100,6 +100,18 @@ class PipelineGenerator:
         """Extra keywords of the pipeline call."""
         return {}
 
+    def call_arguments(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """The pipeline call's keywords but for prompts, generators and the kind of output."""
+        arguments = {
+            "num_inference_steps": sampling.steps,
+            "guidance_scale": sampling.guidance_scale,
+            "height": sampling.height,
+            "width": sampling.width,
+        }
+        if sampling.negative_prompt:  # without one each pipeline has its own habit, zeros for instance
+            arguments["negative_prompt"] = [sampling.negative_prompt] * len(prompts)
+        return {**arguments, **self.sampling_arguments(), **sampling.extra}
+
     # --- the same for all ---
 
     @property
@@ -167,25 +179,23 @@ class PipelineGenerator:
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:  # noqa: ARG002 - for video
         """[C, h, w] of a picture of that size."""
         ratio = self.spatial_ratio
-        return (self.pipeline.vae.config.latent_channels, height // ratio, width // ratio)
+        return (self.latent_channels, height // ratio, width // ratio)
+
+    @property
+    def latent_channels(self) -> int:
+        """C of a latent."""
+        return self.pipeline.vae.config.latent_channels
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
         """The vanilla pipeline with one torch generator an item: pixels [B, 3, H, W] in [0, 1]."""
         was_training = self.net.training
         self.net.eval()
-        arguments = {**self.sampling_arguments(), **sampling.extra}
-        if sampling.negative_prompt:  # without one each pipeline has its own habit, zeros for instance
-            arguments["negative_prompt"] = [sampling.negative_prompt] * len(prompts)
         pictures = self.pipeline(
             prompt=list(prompts),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            height=sampling.height,
-            width=sampling.width,
             output_type="pt",
-            **arguments,
+            **self.call_arguments(prompts, sampling),
         ).images
         self.net.train(was_training)
         return pictures.float()

@@ -266,7 +266,8 @@ def cache_key(generator: PipelineGenerator, rows: datasets.Dataset) -> str:
     encoders = [components.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     codec = components["vae"].config
     digest = hashlib.sha256(f"{fingerprint(components['vae'])}{fingerprint(*encoders)}".encode())
-    digest.update(f"{codec.scaling_factor}{codec.get('shift_factor')}".encode())
+    scales = [codec.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+    digest.update(json.dumps(scales).encode())
     for table in rows.select_columns(["prompt_id", "prompt", "images"]).with_format("arrow").iter(batch_size=1000):
         digest.update(json.dumps([table["prompt_id"].to_pylist(), table["prompt"].to_pylist()]).encode())
         pictures = pa_compute.list_flatten(table["images"])
