@@ -27,14 +27,14 @@ VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 @dataclass(frozen=True)
 class Family:
     """build: the pipeline. arguments: what its call needs beside the ordinary. texts: its own conditioning of prompts,
-    by the names that the adapter gives. codec: its own latents of pixels, and the pixels that come of them. side: pixels a
-    side. guidance: a scale at which it calls the network once a step.
+    by the names that the adapter gives. codec: its own latents of pixels, and the pixels that come of them. side:
+    pixels a side. guidance: a scale at which it calls the network once a step.
     """
 
     build: Callable[[], Any]
     texts: Callable[[Any, Sequence[str]], Mapping[str, Tensor]]
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    codec: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = field(default_factory=lambda: kl_codec())
+    codec: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None  # the ordinary one, without shift
     side: int = SIDE
     guidance: float = 1.0
 
@@ -393,7 +393,9 @@ FAMILIES = {
         lambda pipeline, prompts: _masked_texts(pipeline, prompts, max_sequence_length=TOKENS),
         {"max_sequence_length": TOKENS, "use_resolution_binning": False, "clean_caption": False},
     ),
-    "sana": Family(_sana, _sana_texts, {"max_sequence_length": 40, "use_resolution_binning": False}, _dc_codec, side=32),
+    "sana": Family(
+        _sana, _sana_texts, {"max_sequence_length": 40, "use_resolution_binning": False}, _dc_codec, side=32
+    ),
     "lumina2": Family(_lumina2, _lumina2_texts, {"max_sequence_length": 240}, kl_codec(0.1), side=32),
     "qwen_image": Family(_qwen_image, _qwen_texts, {"max_sequence_length": 512, "negative_prompt": " "}, _qwen_codec),
 }

@@ -15,6 +15,7 @@ import functools
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -216,11 +217,19 @@ def _words(arm: ArmConfig) -> str:
     return f"{arm.method}, {arm.labels} labels{own}, {json.dumps(dict(arm.train))}"
 
 
+def die_with_parent() -> None:
+    """End this process when the one that started it is gone, however it went: no training runs on unseen."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def _run_all(job: LadderJob, todo: Sequence[tuple[str, int]]) -> list[str]:
     """Run all arms, `workers` at a time, with a bar; returns what failed and why."""
     failed = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(job.workers, mp_context=context) as pool, tqdm(total=len(todo), unit="run") as bar:
+    pool = ProcessPoolExecutor(job.workers, mp_context=context, initializer=die_with_parent)
+    with pool, tqdm(total=len(todo), unit="run") as bar:
         futures = {pool.submit(run_arm, job, name, seed): (name, seed) for name, seed in todo}
         try:
             for future in as_completed(futures):

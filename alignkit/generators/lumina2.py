@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0: a flow transformer whose time and velocity run the other way, from noise at 0 to the picture at 1."""
+"""Lumina-Image 2.0: a flow transformer whose time and velocity run the other way: 0 is noise, 1 the picture."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Lumina2(PipelineGenerator):
         names = ("encoder_hidden_states", "encoder_attention_mask")
         rows, mask, *_ = self._texts(list(prompts))
         *_, null, null_mask = self._texts([""])
-        return Conditioning(dict(zip(names, (rows, mask), strict=True)), dict(zip(names, (null, null_mask), strict=True)))
+        return Conditioning(
+            dict(zip(names, (rows, mask), strict=True)), dict(zip(names, (null, null_mask), strict=True))
+        )
 
     def _texts(self, texts: list[str]) -> tuple[Tensor, ...]:
         """Embeddings and mask of `texts`, then those of the empty negative prompt."""

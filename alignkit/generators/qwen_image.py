@@ -1,4 +1,4 @@
-"""Qwen-Image: a flow transformer over 2 x 2 packed latents of a video VAE with statistics of its own in each channel."""
+"""Qwen-Image: a flow transformer over 2 x 2 packed latents of a video VAE, each channel with its statistics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class QwenImage(PipelineGenerator):
     """Adapter of `QwenImagePipeline`. Prompts are kept at `tokens` places, so that rows of a cache have one shape; the
     network sees as many as the longest of a batch needs, as in the pipeline.
 
-    `Sampling.guidance_scale` is the pipeline's `true_cfg_scale`. Left out: the distilled variant with guidance embedded.
+    `Sampling.guidance_scale` is the pipeline's `true_cfg_scale`. Left out: a distilled variant that embeds guidance.
     """
 
     component = "transformer"

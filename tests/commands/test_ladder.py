@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import yaml
 
@@ -84,3 +89,47 @@ def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
     assert cli.main([*ladder(train={"learning_rat": 1.0}), "--dry-run"]) == 2
     assert "'learning_rate'" in capsys.readouterr().err
     assert not (work / "shared").exists()
+
+
+PARENT = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from alignkit.commands.ladder import die_with_parent
+
+def work(file):
+    with open(file, "w") as out:
+        out.write(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=die_with_parent)
+    pool.submit(work, sys.argv[1]).result()
+"""
+
+
+def is_running(pid):
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(status.strip()) and not status.startswith("Z")
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_ladder(tmp_path, how):
+    (tmp_path / "parent.py").write_text(PARENT)
+    file = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", file])
+    try:
+        assert wait_for(lambda: file.exists() and file.read_text())
+        worker = int(file.read_text())
+        assert is_running(worker)
+        parent.send_signal(how)
+        assert wait_for(lambda: not is_running(worker))
+    finally:
+        parent.kill()
+        parent.wait()
