@@ -57,7 +57,28 @@ class Model:
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     denoiser: str
     config: Mapping[str, Any]
-    vae_ratio: int
+    vae: Mapping[str, Any]
+
+    @property
+    def vae_ratio(self) -> int:
+        """Pixels a side of a latent place: AutoencoderKL, DC-AE and Qwen's video VAE tell it each in their way."""
+        for name, spare in (("block_out_channels", 1), ("encoder_block_out_channels", 1), ("temperal_downsample", 0)):
+            if name in self.vae:
+                return 2 ** (len(self.vae[name]) - spare)
+        return 8
+
+    @property
+    def patch(self) -> int:
+        """Latent places a side of a token; packed networks (FLUX, Qwen-Image) take 2 x 2 as channels."""
+        channels = self.vae.get("latent_channels") or self.vae.get("z_dim") or 4
+        packed = 2 if self.config.get("in_channels") == 4 * channels else 1
+        return packed if packed > 1 else self.config.get("patch_size", 1)
+
+    @property
+    def width(self) -> int:
+        """Channels of a transformer's tokens."""
+        own = self.config.get("hidden_size")
+        return own or self.config["num_attention_heads"] * self.config["attention_head_dim"]
 
     def parameters(self, component: str) -> int:
         """How many parameters a component has."""
@@ -71,9 +92,7 @@ def read_model(folder: Path) -> Model:
     denoiser = next((name for name in ("transformer", "unet") if name in shapes), None)
     if denoiser is None:
         raise ConfigError(f"'{folder}' has neither a unet nor a transformer; its weights are in {sorted(shapes)}")
-    vae = _config(folder / "vae")
-    ratio = 2 ** (len(vae["block_out_channels"]) - 1) if "block_out_channels" in vae else 8
-    return Model(shapes, denoiser, _config(folder / denoiser), ratio)
+    return Model(shapes, denoiser, _config(folder / denoiser), _config(folder / "vae"))
 
 
 def _config(component: Path) -> dict[str, Any]:
@@ -157,10 +176,9 @@ def _blocks(model: Model, setup: Setup) -> Iterator[tuple[int, int]]:
         yield from _unet_blocks(model.config, area, UNET_BLOCK[mode])
         return
     config = model.config
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    tokens = area // config.get("patch_size", 1) ** 2 + TEXT_TOKENS
-    depth = config.get("num_layers", 0) + config.get("num_single_layers", 0)
-    yield from ((JOINT_BLOCK[mode], tokens * width) for _ in range(depth))
+    tokens = area // model.patch**2 + TEXT_TOKENS
+    depth = sum(config.get(name, 0) for name in ("num_layers", "num_single_layers", "num_refiner_layers"))
+    yield from ((JOINT_BLOCK[mode], tokens * model.width) for _ in range(depth))
 
 
 def _unet_blocks(config: Mapping[str, Any], area: int, block: int) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
+from tiny_families import FAMILIES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignkit.commands import memory
@@ -117,7 +118,7 @@ def test_activations_of_sd15_and_sd3_against_autograd():
         },
     )
     kinds = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    model = memory.Model({}, "unet", {**unet, "down_block_types": kinds}, vae_ratio=8)
+    model = memory.Model({}, "unet", {**unet, "down_block_types": kinds}, vae={"block_out_channels": [1, 1, 1, 1]})
     assert memory.activations(model, one) == pytest.approx(counted, rel=0.1)
 
     joint = {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64}
@@ -131,5 +132,18 @@ def test_activations_of_sd15_and_sd3_against_autograd():
             "pooled_projections": torch.empty(1, 2048),
         },
     )
-    model = memory.Model({}, "transformer", {**joint, "patch_size": 2}, vae_ratio=8)
+    model = memory.Model({}, "transformer", {**joint, "patch_size": 2}, vae={"block_out_channels": [1, 1, 1, 1]})
     assert memory.activations(model, replace(one, height=1024, width=1024)) == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_is_read(load, model_folders, family):
+    """Ratio, LoRA parameters and parameters as in the loaded generator; an estimate comes of it."""
+    generator = load(family)
+    model = memory.read_model(model_folders[family])
+    assert model.vae_ratio == generator.spatial_ratio
+    assert model.parameters(model.denoiser) == sum(t.numel() for t in generator.net.state_dict().values())
+    setup = replace(SETUP, lora_targets=generator.lora_targets)
+    assert memory.activations(model, setup) > 0
+    generator.add_lora(3, None, None, 0.0)
+    assert memory.lora_parameters(model, setup) == sum(p.numel() for p in generator.net.parameters() if p.requires_grad)
