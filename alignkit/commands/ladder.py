@@ -34,6 +34,7 @@ from alignkit.errors import AlignKitError, ConfigError
 from alignkit.evaluation.ladder import read_arm, table
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.provenance import write_resolved, write_text
+from alignkit.records import Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,11 @@ class LadderJob(SynPicJob):
         """The folder of what all arms share."""
         return self.data or self.out
 
+    def judged(self, held_out: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The held-out prompts that base and tuned are compared on."""
+        shown = self.validation.prompts if self.validation else 0
+        return held_out[max(shown, self.evaluate_from) :][: self.evaluate_prompts]
+
     def folder(self, arm: str, seed: int) -> Path:
         """Where an arm's training with one seed lives."""
         return self.out / "arms" / arm / f"seed-{seed}"
@@ -133,7 +139,6 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     _, held_out = job.prompts.split()
     shown = job.validation.prompts if job.validation else 0
-    start = max(shown, job.evaluate_from)
     with (
         (folder / "log.txt").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
@@ -153,7 +158,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
             select=select,
         )
         sides = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}
-        prompts = held_out[start:][: job.evaluate_prompts]
+        prompts = job.judged(held_out)
         out = folder / "evaluation"
         compare(sides, prompts, job.evaluate, out, rewards=job.rewards, gold=job.gold, base_cache=job.shared / "base")
     return f"{name}, seed {seed}"
@@ -200,13 +205,14 @@ def _settings(job: LadderJob, counts: str) -> list[str]:
     """What stands above the table: the command and what every number depends on."""
     drawn = "; ".join(f"{s.name} x {s.seeds} at guidance {s.sampling.guidance_scale:g}" for s in job.generate.sources)
     sampling = job.evaluate.sampling
+    judged = len(job.judged(job.prompts.split()[1]))
     return [
         f"command: `alignkit ladder --config {job.command}`",
         f"candidates: {drawn}; ranked by {', '.join(job.score.rewards)}; {counts}",
         f"training, all arms: {json.dumps(dict(job.train))}",
         *(f"arm {name}: {_words(arm)}" for name, arm in job.arms.items()),
         (
-            f"evaluation: {job.evaluate_prompts or 'all'} held-out prompts x {job.evaluate.seeds_per_prompt} seeds, "
+            f"evaluation: {judged} held-out prompts x {job.evaluate.seeds_per_prompt} seeds, "
             f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}; training seeds {list(job.seeds)}"
         ),
     ]
