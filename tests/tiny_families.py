@@ -107,10 +107,9 @@ def unet_2d(**changes: Any) -> Any:
         mid_block_type=None,
         block_out_channels=(16,),
         layers_per_block=1,
-        cross_attention_dim=WIDTH,
         attention_head_dim=2,
         norm_num_groups=4,
-        **changes,
+        **{"cross_attention_dim": WIDTH, **changes},
     )
 
 
@@ -158,9 +157,8 @@ def _sdxl() -> Any:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        cross_attention_dim=2 * WIDTH,
     )
-    net.register_to_config(cross_attention_dim=2 * WIDTH)
-    net = diffusers.UNet2DConditionModel.from_config(net.config)
     return diffusers.StableDiffusionXLPipeline(
         vae(),
         clip_text(pooled=False),
@@ -370,8 +368,7 @@ def _sana_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
 
 
 def _lumina2_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-    rows, mask, _, _ = pipeline.encode_prompt(list(prompts), True, max_sequence_length=240)
-    return {"encoder_hidden_states": rows, "encoder_attention_mask": mask}
+    return _masked_texts(pipeline, prompts, max_sequence_length=240)
 
 
 def _qwen_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:

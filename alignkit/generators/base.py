@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alignkit.adapters import lora
 from alignkit.diffusion.conversions import add_noise, target_of
-from alignkit.diffusion.schedules import Schedule, expand
+from alignkit.diffusion.schedules import FlowSchedule, Schedule, expand
 from alignkit.errors import AdapterError
 from alignkit.records import Conditioning, Sampling
 
@@ -71,6 +71,14 @@ class Denoiser(nn.Module):
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """What `TrainingArguments(gradient_checkpointing=True)` calls; diffusers checkpoints its own blocks."""
         self.net.enable_gradient_checkpointing()
+
+
+def flow_schedule(config: Any) -> FlowSchedule:
+    """The clock of a network that takes times in [0, 1], from its scheduler's config.
+
+    A shift that follows the resolution is left to sampling, as in diffusers' training scripts.
+    """
+    return FlowSchedule(1.0 if config.use_dynamic_shifting else config.shift, scale=1.0)
 
 
 class PipelineGenerator:

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alignkit.diffusion.schedules import FlowSchedule
-from alignkit.generators.base import PipelineGenerator
+from alignkit.generators.base import PipelineGenerator, flow_schedule
 from alignkit.records import Conditioning
 
 
@@ -29,8 +28,7 @@ class Flux(PipelineGenerator):
 
     def __init__(self, pipeline: Any, name: str) -> None:
         super().__init__(pipeline, name)
-        scheduler = pipeline.scheduler.config
-        self.noise_schedule = FlowSchedule(1.0 if scheduler.use_dynamic_shifting else scheduler.shift, scale=1.0)
+        self.noise_schedule = flow_schedule(pipeline.scheduler.config)
         self._tokens = min(512, pipeline.tokenizer_2.model_max_length)
 
     def sampling_arguments(self) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alignkit.diffusion.schedules import FlowSchedule
-from alignkit.generators.base import PipelineGenerator
+from alignkit.generators.base import PipelineGenerator, flow_schedule
 from alignkit.records import Conditioning
 
 
@@ -23,8 +22,7 @@ class Lumina2(PipelineGenerator):
 
     def __init__(self, pipeline: Any, name: str) -> None:
         super().__init__(pipeline, name)
-        scheduler = pipeline.scheduler.config
-        self.noise_schedule = FlowSchedule(1.0 if scheduler.use_dynamic_shifting else scheduler.shift, scale=1.0)
+        self.noise_schedule = flow_schedule(pipeline.scheduler.config)
         self._tokens = min(256, pipeline.tokenizer.model_max_length)
 
     def sampling_arguments(self) -> dict[str, Any]:

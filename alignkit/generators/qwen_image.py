@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.diffusion.schedules import FlowSchedule
-from alignkit.generators.base import PipelineGenerator
+from alignkit.generators.base import PipelineGenerator, flow_schedule
 from alignkit.generators.flux import Flux, pack, unpack
 from alignkit.records import Conditioning, Sampling
 
@@ -28,8 +27,7 @@ class QwenImage(PipelineGenerator):
 
     def __init__(self, pipeline: Any, name: str) -> None:
         super().__init__(pipeline, name)
-        scheduler = pipeline.scheduler.config
-        self.noise_schedule = FlowSchedule(1.0 if scheduler.use_dynamic_shifting else scheduler.shift, scale=1.0)
+        self.noise_schedule = flow_schedule(pipeline.scheduler.config)
 
     def call_arguments(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         arguments = super().call_arguments(prompts, sampling)
