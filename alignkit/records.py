@@ -35,12 +35,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How pictures are drawn. `extra` goes to the pipeline call as it is (e.g. `max_sequence_length`)."""
+    """How pictures (or clips of `num_frames`) are drawn; `extra` goes to the pipeline call as it is."""
 
     steps: int = 30
     guidance_scale: float = 5.0
     height: int = 512
     width: int = 512
+    num_frames: int = 1
     negative_prompt: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -84,9 +84,15 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def load(model_folders: dict[str, Path]) -> Callable[..., PipelineGenerator]:
     """Loads a fresh generator of a family, which tests may change."""
+    import tiny_families
+
     from alignkit.generators import load_generator
 
-    return lambda family, **options: load_generator(model_folders[family], device="cpu", **options)
+    def loaded(family: str, **options: Any) -> PipelineGenerator:
+        told = tiny_families.FAMILIES[family].options
+        return load_generator(model_folders[family], device="cpu", options=told, **options)
+
+    return loaded
 
 
 def _png(seed: int) -> bytes:

@@ -31,7 +31,7 @@ class GeneratorSpec:
     model: a diffusers folder, a hub id, or 'package.module:attribute' of your own builder.
     adapter: a LoRA folder to load on it.
     dtype: the precision of its weights.
-    options: keywords for a builder of your own.
+    options: keywords for a builder of your own, or of the family's adapter (Wan 2.2: expert).
     """
 
     model: str
@@ -42,8 +42,6 @@ class GeneratorSpec:
     def __post_init__(self) -> None:
         if self.is_own and (self.adapter or self.dtype != "float32"):
             raise ConfigError(f"model '{self.model}' is your own builder: give it adapter and dtype as options")
-        if self.options and not self.is_own:
-            raise ConfigError(f"options are for a builder of your own; model '{self.model}' takes none")
 
     @property
     def is_own(self) -> bool:
@@ -176,7 +174,8 @@ def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:
     from alignkit.generators import load_generator
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return load_generator(spec.model, adapter=spec.adapter, name=name, dtype=dtypes[spec.dtype])
+    loading = {"adapter": spec.adapter, "dtype": dtypes[spec.dtype], "options": spec.options}
+    return load_generator(spec.model, name=name, **loading)
 
 
 def reward_builders(specs: Mapping[str, RewardSpec]) -> dict[str, Callable[[], Reward]]:

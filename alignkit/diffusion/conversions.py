@@ -43,14 +43,25 @@ def x0_from(kind: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Te
     raise ValueError(f"unknown prediction type '{kind}'; known: {', '.join(TARGETS)}")
 
 
+def eps_from(kind: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that a native prediction implies; only kind "sample" divides by sigma."""
+    if kind == "epsilon":
+        return prediction
+    if kind == "v_prediction":
+        return (sigma * x_t + alpha * prediction) / (alpha**2 + sigma**2)
+    if kind == "flow":
+        return (x_t + alpha * prediction) / (alpha + sigma)
+    return eps_from_x0(x0_from(kind, prediction, x_t, alpha, sigma), x_t, alpha, sigma)
+
+
 def eps_from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The noise that, with x0, makes x_t."""
     return (x_t - alpha * x0) / sigma
 
 
 def convert(source: str, wanted: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """A prediction of kind `source` restated as kind `wanted`, through x0."""
+    """A prediction of kind `source` restated as kind `wanted`, through x0 and eps."""
     if source == wanted:
         return prediction
-    x0 = x0_from(source, prediction, x_t, alpha, sigma)
-    return target_of(wanted, x0, eps_from_x0(x0, x_t, alpha, sigma), alpha, sigma)
+    given = (source, prediction, x_t, alpha, sigma)
+    return target_of(wanted, x0_from(*given), eps_from(*given), alpha, sigma)

@@ -5,11 +5,13 @@ A new family is one file with a class and one line in `GENERATORS`.
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import DataError, MissingFileError, UnknownNameError, nearest
+from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError, nearest
 from alignkit.resolve import resolve
 
 if TYPE_CHECKING:
@@ -27,6 +29,12 @@ GENERATORS = {
     "SanaPipeline": "alignkit.generators.sana:Sana",
     "Lumina2Pipeline": "alignkit.generators.lumina2:Lumina2",
     "QwenImagePipeline": "alignkit.generators.qwen_image:QwenImage",
+    "DreamLitePipeline": "alignkit.generators.dreamlite:DreamLite",
+    "WanPipeline": "alignkit.generators.wan:Wan",
+    "AnyFlowPipeline": "alignkit.generators.anyflow:AnyFlow",
+    "CogVideoXPipeline": "alignkit.generators.cogvideox:CogVideoX",
+    "LTXPipeline": "alignkit.generators.ltx_video:LTXVideo",
+    "HunyuanVideoPipeline": "alignkit.generators.hunyuan_video:HunyuanVideo",
 }
 _WEIGHTLESS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "image_processor")
 
@@ -81,10 +89,12 @@ def load_generator(
     name: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> PipelineGenerator:
     """Load a diffusers folder or hub id, with an optional LoRA folder, as a Generator.
 
-    `dtype` defaults to float32, `device` to cuda where there is one, else cpu. Raises MissingFileError for missing
+    `dtype` defaults to float32, `device` to cuda where there is one, else cpu. `options` are the adapter's own keywords
+    (Wan's `expert`). Raises MissingFileError for missing
     files, UnknownNameError for a pipeline class without an adapter, AdapterError for an adapter that does not fit.
     """
     import torch
@@ -96,13 +106,18 @@ def load_generator(
             f"'{model}' is a {class_name}, a pipeline class without an adapter.{nearest(class_name, GENERATORS)} "
             "To add one see docs/add_a_generator.md."
         )
-    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype or torch.float32)
+    family = resolve(class_name, GENERATORS, kind="generator")
+    options = dict(options or {})
+    if unknown := set(options) - set(inspect.signature(family).parameters):
+        raise ConfigError(f"a {class_name} takes no {sorted(unknown)} among its options")
+    absent = dict.fromkeys(family.unused_parts)
+    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype or torch.float32, **absent)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in ("unet", "vae"):  # convolutions run faster so, on tensor cores and CPUs alike
         module = pipeline.components.get(part)
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
-    generator = resolve(class_name, GENERATORS, kind="generator")(pipeline, name or Path(model).name)
+    generator = family(pipeline, name or Path(model).name, **options)
     if adapter is not None:
         generator.load_adapter(Path(adapter))
     return generator

@@ -1,7 +1,8 @@
 """A loaded diffusers pipeline behind the seam of `alignkit.protocols.Generator`.
 
 A family adds three things: how prompts become Conditioning, how its network is called, and its schedule. Sampling is
-always the vanilla pipeline's. Not here: video families, packed latents, learned sigma.
+always the vanilla pipeline's; `alignkit.generators.chain` repeats it with gradients. Video families add a time axis
+(`alignkit.generators.video`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.adapters import lora
+from alignkit.diffusion import solvers
 from alignkit.diffusion.conversions import add_noise, target_of
-from alignkit.diffusion.schedules import FlowSchedule, Schedule, expand
+from alignkit.diffusion.schedules import Schedule, expand
+from alignkit.diffusion.solvers import Grid, ddim_step
 from alignkit.errors import AdapterError
 from alignkit.records import Conditioning, Sampling
 
@@ -35,7 +38,7 @@ class Denoiser(nn.Module):
         self._use_reference = False
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The native prediction for latents x_t [B, C, H, W] at canonical times t [B]."""
+        """The native prediction for latents x_t [B, C, H, W] or [B, C, T, H, W] at canonical times t [B]."""
         net = self._frozen[0] if self._use_reference and self._frozen else self.net
         family = self._family[0]
         # Cached latents and conditioning are float32, whatever precision the network was loaded in.
@@ -73,17 +76,11 @@ class Denoiser(nn.Module):
         self.net.enable_gradient_checkpointing()
 
 
-def flow_schedule(config: Any) -> FlowSchedule:
-    """The clock of a network that takes times in [0, 1], from its scheduler's config.
-
-    A shift that follows the resolution is left to sampling, as in diffusers' training scripts.
-    """
-    return FlowSchedule(1.0 if config.use_dynamic_shifting else config.shift, scale=1.0)
-
-
 class PipelineGenerator:
     """Base of the families: codec, reference switch, sampling and adapters are the same for all of them."""
 
+    modality = "image"
+    unused_parts: tuple[str, ...] = ()  # of the pipeline, never loaded
     component: str  # attribute of the pipeline that is trained: "unet" or "transformer"
     prediction: str  # native target, one of alignkit.diffusion.conversions.TARGETS
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -96,9 +93,13 @@ class PipelineGenerator:
 
     # --- what a family defines ---
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts."""
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The network's own names and tensors [B, ...] for B prompts."""
         raise NotImplementedError
+
+    def negative(self, text: str) -> dict[str, Tensor]:
+        """The same [1, ...] for a negative prompt; "" is the null condition. Some families word it otherwise."""
+        return self.texts([text])
 
     def call(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         """One call of the family's network."""
@@ -120,6 +121,14 @@ class PipelineGenerator:
             arguments["negative_prompt"] = [sampling.negative_prompt] * len(prompts)
         return {**arguments, **self.sampling_arguments(), **sampling.extra}
 
+    def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:  # noqa: ARG002 - for some families
+        """What the pipeline gives its scheduler's `set_timesteps` for latents of `shape`."""
+        return {"num_inference_steps": steps}
+
+    def combine(self, told: Tensor, free: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance of a conditional and an unconditional prediction (Ho & Salimans 2022)."""
+        return free + scale * (told - free)
+
     # --- the same for all ---
 
     @property
@@ -136,6 +145,10 @@ class PipelineGenerator:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of B prompts."""
+        return Conditioning(self.texts(list(prompts)), self.negative(""))
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The native prediction; a trainer calls the (wrapped) `model` instead."""
         return self.model(x_t, t, cond)
@@ -151,16 +164,48 @@ class PipelineGenerator:
         alpha, sigma = (expand(value, x0) for value in self.noise_schedule.coefficients(t))
         return target_of(self.prediction, x0, noise, alpha, sigma)
 
+    # --- chains with gradients ---
+
+    def grid(self, steps: int, shape: Sequence[int]) -> Grid:
+        """Where the family's solver stands for latents of `shape` [C, ...]; see `solvers.grid`."""
+        return solvers.grid(self.pipeline.scheduler, self.prediction, self.grid_arguments(steps, shape))
+
+    def initial_noise(self, shape: Sequence[int], source: torch.Generator) -> Tensor:
+        """Unit noise [1, *shape] as the pipeline draws it: the same numbers for the same generator."""
+        return torch.randn(1, *shape, generator=source)
+
+    def guided(
+        self, model: nn.Module, x_t: Tensor, times: tuple[Tensor, Tensor], cond: Conditioning, scale: float
+    ) -> Tensor:
+        """The guided prediction for a step from times[0] to times[1], each [B]; scales up to 1 call `model` once."""
+        told = model(x_t, times[0], cond)
+        return told if scale <= 1 else self.combine(told, model(x_t, times[0], cond.unconditional()), scale)
+
+    def advance(self, grid: Grid, index: int, prediction: Tensor, x_t: Tensor, _: Sequence[torch.Generator]) -> Tensor:
+        """x after step `index`; few-step families draw fresh noise [1, ...] from each row's generator."""
+        return ddim_step(self.prediction, prediction, x_t, grid, index)
+
+    # --- codec ---
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents of pixels [B, 3, H, W] in [0, 1], float32, as the network expects them."""
-        latents = self._in_range(self._posterior_mode, pixels * 2 - 1)
-        return ((latents - self._shift) * self.pipeline.vae.config.scaling_factor).float()
+        return self._normalised(self._in_range(self._posterior_mode, pixels * 2 - 1)).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in [0, 1] of latents."""
-        vae = self.pipeline.vae
-        pixels = self._in_range(lambda raw: vae.decode(raw).sample, latents / vae.config.scaling_factor + self._shift)
+        pixels = self._in_range(self._decode, self._denormalised(latents))
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def _normalised(self, raw: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        return (raw - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        return self.pipeline.vae.decode(raw).sample
 
     def _posterior_mode(self, pixels: Tensor) -> Tensor:
         return self.pipeline.vae.encode(pixels).latent_dist.mode()
@@ -176,13 +221,14 @@ class PipelineGenerator:
         return result
 
     @property
-    def _shift(self) -> float:
-        return self.pipeline.vae.config.get("shift_factor") or 0.0
-
-    @property
     def spatial_ratio(self) -> int:
         """Pixels a side of one latent place."""
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+
+    @property
+    def temporal_ratio(self) -> int:
+        """Frames of one latent frame; 1 for pictures."""
+        return 1
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:  # noqa: ARG002 - for video
         """[C, h, w] of a picture of that size."""
@@ -199,14 +245,13 @@ class PipelineGenerator:
         """The vanilla pipeline with one torch generator an item: pixels [B, 3, H, W] in [0, 1]."""
         was_training = self.net.training
         self.net.eval()
-        pictures = self.pipeline(
-            prompt=list(prompts),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            output_type="pt",
-            **self.call_arguments(prompts, sampling),
-        ).images
+        sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        media = self._draw(list(prompts), sources, self.call_arguments(prompts, sampling))
         self.net.train(was_training)
-        return pictures.float()
+        return media.float()
+
+    def _draw(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
+        return self.pipeline(prompt=prompts, generator=sources, output_type="pt", **arguments)[0]
 
     # --- adapters ---
 
@@ -218,13 +263,18 @@ class PipelineGenerator:
         """Freeze the network and put a fresh LoRA on it."""
         lora.inject(self.net, rank=rank, alpha=alpha, targets=targets or self.lora_targets, dropout=dropout)
 
+    @property
+    def adapter_prefix(self) -> str:
+        """What stands before the names of the trained network's weights in diffusers' LoRA files."""
+        return self.component
+
     def load_adapter(self, folder: Path) -> None:
         """Load a LoRA saved by `save_adapter` or by diffusers / PEFT."""
-        lora.load(self.net, Path(folder), component=self.component)
+        lora.load(self.net, Path(folder), component=self.adapter_prefix)
 
     def save_adapter(self, folder: Path) -> None:
         """diffusers' LoRA layout in `folder`, PEFT's in `folder/peft`."""
-        lora.export_diffusers(self.net, Path(folder), component=self.component)
+        lora.export_diffusers(self.net, Path(folder), component=self.adapter_prefix)
         lora.export_peft(self.net, Path(folder) / "peft", base_model=str(self.pipeline.name_or_path))
 
     def merge_adapter(self) -> None:

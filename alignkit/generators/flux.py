@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from alignkit.generators.base import PipelineGenerator, flow_schedule
+from alignkit.generators.base import PipelineGenerator
+from alignkit.generators.habits import EmbeddedGuidance, flow_schedule, linear_sigmas
 from alignkit.records import Conditioning
 
 
-class Flux(PipelineGenerator):
+class Flux(EmbeddedGuidance, PipelineGenerator):
     """Adapter of `FluxPipeline` (dev and schnell). Latents stay [B, 16, H/8, W/8] outside; packing happens in `call`.
 
-    Trained with the guidance that the pipeline samples with by default, as the public LoRA scripts do; policy and
-    reference see the same. Times are logit-normal without the resolution's shift, which only sampling applies.
+    Times are logit-normal without the resolution's shift, which only sampling applies.
     """
 
     component = "transformer"
@@ -34,24 +34,25 @@ class Flux(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(self._texts(list(prompts)), self._texts([""]))
-
-    def _texts(self, texts: list[str]) -> dict[str, Tensor]:
-        embeddings, pooled, _ = self.pipeline.encode_prompt(texts, None, max_sequence_length=self._tokens)
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, None, max_sequence_length=self._tokens)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
+        return linear_sigmas(self.pipeline.scheduler.config, steps, tokens=shape[-1] * shape[-2] // 4)
 
     def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         batch, channels, height, width = x_t.shape
-        states = cond.tensors["encoder_hidden_states"]
+        told, tensors = self.told_guidance(x_t, cond)
+        states = tensors["encoder_hidden_states"]
         places = self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, x_t.dtype)  # noqa: SLF001
         packed = net(
             hidden_states=pack(x_t),
             timestep=model_time,
-            guidance=x_t.new_full((batch,), self.guidance) if net.config.guidance_embeds else None,
+            guidance=told if net.config.guidance_embeds else None,
             img_ids=places,
             txt_ids=states.new_zeros(states.shape[1], 3),
-            **cond.tensors,
+            **tensors,
         ).sample
         return unpack(packed, (channels, height, width))
 

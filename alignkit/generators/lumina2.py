@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from alignkit.generators.base import PipelineGenerator, flow_schedule
+from alignkit.generators.base import PipelineGenerator
+from alignkit.generators.habits import flow_schedule, keep_norm, linear_sigmas
 from alignkit.records import Conditioning
 
 
@@ -28,17 +29,25 @@ class Lumina2(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        names = ("encoder_hidden_states", "encoder_attention_mask")
-        rows, mask, *_ = self._texts(list(prompts))
-        *_, null, null_mask = self._texts([""])
-        return Conditioning(
-            dict(zip(names, (rows, mask), strict=True)), dict(zip(names, (null, null_mask), strict=True))
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        rows, mask, _, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._tokens
         )
+        return {"encoder_hidden_states": rows, "encoder_attention_mask": mask}
 
-    def _texts(self, texts: list[str]) -> tuple[Tensor, ...]:
-        """Embeddings and mask of `texts`, then those of the empty negative prompt."""
-        return self.pipeline.encode_prompt(texts, device=self.device, max_sequence_length=self._tokens)
+    def negative(self, text: str) -> dict[str, Tensor]:
+        *_, rows, mask = self.pipeline.encode_prompt(
+            [""], negative_prompt=[text], device=self.device, max_sequence_length=self._tokens
+        )
+        return {"encoder_hidden_states": rows, "encoder_attention_mask": mask}
+
+    def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
+        # The pipeline takes the number of channels for that of tokens; what samples so is repeated so.
+        return linear_sigmas(self.pipeline.scheduler.config, steps, tokens=shape[0])
+
+    def combine(self, told: Tensor, free: Tensor, scale: float) -> Tensor:
+        """Guidance that keeps the conditional prediction's norm, row of places by row, as the pipeline does."""
+        return keep_norm(super().combine(told, free, scale), told)
 
     def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         velocity = net(

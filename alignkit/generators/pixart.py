@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,12 +27,9 @@ class PixArtSigma(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens, "use_resolution_binning": False, "clean_caption": False}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(self._texts(list(prompts)), self._texts([""]))
-
-    def _texts(self, texts: list[str]) -> dict[str, Tensor]:
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeddings, mask, _, _ = self.pipeline.encode_prompt(
-            texts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._tokens
+            prompts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._tokens
         )
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.generators.base import PipelineGenerator, flow_schedule
+from alignkit.generators.base import PipelineGenerator
 from alignkit.generators.flux import Flux, pack, unpack
+from alignkit.generators.habits import channel_statistics, flow_schedule, keep_norm, linear_sigmas
 from alignkit.records import Conditioning, Sampling
 
 
@@ -37,16 +38,23 @@ class QwenImage(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.tokens}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(self._texts(list(prompts)), self._texts([" "]))
-
-    def _texts(self, texts: list[str]) -> dict[str, Tensor]:
-        rows, mask = self.pipeline.encode_prompt(texts, device=self.device, max_sequence_length=self.tokens)
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        rows, mask = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=self.tokens)
         if mask is None:  # all places are in use
             mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
         empty = self.tokens - rows.shape[1]
         rows, mask = torch.nn.functional.pad(rows, (0, 0, 0, empty)), torch.nn.functional.pad(mask, (0, empty))
         return {"encoder_hidden_states": rows, "encoder_hidden_states_mask": mask}
+
+    def negative(self, text: str) -> dict[str, Tensor]:
+        return self.texts([text or " "])
+
+    def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
+        return linear_sigmas(self.pipeline.scheduler.config, steps, tokens=shape[-1] * shape[-2] // 4)
+
+    def combine(self, told: Tensor, free: Tensor, scale: float) -> Tensor:
+        """Guidance that keeps the conditional prediction's norm, token by token, as the pipeline does."""
+        return unpack(keep_norm(pack(super().combine(told, free, scale)), pack(told)), told.shape[1:])
 
     def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         batch, channels, height, width = x_t.shape
@@ -65,21 +73,18 @@ class QwenImage(PipelineGenerator):
     # --- codec ---
 
     def encode(self, pixels: Tensor) -> Tensor:
-        raw = self._in_range(self._posterior_mode, (pixels * 2 - 1).unsqueeze(2)).squeeze(2)
-        mean, std = self._statistics(raw)
-        return ((raw - mean) / std).float()
+        return super().encode(pixels.unsqueeze(2)).squeeze(2)
 
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        mean, std = self._statistics(latents)
-        pixels = self._in_range(lambda raw: vae.decode(raw).sample, (latents * std + mean).unsqueeze(2)).squeeze(2)
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return super().decode(latents.unsqueeze(2)).squeeze(2)
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each latent channel [C, 1, 1]."""
-        config = self.pipeline.vae.config
-        mean, std = (like.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
-        return mean, std
+    def _normalised(self, raw: Tensor) -> Tensor:
+        mean, std = channel_statistics(self.pipeline.vae.config, raw)
+        return (raw - mean) / std
+
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        mean, std = channel_statistics(self.pipeline.vae.config, latents)
+        return latents * std + mean
 
     @property
     def spatial_ratio(self) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from alignkit.diffusion.schedules import FlowSchedule
 from alignkit.generators.base import PipelineGenerator
+from alignkit.generators.habits import flow_schedule
 from alignkit.records import Conditioning
 
 
@@ -25,8 +24,7 @@ class Sana(PipelineGenerator):
 
     def __init__(self, pipeline: Any, name: str) -> None:
         super().__init__(pipeline, name)
-        scheduler = pipeline.scheduler.config
-        self.noise_schedule = FlowSchedule(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
+        self.noise_schedule = flow_schedule(pipeline.scheduler.config, scale=1000.0)
         self._tokens = min(300, pipeline.tokenizer.model_max_length)
         arguments = inspect.signature(type(pipeline).__call__).parameters
         self._instruction = arguments["complex_human_instruction"].default
@@ -34,13 +32,15 @@ class Sana(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens, "use_resolution_binning": False}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        # As in the pipeline, a negative prompt comes without the instruction.
-        return Conditioning(self._texts(list(prompts), self._instruction), self._texts([""], None))
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        return self._told(prompts, self._instruction)
 
-    def _texts(self, texts: list[str], instruction: list[str] | None) -> dict[str, Tensor]:
+    def negative(self, text: str) -> dict[str, Tensor]:
+        return self._told([text], None)  # as in the pipeline, without the instruction
+
+    def _told(self, prompts: list[str], instruction: list[str] | None) -> dict[str, Tensor]:
         embeddings, mask, _, _ = self.pipeline.encode_prompt(
-            texts,
+            prompts,
             do_classifier_free_guidance=False,
             device=self.device,
             max_sequence_length=self._tokens,

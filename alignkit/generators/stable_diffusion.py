@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,13 +21,9 @@ class StableDiffusion(PipelineGenerator):
         self.prediction = pipeline.scheduler.config.prediction_type
         self.noise_schedule = VPSchedule(pipeline.scheduler.alphas_cumprod)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        rows, null = (self._encode(list(texts)) for texts in (prompts, [""]))
-        return Conditioning({"encoder_hidden_states": rows}, {"encoder_hidden_states": null})
-
-    def _encode(self, texts: list[str]) -> Tensor:
-        embeddings, _ = self.pipeline.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)
-        return embeddings
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeddings, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeddings}
 
     def call(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         return net(x_t, model_time, encoder_hidden_states=cond.tensors["encoder_hidden_states"]).sample

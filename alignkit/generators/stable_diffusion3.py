@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from alignkit.diffusion.schedules import FlowSchedule
 from alignkit.generators.base import PipelineGenerator
+from alignkit.generators.habits import resolution_shift
 from alignkit.records import Conditioning
 
 
@@ -32,16 +33,18 @@ class StableDiffusion3(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        rows, null = (self._encode(list(texts)) for texts in (prompts, [""]))
-        names = ("encoder_hidden_states", "pooled_projections")
-        return Conditioning(dict(zip(names, rows, strict=True)), dict(zip(names, null, strict=True)))
-
-    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            texts, None, None, do_classifier_free_guidance=False, max_sequence_length=self._tokens
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self._tokens
         )
-        return embeddings, pooled
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return {"num_inference_steps": steps}
+        tokens = shape[-1] * shape[-2] // self.net.config.patch_size**2
+        return {"num_inference_steps": steps, "mu": resolution_shift(config, tokens)}
 
     def call(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         return net(hidden_states=x_t, timestep=model_time, **cond.tensors).sample

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,18 +17,17 @@ class StableDiffusionXL(StableDiffusion):
     Left out: other original sizes and crops (micro-conditioning), and the refiner's aesthetic score.
     """
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        tensors = self._texts(list(prompts))
-        null = self._texts([""])
-        if self.pipeline.config.force_zeros_for_empty_prompt:  # as the pipeline does without a negative prompt
-            null = {name: torch.zeros_like(tensor) for name, tensor in null.items()}
-        return Conditioning(tensors, null)
-
-    def _texts(self, texts: list[str]) -> dict[str, Tensor]:
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            texts, device=self.device, do_classifier_free_guidance=False
+            prompts, device=self.device, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": embeddings, "text_embeds": pooled}
+
+    def negative(self, text: str) -> dict[str, Tensor]:
+        tensors = self.texts([text])
+        if text or not self.pipeline.config.force_zeros_for_empty_prompt:
+            return tensors
+        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}  # as the pipeline does
 
     def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         height, width = (side * self.spatial_ratio for side in x_t.shape[-2:])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
-from tiny_families import FAMILIES
+from tiny_families import IMAGES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignkit.commands import memory
@@ -136,7 +136,7 @@ def test_activations_of_sd15_and_sd3_against_autograd():
     assert memory.activations(model, replace(one, height=1024, width=1024)) == pytest.approx(counted, rel=0.1)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(IMAGES))
 def test_every_family_is_read(load, model_folders, family):
     """Ratio, LoRA parameters and parameters as in the loaded generator; an estimate comes of it."""
     generator = load(family)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from alignkit.errors import AdapterError, DataError, MissingFileError, UnknownNameError
+from alignkit.errors import AdapterError, ConfigError, DataError, MissingFileError, UnknownNameError
 from alignkit.generators import load_generator
 from alignkit.records import Conditioning, Sampling
 
@@ -107,3 +107,20 @@ def test_no_reference_without_an_adapter(load):
     generator = load("unet")
     with pytest.raises(AdapterError, match="neither an adapter nor a frozen copy"), generator.reference():
         pass
+
+
+def test_an_option_that_no_adapter_takes(model_folders):
+    with pytest.raises(ConfigError, match=r"a WanPipeline takes no \['experts'\] among its options"):
+        load_generator(model_folders["wan_high"], options={"experts": "transformer_2"})
+
+
+def test_an_expert_that_is_not_there(model_folders):
+    with pytest.raises(ConfigError, match="'wan' has no transformer_2"):
+        load_generator(model_folders["wan"], options={"expert": "transformer_2"})
+
+
+@pytest.mark.parametrize(("family", "low", "high"), [("wan_high", 0.875, 1.0), ("wan_low", 0.0, 0.875)])
+def test_an_expert_is_trained_on_its_own_times(load, family, low, high):
+    t = load(family).sample_t(500, torch.Generator().manual_seed(0))
+    assert t.shape == (500,)
+    assert low <= t.min() < t.max() <= high

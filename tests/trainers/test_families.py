@@ -1,4 +1,4 @@
-"""RankDPO on every family: log 2 at the start, exact gradients under activation checkpointing, resume."""
+"""RankDPO on every image family: log 2 at the start, exact gradients under activation checkpointing, resume."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from tiny_families import FAMILIES
+from tiny_families import IMAGES
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=list(IMAGES))
 def family(request):
     return request.param
 

@@ -1,133 +1,38 @@
-"""Tiny random pipelines of every family, from the real classes; `FAMILIES` is what the conformance suite runs over.
-
-A new family: one builder and one line.
-"""
+"""Tiny random text-to-image pipelines, from the real classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
-import tokenizers
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from alignkit.sandbox import models
+from tiny_families.parts import (
+    SIDE,
+    TOKENS,
+    VP,
+    WIDTH,
+    Family,
+    clip_text,
+    gemma,
+    gemma_tokenizer,
+    kl_codec,
+    qwen_tokenizer,
+    sd3_transformer,
+    t5,
+    unet_2d,
+    vae,
+)
 
-SIDE = 16  # pixels
-WIDTH = 32  # of text states
-TOKENS = models.TOKENS
-VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
-
-
-@dataclass(frozen=True)
-class Family:
-    """build: the pipeline. arguments: what its call needs beside the ordinary. texts: its own conditioning of prompts,
-    by the names that the adapter gives. codec: its own latents of pixels, and the pixels that come of them. side:
-    pixels a side. guidance: a scale at which it calls the network once a step.
-    """
-
-    build: Callable[[], Any]
-    texts: Callable[[Any, Sequence[str]], Mapping[str, Tensor]]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    codec: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None  # the ordinary one, without shift
-    side: int = SIDE
-    guidance: float = 1.0
-
-
-# --- parts ----------------------------------------------------------------------------------------------------------
-
-
-def vae(levels: int = 2, **changes: Any) -> Any:
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(8,) * levels,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=SIDE,
-        **{"scaling_factor": 0.7, **changes},
-    )
-
-
-def clip() -> Any:
-    tokenizer = models.clip_tokenizer()
-    shared = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = shared | {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS}
-    text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    vision = shared | {"image_size": SIDE, "patch_size": 8}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
-    return transformers.CLIPModel(config).eval()
-
-
-def clip_text(*, pooled: bool) -> Any:
-    config = clip().config.text_config
-    config.projection_dim = WIDTH
-    return (transformers.CLIPTextModelWithProjection if pooled else transformers.CLIPTextModel)(config).eval()
-
-
-def t5(width: int = WIDTH) -> Any:
-    size = len(models.t5_tokenizer())
-    config = transformers.T5Config(
-        vocab_size=size, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
-    )
-    return transformers.T5EncoderModel(config).eval()
-
-
-def gemma_tokenizer(limit: int = 40) -> Any:
-    """Letter by letter."""
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = {name: index for index, name in enumerate(names)}
-    return transformers.GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=limit)
-
-
-def gemma() -> Any:
-    config = transformers.Gemma2Config(
-        vocab_size=len(gemma_tokenizer()),
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    return transformers.Gemma2Model(config).eval()
-
-
-def unet_2d(**changes: Any) -> Any:
-    return diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 2,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type=None,
-        block_out_channels=(16,),
-        layers_per_block=1,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        **{"cross_attention_dim": WIDTH, **changes},
-    )
-
-
-def sd3_transformer() -> Any:
-    return diffusers.SD3Transformer2DModel(
-        sample_size=SIDE // 2,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=16,
-        pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=8,
-    )
-
+DREAMLITE = (  # the beginning of its template
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
 
 # --- pipelines ------------------------------------------------------------------------------------------------------
 
@@ -270,10 +175,9 @@ def _lumina2() -> Any:
 
 
 def _qwen_image() -> Any:
-    bytes_ = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    vocabulary = {name: index for index, name in enumerate(bytes_)}
+    tokenizer = qwen_tokenizer()
     text = {
-        "vocab_size": len(vocabulary),
+        "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
         "intermediate_size": 32,
         "num_hidden_layers": 1,
@@ -302,22 +206,51 @@ def _qwen_image() -> Any:
         axes_dims_rope=(4, 4, 8),
     )
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[])
     language = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
     return diffusers.QwenImagePipeline(scheduler, coder, language, tokenizer, net)
 
 
+def _dreamlite() -> Any:
+    tokenizer = qwen_tokenizer(DREAMLITE)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config={**sight, "deepstack_visual_indexes": [0]})
+    language = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    coder = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+        scaling_factor=0.7,
+    )
+    net = diffusers.DreamLiteUNetModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(8, 8, 16),
+        attention_head_dim=(1, 1, 2),
+        layers_per_block=1,
+        norm_num_groups=4,
+        ff_mult=3,
+        use_linear_projection=True,
+        cross_attention_dim=WIDTH,
+        addition_embed_type="time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=2 * 8,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return diffusers.DreamLitePipeline(language, tokenizer, None, coder, net, scheduler)
+
+
 # --- their own codec ------------------------------------------------------------------------------------------------
-
-
-def kl_codec(shift: float = 0.0) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
-    """(posterior mode - shift) * scale, as diffusers' own training scripts have it."""
-
-    def code(pipeline: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        raw = pipeline.vae.encode(pixels * 2 - 1).latent_dist.mode()
-        return (raw - shift) * 0.7, pipeline.vae.decode(raw).sample
-
-    return code
 
 
 def _dc_codec(pipeline: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,6 +263,11 @@ def _qwen_codec(pipeline: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.5, 2.0, 1.0])
     latents = (raw[:, :, 0] - mean[:, None, None]) / std[:, None, None]
     return latents, pipeline.vae.decode(raw).sample[:, :, 0]
+
+
+def _tiny_codec(pipeline: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    raw = pipeline.vae.encode(pixels * 2 - 1).latents
+    return raw * 0.7, pipeline.vae.decode(raw).sample
 
 
 # --- their own conditioning -----------------------------------------------------------------------------------------
@@ -372,14 +310,23 @@ def _lumina2_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor
 
 
 def _qwen_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-    """Padded with zeros to 512 places."""
-    rows, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=512)
-    states, used = torch.zeros(len(rows), 512, WIDTH), torch.zeros(len(rows), 512, dtype=torch.long)
-    states[:, : rows.shape[1]], used[:, : rows.shape[1]] = rows, mask
+    states, used = _padded(*pipeline.encode_prompt(list(prompts), max_sequence_length=512), 512)
     return {"encoder_hidden_states": states, "encoder_hidden_states_mask": used}
 
 
-FAMILIES = {
+def _dreamlite_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    told = [f"[Generate]: {prompt}" for prompt in prompts]
+    given = pipeline.encode_prompt("generate", told, "cpu", torch.float32, max_sequence_length=200)
+    return dict(zip(("encoder_hidden_states", "encoder_attention_mask"), _padded(*given, 200), strict=True))
+
+
+def _padded(rows: Tensor, mask: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    states, used = torch.zeros(len(rows), places, WIDTH), torch.zeros(len(rows), places, dtype=torch.long)
+    states[:, : rows.shape[1]], used[:, : rows.shape[1]] = rows, mask
+    return states, used
+
+
+IMAGES = {
     "unet": Family(lambda: _sandboxed("unet"), _unet_texts),
     "flow": Family(_sd3, _sd3_texts, {"max_sequence_length": TOKENS}, kl_codec(0.1)),
     "lcm": Family(_lcm, _unet_texts, guidance=8.5),
@@ -395,16 +342,7 @@ FAMILIES = {
     ),
     "lumina2": Family(_lumina2, _lumina2_texts, {"max_sequence_length": 240}, kl_codec(0.1), side=32),
     "qwen_image": Family(_qwen_image, _qwen_texts, {"max_sequence_length": 512, "negative_prompt": " "}, _qwen_codec),
+    "dreamlite": Family(
+        _dreamlite, _dreamlite_texts, {"max_sequence_length": 200}, _tiny_codec, without=("processor",), alone=True
+    ),
 }
-
-
-def build(name: str) -> Any:
-    """The pipeline of a family, with something in every weight: zero-initialised layers would hide mistakes."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipeline = FAMILIES[name].build()
-        net = pipeline.components["unet" if "unet" in pipeline.components else "transformer"]
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return pipeline
