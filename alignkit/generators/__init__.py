@@ -29,6 +29,7 @@ GENERATORS = {
     "SanaPipeline": "alignkit.generators.sana:Sana",
     "Lumina2Pipeline": "alignkit.generators.lumina2:Lumina2",
     "QwenImagePipeline": "alignkit.generators.qwen_image:QwenImage",
+    "ZImagePipeline": "alignkit.generators.z_image:ZImage",
     "DreamLitePipeline": "alignkit.generators.dreamlite:DreamLite",
     "WanPipeline": "alignkit.generators.wan:Wan",
     "AnyFlowPipeline": "alignkit.generators.anyflow:AnyFlow",

@@ -80,6 +80,7 @@ class PipelineGenerator:
     """Base of the families: codec, reference switch, sampling and adapters are the same for all of them."""
 
     modality = "image"
+    unguided = 1.0  # the largest scale at which the pipeline leaves the unconditional call out
     unused_parts: tuple[str, ...] = ()  # of the pipeline, never loaded
     component: str  # attribute of the pipeline that is trained: "unet" or "transformer"
     prediction: str  # native target, one of alignkit.diffusion.conversions.TARGETS
@@ -177,9 +178,9 @@ class PipelineGenerator:
     def guided(
         self, model: nn.Module, x_t: Tensor, times: tuple[Tensor, Tensor], cond: Conditioning, scale: float
     ) -> Tensor:
-        """The guided prediction for a step from times[0] to times[1], each [B]; scales up to 1 call `model` once."""
+        """The guided prediction for a step from times[0] to times[1], each [B]; up to `unguided` one call."""
         told = model(x_t, times[0], cond)
-        return told if scale <= 1 else self.combine(told, model(x_t, times[0], cond.unconditional()), scale)
+        return told if scale <= self.unguided else self.combine(told, model(x_t, times[0], cond.unconditional()), scale)
 
     def advance(self, grid: Grid, index: int, prediction: Tensor, x_t: Tensor, _: Sequence[torch.Generator]) -> Tensor:
         """x after step `index`; few-step families draw fresh noise [1, ...] from each row's generator."""

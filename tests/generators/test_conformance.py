@@ -189,6 +189,8 @@ def flat(arguments, prefix=""):
     for name, value in arguments.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield from flat({str(index): entry for index, entry in enumerate(value)}, f"{prefix}{name}.")
         elif isinstance(value, torch.Tensor):
             yield prefix + name, value
 

@@ -210,6 +210,34 @@ def _qwen_image() -> Any:
     return diffusers.QwenImagePipeline(scheduler, coder, language, tokenizer, net)
 
 
+def _z_image() -> Any:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}user: {{ message['content'] }}{% endfor %}"
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    net = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=24,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 4, 4],
+        axes_lens=[600, 16, 16],
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    language = transformers.Qwen3Model(config).eval()
+    return diffusers.ZImagePipeline(scheduler, vae(shift_factor=0.1), language, tokenizer, net)
+
+
 def _dreamlite() -> Any:
     tokenizer = qwen_tokenizer(DREAMLITE)
     text = {
@@ -314,6 +342,14 @@ def _qwen_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
     return {"encoder_hidden_states": states, "encoder_hidden_states_mask": used}
 
 
+def _z_image_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    rows, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=512)
+    states = torch.zeros(len(rows), 512, WIDTH)
+    for index, row in enumerate(rows):
+        states[index, : len(row)] = row
+    return {"encoder_hidden_states": states, "lengths": torch.tensor([len(row) for row in rows])}
+
+
 def _dreamlite_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
     told = [f"[Generate]: {prompt}" for prompt in prompts]
     given = pipeline.encode_prompt("generate", told, "cpu", torch.float32, max_sequence_length=200)
@@ -342,6 +378,7 @@ IMAGES = {
     ),
     "lumina2": Family(_lumina2, _lumina2_texts, {"max_sequence_length": 240}, kl_codec(0.1), side=32),
     "qwen_image": Family(_qwen_image, _qwen_texts, {"max_sequence_length": 512, "negative_prompt": " "}, _qwen_codec),
+    "z_image": Family(_z_image, _z_image_texts, {"max_sequence_length": 512}, kl_codec(0.1), guidance=0.0),
     "dreamlite": Family(
         _dreamlite, _dreamlite_texts, {"max_sequence_length": 200}, _tiny_codec, without=("processor",), alone=True
     ),
