@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,3 +125,11 @@ def test_an_expert_is_trained_on_its_own_times(load, family, low, high):
     t = load(family).sample_t(500, torch.Generator().manual_seed(0))
     assert t.shape == (500,)
     assert low <= t.min() < t.max() <= high
+
+
+def test_the_guide_shows_the_adapter_as_it_is():
+    root = Path(__file__).parents[2]
+    source = (root / "alignkit/generators/z_image.py").read_text(encoding="utf-8")
+    code = source.split("from __future__ import annotations\n\n")[1]
+    assert code in (root / "docs/add_a_generator.md").read_text(encoding="utf-8")
+    assert len(source.splitlines()) < 100
