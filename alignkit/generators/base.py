@@ -86,6 +86,8 @@ class PipelineGenerator:
 
     component: str  # attribute of the pipeline that is trained: "unet" or "transformer"
     prediction: str  # native target, one of alignkit.diffusion.conversions.TARGETS
+    modality: str = "image"  # or "video": pixels are then [B, F, 3, H, W] and latents [B, C, T, H, W]
+    temporal_ratio: int = 1  # r of a video family: clips have 1 + r k frames
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     noise_schedule: Schedule
 
@@ -183,6 +185,12 @@ class PipelineGenerator:
     def spatial_ratio(self) -> int:
         """Pixels a side of one latent place."""
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Pixels that the sides of a picture are multiples of: a latent place times the network's patch."""
+        patch = self.net.config.get("patch_size") or 1
+        return self.spatial_ratio * (patch if isinstance(patch, int) else patch[-1])
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:  # noqa: ARG002 - for video
         """[C, h, w] of a picture of that size."""
