@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -19,27 +14,6 @@ from tiny_families import FAMILIES
 from alignkit.errors import ConfigError
 from alignkit.trainers.buckets import BucketBatches, Sizes, buckets
 from alignkit.trainers.media import fit, to_pixels
-
-
-def png(width, height, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def mixed(ranked_rows):
-    """Ranked rows of K = 4 whose pictures have the given (width, height), one size a row."""
-
-    def make(*sizes):
-        items = ranked_rows(len(sizes)).cast_column("images", datasets.List(datasets.Image(decode=False))).to_list()
-        for row, (item, size) in enumerate(zip(items, sizes, strict=True)):
-            item["images"] = [{"bytes": png(*size, 10 * row + k), "path": None} for k in range(4)]
-        return datasets.Dataset.from_list(items, features=ranked_rows(1).features)
-
-    return make
-
 
 # --- which size -----------------------------------------------------------------------------------------------------
 
@@ -95,11 +69,11 @@ def test_other_sizes_are_resampled_to_cover_the_bucket():
     assert fit(Image.fromarray(board.astype(np.uint8)), (96, 128), 8).size == (128, 96)
 
 
-def test_rows_of_all_sizes_are_encoded_each_at_its_own(make, mixed, caplog):
+def test_rows_of_all_sizes_are_encoded_each_at_its_own(make, mixed, random_png, caplog):
     """The codec's latents of the very pixels; the K pictures of a row follow the first one."""
     rows = mixed((16, 16), (24, 16), (18, 17), (16, 24))
     items = rows.cast_column("images", datasets.List(datasets.Image(decode=False))).to_list()
-    items[3]["images"][2] = {"bytes": png(64, 96, 7), "path": None}
+    items[3]["images"][2] = {"bytes": random_png(64, 96, 7), "path": None}
     trainer = make("flow", rows=datasets.Dataset.from_list(items, features=rows.features))
     dataset, generator = trainer.train_dataset, trainer.generator
     assert [size[-2:] for size in dataset.sizes] == [(8, 8), (8, 12), (8, 8), (12, 8)]
@@ -232,27 +206,3 @@ def test_held_out_loss_and_reference_errors_go_by_row(make, mixed):
             for row in range(5)
         ]
     assert plain.evaluate()["eval_loss"] == pytest.approx(torch.cat(alone).mean().item(), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_batches(model_folders, mixed, tmp_path):
-    """Neither waits for the other for ever, both end with the same weights, and the held-out mean is that of one."""
-    rows = tmp_path / "rows"
-    mixed(*MIXED, *MIXED[:4]).save_to_disk(str(rows))
-    settings = {
-        **{"max_steps": 4, "per_device_train_batch_size": 1, "lora_rank": 2, "learning_rate": 1e-3, "use_cpu": True},
-        **{"bf16": False, "disable_tqdm": True, "save_strategy": "no", "cache_dir": str(tmp_path / "cache")},
-        **{"eval_strategy": "steps", "eval_steps": 4, "seed": 1, "output_dir": str(tmp_path / "out")},
-    }
-    worker = Path(__file__).parent / "worker.py"
-    losses = []
-    for processes, settings_too in ((2, {}), (1, {"gradient_accumulation_steps": 2})):
-        job = tmp_path / f"job-{processes}.json"
-        given = {"model": str(model_folders["flow"]), "rows": str(rows), "held_out": 4}
-        job.write_text(json.dumps(given | {"settings": settings | settings_too}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(worker)]
-        environment = {**os.environ, "PYTHONPATH": str(worker.parents[2])}
-        subprocess.run([*command, str(job)], check=True, env=environment, timeout=300)
-        log = json.loads(job.with_suffix(".log").read_text())
-        losses.append([entry["eval_loss"] for entry in log if "eval_loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
