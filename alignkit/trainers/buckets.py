@@ -125,7 +125,8 @@ def report(dataset: LatentDataset, batch_size: int) -> None:
     if len(counts) == 1 and not changed:
         return
     lone = sum(count for count in counts.values() if count < batch_size)
-    hint = f"; {lone} rows are in buckets smaller than a batch of {batch_size}: `resolution` makes fewer buckets"
+    advice = "fewer buckets: `resolution`, and `num_frames` of clips"
+    hint = f"; rows in buckets smaller than a batch of {batch_size}: {lone} ({advice})"
     logger.warning(
         "%d pictures or clips in %d size buckets, %d of them resized or cropped%s",
         *(dataset.phi.numel(), len(counts), changed, hint if lone and len(counts) > 1 else ""),

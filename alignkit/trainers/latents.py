@@ -195,7 +195,7 @@ class Encoder:
 
     def _row(self, row: int, cells: Any) -> tuple[Tensor, int]:
         """Pixels [K, 3, H, W] or [K, F, 3, H, W] of a row, and how many of its media had another size."""
-        cells = [cells] if isinstance(cells, Mapping) else cells
+        cells = cells if isinstance(cells, list) else [cells]
         if len(cells) != self.count:
             raise DataError(
                 f"row {row}: {len(cells)} candidates, row 0 has {self.count}; give all rows the same number"
@@ -297,7 +297,7 @@ def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
 
 
 def _count(cells: Any) -> int:
-    return 1 if isinstance(cells, Mapping) else len(cells)
+    return len(cells) if isinstance(cells, list) else 1
 
 
 def _labels(phi: Sequence[Sequence[float]], count: int) -> Tensor:

@@ -17,7 +17,7 @@ from alignkit.errors import DataError
 
 def read_picture(picture: Any, where: str) -> Image.Image:
     """A PIL picture, encoded bytes, a path or {"bytes", "path"} -> PIL RGB. Raises DataError naming `where`."""
-    picture = _source(picture)
+    picture = _source(picture, where)
     if isinstance(picture, bytes | str):
         try:
             picture = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
@@ -34,7 +34,7 @@ def read_clip(clip: Any, where: str, *, count: int | None = None, fps: float | N
     """
     import av
 
-    source = _source(clip)
+    source = _source(clip, where)
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
             if not container.streams.video:
@@ -43,16 +43,18 @@ def read_clip(clip: Any, where: str, *, count: int | None = None, fps: float | N
             frames = container.decode(stream) if fps is None else _paced(container, stream, fps, where)
             found = [frame.to_image() for frame in itertools.islice(frames, count)]
     except (av.FFmpegError, OSError) as error:
-        raise DataError(f"{where}: the clip cannot be decoded ({error}); remove or remake it") from error
+        raise DataError(f"{where}: the clip cannot be decoded ({error.strerror}); remove or remake it") from error
     if not found:
         raise DataError(f"{where}: the clip has no frame; remove or remake it")
     return found
 
 
-def _source(medium: Any) -> Any:
-    if not isinstance(medium, Mapping):
-        return medium
-    return medium["path"] if medium["bytes"] is None else medium["bytes"]
+def _source(medium: Any, where: str) -> Any:
+    if isinstance(medium, Mapping):
+        medium = medium["path"] if medium["bytes"] is None else medium["bytes"]
+    if medium is None or medium == b"":
+        raise DataError(f"{where}: there is nothing (zero bytes); remove the row or put the file back")
+    return medium
 
 
 def _paced(container: Any, stream: Any, fps: float, where: str) -> Iterator[Any]:

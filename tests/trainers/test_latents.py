@@ -213,7 +213,7 @@ def _set_image(k, data):
     ("change", "message"),
     [
         (_set_image(2, picture()[:60]), "row 19, candidate 2: the picture cannot be decoded"),
-        (_set_image(1, b""), "row 19, candidate 1: the picture cannot be decoded"),
+        (_set_image(1, b""), "row 19, candidate 1: there is nothing"),
         (_set_image(3, b"no picture at all"), "row 19, candidate 3: the picture cannot be decoded"),
         (_set_image(0, picture((24, 3))), "row 19: 24 x 3 pixels, below the 4 that the model needs"),
         (lambda item: item["images"].pop(), "row 19: 3 candidates, row 0 has 4"),
