@@ -7,6 +7,7 @@ always the vanilla pipeline's. Not here: video families, packed latents, learned
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from alignkit.adapters import lora
 from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import FlowSchedule, Schedule, expand
 from alignkit.errors import AdapterError
+from alignkit.generators import tokens
 from alignkit.records import Conditioning, Sampling
 
 
@@ -90,9 +92,12 @@ class PipelineGenerator:
     temporal_ratio: int = 1  # r of a video family: clips have 1 + r k frames
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     noise_schedule: Schedule
+    _tokens: int = sys.maxsize  # of a prompt that the family keeps, where it has a limit of its own
 
     def __init__(self, pipeline: Any, name: str) -> None:
         pipeline.set_progress_bar_config(disable=True)
+        tokens.quiet(pipeline)
+        self._is_told_of_cuts = False
         self.pipeline, self.name = pipeline, name
         self.model = Denoiser(self, pipeline.components[self.component])
 
@@ -122,7 +127,16 @@ class PipelineGenerator:
             arguments["negative_prompt"] = [sampling.negative_prompt] * len(prompts)
         return {**arguments, **self.sampling_arguments(), **sampling.extra}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:
+        """What the pipeline writes before a prompt, and how many tokens of both, special ones included, it keeps."""
+        return "", min(tokenizer.model_max_length, self._tokens)
+
     # --- the same for all ---
+
+    def warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        """Warn, once in this generator's life, of prompts that are longer than its text encoders read."""
+        if not self._is_told_of_cuts:
+            self._is_told_of_cuts = tokens.warn_of_cuts(self, prompts)
 
     @property
     def net(self) -> Any:
@@ -205,6 +219,7 @@ class PipelineGenerator:
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
         """The vanilla pipeline with one torch generator an item: pixels [B, 3, H, W] in [0, 1]."""
+        self.warn_of_cuts(prompts)
         was_training = self.net.training
         self.net.eval()
         pictures = self.pipeline(

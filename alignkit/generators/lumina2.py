@@ -28,6 +28,9 @@ class Lumina2(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:
+        return f"{self.pipeline.system_prompt} <Prompt Start> ", super().text_window(tokenizer)[1]
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         names = ("encoder_hidden_states", "encoder_attention_mask")
         rows, mask, *_ = self._texts(list(prompts))

@@ -37,6 +37,10 @@ class QwenImage(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.tokens}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:  # noqa: ARG002 - the template decides
+        before, _, _ = self.pipeline.prompt_template_encode.partition("{}")
+        return before, self.pipeline.prompt_template_encode_start_idx + self.tokens
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning(self._texts(list(prompts)), self._texts([" "]))
 

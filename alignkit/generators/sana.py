@@ -34,6 +34,10 @@ class Sana(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens, "use_resolution_binning": False}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:
+        before = "\n".join(self._instruction)
+        return before, len(tokenizer(before, verbose=False).input_ids) + self._tokens - 2  # as the pipeline has it
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         # As in the pipeline, a negative prompt comes without the instruction.
         return Conditioning(self._texts(list(prompts), self._instruction), self._texts([""], None))

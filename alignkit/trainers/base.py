@@ -130,6 +130,7 @@ class AlignTrainer(Trainer):
         with args.main_process_first(desc="latents"):
             encoded = encode_rows(self.generator, rows, self.draw_plan(args), args.cache_folder, sizes=args.sizes)
         if args.process_index == 0:
+            self.generator.warn_of_cuts(rows["prompt"][:])
             report(encoded, args.train_batch_size)
         return encoded
 

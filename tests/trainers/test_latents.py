@@ -193,6 +193,17 @@ def test_plain_captioned_pictures_need_no_labels(load, ranked_rows, tmp_path):
     assert not torch.equal(dataset[0]["noise"], dataset[4]["noise"])
 
 
+def test_prompts_over_the_limit_are_told_of_once(make, ranked_rows, caplog):
+    rows = ranked_rows(4)
+    long = [f"{text} {'with a red ring ' * 40}" if row < 2 else text for row, text in enumerate(rows["prompt"])]
+    rows = rows.remove_columns("prompt").add_column("prompt", long)
+    make("flow", rows=rows, parts={"eval_dataset": rows})
+    told = [record.getMessage() for record in caplog.records if "tokens" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("2 of 4 prompts are longer than the ")
+    assert "'tokenizer_3' of 'flow' reads (beside it tokenizer " in told[0]
+
+
 # --- rows that cannot be used ---------------------------------------------------------------------------------------
 
 
