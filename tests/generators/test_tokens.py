@@ -36,7 +36,7 @@ def test_what_is_told_of_is_what_the_network_does_not_see(load, family):
     generator = load(family)
     fits = boundary(generator)
     assert not same(generator, fits, fits[:-1] + "b")
-    assert same(generator, f"{fits} a a c d", f"{fits} a a d c")
+    assert same(generator, f"{fits} c d", f"{fits} d c")
 
 
 def test_one_warning_for_many_prompts_and_calls(load, family, caplog):
@@ -51,17 +51,21 @@ def test_one_warning_for_many_prompts_and_calls(load, family, caplog):
     assert told[0].startswith("2 of 3 prompts are longer than the ")
     assert f"of '{generator.name}' reads" in told[0]
     assert len(told[0]) < 600
-    assert not [record for record in caplog.records if "truncated" in record.getMessage()]
+    assert not [
+        record
+        for record in caplog.records
+        if record.name.startswith("transformers.tokenization") or "truncated" in record.getMessage()
+    ]
 
 
 def test_short_prompts_say_nothing(load, family, caplog):
     generator = load(family)
     side = FAMILIES[family].side
     generator.generate(["a red circle"], [0], Sampling(1, 1.0, side, side))
-    assert not [record for record in caplog.records if record.name.startswith("alignkit")]
+    assert not [record for record in caplog.records if "tokens" in record.getMessage()]
 
 
 def test_what_is_lost_is_shown():
     tokenizer = models.clip_tokenizer()
-    (lost,) = cuts(tokenizer, ["a red circle", "a red circle above a blue square"], 5)
+    (lost,) = cuts(tokenizer, ["a red circle", "a red circle above a blue square"], 3)
     assert lost == "above a blue square"
