@@ -5,9 +5,10 @@
     TRL          prompt, chosen, rejected
     folders      w/NAME.png and l/NAME.png, caption in w/NAME.txt
     captioned    image, and text, caption or prompt (what `imagefolder` with a metadata.jsonl gives): for SFT
+    clips        video, or videos [K] and perhaps phi [K], and text, caption or prompt (what `videofolder` gives)
 
 Pairs become rows with K = 2 in the order they stand in, phi 1 for the better picture and 0 for the other; captioned
-pictures rows with K = 1 and phi 0.
+pictures rows with K = 1 and phi 0. Clips stay as they are, encoded: training decodes them.
 Not here: downloading, and the way back (exporters.py).
 """
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 LABEL = "label"  # the name under which a given preference stands among the scores
 UNKNOWN_SEED = -1
+CAPTIONS = ("text", "caption", "prompt")  # columns that hold the text of a captioned medium
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 Row = dict[str, Any]
@@ -104,6 +106,8 @@ def _to_ranked(raw: Dataset, path: Path) -> Dataset:
 
     if set(COLUMNS) <= set(raw.column_names):
         return raw.select_columns(list(COLUMNS))
+    if {"video", "videos"}.intersection(raw.column_names):
+        return _clips(raw, path)
     for columns, convert in LAYOUTS.items():
         if set(columns) <= set(raw.column_names):
             for name in columns:
@@ -123,6 +127,20 @@ def _to_ranked(raw: Dataset, path: Path) -> Dataset:
             return ranked
     expected = "; or ".join(", ".join(columns) for columns in (COLUMNS, *LAYOUTS))
     raise DataError(f"'{path}' has the columns {', '.join(raw.column_names)}; expected {expected}")
+
+
+def _clips(raw: Dataset, path: Path) -> Dataset:
+    from datasets import List, Video
+
+    texts = [name for name in CAPTIONS if name in raw.column_names]
+    if not texts:
+        raise DataError(f"'{path}' has clips, but none of the columns {', '.join(CAPTIONS)}; give each clip its text")
+    name = "videos" if "videos" in raw.column_names else "video"
+    kind = List(Video(decode=False)) if name == "videos" else Video(decode=False)
+    kept = raw.cast_column(name, kind).select_columns([name, *({"phi"} & set(raw.column_names))])
+    prompts = [_prompt(text, f"'{path}', row {row}") for row, text in enumerate(raw[texts[0]][:])]
+    named = kept.add_column("prompt", [prompt.text for prompt in prompts])
+    return named.add_column("prompt_id", [prompt.id for prompt in prompts])
 
 
 def _convert_batch(
@@ -152,7 +170,7 @@ def _from_captioned(row: Row, where: str, *, column: str) -> Row:
 LAYOUTS: dict[tuple[str, ...], Callable[[Row, str], Row | None]] = {
     ("jpg_0", "jpg_1", "label_0", "caption"): _from_pickapic,
     ("prompt", "chosen", "rejected"): _from_trl,
-    **{("image", column): partial(_from_captioned, column=column) for column in ("text", "caption", "prompt")},
+    **{("image", column): partial(_from_captioned, column=column) for column in CAPTIONS},
 }
 
 
@@ -166,10 +184,14 @@ def _picture(cell: Any, where: str) -> Row:
     return {"bytes": data, "path": None}
 
 
-def _row(text: Any, pictures: Sequence[Row], phi: tuple[float, ...], where: str) -> Row:
+def _prompt(text: Any, where: str) -> Prompt:
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: the prompt must be text, got {text!r}")
-    prompt = Prompt.from_text(text)
+    return Prompt.from_text(text)
+
+
+def _row(text: Any, pictures: Sequence[Row], phi: tuple[float, ...], where: str) -> Row:
+    prompt = _prompt(text, where)
     return {
         "prompt_id": prompt.id,
         "prompt": prompt.text,

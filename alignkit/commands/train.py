@@ -71,7 +71,7 @@ class TrainJob:
     model: a diffusers folder or a hub id.
     adapter: a LoRA folder to continue from, of its own rank and targets; the reference stays the model without it.
     dtype: the precision of the frozen weights.
-    data: ranked dataset, or Pick-a-Pic or TRL pairs, or folders w/ and l/, or (sft) captioned pictures.
+    data: ranked dataset, or Pick-a-Pic or TRL pairs, or folders w/ and l/, or (sft) captioned pictures or clips.
     held_out: share of rows kept for the held-out loss, where the data has no split; 0 for none.
     validation: pictures drawn and judged during training.
     prompts: where validation prompts come from (their held-out share is used).

@@ -8,6 +8,7 @@ always the vanilla pipeline's; `alignkit.generators.chain` repeats it with gradi
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import Schedule, expand
 from alignkit.diffusion.solvers import Grid, ddim_step
 from alignkit.errors import AdapterError
+from alignkit.generators import tokens
 from alignkit.records import Conditioning, Sampling
 
 
@@ -79,16 +81,19 @@ class Denoiser(nn.Module):
 class PipelineGenerator:
     """Base of the families: codec, reference switch, sampling and adapters are the same for all of them."""
 
-    modality = "image"
+    modality = "image"  # or "video": pixels are then [B, F, 3, H, W] and latents [B, C, T, H, W]
     unguided = 1.0  # the largest scale at which the pipeline leaves the unconditional call out
     unused_parts: tuple[str, ...] = ()  # of the pipeline, never loaded
     component: str  # attribute of the pipeline that is trained: "unet" or "transformer"
     prediction: str  # native target, one of alignkit.diffusion.conversions.TARGETS
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     noise_schedule: Schedule
+    _tokens: int = sys.maxsize  # of a prompt that the family keeps, where it has a limit of its own
 
     def __init__(self, pipeline: Any, name: str) -> None:
         pipeline.set_progress_bar_config(disable=True)
+        tokens.quiet(pipeline)
+        self._is_told_of_cuts = False
         self.pipeline, self.name = pipeline, name
         self.model = Denoiser(self, pipeline.components[self.component])
 
@@ -130,7 +135,16 @@ class PipelineGenerator:
         """Classifier-free guidance of a conditional and an unconditional prediction (Ho & Salimans 2022)."""
         return free + scale * (told - free)
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:
+        """What the pipeline writes before a prompt, and how many tokens of both, special ones included, it keeps."""
+        return "", min(tokenizer.model_max_length, self._tokens)
+
     # --- the same for all ---
+
+    def warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        """Warn, once in this generator's life, of prompts that are longer than its text encoders read."""
+        if not self._is_told_of_cuts:
+            self._is_told_of_cuts = tokens.warn_of_cuts(self, prompts)
 
     @property
     def net(self) -> Any:
@@ -228,8 +242,14 @@ class PipelineGenerator:
 
     @property
     def temporal_ratio(self) -> int:
-        """Frames of one latent frame; 1 for pictures."""
+        """r, the frames of one latent frame: clips have 1 + r k frames; 1 for pictures."""
         return 1
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Pixels that the sides of a picture are multiples of: a latent place times the network's patch."""
+        patch = self.net.config.get("patch_size") or 1
+        return self.spatial_ratio * (patch if isinstance(patch, int) else patch[-1])
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:  # noqa: ARG002 - for video
         """[C, h, w] of a picture of that size."""
@@ -244,6 +264,7 @@ class PipelineGenerator:
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
         """The vanilla pipeline with one torch generator an item: pixels [B, 3, H, W] in [0, 1]."""
+        self.warn_of_cuts(prompts)
         was_training = self.net.training
         self.net.eval()
         sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]

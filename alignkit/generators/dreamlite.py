@@ -33,6 +33,10 @@ class DreamLite(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.tokens}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:  # noqa: ARG002 - the template decides
+        before, _, _ = self.pipeline.prompt_template_encode_generate.partition("{}")
+        return f"{before}[Generate]: ", self.pipeline.prompt_template_encode_generate_start_idx + self.tokens
+
     def _draw(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
         negatives = arguments.pop("negative_prompt", [None] * len(prompts))
         rows = zip(prompts, sources, negatives, strict=True)

@@ -31,6 +31,10 @@ class Flux(EmbeddedGuidance, PipelineGenerator):
         self.noise_schedule = flow_schedule(pipeline.scheduler.config)
         self._tokens = min(512, pipeline.tokenizer_2.model_max_length)
 
+    @property
+    def pixel_multiple(self) -> int:
+        return 2 * self.spatial_ratio
+
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 

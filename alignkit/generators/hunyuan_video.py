@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 
 from alignkit.generators.flux import Flux
@@ -25,6 +26,12 @@ class HunyuanVideo(EmbeddedGuidance, VideoGenerator):
     def __init__(self, pipeline: Any, name: str) -> None:
         super().__init__(pipeline, name)
         self.noise_schedule = flow_schedule(pipeline.scheduler.config, scale=1000.0)
+
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:
+        if tokenizer is self.pipeline.tokenizer_2:
+            return "", 77
+        before, _, _ = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")
+        return before, DEFAULT_PROMPT_TEMPLATE["crop_start"] + self.tokens
 
     def texts(self, prompts: list[str]) -> dict[str, Tensor]:
         states, pooled, mask = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=self.tokens)

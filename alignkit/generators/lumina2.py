@@ -29,6 +29,9 @@ class Lumina2(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:
+        return f"{self.pipeline.system_prompt} <Prompt Start> ", super().text_window(tokenizer)[1]
+
     def texts(self, prompts: list[str]) -> dict[str, Tensor]:
         rows, mask, _, _ = self.pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._tokens

@@ -38,6 +38,10 @@ class QwenImage(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.tokens}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:  # noqa: ARG002 - the template decides
+        before, _, _ = self.pipeline.prompt_template_encode.partition("{}")
+        return before, self.pipeline.prompt_template_encode_start_idx + self.tokens
+
     def texts(self, prompts: list[str]) -> dict[str, Tensor]:
         rows, mask = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=self.tokens)
         if mask is None:  # all places are in use

@@ -32,6 +32,10 @@ class Sana(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens, "use_resolution_binning": False}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:
+        before = "\n".join(self._instruction)
+        return before, len(tokenizer(before, verbose=False).input_ids) + self._tokens - 2  # as the pipeline has it
+
     def texts(self, prompts: list[str]) -> dict[str, Tensor]:
         return self._told(prompts, self._instruction)
 

@@ -32,6 +32,12 @@ class ZImage(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.tokens}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:
+        told = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "{}"}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return told.partition("{}")[0], self.tokens
+
     def texts(self, prompts: list[str]) -> dict[str, Tensor]:
         # The pipeline writes its chat template into the list that it is given.
         rows, _ = self.pipeline.encode_prompt(list(prompts), self.device, False, max_sequence_length=self.tokens)
@@ -45,6 +51,10 @@ class ZImage(PipelineGenerator):
     def combine(self, told: Tensor, free: Tensor, scale: float) -> Tensor:
         """The scale counts from the conditional prediction on, as in the guidance paper."""
         return told + scale * (told - free)
+
+    @property
+    def pixel_multiple(self) -> int:
+        return 2 * self.spatial_ratio
 
     def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         rows = zip(cond.tensors["encoder_hidden_states"], cond.tensors["lengths"].long().tolist(), strict=True)

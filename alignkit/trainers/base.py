@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
+from accelerate.utils import broadcast_object_list, gather_object, save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
@@ -28,6 +29,7 @@ from alignkit.errors import CheckpointMismatchError, ConfigError, NumericsError
 from alignkit.evaluation.card import CardInputs, write_card
 from alignkit.generators.base import PipelineGenerator
 from alignkit.provenance import without_defaults
+from alignkit.trainers.buckets import BucketBatches, report
 from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_incomplete, require_whole
 from alignkit.trainers.config import AlignConfig
 from alignkit.trainers.latents import DrawPlan, LatentDataset, collate, conditioning, encode_rows
@@ -59,7 +61,8 @@ class AlignTrainer(Trainer):
     Args:
         generator: what is aligned; a LoRA is put on it unless it carries one or `args.full_finetune`.
         args: an AlignConfig.
-        train_dataset: a `datasets.Dataset` with columns prompt, images[K] and (for preference losses) phi[K].
+        train_dataset: a `datasets.Dataset` with columns prompt, images[K] (for a video model videos[K]) and, for
+            preference losses, phi[K]. Sizes may differ; a batch holds rows of one size.
         eval_dataset: the same, held out; its preference loss is logged at evaluation steps.
         validation: prompts, seeds, sampling and rewards drawn and judged at evaluation steps.
     """
@@ -125,7 +128,33 @@ class AlignTrainer(Trainer):
         if rows is None or isinstance(rows, LatentDataset):
             return rows
         with args.main_process_first(desc="latents"):
-            return encode_rows(self.generator, rows, self.draw_plan(args), args.cache_folder)
+            encoded = encode_rows(self.generator, rows, self.draw_plan(args), args.cache_folder, sizes=args.sizes)
+        if args.process_index == 0:
+            self.generator.warn_of_cuts(rows["prompt"][:])
+            report(encoded, args.train_batch_size)
+        return encoded
+
+    @override
+    def _get_dataloader(self, dataset: Any, **options: Any) -> Any:
+        if len(set(dataset.sizes)) == 1:
+            return super()._get_dataloader(dataset, **options)
+        args = self.args
+        is_shuffled = options.get("is_training") and args.train_sampling_strategy != "sequential"
+        loader = DataLoader(
+            dataset,
+            batch_sampler=BucketBatches(
+                dataset,
+                options["batch_size"],
+                seed=(args.seed if args.data_seed is None else args.data_seed) if is_shuffled else None,
+                drop_last=args.dataloader_drop_last,
+            ),
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
 
     # --- the step ---
 
@@ -227,15 +256,20 @@ class AlignTrainer(Trainer):
             return {}
         names: list[str] = []
         rows: list[Tensor] = []
+        numbers: list[Tensor] = []
         self.model.eval()
         for inputs in self.get_eval_dataloader(dataset):
             with self.accelerator.autocast():
                 loss_P, health = self.method_loss(self.model, self._prepare_inputs(inputs))
             names = ["loss", *health]
             columns = [loss_P, *(value.expand_as(loss_P) for value in health.values())]
-            rows.append(self.accelerator.gather_for_metrics(torch.stack([c.float() for c in columns], -1)))
+            rows.append(torch.stack([c.float() for c in columns], -1))
+            numbers.append(inputs["row"])
         self.model.train()
-        return dict(zip(names, torch.cat(rows).mean(0).tolist(), strict=True))
+        # By row: with several processes accelerate gives some rows twice, so that all have as many batches.
+        judged = dict(gather_object(list(zip(torch.cat(numbers).tolist(), torch.cat(rows).tolist(), strict=True))))
+        table = torch.tensor([judged[row] for row in sorted(judged)])
+        return dict(zip(names, table.mean(0).tolist(), strict=True))
 
     # --- checkpoints and export ---
 
@@ -333,7 +367,7 @@ class AlignTrainer(Trainer):
             method,
             str(self.generator.pipeline.name_or_path),
             config=without_defaults(self.args),
-            data={"prompts": len(self.train_dataset), "candidates a prompt": self.train_dataset.shapes["latents"][0]},
+            data={"prompts": len(self.train_dataset), "candidates a prompt": self.train_dataset.phi.shape[1]},
             is_adapter=not self.args.full_finetune,
             validation={s: {n: v for n, v in log.items() if _is_metric(n)} for s, log in judged.items()},
             grid=grids[-1] if grids else None,

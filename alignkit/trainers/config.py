@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers.trainer_utils import HubStrategy
 
 from alignkit.errors import ConfigError
 from alignkit.precision import fast_bf16
+from alignkit.trainers.buckets import Sizes
 
 
 @dataclass
@@ -74,6 +76,26 @@ class AlignConfig(TrainingArguments):
         default=None, metadata={"help": "Where latents, conditioning and reference errors are kept between runs."}
     )
 
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the square whose area pictures and clips are brought to, each near its own aspect; "
+            "default: each keeps its size, cropped to what the network takes."
+        },
+    )
+    bucket_step: int | None = field(
+        default=None, metadata={"help": "Pixels between neighbouring sizes; default: 64, less for small resolutions."}
+    )
+    num_frames: int | None = field(
+        default=None, metadata={"help": "First frames of each clip to train on; default: all that the codec can take."}
+    )
+    fps: float | None = field(default=None, metadata={"help": "Bring clips to this frame rate; default: their own."})
+
+    @property
+    def sizes(self) -> Sizes:
+        """What pictures and clips are brought to."""
+        return Sizes(self.resolution, self.bucket_step, self.num_frames, self.fps)
+
     @property
     def cache_folder(self) -> Path:
         """`cache_dir`, else `output_dir/_cache`: names with an underscore stay out of `push_to_hub`."""
@@ -89,6 +111,7 @@ class AlignConfig(TrainingArguments):
             raise ConfigError(f"hub_strategy is '{self.hub_strategy}': checkpoints hold pickles; use end or every_save")
         if self.error_space not in ("native", "velocity"):
             raise ConfigError(f"error_space is '{self.error_space}'; use native or velocity")
+        _require_positive(vars(self.sizes))
         if not 0 <= self.t_min < 1:
             raise ConfigError(f"t_min is {self.t_min}; it must lie in [0, 1)")
         if not 0 <= self.caption_dropout <= 1:
@@ -99,3 +122,9 @@ class AlignConfig(TrainingArguments):
             raise ConfigError("lora_targets and full_finetune exclude each other; keep one")
         if not self.full_finetune and self.lora_rank < 1:
             raise ConfigError(f"lora_rank is {self.lora_rank}; give at least 1, or full_finetune: true")
+
+
+def _require_positive(values: Mapping[str, float | None]) -> None:
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} is {value}; it must be positive")

@@ -8,31 +8,33 @@ dropout) is keyed by (noise seed, prompt id, epoch): no result depends on batch 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pa_compute
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from alignkit.errors import DataError
 from alignkit.records import Conditioning, Prompt, derive_seed
+from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
+from alignkit.trainers.media import fit, read_clip, read_picture, to_pixels
 
 if TYPE_CHECKING:
     import datasets
+    from PIL.Image import Image
 
     from alignkit.generators.base import PipelineGenerator
 
 COND = "cond."  # prefix of conditioning columns and batch keys
+COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}  # of media, by modality
 
 
 def fingerprint(*modules: nn.Module | None) -> str:
@@ -47,26 +49,12 @@ def fingerprint(*modules: nn.Module | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def to_pixels(picture: Any, where: str) -> Tensor:
-    """A PIL picture, encoded bytes or {"bytes": ...} -> [3, H, W] in [0, 1]. Raises DataError naming `where`."""
-    if isinstance(picture, Mapping):
-        picture = picture["path"] if picture["bytes"] is None else picture["bytes"]
-    if isinstance(picture, bytes | str):
-        try:
-            picture = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
-            picture.load()
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{where}: the picture cannot be decoded ({error}); remove or remake it") from error
-    array = np.asarray(picture.convert("RGB"), np.float32) / 255
-    return torch.from_numpy(array).permute(2, 0, 1)
-
-
 @dataclass(frozen=True)
 class Draws:
     """The random part of one prompt's item."""
 
     t: Tensor  # [K], canonical times
-    noise: Tensor  # [K, C, H, W]
+    noise: Tensor  # [K, C, H, W] or [K, C, T, H, W]
     dropped: bool
 
 
@@ -85,7 +73,7 @@ class DrawPlan:
     t_min: float = 0.0
 
     def draw(self, prompt_id: str, epoch: int, shape: Sequence[int]) -> Draws:
-        """Draws of one item with latents of `shape` [K, C, H, W]."""
+        """Draws of one item with latents of `shape` [K, C, H, W] or [K, C, T, H, W]."""
         source = torch.Generator().manual_seed(derive_seed("draw", self.noise_seed, prompt_id, epoch))
         count = shape[0]
         t = self.sample_t(1 if self.share_timestep else count, source).expand(count)
@@ -106,12 +94,16 @@ def _draw_ids(prompt_ids: Iterable[str]) -> list[str]:
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """Cached rows with draws of their own in each `epoch`, which the trainer sets."""
+    """Cached rows with draws of their own in each `epoch`, which the trainer sets.
+
+    `sizes` are the shapes of the rows' latents, all candidates together; `shapes` those of their conditioning.
+    """
 
     def __init__(
         self, rows: datasets.Dataset, phi_NK: Tensor, shapes: Mapping[str, Sequence[int]], plan: DrawPlan
     ) -> None:
         self.rows, self.phi, self.shapes, self.plan = rows, phi_NK, dict(shapes), plan
+        self.sizes = [tuple(size) for size in rows["shape"][:]]
         self.draw_ids = _draw_ids(rows["prompt_id"])
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by loader workers that outlive an epoch
         self.picked: Tensor | None = None  # [rows, k] candidate numbers, where not all are used
@@ -130,7 +122,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """Only each row's best and worst candidate, best first; rows of ties go."""
         kept = (self.phi.amax(-1) > self.phi.amin(-1)).nonzero().flatten()
         self.rows, self.phi = self.rows.select(kept.tolist()), self.phi[kept]
-        self.draw_ids = [self.draw_ids[index] for index in kept.tolist()]
+        self.sizes, self.draw_ids = ([every[row] for row in kept.tolist()] for every in (self.sizes, self.draw_ids))
         self.picked = torch.stack([self.phi.argmax(-1), self.phi.argmin(-1)], -1)
 
     def __len__(self) -> int:
@@ -139,7 +131,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         item: dict[str, Any] = {key: _unpack(row[key], shape) for key, shape in self.shapes.items()}
-        item["phi"] = self.phi[index]
+        item["latents"] = _unpack(row["latents"], self.sizes[index])
+        item |= {"phi": self.phi[index], "row": torch.tensor(index)}
         if self.picked is not None:
             item |= {key: item[key][self.picked[index]] for key in ("latents", "phi")}
         draws = self.plan.draw(self.draw_ids[index], self.epoch, item["latents"].shape)
@@ -158,7 +151,7 @@ def _pack(tensor: Tensor) -> bytes:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack items; all rows of a batch have one size."""
+    """Stack items; all rows of a batch have one size (see `buckets.BucketBatches`)."""
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
@@ -169,64 +162,104 @@ def conditioning(batch: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> Con
 
 
 class Encoder:
-    """Turns rows (prompt, images, phi, prompt_id) into rows of bytes; batched by `datasets.map`."""
+    """Turns rows (prompt, media) into rows of bytes; batched by `datasets.map`.
 
-    def __init__(self, generator: PipelineGenerator, shape: Sequence[int]) -> None:
-        self.generator, self.shape = generator, tuple(shape)  # [K, 3, H, W] of every row
+    Every row goes to the size of its first medium's bucket; `column` holds a medium or a list of `count` ones.
+    """
+
+    def __init__(self, generator: PipelineGenerator, column: str, count: int, sizes: Sizes) -> None:
+        self.generator, self.column, self.count, self.sizes = generator, column, count, sizes
+        self.is_video = generator.modality == "video"
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        pixels_PK = torch.stack([self._row(*pair) for pair in zip(indices, batch["images"], strict=True)])
-        latents = self.generator.encode(pixels_PK.flatten(0, 1).to(self.generator.device))
-        latents = latents.unflatten(0, pixels_PK.shape[:2])
+        rows = [self._row(*pair) for pair in zip(indices, batch[self.column], strict=True)]
+        latents = self._latents([pixels for pixels, _ in rows])
         cond = self.generator.encode_prompts(batch["prompt"])
         columns = {"latents": latents, **{COND + name: tensor for name, tensor in cond.tensors.items()}}
-        return {name: [_pack(row) for row in tensor] for name, tensor in columns.items()}
+        packed: dict[str, list[Any]] = {name: [_pack(row) for row in tensor] for name, tensor in columns.items()}
+        return packed | {"shape": [list(row.shape) for row in latents], "changed": [changed for _, changed in rows]}
 
-    def _row(self, row: int, images: Sequence[Any]) -> Tensor:
-        pixels = [to_pixels(picture, f"row {row}, candidate {k}") for k, picture in enumerate(images)]
-        shapes = {(len(pixels), *picture.shape) for picture in pixels}
-        if shapes != {self.shape}:
+    def _latents(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Latents [K, ...] of each row; rows of one size are encoded together, but clips each alone: they are large."""
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for row, tensor in enumerate(pixels):
+            groups[tensor.shape].append(row)
+        found: dict[int, Tensor] = {}
+        for rows in groups.values():
+            together = torch.stack([pixels[row] for row in rows]).flatten(0, 1)
+            parts = together.split(1 if self.is_video else len(together))
+            latents = torch.cat([self.generator.encode(part.to(self.generator.device)) for part in parts])
+            found |= zip(rows, latents.unflatten(0, (len(rows), -1)), strict=True)
+        return [found[row] for row in range(len(pixels))]
+
+    def _row(self, row: int, cells: Any) -> tuple[Tensor, int]:
+        """Pixels [K, 3, H, W] or [K, F, 3, H, W] of a row, and how many of its media had another size."""
+        cells = cells if isinstance(cells, list) else [cells]
+        if len(cells) != self.count:
             raise DataError(
-                f"row {row}: [K, channels, height, width] is {sorted(shapes)}, row 0 has {self.shape}; give all rows "
-                "the same number and size of pictures"
+                f"row {row}: {len(cells)} candidates, row 0 has {self.count}; give all rows the same number"
             )
-        return torch.stack(pixels)
+        media = self._read(row, cells)
+        first, multiple = media[0][0], self.generator.pixel_multiple
+        size = self.sizes.bucket(first.height, first.width, multiple)
+        if not all(size):
+            raise DataError(
+                f"row {row}: {first.width} x {first.height} pixels, below the {multiple} that the model needs"
+            )
+        pixels = [to_pixels([fit(frame, size, multiple) for frame in frames]) for frames in media]
+        changed = sum((frames[0].height, frames[0].width) != size for frames in media)
+        return torch.stack([frames if self.is_video else frames[0] for frames in pixels]), changed
+
+    def _read(self, row: int, cells: Sequence[Any]) -> list[list[Image]]:
+        """The frames of each medium, of a picture one."""
+        where = [f"row {row}, candidate {k}" for k in range(len(cells))]
+        if not self.is_video:
+            return [[read_picture(*pair)] for pair in zip(cells, where, strict=True)]
+        wished, fps = self.sizes.num_frames, self.sizes.fps
+        clips = [read_clip(*pair, count=wished, fps=fps) for pair in zip(cells, where, strict=True)]
+        shortest = min(len(frames) for frames in clips)
+        frames = self.sizes.frames(shortest, self.generator.temporal_ratio)
+        if shortest < frames:
+            raise DataError(
+                f"row {row}: a clip has {shortest} frames, num_frames asks for {frames}; lower it or remove the row"
+            )
+        return [clip[:frames] for clip in clips]
 
 
 def encode_rows(
-    generator: PipelineGenerator, rows: datasets.Dataset, plan: DrawPlan, cache_dir: Path, *, batch_size: int = 16
+    generator: PipelineGenerator,
+    rows: datasets.Dataset,
+    plan: DrawPlan,
+    cache_dir: Path,
+    *,
+    sizes: Sizes = AS_THEY_ARE,
+    batch_size: int = 16,
 ) -> LatentDataset:
-    """Encode `rows` (columns prompt, images; phi and prompt_id optional) once, or reuse the cache.
+    """Encode `rows` (columns prompt, images or videos; phi and prompt_id optional) once, or reuse the cache.
 
-    Raises DataError for missing columns, no rows, and, naming the row, for K or a size that differs, a phi that is not
-    K finite numbers, or a picture that cannot be decoded.
+    A column `image` or `video` holds a medium instead of a list. Raises DataError for missing columns, no rows, and,
+    naming the row, for K that differs, a phi that is not K finite numbers, or a medium that cannot be decoded, is
+    smaller than the model's patch or shorter than `num_frames`.
     """
-    missing = {"prompt", "images"} - set(rows.column_names)
-    if missing:
-        raise DataError(f"training data lacks {sorted(missing)}; its columns are {rows.column_names}")
+    column = _media_column(generator, rows)
     if not len(rows):
         raise DataError("training data has no row")
-    from datasets import Image as ImageFeature
-    from datasets import List
-
-    # Undecoded: a damaged picture is then named by its row, and nothing is decoded twice.
-    rows = _with_defaults(rows.cast_column("images", List(ImageFeature(decode=False))))
-    first = rows[0]["images"]
-    if not first:
+    rows = _with_defaults(_undecoded(rows, column), column)
+    count = _count(rows[0][column])
+    if not count:
         raise DataError("row 0: no picture; remove the row")
-    shape = (len(first), *to_pixels(first[0], "row 0, candidate 0").shape)
-    phi_NK = _labels(rows["phi"][:], shape[0])
-    key = cache_key(generator, rows)
+    phi_NK = _labels(rows["phi"][:], count)
+    key = cache_key(generator, rows, sizes)
     file = cache_dir / f"latents-{key}.arrow"
     cache_dir.mkdir(parents=True, exist_ok=True)
     # Labels stay outside: the same pictures under other rankings share one cache.
     kept = [name for name in rows.column_names if name != "prompt_id"]
     encoded = rows.map(
-        Encoder(generator, shape),
+        Encoder(generator, column, count, sizes),
         batched=True,
         with_indices=True,
-        batch_size=batch_size,
+        batch_size=batch_size if generator.modality == "image" else 1,
         remove_columns=kept,
         cache_file_name=str(file),
         new_fingerprint=key,
@@ -235,8 +268,36 @@ def encode_rows(
     with torch.no_grad():
         null = generator.encode_prompts([""])
     shapes = {COND + name: tuple(tensor.shape[1:]) for name, tensor in null.tensors.items()}
-    shapes["latents"] = (shape[0], *generator.latent_shape(*shape[2:]))
     return LatentDataset(encoded, phi_NK, shapes, plan)
+
+
+def _media_column(generator: PipelineGenerator, rows: datasets.Dataset) -> str:
+    """The column that holds what `generator` makes. Raises DataError for other media, or when a column is missing."""
+    names = COLUMNS[generator.modality]
+    present = [name for name in names if name in rows.column_names]
+    foreign = {name for both in COLUMNS.values() for name in both}.intersection(rows.column_names)
+    if foreign and not present:
+        raise DataError(
+            f"the data holds {sorted(foreign)}, '{generator.name}' makes {names[0]}; give data with {names[0]}, or "
+            "another model"
+        )
+    missing = {"prompt"} - set(rows.column_names) | (set() if present else {names[0]})
+    if missing:
+        raise DataError(f"training data lacks {sorted(missing)}; its columns are {rows.column_names}")
+    return present[0]
+
+
+def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Media as bytes or paths: a damaged one is then named by its row, and nothing is decoded twice."""
+    from datasets import Image as ImageFeature
+    from datasets import List, Video
+
+    kind = (Video if column.startswith("video") else ImageFeature)(decode=False)
+    return rows.cast_column(column, List(kind) if isinstance(rows.features[column], List) else kind)
+
+
+def _count(cells: Any) -> int:
+    return len(cells) if isinstance(cells, list) else 1
 
 
 def _labels(phi: Sequence[Sequence[float]], count: int) -> Tensor:
@@ -246,19 +307,19 @@ def _labels(phi: Sequence[Sequence[float]], count: int) -> Tensor:
     return torch.tensor(phi, dtype=torch.float32)
 
 
-def _with_defaults(rows: datasets.Dataset) -> datasets.Dataset:
+def _with_defaults(rows: datasets.Dataset, column: str) -> datasets.Dataset:
     """`prompt_id` from the text, `phi` zero, where the data has none (plain captioned pictures for SFT)."""
     if "prompt_id" not in rows.column_names:
         # The row number goes in too: the same caption may stand under several pictures, each with its own draws.
         ids = [f"{Prompt.from_text(text).id}-{i}" for i, text in enumerate(rows["prompt"])]
         rows = rows.add_column("prompt_id", ids)
     if "phi" not in rows.column_names:
-        rows = rows.add_column("phi", [[0.0] * len(rows[0]["images"])] * len(rows))
+        rows = rows.add_column("phi", [[0.0] * _count(rows[0][column])] * len(rows))
     return rows
 
 
-def cache_key(generator: PipelineGenerator, rows: datasets.Dataset) -> str:
-    """Identifies codec weights, encoder weights, prompts and pictures; an edit to any of them gives another key.
+def cache_key(generator: PipelineGenerator, rows: datasets.Dataset, sizes: Sizes = AS_THEY_ARE) -> str:
+    """Identifies codec weights, encoder weights, sizes, prompts and media; an edit to any of them gives another key.
 
     A picture counts with its length and last bytes (a PNG's checksum, a JPEG's entropy code): quick on any amount.
     """
@@ -267,10 +328,12 @@ def cache_key(generator: PipelineGenerator, rows: datasets.Dataset) -> str:
     codec = components["vae"].config
     digest = hashlib.sha256(f"{fingerprint(components['vae'])}{fingerprint(*encoders)}".encode())
     scales = [codec.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
-    digest.update(json.dumps(scales).encode())
-    for table in rows.select_columns(["prompt_id", "prompt", "images"]).with_format("arrow").iter(batch_size=1000):
+    digest.update(json.dumps([scales, astuple(sizes), generator.pixel_multiple]).encode())
+    column = _media_column(generator, rows)
+    for table in rows.select_columns(["prompt_id", "prompt", column]).with_format("arrow").iter(batch_size=1000):
         digest.update(json.dumps([table["prompt_id"].to_pylist(), table["prompt"].to_pylist()]).encode())
-        pictures = pa_compute.list_flatten(table["images"])
+        is_list = pa.types.is_list(table[column].type)
+        pictures = pa_compute.list_flatten(table[column]) if is_list else table[column]
         encoded = pa_compute.struct_field(pictures, "bytes")
         paths = pa_compute.struct_field(pictures, "path").to_pylist()
         tails = pa_compute.binary_slice(encoded, -32).to_pylist()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from alignkit.trainers.buckets import BucketBatches
 from alignkit.trainers.latents import LatentDataset, collate
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def epochs_needed(trainer: RankDPOTrainer) -> int:
     args = trainer.args
     if args.max_steps <= 0:
         return math.ceil(args.num_train_epochs)
-    batches = len(trainer.train_dataset) / (args.train_batch_size * args.world_size)
-    whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    batches = BucketBatches(trainer.train_dataset, args.train_batch_size, drop_last=args.dataloader_drop_last)
+    whole = (math.floor if args.dataloader_drop_last else math.ceil)(len(batches) / args.world_size)
     return math.ceil(args.max_steps / max(1, math.ceil(whole / args.gradient_accumulation_steps)))
 
 
@@ -63,7 +64,6 @@ def _key(trainer: RankDPOTrainer, dataset: LatentDataset, epochs: int) -> str:
     parts = [
         base_fingerprint(trainer.generator.net),
         dataset.rows._fingerprint,  # noqa: SLF001 - the name `datasets` itself keys its cache with
-        {name: list(shape) for name, shape in dataset.shapes.items()},
         hashlib.sha256(json.dumps(None if dataset.picked is None else dataset.picked.tolist()).encode()).hexdigest(),
         [plan.noise_seed, plan.caption_dropout, plan.share_noise, plan.share_timestep, plan.t_min],
         [epochs, trainer.args.bf16, trainer.args.fp16, trainer.args.error_space],
@@ -78,12 +78,15 @@ def _one_epoch(trainer: RankDPOTrainer, dataset: LatentDataset, epoch: int, epoc
     dataset.epoch = epoch
     # A generator of its own: iterating would else draw from the global one and change the training that follows.
     own = torch.Generator()
-    loader = DataLoader(dataset, batch_size=trainer.args.train_batch_size, collate_fn=collate, generator=own)
+    batches = BucketBatches(dataset, trainer.args.train_batch_size)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=own)
     label = f"reference errors, epoch {epoch + 1} of {epochs}"
     rows: list[Tensor] = []
+    numbers: list[Tensor] = []
     for batch in tqdm(loader, desc=label, disable=trainer.args.disable_tqdm):
         moved = {key: value.to(trainer.args.device) for key, value in batch.items()}
         with trainer.accelerator.autocast():
             rows.append(trainer.reference_errors(model, moved).float().cpu())
+        numbers.append(batch["row"])
     dataset.epoch = 0
-    return torch.cat(rows)
+    return torch.cat(rows)[torch.cat(numbers).argsort()]

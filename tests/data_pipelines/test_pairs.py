@@ -60,6 +60,28 @@ def test_an_imagefolder_with_captions_becomes_rows_of_one(tmp_path: Path) -> Non
     assert encoded(ranked) == [[picture(0)], [picture(1)]]
 
 
+def test_a_videofolder_with_captions_keeps_its_clips(tmp_path: Path) -> None:
+    """The files are neither opened nor copied here."""
+    for number in range(2):
+        (tmp_path / f"{number}.mp4").write_bytes(b"clip")
+    lines = [f'{{"file_name": "{number}.mp4", "text": " caption  {number}"}}' for number in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    rows = load_ranked(tmp_path, "train", held_out=0.0)
+    assert rows["prompt"][:] == ["caption 0", "caption 1"]
+    assert [Path(cell["path"]).name for cell in rows["video"]] == ["0.mp4", "1.mp4"]
+
+
+def test_ranked_clips_keep_their_labels(tmp_path: Path) -> None:
+    rows = [{"prompt": f"caption {i}", "videos": [b"a", b"b"], "phi": [1.0, 0.0]} for i in range(2)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "clips.parquet")
+    found = load_ranked(tmp_path / "clips.parquet", "train", held_out=0.0)
+    assert found["phi"][:] == [[1.0, 0.0]] * 2
+    assert [[cell["bytes"] for cell in row] for row in found["videos"]] == [[b"a", b"b"]] * 2
+    pq.write_table(pa.table({"videos": [[b"a"]]}), tmp_path / "mute.parquet")
+    with pytest.raises(DataError, match="has clips, but none of the columns text, caption, prompt"):
+        load_ranked(tmp_path / "mute.parquet", "train", held_out=0.0)
+
+
 def test_pickapic_round_trip(world: Any, tmp_path: Path) -> None:
     rows = pickapic(tmp_path / "in.parquet", [1.0, 0.0, 0.0])
     ranked = load_ranked(tmp_path / "in.parquet", "train", held_out=0.0)

@@ -34,13 +34,12 @@ def _wan_vae() -> Any:
     return diffusers.AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
-        dim_mult=[1, 1],
+        dim_mult=[1, 1, 1],
         num_res_blocks=1,
-        temperal_downsample=[True],
+        temperal_downsample=[True, True],  # 4 frames: it always codes so many at a time
         latents_mean=MEAN,
         latents_std=STD,
-        scale_factor_temporal=2,
-        scale_factor_spatial=2,
+        scale_factor_spatial=4,
     )
 
 

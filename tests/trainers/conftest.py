@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -77,3 +79,31 @@ def stir() -> Callable[..., None]:
                     parameter.add_(0.1 * noise.to(parameter.dtype))
 
     return change
+
+
+@pytest.fixture(scope="session")
+def random_png() -> Callable[..., bytes]:
+    """Encodes noise of a width and height."""
+    from PIL import Image
+
+    def encode(width: int, height: int, seed: int = 0) -> bytes:
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture
+def mixed(ranked_rows: Any, random_png: Any) -> Callable[..., Any]:
+    """Ranked rows of K = 4 whose pictures have the given (width, height), one size a row."""
+    import datasets
+
+    def make(*sizes: tuple[int, int]) -> Any:
+        items = ranked_rows(len(sizes)).cast_column("images", datasets.List(datasets.Image(decode=False))).to_list()
+        for row, (item, size) in enumerate(zip(items, sizes, strict=True)):
+            item["images"] = [{"bytes": random_png(*size, 10 * row + k), "path": None} for k in range(4)]
+        return datasets.Dataset.from_list(items, features=ranked_rows(1).features)
+
+    return make

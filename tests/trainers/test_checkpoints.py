@@ -326,6 +326,23 @@ def test_two_processes_equal_one(tmp_path, model_folders, ranked_rows, worker, o
         _same(tmp_path / "export" / file, load_file(tmp_path / "alone" / file))
 
 
+def test_two_processes_equal_one_on_mixed_sizes(tmp_path, model_folders, mixed, ranked_rows, worker, one_thread):
+    """At one step the processes have batches of other sizes and lengths, in training and in evaluation."""
+    sizes = [(16, 16), (24, 16), (16, 16), (24, 16), (16, 16), (24, 16)]
+    mixed(*sizes, (16, 16), (16, 24), (16, 16)).save_to_disk(tmp_path / "rows")
+    options = {"optim": "sgd", "learning_rate": 0.5, "lora_dropout": 0.0, "held_out": 3, "loss": "diffusion_dpo"}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    two = job(tmp_path, model_folders, ranked_rows, name="two", ddp_backend="gloo", **options)
+    history = _run_two(tmp_path, two)
+    one = worker["train"](job(tmp_path, model_folders, ranked_rows, gradient_accumulation_steps=2, **options))
+    for name in ("loss", "eval_loss"):
+        ours, theirs = ([log[name] for log in logs if name in log] for logs in (one.state.log_history, history))
+        assert len(ours) == {"loss": 4, "eval_loss": 2}[name]
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+    _same(tmp_path / "job-0.safetensors", weights(one))
+
+
 def test_sharded_training_resumes(tmp_path, model_folders, ranked_rows, worker):
     """From the middle: the same losses and weights, and no copy of the frozen weights in a checkpoint."""
     told = job(tmp_path, model_folders, ranked_rows, max_steps=4, lora_dropout=0.0, ddp_backend="gloo", **FSDP)

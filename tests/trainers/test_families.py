@@ -1,24 +1,45 @@
-"""RankDPO on every image family: log 2 at the start, exact gradients under activation checkpointing, resume."""
+"""RankDPO on every image family, SFT on every video family: exact gradients under activation checkpointing, resume.
+
+Preference losses of both start at log 2.
+"""
 
 from __future__ import annotations
 
 import math
 
+import datasets
 import pytest
 import torch
-from tiny_families import IMAGES
+from clips import encoded, frames
+from tiny_families import FAMILIES, IMAGES
 
 
-@pytest.fixture(params=list(IMAGES))
+@pytest.fixture(params=list(FAMILIES))
 def family(request):
     return request.param
+
+
+@pytest.fixture
+def job(family):
+    """What is trained on which rows: RankDPO on pictures, SFT on clips."""
+    return {} if family in IMAGES else {"method": "sft", "rows": clips_of(family)}
+
+
+def clips_of(family, candidates=1):
+    """Four rows of clips of the family's size."""
+    kind = FAMILIES[family]
+    size = (kind.frames, kind.side, kind.side)
+    clips = [[encoded(frames(*size, seed=9 * i + k)) for k in range(candidates)] for i in range(4)]
+    columns = {"phi": [[1.0, 0.0]] * 4} if candidates == 2 else {}
+    return datasets.Dataset.from_dict({"prompt": [f"a clip {i}" for i in range(4)], "videos": clips, **columns})
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # autocast and RMSNorm
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_untrained_pair_costs_log_two(make, batch_of, family, bf16):
     """Exactly, also in bf16: policy and reference run the same code on the same draws."""
-    trainer = make(family, loss="diffusion_dpo", bf16=bf16)
+    rows = None if family in IMAGES else clips_of(family, 2)
+    trainer = make(family, loss="diffusion_dpo", bf16=bf16, rows=rows)
     with trainer.accelerator.autocast():
         loss, health = trainer.method_loss(trainer.generator.model, batch_of(trainer))
     assert loss.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-7)
@@ -26,11 +47,13 @@ def test_an_untrained_pair_costs_log_two(make, batch_of, family, bf16):
     assert health["implicit_accuracy"].item() == 0.5
 
 
-def test_two_steps_with_activation_checkpointing(make, stir, family):
+def test_two_steps_with_activation_checkpointing(make, stir, family, job):
     """The same weights as without it, and weights that moved."""
     ends = []
     for checkpointing in (False, True):
-        trainer = make(family, max_steps=2, activation_checkpointing=checkpointing, learning_rate=1e-3, optim="sgd")
+        trainer = make(
+            family, **job, max_steps=2, activation_checkpointing=checkpointing, learning_rate=1e-3, optim="sgd"
+        )
         stir(trainer)
         before = {name: value.detach().clone() for name, value in trainer._trainable().items()}
         trainer.train()
@@ -41,8 +64,8 @@ def test_two_steps_with_activation_checkpointing(make, stir, family):
         torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_a_resumed_run_equals_the_whole(make, family, tmp_path):
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+def test_a_resumed_run_equals_the_whole(make, family, job, tmp_path):
+    options = {**job, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     whole = make(family, **options, output_dir=str(tmp_path / "whole"))
     whole.train()
     resumed = make(family, **options, output_dir=str(tmp_path / "resumed"))

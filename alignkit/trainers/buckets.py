@@ -1,0 +1,133 @@
+"""Sizes: which one a row is brought to, and batches whose rows are all of one size.
+
+A row goes to the size bucket of its first picture, with all its candidates. Without `resolution` that is the picture's
+own size, cut to what the network takes; with it, of the sizes of nearly that area, the one of the nearest aspect, as in
+the common LoRA scripts. Not here: how pixels are resampled (`media`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import Sampler
+
+from alignkit.errors import ConfigError
+from alignkit.records import derive_seed
+
+if TYPE_CHECKING:
+    from alignkit.trainers.latents import LatentDataset
+
+logger = logging.getLogger(__name__)
+STEP = 64  # pixels between the sides of neighbouring buckets, where the resolution is not too small for it
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a config wishes: `resolution` and `bucket_step` in pixels a side, `num_frames` of clips at `fps`."""
+
+    resolution: int | None = None
+    bucket_step: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+
+    def bucket(self, height: int, width: int, multiple: int) -> tuple[int, int]:
+        """(height, width) of the bucket of a picture; its sides are multiples of `multiple`.
+
+        Without `resolution` a side is 0 where the picture is smaller than `multiple`.
+        """
+        if self.resolution is None:
+            return height // multiple * multiple, width // multiple * multiple
+        wished = self.bucket_step or min(STEP, self.resolution // 8)
+        options = buckets(self.resolution, max(1, math.ceil(wished / multiple)) * multiple)
+        return min(options, key=lambda size: abs(math.log(size[1] * height / (size[0] * width))))
+
+    def frames(self, available: int, ratio: int) -> int:
+        """Frames of a row whose shortest clip has so many: 1 + `ratio` k, as the codec's time axis asks.
+
+        Raises ConfigError for a `num_frames` of another form.
+        """
+        if self.num_frames is None:
+            return 1 + (available - 1) // ratio * ratio
+        if (self.num_frames - 1) % ratio:
+            below = 1 + (self.num_frames - 1) // ratio * ratio
+            raise ConfigError(
+                f"num_frames is {self.num_frames}; this model takes 1 + {ratio} k: {below} or {below + ratio}"
+            )
+        return self.num_frames
+
+
+AS_THEY_ARE = Sizes()
+
+
+@functools.cache
+def buckets(resolution: int, step: int) -> tuple[tuple[int, int], ...]:
+    """All (height, width) of at most `resolution`^2 pixels, as large as steps allow, of aspects from 1:4 to 4:1.
+
+    Raises ConfigError when `step` leaves none.
+    """
+    widths = range(math.ceil(resolution / 2 / step) * step, 2 * resolution + 1, step)
+    sizes = tuple((resolution**2 // width // step * step, width) for width in widths if width)
+    found = tuple(size for size in sizes if size[0])
+    if not found:
+        raise ConfigError(f"resolution {resolution} is too small for steps of {step} pixels; raise it")
+    return found
+
+
+class BucketBatches(Sampler[list[int]]):
+    """Batches of rows of one size; each row stands in one batch of an epoch.
+
+    What is left over of a bucket makes a batch of its own, smaller than the others (`drop_last` leaves it out). With a
+    `seed` rows and batches are shuffled by (seed, the dataset's epoch), else they come in the rows' order. There is no
+    attribute `batch_size`: where it finds one, accelerate takes a smaller batch for the end of the data.
+    """
+
+    def __init__(
+        self, dataset: LatentDataset, batch_size: int, *, seed: int | None = None, drop_last: bool = False
+    ) -> None:
+        self.dataset, self.rows_a_batch, self.seed, self.drop_last = dataset, batch_size, seed, drop_last
+
+    def __len__(self) -> int:
+        whole = math.floor if self.drop_last else math.ceil
+        return sum(whole(count / self.rows_a_batch) for count in Counter(self.dataset.sizes).values())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        source = None
+        if self.seed is not None:
+            source = torch.Generator().manual_seed(derive_seed("order", self.seed, self.dataset.epoch))
+        members: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for row in _order(len(self.dataset), source):
+            members[self.dataset.sizes[row]].append(row)
+        batches = [
+            rows[start : start + self.rows_a_batch]
+            for rows in members.values()
+            for start in range(0, len(rows), self.rows_a_batch)
+        ]
+        if self.drop_last:
+            batches = [batch for batch in batches if len(batch) == self.rows_a_batch]
+        yield from (batches[index] for index in _order(len(batches), source))
+
+
+def _order(count: int, source: torch.Generator | None) -> Sequence[int]:
+    return range(count) if source is None else torch.randperm(count, generator=source).tolist()
+
+
+def report(dataset: LatentDataset, batch_size: int) -> None:
+    """One warning where sizes differ or had to be changed; silent for data of one size that fits."""
+    counts = Counter(dataset.sizes)
+    changed = sum(dataset.rows["changed"][:])
+    if len(counts) == 1 and not changed:
+        return
+    lone = sum(count for count in counts.values() if count < batch_size)
+    advice = "fewer buckets: `resolution`, and `num_frames` of clips"
+    hint = f"; rows in buckets smaller than a batch of {batch_size}: {lone} ({advice})"
+    logger.warning(
+        "%d pictures or clips in %d size buckets, %d of them resized or cropped%s",
+        *(dataset.phi.numel(), len(counts), changed, hint if lone and len(counts) > 1 else ""),
+    )
