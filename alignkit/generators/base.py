@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignkit.adapters import lora
+from alignkit.adapters import comfyui, lora, stored
 from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import FlowSchedule, Schedule, expand
 from alignkit.errors import AdapterError
@@ -219,13 +219,18 @@ class PipelineGenerator:
         lora.inject(self.net, rank=rank, alpha=alpha, targets=targets or self.lora_targets, dropout=dropout)
 
     def load_adapter(self, folder: Path) -> None:
-        """Load a LoRA saved by `save_adapter` or by diffusers / PEFT."""
-        lora.load(self.net, Path(folder), component=self.component)
+        """Load a LoRA saved by `save_adapter`, diffusers, PEFT or kohya's scripts: a folder or a .safetensors file."""
+        stored.load(Path(folder), {self.component: self.net}, self.component)
 
     def save_adapter(self, folder: Path) -> None:
-        """diffusers' LoRA layout in `folder`, PEFT's in `folder/peft`."""
-        lora.export_diffusers(self.net, Path(folder), component=self.component)
-        lora.export_peft(self.net, Path(folder) / "peft", base_model=str(self.pipeline.name_or_path))
+        """diffusers' LoRA layout in `folder`, PEFT's in `folder/peft`, for ComfyUI `folder/comfyui/NAME.safetensors`.
+
+        The last only where ComfyUI has keys for the family (`alignkit.adapters.comfyui`).
+        """
+        folder, parts = Path(folder), {self.component: self.net}
+        lora.export_diffusers(parts, folder)
+        lora.export_peft(self.net, folder / "peft", base_model=str(self.pipeline.name_or_path))
+        comfyui.export(parts, folder / "comfyui" / f"{Path(self.name).name}.safetensors")
 
     def merge_adapter(self) -> None:
         """Fold the adapter into the weights for good: sampling then costs what the base model costs."""
