@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
+from transformers import CLIPTextModel
 
 from alignkit.errors import AdapterError
 
@@ -30,6 +31,7 @@ NAME = "default"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+TEXT_LEVEL = "text_model."  # a level above CLIP's encoder, which CLIPTextModel lost in version 5 of transformers
 PEFT_PREFIX = "base_model.model."
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 
@@ -83,6 +85,11 @@ def adapter_state(net: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
 
 
+def lost_level(part: nn.Module) -> bool:
+    """Whether `part` is a CLIP text encoder without the level that published keys have."""
+    return isinstance(part, CLIPTextModel) and "text_model" not in dict(part.named_children())
+
+
 def layer_weights(net: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Down [r, ...], up [out, r, ...] and alpha (scale times r, whatever the config calls it) by module path.
 
@@ -108,9 +115,14 @@ def _config(net: Any) -> dict[str, Any]:
 def export_diffusers(parts: Mapping[str, Any], folder: Path) -> Path:
     """`pytorch_lora_weights.safetensors` for the vanilla pipeline's `load_lora_weights(folder)`.
 
-    `parts` are the modules that carry an adapter, by the pipeline's name for them.
+    `parts` are the modules that carry an adapter, by the pipeline's name for them. CLIP's keys are those of published
+    files, which all versions of transformers know.
     """
-    state = {f"{name}.{key}": value for name, part in parts.items() for key, value in adapter_state(part).items()}
+    state = {
+        f"{name}.{TEXT_LEVEL if lost_level(part) else ''}{key}": value
+        for name, part in parts.items()
+        for key, value in adapter_state(part).items()
+    }
     if not state:
         raise AdapterError("the model carries no LoRA weights to export")
     metadata = {f"{name}.{key}": value for name, part in parts.items() for key, value in _config(part).items()}

@@ -45,11 +45,11 @@ KEYS = {
     r"(^|\.)blocks\.\d+\.(attn[12]|self_attn|cross_attn)": CLASSES["WanTransformer3DModel"],
     r"text_encoder|lora_te": "a text encoder",
 }
+_ADVICE = "Use it with that model, or give an adapter that was trained on this one"
 UNET_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # of the text they look at
 KOHYA_PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
 KOHYA_PREFIXES |= {"lora_te2_": "text_encoder_2"}
 KOHYA_ENDS = {".lora_down.weight": lora.DOWN, ".lora_up.weight": lora.UP, ".alpha": ".alpha"}
-TEXT_LEVEL = "text_model."  # published text-encoder keys have it; transformers' CLIPTextModel dropped it in version 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,32 +60,35 @@ class Stored:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def load(path: Path, parts: Mapping[str, nn.Module], network: str) -> list[str]:
-    """Put the adapter at `path` on `parts`, modules by the pipeline's name for them; returns their names.
+def load(path: Path, parts: Mapping[str, nn.Module], network: str) -> None:
+    """Put the adapter at `path` on `parts`, modules by the pipeline's name for them.
 
     `path` is a folder of `save_adapter`, diffusers or PEFT, or a .safetensors file. Raises MissingFileError where there
-    is none, AdapterError for one of another family or size; `network` names the part that a family is known by.
+    is none, AdapterError for one of another family or size, which changes nothing; `network` names the part that a
+    family is known by.
     """
     file, found = read(path, parts, network)
     origin = origin_of(found)
     strange = sorted(found.keys() - parts)
-    if strange or not found:
-        wanted = "' or '".join(f"{name}.*" for name in parts)
+    if strange and network not in found:
         raise AdapterError(
-            f"'{file}' holds no '{wanted}' weights: it belongs to another model family, {origin}. {_ADVICE}"
-            if network not in found
-            else f"'{file}' holds weights of '{strange[0]}', which this model's pipeline cannot take. {_ADVICE}"
+            f"'{file}' holds no '{network}.*' weights: it belongs to another model family, {origin}. {_ADVICE}"
         )
+    if strange:
+        raise AdapterError(f"'{file}' holds '{strange[0]}.*' weights, which this pipeline cannot take. {_ADVICE}")
     for name, stored in found.items():
         made_for, given = _class_of(stored), type(parts[name]).__name__
         if made_for not in ("", given):
             raise AdapterError(f"'{file}' does not fit this model's {given}: it was made for {origin}. {_ADVICE}")
-    for name, stored in found.items():
-        lora.load(parts[name], stored.weights, stored.config, where=f"'{file}'", origin=f"{origin}. {_ADVICE}")
-    return list(found)
-
-
-_ADVICE = "Use it with that model, or give an adapter that was trained on this one"
+    done: list[str] = []
+    try:
+        for name, stored in found.items():
+            lora.load(parts[name], stored.weights, stored.config, where=f"'{file}'", origin=f"{origin}. {_ADVICE}")
+            done.append(name)
+    except AdapterError:
+        for name in done:
+            lora.remove(parts[name])
+        raise
 
 
 def read(path: Path, parts: Mapping[str, nn.Module], network: str) -> tuple[Path, dict[str, Stored]]:
@@ -129,13 +132,7 @@ def _split(
 
 def _at_home(path: str, part: nn.Module | None) -> str:
     """`path` with or without the level above a CLIP encoder, as this version of transformers has it."""
-    if (
-        part is None
-        or not path.startswith(TEXT_LEVEL)
-        or any(name == "text_model" for name, _ in part.named_children())
-    ):
-        return path
-    return path.removeprefix(TEXT_LEVEL)
+    return path if part is None or not lora.lost_level(part) else path.removeprefix(lora.TEXT_LEVEL)
 
 
 def _kohya(file: Path, weights: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> dict[str, Stored]:
@@ -160,7 +157,7 @@ def _kohya(file: Path, weights: Mapping[str, Tensor], parts: Mapping[str, nn.Mod
 def _flat_names(part: nn.Module) -> dict[str, str]:
     paths = [path for path, _ in part.named_modules()]
     flat = {path.replace(".", "_"): path for path in paths}
-    return flat | {f"text_model_{name}": path for name, path in flat.items() if "text_model" not in paths}
+    return flat | ({f"text_model_{name}": path for name, path in flat.items()} if lora.lost_level(part) else {})
 
 
 def _with_alphas(found: Mapping[str, Stored]) -> dict[str, Stored]:

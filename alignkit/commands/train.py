@@ -171,6 +171,7 @@ def fit(
 def _plan(method: str, job: Any) -> list[str]:
     args = job.train
     what = "all weights" if args.full_finetune else f"a LoRA of rank {args.lora_rank}"
+    what += " on network and text encoders" if args.train_text_encoder else ""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     amount = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     missing = [] if job.data.exists() else [f"NOT THERE YET: {job.data} (data)"]

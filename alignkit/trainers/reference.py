@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from alignkit.trainers.latents import LatentDataset, collate
+from alignkit.trainers.latents import PROMPT, LatentDataset, collate
 
 if TYPE_CHECKING:
     from alignkit.trainers.rankdpo import RankDPOTrainer
@@ -82,7 +82,7 @@ def _one_epoch(trainer: RankDPOTrainer, dataset: LatentDataset, epoch: int, epoc
     label = f"reference errors, epoch {epoch + 1} of {epochs}"
     rows: list[Tensor] = []
     for batch in tqdm(loader, desc=label, disable=trainer.args.disable_tqdm):
-        moved = {key: value.to(trainer.args.device) for key, value in batch.items()}
+        moved = {key: value.to(trainer.args.device) for key, value in batch.items() if key != PROMPT}
         with trainer.accelerator.autocast():
             rows.append(trainer.reference_errors(model, moved).float().cpu())
     dataset.epoch = 0

@@ -17,6 +17,7 @@ from tiny_families import FAMILIES
 
 from alignkit.adapters import comfyui, lora
 from alignkit.errors import AdapterError
+from alignkit.generators import load_generator
 from alignkit.records import Sampling
 
 PROMPTS, SEEDS = ["a red circle", "two blue rings on a gray background"], (5, 6)
@@ -153,6 +154,98 @@ def test_our_load_reads_the_comfyui_file(load, tune, family, tmp_path):
     tuned = tune(family)
     again = load(family, adapter=comfyui_file(tuned, tmp_path))
     assert torch.equal(draw(again, family), draw(tuned, family))
+
+
+# --- text encoders --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tune_text(load):
+    """Generators with an adapter on the network and another on the text encoders."""
+
+    def make(family):
+        generator = load(family)
+        generator.add_lora(3, 7.0, None, 0.0)
+        generator.add_text_lora(2, 5.0, None, 0.0)
+        stir(generator.model)
+        return generator
+
+    return make
+
+
+def conditioning(generator):
+    with torch.no_grad():
+        return generator.encode_prompts(PROMPTS).tensors
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_text_encoders_learn_and_the_reference_does_not_see_it(load, tune_text, family):
+    base, tuned = conditioning(load(family)), tune_text(family)
+    assert any(not torch.equal(value, base[name]) for name, value in conditioning(tuned).items())
+    with tuned.reference():
+        assert all(torch.equal(value, base[name]) for name, value in conditioning(tuned).items())
+    trainable = {name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad}
+    towers = {f"towers.{name}." for name in tuned.text_encoders}
+    assert all("lora_" in name for name in trainable)
+    assert all(any(name.startswith(tower) for name in trainable) for tower in towers)
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_others_load_the_text_encoders_too(load, tune_text, family, tmp_path):
+    """The vanilla pipeline from our export, our own load from both layouts, and the merged weights: one picture."""
+    tuned, vanilla = tune_text(family), load(family)
+    tuned.save_adapter(tmp_path)
+    picture = draw(tuned, family)
+    vanilla.pipeline.load_lora_weights(tmp_path)
+    assert (draw(vanilla, family) - picture).abs().max() <= CLOSE
+    for layout in (".", "peft"):
+        assert torch.equal(draw(load(family, adapter=tmp_path / layout), family), picture)
+    with tuned.reference():
+        assert torch.equal(draw(tuned, family), draw(load(family), family))
+    tuned.save_merged(tmp_path / "merged")
+    assert tuned.model.towers.keys() == tuned.text_encoders.keys()
+    assert (draw(load_generator(tmp_path / "merged", device="cpu"), family) - picture).abs().max() <= CLOSE
+    tuned.merge_adapter()
+    assert not tuned.adapted
+    assert (draw(tuned, family) - picture).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_the_comfyui_file_holds_the_text_encoders(load, tune_text, family, tmp_path):
+    """By kohya's names, which diffusers' converter reads; joint models have no such converter (next test)."""
+    tuned, vanilla = tune_text(family), load(family)
+    vanilla.pipeline.load_lora_weights(comfyui_file(tuned, tmp_path))
+    assert (draw(vanilla, family) - draw(tuned, family)).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_our_load_reads_them_from_the_comfyui_file(load, tune_text, family, tmp_path):
+    file = comfyui_file(tune_text(family), tmp_path)
+    prefixes = {key.split("_text_model_encoder_layers_")[0] for key in load_file(file) if key.startswith("lora_te")}
+    assert prefixes == {f"lora_te{number}" for number, _ in enumerate(load(family).text_encoders, 1)}
+    assert torch.equal(draw(load(family, adapter=file), family), draw(tune_text(family), family))
+
+
+def test_an_adapter_of_text_encoders_alone(load, tmp_path):
+    tuned = load("unet")
+    tuned.add_text_lora(2, 5.0, None, 0.0)
+    stir(tuned.model)
+    tuned.save_adapter(tmp_path)
+    assert torch.equal(draw(load("unet", adapter=tmp_path), "unet"), draw(tuned, "unet"))
+
+
+def test_text_encoder_keys_are_those_of_published_files(tune_text, tmp_path):
+    """Older versions of transformers know no others."""
+    tune_text("sdxl").save_adapter(tmp_path)
+    keys = load_file(tmp_path / lora.DIFFUSERS_FILE)
+    for tower in ("text_encoder", "text_encoder_2"):
+        assert f"{tower}.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in keys
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(TEXT_FAMILIES)))
+def test_a_pipeline_whose_loader_knows_no_text_encoder(load, family):
+    with pytest.raises(AdapterError, match=r"the LoRA loader of a \w+Pipeline knows no text encoder"):
+        load(family).add_text_lora(2, None, None, 0.0)
 
 
 # --- files that do not fit ------------------------------------------------------------------------------------------
