@@ -102,6 +102,9 @@ class AlignConfig(TrainingArguments):
             raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")
         if self.remove_unused_columns or self.logging_nan_inf_filter:
             raise ConfigError("remove_unused_columns and logging_nan_inf_filter must be false: see their help")
+        self._check_adapter_keys()
+
+    def _check_adapter_keys(self) -> None:
         if self.full_finetune and self.lora_targets:
             raise ConfigError("lora_targets and full_finetune exclude each other; keep one")
         if self.train_text_encoder and (self.full_finetune or self.fsdp):
