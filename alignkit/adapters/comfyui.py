@@ -71,7 +71,7 @@ def _fused(layers: Layers, paths: list[str], net: nn.Module) -> tuple[Tensor, Te
     total, column = sum(len(down) for down, *_ in present), 0
     rows = []
     for path in paths:
-        block = torch.zeros(int(net.get_submodule(path).out_features), total)  # type: ignore[arg-type]
+        block = torch.zeros(int(net.get_submodule(path).out_features), total)
         if path in layers:
             down, up, alpha = layers[path]
             block[:, column : column + len(down)] = up * (alpha / len(down))

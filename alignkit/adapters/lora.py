@@ -100,7 +100,7 @@ def layer_weights(net: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
     odd = set(state) - {path + part for path in paths for part in (DOWN, UP)}
     if odd:
         raise AdapterError(f"{type(net).__name__} carries more than a plain LoRA: '{min(odd)}'")
-    scales = {path: net.get_submodule(path).scaling[NAME] for path in paths}  # type: ignore[union-attr, index, operator]
+    scales = {path: net.get_submodule(path).scaling[NAME] for path in paths}
     return {p: (state[p + DOWN], state[p + UP], float(scales[p]) * len(state[p + DOWN])) for p in paths}
 
 

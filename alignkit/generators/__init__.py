@@ -81,14 +81,18 @@ def load_generator(
     name: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    quantize: str | None = None,
 ) -> PipelineGenerator:
-    """Load a diffusers folder or hub id, with an optional LoRA folder, as a Generator.
+    """Load a diffusers folder or hub id, with an optional LoRA (folder or file), as a Generator.
 
-    `dtype` defaults to float32, `device` to cuda where there is one, else cpu. Raises MissingFileError for missing
-    files, UnknownNameError for a pipeline class without an adapter, AdapterError for an adapter that does not fit.
+    `dtype` defaults to float32, `device` to cuda where there is one, else cpu; `quantize` (`int8`, `nf4`) puts the
+    network's frozen weights in fewer bits. Raises MissingFileError for missing files, UnknownNameError for a pipeline
+    class without an adapter, AdapterError for an adapter that does not fit, ConfigError for a quantiser not installed.
     """
     import torch
     from diffusers import DiffusionPipeline
+
+    from alignkit.generators.quantize import quantization
 
     class_name = read_model_index(str(model))["_class_name"]
     if class_name not in GENERATORS:
@@ -96,13 +100,16 @@ def load_generator(
             f"'{model}' is a {class_name}, a pipeline class without an adapter.{nearest(class_name, GENERATORS)} "
             "To add one see docs/add_a_generator.md."
         )
-    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype or torch.float32)
+    family = resolve(class_name, GENERATORS, kind="generator")
+    dtype = dtype or torch.float32
+    options = {"quantization_config": quantization(quantize, family.component, dtype)} if quantize else {}
+    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype, **options)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in ("unet", "vae"):  # convolutions run faster so, on tensor cores and CPUs alike
-        module = pipeline.components.get(part)
+        module = None if quantize and part == family.component else pipeline.components.get(part)
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
-    generator = resolve(class_name, GENERATORS, kind="generator")(pipeline, name or Path(model).name)
+    generator = family(pipeline, name or Path(model).name)
     if adapter is not None:
         generator.load_adapter(Path(adapter))
     return generator

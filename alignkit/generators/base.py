@@ -140,6 +140,11 @@ class PipelineGenerator:
         self.pipeline.register_modules(**{self.component: net})
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the network's frozen weights are in fewer bits: they can neither be trained nor merged into."""
+        return self.net.config.get("quantization_config") is not None
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -273,12 +278,21 @@ class PipelineGenerator:
 
     def merge_adapter(self) -> None:
         """Fold the adapter into the weights for good: sampling then costs what the base model costs."""
+        self._require_all_bits()
         for part in self.adapted.values():
             lora.merge(part)
         self._note_towers()
 
+    def _require_all_bits(self) -> None:
+        if self.is_quantized:
+            raise AdapterError(
+                f"'{self.name}' is quantised, so nothing can be merged into it: load the model without quantize, with "
+                "the saved adapter, and merge there"
+            )
+
     def save_merged(self, folder: Path) -> None:
         """A plain pipeline folder with the adapter folded into the weights; this generator keeps its adapter."""
+        self._require_all_bits()
         adapted = self.adapted
         merged = copy.deepcopy(adapted)
         for part in merged.values():

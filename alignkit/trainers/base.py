@@ -102,6 +102,8 @@ class AlignTrainer(Trainer):
     # --- model and data ---
 
     def _prepare_model(self, args: AlignConfig) -> None:
+        if self.generator.is_quantized and (args.full_finetune or args.save_merged):
+            raise ConfigError("a quantised model is trained with a LoRA: no full_finetune, no save_merged")
         if args.full_finetune:
             if self.generator.adapted:
                 raise ConfigError("full_finetune on a model with an adapter: merge the adapter first, or train a LoRA")

@@ -31,8 +31,15 @@ def base_fingerprint(net: nn.Module) -> str:
     for name, tensor in net.state_dict().items():
         if "lora_" not in name:
             plain = name.replace(".base_layer", "")
-            digest.update(f"{plain}{tuple(tensor.shape)}{float(tensor.double().sum())!r}".encode())
+            digest.update(f"{plain}{tuple(tensor.shape)}{_sum(tensor)!r}".encode())
     return digest.hexdigest()[:16]
+
+
+def _sum(tensor: Tensor) -> float:
+    try:
+        return float(tensor.double().sum())
+    except NotImplementedError:  # of torchao's tensors in 8 bits
+        return float(tensor.dequantize().double().sum())
 
 
 def epochs_needed(trainer: RankDPOTrainer) -> int:
