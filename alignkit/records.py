@@ -125,7 +125,8 @@ class Conditioning:
     def to(self, device: torch.device | str) -> Conditioning:
         """Both parts on `device`."""
         null = {k: v.to(device) for k, v in self.null.items()}
-        return Conditioning({k: v.to(device) for k, v in self.tensors.items()}, null)
+        captions = self.captions and replace(self.captions, dropped=self.captions.dropped.to(device))
+        return Conditioning({k: v.to(device) for k, v in self.tensors.items()}, null, captions)
 
 
 def _where(mask_B: Tensor, null: Tensor, rows: Tensor) -> Tensor:

@@ -95,13 +95,11 @@ def read(path: Path, parts: Mapping[str, nn.Module], network: str) -> tuple[Path
     """The file that was read, and what it holds for each part that it names."""
     file = path if path.is_file() else path / lora.DIFFUSERS_FILE
     if file.is_file():
-        weights = load_file(file)
-        if any(key.startswith(tuple(KOHYA_PREFIXES)) for key in weights):
-            return file, _with_alphas(_kohya(file, weights, parts))
         with safe_open(file, framework="pt") as opened:
             metadata = json.loads((opened.metadata() or {}).get(lora.METADATA_KEY, "{}"))
+        weights = _dotted(file, load_file(file), parts)
         weights = {re.sub(r"^diffusion_model\.", f"{network}.", key): value for key, value in weights.items()}
-        return file, _with_alphas(_split(weights, metadata, parts))
+        return file, {name: _with_alphas(part) for name, part in _split(weights, metadata, parts).items()}
     folders = {name: path / name for name in parts if name != network} | {network: path}
     found = {name: _peft(folder) for name, folder in folders.items() if (folder / lora.PEFT_FILE).is_file()}
     if not found:
@@ -135,23 +133,24 @@ def _at_home(path: str, part: nn.Module | None) -> str:
     return path if part is None or not lora.lost_level(part) else path.removeprefix(lora.TEXT_LEVEL)
 
 
-def _kohya(file: Path, weights: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> dict[str, Stored]:
-    """Module paths out of names whose dots became underscores, by the model's own names; PEFT's ends for kohya's."""
-    found: dict[str, Stored] = {}
+def _dotted(file: Path, weights: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """`part.path.lora_A.weight` for kohya's flat names, whose paths are the model's own; other keys as they are."""
+    paths = {name: _flat_names(part) for name, part in parts.items()}
+    dotted = {}
     for key, value in weights.items():
         stem, dot, end = key.partition(".")
-        prefix = next((prefix for prefix in KOHYA_PREFIXES if stem.startswith(prefix)), "")
-        name = KOHYA_PREFIXES.get(prefix, stem)
-        stored = found.setdefault(name, Stored())
-        flat = stem.removeprefix(prefix)
-        known = {} if name not in parts else _flat_names(parts[name])
-        if known and flat not in known:
+        prefix = next((prefix for prefix in KOHYA_PREFIXES if stem.startswith(prefix)), None)
+        if prefix is None:
+            dotted[key] = value
+            continue
+        name, flat = KOHYA_PREFIXES[prefix], stem.removeprefix(prefix)
+        if flat not in paths.get(name, {flat: flat}):
             raise AdapterError(
                 f"'{file}' does not fit this model: '{stem}' names none of its layers. It was made for "
                 f"{_by_keys(weights)}, or by a script with names of its own (diffusers' load_lora_weights knows some)"
             )
-        stored.weights[known.get(flat, flat) + KOHYA_ENDS.get(dot + end, dot + end)] = value
-    return found
+        dotted[f"{name}.{paths.get(name, {}).get(flat, flat)}{KOHYA_ENDS.get(dot + end, dot + end)}"] = value
+    return dotted
 
 
 def _flat_names(part: nn.Module) -> dict[str, str]:
@@ -160,12 +159,8 @@ def _flat_names(part: nn.Module) -> dict[str, str]:
     return flat | ({f"text_model_{name}": path for name, path in flat.items()} if lora.lost_level(part) else {})
 
 
-def _with_alphas(found: Mapping[str, Stored]) -> dict[str, Stored]:
+def _with_alphas(stored: Stored) -> Stored:
     """`.alpha` tensors, which stand in for metadata, as LoraConfig values."""
-    return {name: _alphas_of(stored) for name, stored in found.items()}
-
-
-def _alphas_of(stored: Stored) -> Stored:
     alphas = {key.removesuffix(".alpha"): float(v) for key, v in stored.weights.items() if key.endswith(".alpha")}
     weights = {key: value for key, value in stored.weights.items() if not key.endswith(".alpha")}
     return Stored(weights, {**stored.config, **({"alpha_pattern": alphas} if alphas else {})})
