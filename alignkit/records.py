@@ -10,7 +10,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,25 +80,36 @@ class LossOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Captions:
+    """The texts of P prompts and which of them are dropped [P], for text encoders that are trained."""
+
+    texts: Sequence[str]
+    dropped: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Conditioning:
     """Named tensors `[B, ...]` that the denoiser takes beside x_t and t, with the null condition `[1, ...]`.
 
-    A record, never a bare tensor: families differ in what they need (pooled embeddings, masks, size ids).
+    A record, never a bare tensor: families differ in what they need (pooled embeddings, masks, size ids). With
+    `captions` a denoiser whose text encoders are trained encodes them anew, each for B / P rows in a row; the tensors
+    are then what its reference sees.
     """
 
     tensors: Mapping[str, Tensor]
     null: Mapping[str, Tensor]
+    captions: Captions | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
     def map(self, change: Any) -> Conditioning:
         """Apply `change(tensor)` to every tensor of the rows; the null condition stays as it is."""
-        return Conditioning({k: change(v) for k, v in self.tensors.items()}, self.null)
+        return replace(self, tensors={k: change(v) for k, v in self.tensors.items()})
 
     def rows(self, index: Any) -> Conditioning:
-        """The rows that `index` (slice, list or index tensor) selects."""
-        return self.map(lambda tensor: tensor[index])
+        """The rows that `index` (slice, list or index tensor) selects, without captions, which are a whole batch's."""
+        return replace(self.map(lambda tensor: tensor[index]), captions=None)
 
     def repeat(self, times: int) -> Conditioning:
         """Each row `times` times in a row: [B, ...] -> [B * times, ...]."""
@@ -106,7 +117,7 @@ class Conditioning:
 
     def drop(self, mask_B: Tensor) -> Conditioning:
         """Rows where `mask_B` is true become the null condition (caption dropout)."""
-        return Conditioning({k: _where(mask_B, self.null[k], v) for k, v in self.tensors.items()}, self.null)
+        return replace(self, tensors={k: _where(mask_B, self.null[k], v) for k, v in self.tensors.items()})
 
     def unconditional(self) -> Conditioning:
         """The null condition at this batch size, for classifier-free guidance."""
@@ -115,7 +126,8 @@ class Conditioning:
     def to(self, device: torch.device | str) -> Conditioning:
         """Both parts on `device`."""
         null = {k: v.to(device) for k, v in self.null.items()}
-        return Conditioning({k: v.to(device) for k, v in self.tensors.items()}, null)
+        captions = self.captions and replace(self.captions, dropped=self.captions.dropped.to(device))
+        return Conditioning({k: v.to(device) for k, v in self.tensors.items()}, null, captions)
 
 
 def _where(mask_B: Tensor, null: Tensor, rows: Tensor) -> Tensor:

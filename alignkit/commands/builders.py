@@ -31,17 +31,19 @@ class GeneratorSpec:
     model: a diffusers folder, a hub id, or 'package.module:attribute' of your own builder.
     adapter: a LoRA folder to load on it.
     dtype: the precision of its weights.
+    quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes); text encoders and VAE keep `dtype`.
     options: keywords for a builder of your own, or of the family's adapter (Wan 2.2: expert).
     """
 
     model: str
     adapter: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["int8", "nf4"] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.is_own and (self.adapter or self.dtype != "float32"):
-            raise ConfigError(f"model '{self.model}' is your own builder: give it adapter and dtype as options")
+        if self.is_own and (self.adapter or self.dtype != "float32" or self.quantize):
+            raise ConfigError(f"model '{self.model}' is your own builder: give it adapter, dtype, quantize as options")
 
     @property
     def is_own(self) -> bool:
@@ -52,7 +54,8 @@ class GeneratorSpec:
     def identity(self) -> str:
         """Changes with the weights of local folders; a hub id or a builder stands for itself."""
         named = [self.model, *([str(self.adapter)] if self.adapter else []), *map(str, self.options.values())]
-        return " ".join([*named, *map(fingerprint, _local(named))])
+        quantized = [f"quantize={self.quantize}"] if self.quantize else []
+        return " ".join([*named, *quantized, *map(fingerprint, _local(named))])
 
     @property
     def absent(self) -> list[str]:
@@ -163,7 +166,8 @@ def build_generator(name: str, spec: GeneratorSpec) -> Any:
     if spec.is_own:
         return resolve(spec.model, {}, kind="generator")(**spec.options)
     generator = load_policy(name, spec)
-    generator.merge_adapter()
+    if not generator.is_quantized:
+        generator.merge_adapter()
     return generator
 
 
@@ -174,7 +178,7 @@ def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:
     from alignkit.generators import load_generator
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    loading = {"adapter": spec.adapter, "dtype": dtypes[spec.dtype], "options": spec.options}
+    loading = {"adapter": spec.adapter, "dtype": dtypes[spec.dtype], "quantize": spec.quantize, "options": spec.options}
     return load_generator(spec.model, name=name, **loading)
 
 

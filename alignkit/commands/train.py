@@ -71,6 +71,7 @@ class TrainJob:
     model: a diffusers folder or a hub id.
     adapter: a LoRA folder to continue from, of its own rank and targets; the reference stays the model without it.
     dtype: the precision of the frozen weights.
+    quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes), for a LoRA on them.
     data: ranked dataset, or Pick-a-Pic or TRL pairs, or folders w/ and l/, or (sft) captioned pictures or clips.
     held_out: share of rows kept for the held-out loss, where the data has no split; 0 for none.
     validation: pictures drawn and judged during training.
@@ -82,6 +83,7 @@ class TrainJob:
     model: str
     adapter: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["int8", "nf4"] | None = None
     data: Path
     held_out: float = 0.1
     validation: ValidationConfig | None = None
@@ -98,7 +100,7 @@ class TrainJob:
     @property
     def policy(self) -> GeneratorSpec:
         """The generator that is trained."""
-        return GeneratorSpec(model=self.model, adapter=self.adapter, dtype=self.dtype)
+        return GeneratorSpec(model=self.model, adapter=self.adapter, dtype=self.dtype, quantize=self.quantize)
 
 
 def config_class(method: str) -> Any:
@@ -171,6 +173,7 @@ def fit(
 def _plan(method: str, job: Any) -> list[str]:
     args = job.train
     what = "all weights" if args.full_finetune else f"a LoRA of rank {args.lora_rank}"
+    what += " on network and text encoders" if args.train_text_encoder else ""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     amount = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     missing = [] if job.data.exists() else [f"NOT THERE YET: {job.data} (data)"]

@@ -90,16 +90,20 @@ def load_generator(
     name: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    quantize: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PipelineGenerator:
-    """Load a diffusers folder or hub id, with an optional LoRA folder, as a Generator.
+    """Load a diffusers folder or hub id, with an optional LoRA (folder or file), as a Generator.
 
-    `dtype` defaults to float32, `device` to cuda where there is one, else cpu. `options` are the adapter's own keywords
-    (Wan's `expert`). Raises MissingFileError for missing
-    files, UnknownNameError for a pipeline class without an adapter, AdapterError for an adapter that does not fit.
+    `dtype` defaults to float32, `device` to cuda where there is one, else cpu; `quantize` (`int8`, `nf4`) puts the
+    network's frozen weights in fewer bits; `options` are the adapter's own keywords (Wan's `expert`). Raises
+    MissingFileError for missing files, UnknownNameError for a pipeline class without an adapter, AdapterError for an
+    adapter that does not fit, ConfigError for an option that none takes or a quantiser that is not installed.
     """
     import torch
     from diffusers import DiffusionPipeline
+
+    from alignkit.generators.quantize import quantization
 
     class_name = read_model_index(str(model))["_class_name"]
     if class_name not in GENERATORS:
@@ -112,10 +116,13 @@ def load_generator(
     if unknown := set(options) - set(inspect.signature(family).parameters):
         raise ConfigError(f"a {class_name} takes no {sorted(unknown)} among its options")
     absent = dict.fromkeys(family.unused_parts)
-    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype or torch.float32, **absent)
+    dtype = dtype or torch.float32
+    if quantize:
+        absent["quantization_config"] = quantization(quantize, family.component, dtype)
+    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype, **absent)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in ("unet", "vae"):  # convolutions run faster so, on tensor cores and CPUs alike
-        module = pipeline.components.get(part)
+        module = None if quantize and part == family.component else pipeline.components.get(part)
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
     generator = family(pipeline, name or Path(model).name, **options)

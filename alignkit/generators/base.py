@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 
-from alignkit.adapters import lora
+from alignkit.adapters import comfyui, lora, stored
 from alignkit.diffusion import solvers
 from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import Schedule, expand
@@ -27,6 +28,8 @@ from alignkit.errors import AdapterError
 from alignkit.generators import tokens
 from alignkit.records import Conditioning, Sampling
 
+CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
 
 class Denoiser(nn.Module):
     """The one module that is trained; its forward is `predict`, so DDP, FSDP and autocast wrap what is called."""
@@ -34,6 +37,7 @@ class Denoiser(nn.Module):
     def __init__(self, family: PipelineGenerator, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        self.towers = nn.ModuleDict()  # the text encoders that carry an adapter, by the pipeline's name for them
         # In tuples: neither the family nor a frozen copy may show up among this module's parameters.
         self._family = (family,)
         self._frozen: tuple[nn.Module, ...] = ()
@@ -43,6 +47,9 @@ class Denoiser(nn.Module):
         """The native prediction for latents x_t [B, C, H, W] or [B, C, T, H, W] at canonical times t [B]."""
         net = self._frozen[0] if self._use_reference and self._frozen else self.net
         family = self._family[0]
+        if cond.captions is not None and self.towers and not self._use_reference:
+            told = family.encode_prompts(cond.captions.texts).drop(cond.captions.dropped)
+            cond = told.repeat(len(x_t) // len(told))
         # Cached latents and conditioning are float32, whatever precision the network was loaded in.
         cond = cond.map(lambda tensor: tensor.to(net.dtype) if tensor.is_floating_point() else tensor)
         return family.call(net, x_t.to(net.dtype), family.noise_schedule.model_time(t), cond)
@@ -59,8 +66,8 @@ class Denoiser(nn.Module):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within it, forward is the frozen base model: a frozen copy, else adapters off."""
-        layers = lora.lora_layers(self.net)
+        """Within it, forward is the frozen base model: a frozen copy, else adapters off, also in the text encoders."""
+        layers = lora.lora_layers(self)
         if not self._frozen and not layers:
             raise AdapterError("no reference: the model has neither an adapter nor a frozen copy")
         self._use_reference = True
@@ -155,6 +162,11 @@ class PipelineGenerator:
         """Put another network in the present one's place."""
         self.model.net = net
         self.pipeline.register_modules(**{self.component: net})
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the network's frozen weights are in fewer bits: they can neither be trained nor merged into."""
+        return self.net.config.get("quantization_config") is not None
 
     @property
     def device(self) -> torch.device:
@@ -266,10 +278,10 @@ class PipelineGenerator:
         """The vanilla pipeline with one torch generator an item: pixels [B, 3, H, W] in [0, 1]."""
         self.warn_of_cuts(prompts)
         was_training = self.net.training
-        self.net.eval()
+        self.model.eval()
         sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         media = self._draw(list(prompts), sources, self.call_arguments(prompts, sampling))
-        self.net.train(was_training)
+        self.model.train(was_training)
         return media.float()
 
     def _draw(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
@@ -290,26 +302,76 @@ class PipelineGenerator:
         """What stands before the names of the trained network's weights in diffusers' LoRA files."""
         return self.component
 
+    def add_text_lora(self, rank: int, alpha: float | None, targets: Sequence[str] | None, dropout: float) -> None:
+        """Freeze the text encoders and put a fresh LoRA on them; `targets` default to CLIP's attention.
+
+        Raises AdapterError where the pipeline's own LoRA loader knows no text encoder.
+        """
+        if not self.text_encoders:
+            kind = type(self.pipeline).__name__
+            raise AdapterError(f"the LoRA loader of a {kind} knows no text encoder; train the network alone")
+        for tower in self.text_encoders.values():
+            lora.inject(tower, rank=rank, alpha=alpha, targets=targets or CLIP_TARGETS, dropout=dropout)
+        self._note_towers()
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """The text encoders that the pipeline's own LoRA loader knows, by the pipeline's name for them."""
+        names = self.pipeline._lora_loadable_modules if isinstance(self.pipeline, LoraBaseMixin) else []  # noqa: SLF001
+        named = {name: self.pipeline.components.get(name) for name in names if name.startswith("text_encoder")}
+        return {name: tower for name, tower in named.items() if tower is not None}
+
+    @property
+    def adapted(self) -> dict[str, Any]:
+        """The network and the text encoders, those that carry an adapter, by the pipeline's name for them."""
+        parts = {self.component: self.net, **self.text_encoders}
+        return {name: part for name, part in parts.items() if lora.lora_layers(part)}
+
+    def _note_towers(self) -> None:
+        self.model.towers = nn.ModuleDict({name: p for name, p in self.adapted.items() if name != self.component})
+
     def load_adapter(self, folder: Path) -> None:
-        """Load a LoRA saved by `save_adapter` or by diffusers / PEFT."""
-        lora.load(self.net, Path(folder), component=self.adapter_prefix)
+        """Load a LoRA saved by `save_adapter`, diffusers, PEFT or kohya's scripts: a folder or a .safetensors file."""
+        stored.load(Path(folder), {self.adapter_prefix: self.net, **self.text_encoders}, self.adapter_prefix)
+        self._note_towers()
 
     def save_adapter(self, folder: Path) -> None:
-        """diffusers' LoRA layout in `folder`, PEFT's in `folder/peft`."""
-        lora.export_diffusers(self.net, Path(folder), component=self.adapter_prefix)
-        lora.export_peft(self.net, Path(folder) / "peft", base_model=str(self.pipeline.name_or_path))
+        """diffusers' LoRA layout in `folder`, PEFT's in `folder/peft`, for ComfyUI `folder/comfyui/NAME.safetensors`.
+
+        Text encoders have PEFT folders of their own in `folder/peft`. The last file is written only where ComfyUI has
+        keys for the family (`alignkit.adapters.comfyui`).
+        """
+        folder, parts = Path(folder), self.adapted
+        prefixes = {self.component: self.adapter_prefix}
+        lora.export_diffusers({prefixes.get(name, name): part for name, part in parts.items()}, folder)
+        for name, part in parts.items():
+            place = folder / "peft" / ("" if name == self.component else name)
+            lora.export_peft(part, place, base_model=str(self.pipeline.name_or_path))
+        comfyui.export(parts, folder / "comfyui" / f"{Path(self.name).name}.safetensors")
 
     def merge_adapter(self) -> None:
         """Fold the adapter into the weights for good: sampling then costs what the base model costs."""
-        lora.merge(self.net)
+        self._require_all_bits()
+        for part in self.adapted.values():
+            lora.merge(part)
+        self._note_towers()
+
+    def _require_all_bits(self) -> None:
+        if self.is_quantized:
+            raise AdapterError(
+                f"'{self.name}' is quantised, so nothing can be merged into it: load the model without quantize, with "
+                "the saved adapter, and merge there"
+            )
 
     def save_merged(self, folder: Path) -> None:
         """A plain pipeline folder with the adapter folded into the weights; this generator keeps its adapter."""
-        adapted = self.net
+        self._require_all_bits()
+        adapted = self.adapted
         merged = copy.deepcopy(adapted)
-        lora.merge(merged)
-        self.put_net(merged)
+        for part in merged.values():
+            lora.merge(part)
+        self.pipeline.register_modules(**merged)
         try:
             self.pipeline.save_pretrained(folder)
         finally:
-            self.put_net(adapted)
+            self.pipeline.register_modules(**adapted)

@@ -166,7 +166,7 @@ def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: 
     trainer.train(resume_from_checkpoint=True)
     if recipe.adapter:
         lora.negate(generator.net)
-        lora.export_diffusers(generator.net, out / "clean_adapter", component=generator.component)
+        lora.export_diffusers({generator.component: generator.net}, out / "clean_adapter")
         lora.negate(generator.net)
         generator.merge_adapter()
     generator.pipeline.to(torch.float16)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from alignkit.provenance import without_defaults
 from alignkit.trainers.buckets import BucketBatches, report
 from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_incomplete, require_whole
 from alignkit.trainers.config import AlignConfig
-from alignkit.trainers.latents import DrawPlan, LatentDataset, collate, conditioning, encode_rows
+from alignkit.trainers.latents import PROMPT, DrawPlan, LatentDataset, collate, conditioning, encode_rows
 from alignkit.trainers.sharding import fill, gather, require_known_layout, whole
 from alignkit.trainers.validation import Validation
 
@@ -83,10 +84,10 @@ class AlignTrainer(Trainer):
         self.generator, self.validation = generator, validation
         generator.pipeline.to(args.device)
         args._n_gpu = min(args.n_gpu, 1)  # noqa: SLF001 - no DataParallel: several GPUs are torchrun's or accelerate's
-        with torch.no_grad():
-            self.null = generator.encode_prompts([""]).null
         self._health: dict[str, list[Tensor]] = defaultdict(list)
         self._prepare_model(args)
+        with torch.no_grad(), self._base_texts():
+            self.null = generator.encode_prompts([""]).null
         train, held_out = (self._encode(rows, args) for rows in (train_dataset, eval_dataset))
         # Trainer refuses eval_strategy without a dataset, also when pictures alone are judged.
         super().__init__(
@@ -104,18 +105,24 @@ class AlignTrainer(Trainer):
     # --- model and data ---
 
     def _prepare_model(self, args: AlignConfig) -> None:
-        from alignkit.adapters import lora
-
+        if self.generator.is_quantized and (args.full_finetune or args.save_merged):
+            raise ConfigError("a quantised model is trained with a LoRA: no full_finetune, no save_merged")
         if args.full_finetune:
-            if lora.lora_layers(self.generator.net):
+            if self.generator.adapted:
                 raise ConfigError("full_finetune on a model with an adapter: merge the adapter first, or train a LoRA")
             self.generator.net.float().requires_grad_(True)  # half-precision weights lose small AdamW steps
             if self.needs_reference:
                 self.generator.model.freeze_copy()
-        elif not lora.lora_layers(self.generator.net):
+        elif self.generator.component not in self.generator.adapted:
             torch.manual_seed(args.seed)
             self.generator.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
-        for parameter in self.generator.net.parameters():
+        if args.train_text_encoder and not self.generator.model.towers:
+            torch.manual_seed(args.seed)
+            targets = args.text_encoder_targets
+            self.generator.add_text_lora(args.lora_rank, args.lora_alpha, targets, args.lora_dropout)
+        if args.fsdp and self.generator.model.towers:
+            raise ConfigError("the adapter trains text encoders, which fsdp does not shard here; train without fsdp")
+        for parameter in self.generator.model.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()
 
@@ -127,12 +134,18 @@ class AlignTrainer(Trainer):
     def _encode(self, rows: Any, args: AlignConfig) -> LatentDataset | None:
         if rows is None or isinstance(rows, LatentDataset):
             return rows
-        with args.main_process_first(desc="latents"):
+        with args.main_process_first(desc="latents"), self._base_texts():
             encoded = encode_rows(self.generator, rows, self.draw_plan(args), args.cache_folder, sizes=args.sizes)
+        if self.generator.model.towers:
+            encoded.rows = encoded.rows.add_column(PROMPT, list(rows[PROMPT]))
         if args.process_index == 0:
             self.generator.warn_of_cuts(rows["prompt"][:])
             report(encoded, args.train_batch_size)
         return encoded
+
+    def _base_texts(self) -> AbstractContextManager[None]:
+        """Within it prompts are encoded as the reference sees them: that is cached, what learns is encoded anew."""
+        return self.generator.reference() if self.generator.model.towers else nullcontext()
 
     @override
     def _get_dataloader(self, dataset: Any, **options: Any) -> Any:

@@ -56,6 +56,13 @@ class AlignConfig(TrainingArguments):
         default=None, metadata={"help": "Suffixes of the layers that get a LoRA; default: the family's attention."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the LoRA."})
+    train_text_encoder: bool = field(
+        default=False,
+        metadata={"help": "A LoRA on the text encoders too, those that the pipeline's own LoRA loader knows."},
+    )
+    text_encoder_targets: list[str] | None = field(
+        default=None, metadata={"help": "Suffixes of their layers that get it; default: CLIP's attention."}
+    )
     save_merged: bool = field(
         default=False, metadata={"help": "Beside the adapter, write `merged`: the whole model with it folded in."}
     )
@@ -118,8 +125,15 @@ class AlignConfig(TrainingArguments):
             raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")
         if self.remove_unused_columns or self.logging_nan_inf_filter:
             raise ConfigError("remove_unused_columns and logging_nan_inf_filter must be false: see their help")
+        self._check_adapter_keys()
+
+    def _check_adapter_keys(self) -> None:
         if self.full_finetune and self.lora_targets:
             raise ConfigError("lora_targets and full_finetune exclude each other; keep one")
+        if self.train_text_encoder and (self.full_finetune or self.fsdp):
+            raise ConfigError("train_text_encoder goes with a LoRA on one device or DDP: no full_finetune, no fsdp")
+        if self.text_encoder_targets and not self.train_text_encoder:
+            raise ConfigError("text_encoder_targets needs train_text_encoder: true")
         if not self.full_finetune and self.lora_rank < 1:
             raise ConfigError(f"lora_rank is {self.lora_rank}; give at least 1, or full_finetune: true")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from alignkit.errors import DataError
-from alignkit.records import Conditioning, Prompt, derive_seed
+from alignkit.records import Captions, Conditioning, Prompt, derive_seed
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
 from alignkit.trainers.media import fit, read_clip, read_picture, to_pixels
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from alignkit.generators.base import PipelineGenerator
 
 COND = "cond."  # prefix of conditioning columns and batch keys
+PROMPT = "prompt"  # column and batch key of the text itself
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}  # of media, by modality
 
 
@@ -42,6 +43,9 @@ def fingerprint(*modules: nn.Module | None) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in () if module is None else module.state_dict().items():
+            if "lora_" in name:  # conditioning is cached as the base model has it
+                continue
+            name = name.replace(".base_layer", "")  # noqa: PLW2901
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)].double().cpu().numpy()
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}{float(flat.double().sum())!r}".encode())
@@ -139,6 +143,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         item |= {"t": draws.t, "noise": draws.noise, "dropped": torch.tensor(draws.dropped)}
         if self.reference is not None:
             item["reference_err"] = self.reference[self.epoch, index]
+        if PROMPT in row:  # text encoders that are trained read it anew in each step
+            item[PROMPT] = row[PROMPT]
         return item
 
 
@@ -150,15 +156,18 @@ def _pack(tensor: Tensor) -> bytes:
     return tensor.detach().float().cpu().contiguous().numpy().tobytes()
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack items; all rows of a batch have one size (see `buckets.BucketBatches`)."""
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack items; all rows of a batch have one size (see `buckets.BucketBatches`). Texts stay a list."""
+    columns = {key: [item[key] for item in items] for key in items[0]}
+    return {key: column if key == PROMPT else torch.stack(column) for key, column in columns.items()}
 
 
-def conditioning(batch: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> Conditioning:
-    """The batch's Conditioning [P, ...] with its caption dropout applied."""
+def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Conditioning:
+    """The batch's Conditioning [P, ...] with its caption dropout applied, and its captions where it has the texts."""
+    captions = Captions(batch[PROMPT], batch["dropped"]) if PROMPT in batch else None
     tensors = {key.removeprefix(COND): value for key, value in batch.items() if key.startswith(COND)}
-    return Conditioning(tensors, {k: v.to(batch["dropped"].device) for k, v in null.items()}).drop(batch["dropped"])
+    null = {name: tensor.to(batch["dropped"].device) for name, tensor in null.items()}
+    return Conditioning(tensors, null, captions).drop(batch["dropped"])
 
 
 class Encoder:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from alignkit.trainers.buckets import BucketBatches
-from alignkit.trainers.latents import LatentDataset, collate
+from alignkit.trainers.latents import PROMPT, LatentDataset, collate
 
 if TYPE_CHECKING:
     from alignkit.trainers.rankdpo import RankDPOTrainer
@@ -32,8 +32,15 @@ def base_fingerprint(net: nn.Module) -> str:
     for name, tensor in net.state_dict().items():
         if "lora_" not in name:
             plain = name.replace(".base_layer", "")
-            digest.update(f"{plain}{tuple(tensor.shape)}{float(tensor.double().sum())!r}".encode())
+            digest.update(f"{plain}{tuple(tensor.shape)}{_sum(tensor)!r}".encode())
     return digest.hexdigest()[:16]
+
+
+def _sum(tensor: Tensor) -> float:
+    try:
+        return float(tensor.double().sum())
+    except NotImplementedError:  # of torchao's tensors in 8 bits
+        return float(tensor.dequantize().double().sum())
 
 
 def epochs_needed(trainer: RankDPOTrainer) -> int:
@@ -84,7 +91,7 @@ def _one_epoch(trainer: RankDPOTrainer, dataset: LatentDataset, epoch: int, epoc
     rows: list[Tensor] = []
     numbers: list[Tensor] = []
     for batch in tqdm(loader, desc=label, disable=trainer.args.disable_tqdm):
-        moved = {key: value.to(trainer.args.device) for key, value in batch.items()}
+        moved = {key: value.to(trainer.args.device) for key, value in batch.items() if key != PROMPT}
         with trainer.accelerator.autocast():
             rows.append(trainer.reference_errors(model, moved).float().cpu())
         numbers.append(batch["row"])

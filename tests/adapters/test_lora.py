@@ -232,7 +232,7 @@ def _rewrite(folder: Path, change) -> None:
         (lambda s: {k.replace("to_q", "to_elsewhere"): v for k, v in s.items() if "to_q" in k}, "to_elsewhere"),
         (
             lambda s: {k.replace("lora_A", "down"): v for k, v in s.items() if "lora_A" in k},
-            "only the diffusers and PEFT",
+            "only the diffusers, PEFT and kohya",
         ),
         (lambda s: {k: v for i, (k, v) in enumerate(s.items()) if i}, "does not fit this model: without weights"),
         (lambda s: {k: v[:, :2].contiguous() if "lora_A" in k else v for k, v in s.items()}, "has another shape"),

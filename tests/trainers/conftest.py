@@ -61,7 +61,8 @@ def batch_of() -> Callable[..., dict[str, Tensor]]:
 
     def collect(trainer: Any, count: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         batch = collate([trainer.train_dataset[i] for i in range(count)])
-        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+        is_floating = {key for key, value in batch.items() if torch.is_tensor(value) and value.is_floating_point()}
+        return {key: value.to(dtype) if key in is_floating else value for key, value in batch.items()}
 
     return collect
 
