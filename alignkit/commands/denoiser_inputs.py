@@ -58,7 +58,9 @@ def denoiser_inputs(net: Any, size: Latents) -> Inputs:
     name = type(net).__name__
     if name not in _INPUTS:
         known = nearest(name, _INPUTS)
-        raise UnknownNameError(f"no table says what a {name} is called with.{known} See alignkit.commands.denoiser_inputs")
+        raise UnknownNameError(
+            f"no table says what a {name} is called with.{known} See alignkit.commands.denoiser_inputs"
+        )
     given = _INPUTS[name](net.config, size, TEXT_TOKENS[name])
     times = {key: given.pop(key) for key in ("timestep", "r_timestep") if key in given}
     return {**{key: _cast(value, net.dtype) for key, value in given.items()}, **times}

@@ -57,8 +57,12 @@ class Model:
         """How many numbers a component's files hold."""
         return sum(math.prod(shape) for shape in self.shapes[component].values())
 
+    def denoiser_parameters(self) -> int:
+        """How many of the denoiser's numbers are parameters; the rest are fixed positions."""
+        return sum(parameter.numel() for parameter in self.blank_denoiser().parameters())
+
     def blank_denoiser(self) -> Any:
-        """The network without weights, on whatever device is the default."""
+        """The denoiser on the meta device."""
         return blank("diffusers", self.denoiser_class, self.config)
 
 
