@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,16 +138,19 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
     )
 
 
-def model_lines(job: DoctorJob) -> list[str]:
-    """Sizes, operations and memory of the planned training. Raises MissingFileError naming missing component files."""
-    if job.model is None:
-        return []
-    if not job.model.is_dir():
-        advice = f"a hub id is downloaded first: hf download {job.model} --local-dir FOLDER"
-        raise ConfigError(f"'{job.model}' is no local folder; {advice}")
-    model = read_model(job.model)
+def planned_model(folder: Path) -> Model:
+    """The model of a local folder. Raises MissingFileError naming missing component files."""
+    if not folder.is_dir():
+        advice = f"a hub id is downloaded first: hf download {folder} --local-dir FOLDER"
+        raise ConfigError(f"'{folder}' is no local folder; {advice}")
+    return read_model(folder)
+
+
+def model_lines(job: DoctorJob, folder: Path) -> list[str]:
+    """Sizes, operations and memory of the planned training, and what it fits in."""
+    model = planned_model(folder)
     setup = setup_of(job, model)
-    blocks = [_size_lines(job.model.name, model), _lora_lines(model, setup), _operation_lines(model, setup)]
+    blocks = [_size_lines(folder.name, model), _lora_lines(model, setup), _operation_lines(model, setup)]
     blocks += [_memory_lines(job.method, model, setup), _card_lines(model, setup)]
     return [line for block in blocks for line in [*block, ""]][:-1]
 
@@ -167,7 +171,7 @@ def _lora_lines(model: Model, setup: memory.Setup) -> list[str]:
     ranks = sorted({*RANKS, setup.lora_rank})
     counts = {rank: memory.lora_parameters(model, setup.lora_targets, rank) for rank in ranks}
     lines = [_row(f"rank {rank}", f"{count / 1e6:9.2f}M") for rank, count in counts.items()]
-    return [f"LoRA parameters, on {', '.join(setup.lora_targets)}", *lines]
+    return [*textwrap.wrap(f"LoRA parameters, on {', '.join(setup.lora_targets)}", 100), *lines]
 
 
 def _operation_lines(model: Model, setup: memory.Setup) -> list[str]:
@@ -206,7 +210,7 @@ def _verdict(model: Model, setup: memory.Setup, capacity: int) -> str:
     if found is None:
         return "does not fit: lower batch, candidates or resolution, or shard (FSDP, DeepSpeed)"
     names, amount = found
-    return f"does not fit; {amount / memory.GB:.1f} GB with {', '.join(names)}" if names else "fits"
+    return f"with {', '.join(names)}: {amount / memory.GB:.1f} GB" if names else "fits as asked"
 
 
 def _work(job: DoctorJob) -> None:
@@ -214,19 +218,19 @@ def _work(job: DoctorJob) -> None:
         print("\n".join(machine_lines()))
         print("\nmemory of a training: alignkit doctor --model FOLDER --method rankdpo")
     else:
-        print("\n".join(model_lines(job)))
+        print("\n".join(model_lines(job, job.model)))
 
 
 def _plan(job: DoctorJob) -> list[str]:
     if job.model is None:
         return ["look at versions, devices and optional parts"]
-    read_model(job.model)
+    planned_model(job.model)
     return [f"size up {job.model}: read its headers or configs, and run one step of it on the meta device"]
 
 
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = (
-        "Show versions, devices and optional parts; with --model, sizes, operations and peak memory of a training."
+        "Show versions, devices and optional parts; with --model, size up a training: operations, memory, what fits."
     )
     execute(Verb("doctor", summary, lambda *_: DoctorJob, _plan, _work), argv)

@@ -124,7 +124,8 @@ def _checkpoint(bf16: bool, block: Any, *given: Any) -> Any:  # noqa: FBT001 - b
 class _Card(TorchFunctionMode):
     """What a CUDA card does and the meta device does not: autocast, and attention as one fused kernel, masks or not.
 
-    `copied` counts the bytes of weights that autocast made a copy of. Besides: how many text tokens a mask leaves, which Lumina's network asks and a meta tensor cannot tell (all).
+    `copied` counts the bytes of weights that autocast made a copy of. Besides: how many text tokens a mask leaves,
+    which Lumina's network asks and a meta tensor cannot tell (all).
     """
 
     def __init__(self, bf16: bool) -> None:  # noqa: FBT001
