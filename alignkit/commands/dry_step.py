@@ -38,6 +38,7 @@ from torch.utils.flop_counter import flop_registry
 from alignkit.adapters import lora
 from alignkit.commands.denoiser_inputs import TEXT_TOKENS, Latents, denoiser_inputs
 from alignkit.commands.folders import Model
+from alignkit.errors import ConfigError
 
 # What CUDA's autocast runs in bf16, and of what it runs in float32 the functions whose tensors are large.
 _BF16 = {linear, conv1d, conv2d, conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm}
@@ -76,7 +77,10 @@ class Cost:
 
 @functools.cache
 def dry_step(model: Model, run: Run) -> Cost:
-    """The cost of `run` on the model's denoiser; a remembered one comes at once."""
+    """The cost of `run` on the model's denoiser; a remembered one comes at once.
+
+    Raises ConfigError for a size that the network refuses, UnknownNameError for a class without a table of inputs.
+    """
     net = _network(model, run.dtype, run.lora_rank, run.lora_targets)
     if run.checkpointing:
         net.enable_gradient_checkpointing(functools.partial(_checkpoint, run.bf16))
@@ -89,11 +93,19 @@ def dry_step(model: Model, run: Run) -> Cost:
         card = _Card(run.bf16)
         with Ledger([*net.parameters(), *net.buffers(), *tree_leaves(given)]) as ledger:
             with card:
-                prediction = net(**given, return_dict=False)[0].float()
+                prediction = _predict(net, given, run)
             forward = ledger.flops
             (prediction - torch.zeros_like(prediction)).square().mean().backward()
     shared = 0 if run.checkpointing else card.copied  # a checkpointed block lets go of its copies
     return Cost(forward, ledger.flops - forward, ledger.peak - shared, shared)
+
+
+def _predict(net: Any, given: dict[str, Any], run: Run) -> Tensor:
+    try:
+        return net(**given, return_dict=False)[0].float()
+    except (ValueError, RuntimeError) as error:
+        size = f"{run.width}x{run.height}, {run.frames} frames"
+        raise ConfigError(f"{type(net).__name__} does not take {size}: {error}") from error
 
 
 @functools.cache
