@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,11 +85,15 @@ def test_latents_of_the_default_size(name, latent):
 
 @pytest.mark.parametrize("name", list(DENOISERS))
 def test_one_small_step_of_each(name):
-    """Every family's table of inputs is right: its published network takes them, forward and backward."""
+    """Every family's table of inputs is right: its published network, cut to a block a kind, takes them."""
     model = read_model(ROOT / name)
+    depths = {
+        key: 1 for key in ("num_layers", "num_single_layers", "transformer_layers_per_block") if key in model.config
+    }
+    model = replace(model, config={**model.config, **depths})
     frames = 9 if model.denoiser_class in VIDEO_SIZES else 1
     setup = setup_of(DoctorJob(resolution=256, frames=frames, dtype="bfloat16", bf16=True), model)
     counts = memory.operations(model, setup)
-    # A forward reads each weight once a token at least: 256 tokens or more, two operations each, in most layers.
-    assert counts["forward"] > model.denoiser_parameters() * 2 * 8
-    assert counts["backward, with what is checkpointed"] > 0.9 * counts["forward"]
+    # Without gradients of frozen weights a backward costs about a forward; attention's twice, the text's way nothing.
+    assert 0.3 < counts["backward, with what is checkpointed"] / counts["forward"] < 2.5
+    assert memory.parts(model, setup)["activations"] > 0
