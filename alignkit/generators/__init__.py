@@ -40,8 +40,11 @@ GENERATORS = {
 _WEIGHTLESS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "image_processor")
 
 
-def read_model_index(model: str) -> dict[str, Any]:
-    """`model_index.json` of a folder or hub id, with every component of a local folder checked for its files."""
+def read_model_index(model: str, *, weights: bool = True) -> dict[str, Any]:
+    """`model_index.json` of a folder or hub id, with every component of a local folder checked for its files.
+
+    Without `weights`, configs are enough.
+    """
     if not Path(model).exists():
         if model.startswith((".", "/", "~")) or model.count("/") != 1:
             raise MissingFileError(f"no model folder '{model}'; give a diffusers folder or a hub id such as org/name")
@@ -58,13 +61,15 @@ def read_model_index(model: str) -> dict[str, Any]:
         components = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{index} is no valid JSON: {error}") from error
-    missing = [problem for name, entry in components.items() for problem in _missing(Path(model), name, entry)]
+    missing = [
+        problem for name, entry in components.items() for problem in _missing(Path(model), name, entry, weights=weights)
+    ]
     if missing:
         raise MissingFileError(f"model folder '{model}' is incomplete, missing: {', '.join(missing)}; copy it again")
     return dict(components)
 
 
-def _missing(model: Path, name: str, entry: Any) -> list[str]:
+def _missing(model: Path, name: str, entry: Any, *, weights: bool) -> list[str]:
     """Files that component `name` should have and has not."""
     if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
         return []
@@ -74,6 +79,8 @@ def _missing(model: Path, name: str, entry: Any) -> list[str]:
     if name in _WEIGHTLESS:
         return []
     missing = [] if (folder / "config.json").is_file() else [f"{name}/config.json"]
+    if not weights:
+        return missing
     shards = {
         shard
         for index in folder.glob("*.safetensors.index.json")

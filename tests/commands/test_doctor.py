@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from alignkit import cli
 
 
@@ -13,22 +15,57 @@ def test_the_machine(capsys):
     assert "torchvision" in said
 
 
+def amounts(said, name):
+    return [float(line.split()[-2]) for line in said.splitlines() if line.startswith(f"  {name}")]
+
+
 def test_a_model_folder_and_a_method(model_folders, capsys):
-    words = ["doctor", f"--model={model_folders['flow']}", "--method=rankdpo", "--resolution=2048"]
+    words = ["doctor", f"--model={model_folders['unet']}", "--method=rankdpo", "--resolution=512"]
     assert cli.main(words) == 0, capsys.readouterr().err
     plain = capsys.readouterr().out
-    assert cli.main([*words, "--full_finetune=true", "--batch=8"]) == 0
+    assert cli.main([*words, "--full_finetune=true", "--batch=8", "--precompute_reference=true"]) == 0
     full = capsys.readouterr().out
-    assert "peak memory of rankdpo on flow" in plain
-    assert "frozen reference copy" in full
-    sizes = [[line.split()[-2] for line in said.splitlines() if "activations" in line] for said in (plain, full)]
-    assert float(sizes[1][0]) > 4 * float(sizes[0][0]) > 0
+    assert "parameters of unet, a StableDiffusionPipeline" in plain
+    assert all(f"  rank {rank} " in plain for rank in (8, 16, 32, 64, 128))
+    assert "peak memory of rankdpo, 1 x 4 pictures a step" in plain
+    for size in (24, 48, 80, 141):
+        assert any(f"{size} GB card" in line and line.endswith("fits as asked") for line in plain.splitlines())
+    assert amounts(full, "activations")[0] > 4 * amounts(plain, "activations")[0] > 0
+    assert amounts(plain, "reference") == amounts(plain, "forward")
+    assert amounts(full, "reference") == [0]
+
+
+def test_what_is_no_parameter_is_told_apart(model_folders, capsys):
+    assert cli.main(["doctor", f"--model={model_folders['flow']}", "--method=sft", "--resolution=16"]) == 0
+    said = capsys.readouterr().out
+    assert "0.0M fixed positions besides" in said
+    assert "1 x 1 pictures a step" in said
+
+
+def test_what_to_switch_on(monkeypatch, model_folders, capsys):
+    """Cards just too small for the plain step, and far too small for any."""
+    from alignkit.commands import memory
+
+    words = ["doctor", f"--model={model_folders['unet']}", "--resolution=1024", "--dtype=bfloat16", "--bf16=true"]
+    assert cli.main(words) == 0
+    need = amounts(capsys.readouterr().out, "all")[-1]
+    monkeypatch.setattr(memory, "CARDS", (need, 0.001))
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert f"{need} GB card" in said
+    assert re.search(r"with (activation_checkpointing|low_memory): true: \d\.\d GB", said)
+    assert "does not fit: lower batch" in said
 
 
 def test_a_hub_id_is_told_how_to_be_downloaded_without_asking_the_network(monkeypatch, capsys):
     monkeypatch.setattr("socket.socket.connect", lambda *_: (_ for _ in ()).throw(AssertionError("network")))
     assert cli.main(["doctor", "--model", "stabilityai/some-model"]) == 2
     assert "hf download stabilityai/some-model --local-dir" in capsys.readouterr().err
+
+
+def test_a_dry_run_asks_no_network_either(capsys):
+    assert cli.main(["doctor", "--model", "stabilityai/some-model", "--dry-run"]) == 2
+    assert "is no local folder" in capsys.readouterr().err
 
 
 def test_a_model_folder_that_lacks_files(tmp_path, capsys):

@@ -1,0 +1,255 @@
+"""RankDPO steps of SDXL and SD3.5-M at full size on a CUDA card: images/s, peak memory, share of the card's peak.
+
+    python benchmarks/full_size_step.py [--models sdxl sd35_medium] [--steps 8] [--checkpointing] [--tiny]
+
+Weights are random bfloat16 (their values change neither speed nor memory), latents and conditioning random rows of the
+cache's layout; the step is that of a running `trainer.train()`: LoRA, autocast to bf16, with and without precomputed
+reference. No text encoder is built: training reads the cache. One JSON line a case, with what `alignkit doctor` says
+of it. `--tiny` runs tiny networks on any device, to show that the script works; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import diffusers
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from typing_extensions import override
+
+from alignkit.commands import memory
+from alignkit.commands.folders import Model, blank, read_model
+from alignkit.generators.stable_diffusion3 import StableDiffusion3
+from alignkit.generators.stable_diffusion_xl import StableDiffusionXL
+from alignkit.records import Conditioning
+from alignkit.trainers.latents import COND, DrawPlan, LatentDataset
+from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "models"
+WARM_UP = 2  # steps that are not counted
+# Dense bf16 operations a second, from the makers' data sheets, by what the device's name holds.
+MATRIX_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of configs/models; `cond`: shapes of one prompt's conditioning; `tiny`: what makes its config tiny."""
+
+    pipeline: Any
+    adapter: Any
+    scheduler: Any
+    cond: dict[str, tuple[int, ...]]
+    tiny: dict[str, Any]
+    tiny_cond: dict[str, tuple[int, ...]]
+
+
+CASES = {
+    "sdxl": Case(
+        diffusers.StableDiffusionXLPipeline,
+        StableDiffusionXL,
+        diffusers.EulerDiscreteScheduler,
+        {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,)},
+        {
+            "block_out_channels": [32, 64],
+            "attention_head_dim": [2, 4],
+            "transformer_layers_per_block": [1, 1],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "cross_attention_dim": 32,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        },
+        {"encoder_hidden_states": (77, 32), "text_embeds": (32,)},
+    ),
+    "sd35_medium": Case(
+        diffusers.StableDiffusion3Pipeline,
+        StableDiffusion3,
+        diffusers.FlowMatchEulerDiscreteScheduler,
+        {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)},
+        {
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "joint_attention_dim": 32,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 32,
+            "dual_attention_layers": [0],
+        },
+        {"encoder_hidden_states": (333, 32), "pooled_projections": (32,)},
+    ),
+}
+
+
+def bare_folder(name: str, changes: dict[str, Any], work: Path) -> Path:
+    """A copy of the model's configs without text encoders, with `changes` in the denoiser's."""
+    source, target = CONFIGS / name, work / name
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in index.items() if not key.startswith("text_encoder")}
+    for part in (key for key in kept if not key.startswith("_")):
+        for path in (source / part).glob("*.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config |= changes if part in ("unet", "transformer") else {}
+            (target / part).mkdir(parents=True, exist_ok=True)
+            (target / part / path.name).write_text(json.dumps(config), encoding="utf-8")
+    (target / "model_index.json").write_text(json.dumps(kept), encoding="utf-8")
+    return target
+
+
+def random_net(net: nn.Module, device: torch.device) -> Any:
+    """A network of the meta device on `device`, in bfloat16, with small random numbers."""
+    net = nn.Module.to(net, torch.bfloat16).to_empty(device=device)  # diffusers' own `to` warns of float32 modules
+    with torch.no_grad():
+        for tensor in [*net.parameters(), *net.buffers()]:
+            tensor.normal_(std=0.02)
+    return net
+
+
+def generator_of(case: Case, folder: Path, model: Model, cond: dict[str, tuple[int, ...]], device: Any) -> Any:
+    """The family's adapter on a pipeline without text encoders; prompts become random conditioning."""
+    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    parts = {
+        model.denoiser: random_net(model.blank_denoiser(), device),
+        "vae": random_net(blank("diffusers", vae["_class_name"], vae), device),
+        "scheduler": case.scheduler.from_config(scheduler),
+    }
+    absent = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+    expected = case.pipeline.__init__.__code__.co_varnames
+    generator = case.adapter(case.pipeline(**parts, **{name: None for name in absent if name in expected}), folder.name)
+
+    def encode_prompts(prompts: list[str]) -> Conditioning:
+        rows, null = (
+            {name: torch.randn(n, *shape, device=device) for name, shape in cond.items()} for n in (len(prompts), 1)
+        )
+        return Conditioning(rows, null)
+
+    generator.encode_prompts = encode_prompts
+    return generator
+
+
+def cached_rows(generator: Any, cond: dict[str, tuple[int, ...]], chosen: argparse.Namespace) -> LatentDataset:
+    """Random rows for all steps, as the latent cache holds them."""
+    count, shape = chosen.prompts * (chosen.steps + WARM_UP), generator.latent_shape(chosen.side, chosen.side)
+    shapes = {"latents": (chosen.candidates, *shape), **{COND + name: size for name, size in cond.items()}}
+    row = {name: torch.randn(size).numpy().tobytes() for name, size in shapes.items()}
+    rows = datasets.Dataset.from_list([{"prompt_id": str(i), **row} for i in range(count)])
+    phi = torch.linspace(0, 1, chosen.candidates).expand(count, -1)
+    return LatentDataset(rows, phi, shapes, DrawPlan(generator.noise_schedule.sample_t, 0, 0.1))
+
+
+class Clock(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    @override
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.marks.append(time.perf_counter())
+
+    def median(self) -> float:
+        """Of the steps after the warm-up."""
+        marks = self.marks[WARM_UP - 1 :]
+        return statistics.median(later - earlier for earlier, later in itertools.pairwise(marks))
+
+
+def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -> dict[str, Any]:
+    """One case: the step's figures, and the doctor's."""
+    case, cuda = CASES[name], torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    cond = case.tiny_cond if chosen.tiny else case.cond
+    folder = bare_folder(name, case.tiny if chosen.tiny else {}, work)
+    model = read_model(folder)
+    generator = generator_of(case, folder, model, cond, device)
+    arguments = RankDPOConfig(
+        output_dir=str(work / f"{name}-{ready}"),
+        max_steps=chosen.steps + WARM_UP,
+        per_device_train_batch_size=chosen.prompts,
+        bf16=True,
+        use_cpu=not cuda,
+        activation_checkpointing=chosen.checkpointing,
+        precompute_reference=ready,
+        learning_rate=1e-6,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    clock = Clock()
+    trainer = RankDPOTrainer(generator, arguments, cached_rows(generator, cond, chosen), callbacks=[clock])
+    trainer.remove_callback(PrinterCallback)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    measured = torch.cuda.max_memory_allocated() if cuda else None
+    setup = memory.Setup(
+        height=chosen.side,
+        width=chosen.side,
+        frames=1,
+        batch=chosen.prompts,
+        candidates=chosen.candidates,
+        lora_rank=arguments.lora_rank,
+        lora_targets=tuple(generator.lora_targets),
+        full_finetune=False,
+        needs_reference=True,
+        dtype="bfloat16",
+        bf16=True,
+        precompute_reference=ready,
+        gradient_checkpointing=chosen.checkpointing,
+    )
+    estimate = memory.total(model, setup)
+    images_per_s = chosen.prompts * chosen.candidates / clock.median()
+    rate = images_per_s * sum(memory.operations(model, setup).values())
+    peak = next((value for part, value in MATRIX_PEAK.items() if cuda and part in torch.cuda.get_device_name()), None)
+    return {
+        "model": name,
+        "tiny": chosen.tiny,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "precomputed_reference": ready,
+        "images_per_s": round(images_per_s, 3),
+        "peak_gb": measured and round(measured / memory.GB, 3),
+        "doctor_gb": round(estimate / memory.GB, 3),
+        "doctor_over_measured": measured and round(estimate / measured, 4),
+        "tflop_per_s": round(rate / 1e12, 3),
+        "share_of_matrix_peak": peak and round(rate / peak, 4),
+        "settings": {key: value for key, value in vars(chosen).items() if key not in ("models", "tiny")},
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--side", type=int, help="picture size in pixels; default 1024, tiny 64")
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--candidates", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    chosen = parser.parse_args()
+    chosen.side = chosen.side or (64 if chosen.tiny else 1024)
+    if not torch.cuda.is_available() and not chosen.tiny:
+        parser.error("this measures a CUDA card, and there is none here; --tiny shows on a CPU that the script works")
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as work:
+        for name in chosen.models:
+            for ready in (False, True):
+                print(json.dumps(measure(name, chosen, Path(work), ready=ready)), flush=True)
+                gc.collect()  # the trainer and its network are a cycle; the next case needs their memory
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
