@@ -230,10 +230,9 @@ def test_precomputed_reference_is_the_reference(make, monkeypatch, tmp_path, fam
             make(family, precompute_reference=True, **{**shared, **other})
 
 
-def test_precomputing_spends_no_epoch_too_many(make):
+def test_precomputing_spends_no_epoch_too_many(make, ranked_rows):
     """5 rows in batches of 2, accumulated twice: 2 steps an epoch (the last of one batch); 5 steps touch 3 epochs."""
-    trainer = make("flow")
-    trainer.train_dataset = range(5)
+    trainer = make("flow", rows=ranked_rows(5))
     trainer.args.gradient_accumulation_steps, trainer.args.max_steps = 2, 5
     assert reference.epochs_needed(trainer) == 3
     trainer.args.dataloader_drop_last = True
