@@ -56,10 +56,15 @@ class VPSchedule:
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """Rectified flow: x_t = (1 - t) x0 + t eps, with SD3's logit-normal(0, 1) density and resolution shift."""
+    """Rectified flow: x_t = (1 - t) x0 + t eps, with SD3's logit-normal(0, 1) density and resolution shift.
+
+    Times are drawn again until they lie within [low, high], the range of an expert.
+    """
 
     shift: float = 1.0
     scale: float = 1000.0  # network time units at t = 1
+    low: float = 0.0
+    high: float = 1.0
 
     def coefficients(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t_B, t_B
@@ -68,8 +73,12 @@ class FlowSchedule:
         return t_B * self.scale
 
     def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
-        u = torch.randn(n, generator=generator).sigmoid()
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        kept = torch.empty(0)
+        while len(kept) < n:
+            u = torch.randn(n, generator=generator).sigmoid()
+            t = self.shift * u / (1 + (self.shift - 1) * u)
+            kept = torch.cat([kept, t[(self.low <= t) & (t <= self.high)]])
+        return kept[:n]
 
 
 def expand(values_B: Tensor, like: Tensor) -> Tensor:

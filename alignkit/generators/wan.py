@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class Wan(WanVideo):
 
     Of two experts one is trained, `expert` "transformer" (times from the boundary up) or "transformer_2" (below), on
     times of its own range; the other stays as it is and serves its range in chains and samples. An adapter belongs to
-    its expert: the vanilla pipeline loads the second's with `load_into_transformer_2=True`. Left out: guidance_scale_2.
+    its expert: the vanilla pipeline loads the second's with `load_into_transformer_2=True`. Leave `t_min` at 0
+    with the second. Left out: guidance_scale_2.
     """
 
     def __init__(self, pipeline: Any, name: str, expert: str = "transformer") -> None:
@@ -68,14 +70,8 @@ class Wan(WanVideo):
         super().__init__(pipeline, name)
         ratio = pipeline.config.boundary_ratio
         self._boundary = 0.0 if ratio is None or pipeline.transformer_2 is None else ratio
-
-    def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
-        """The family's density on the trained expert's range, by drawing again what falls outside."""
-        kept = torch.empty(0)
-        while len(kept) < n:
-            drawn = super().sample_t(4 * n, generator)
-            kept = torch.cat([kept, drawn[self._is_mine(drawn)]])
-        return kept[:n]
+        own = {"low": self._boundary} if expert == "transformer" else {"high": self._boundary}
+        self.noise_schedule = replace(self.noise_schedule, **own)
 
     def _is_mine(self, t: Tensor) -> Tensor:
         return (t >= self._boundary) == (self.component == "transformer")

@@ -42,7 +42,7 @@ class Validation:
 
 
 def draw(source: ImageSource, prompts: Sequence[Prompt], seed: int, sampling: Sampling, batch_size: int) -> Tensor:
-    """One picture a prompt [P, 3, H, W], each from its own seed (run seed, prompt id)."""
+    """One picture (or clip) a prompt [P, 3, H, W], each from its own seed (run seed, prompt id)."""
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     return torch.cat(
         [
@@ -53,8 +53,13 @@ def draw(source: ImageSource, prompts: Sequence[Prompt], seed: int, sampling: Sa
 
 
 def save_grid(pictures: Tensor, file: Path, columns: int = 8) -> None:
-    """Pictures [B, 3, H, W] side by side in rows of `columns`, as a PNG."""
+    """Pictures [B, 3, H, W] side by side in rows of `columns`, as a PNG; of clips [B, F, 3, H, W] a row each, with as
+    many of its frames, equally far apart.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    if pictures.dim() == 5:
+        frames = torch.linspace(0, pictures.shape[1] - 1, min(columns, pictures.shape[1])).round().long()
+        columns, pictures = len(frames), pictures[:, frames].flatten(0, 1)
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     padded = torch.zeros(rows * columns, *pictures.shape[1:])

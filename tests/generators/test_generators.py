@@ -122,7 +122,7 @@ def test_an_expert_that_is_not_there(model_folders):
 
 @pytest.mark.parametrize(("family", "low", "high"), [("wan_high", 0.875, 1.0), ("wan_low", 0.0, 0.875)])
 def test_an_expert_is_trained_on_its_own_times(load, family, low, high):
-    t = load(family).sample_t(500, torch.Generator().manual_seed(0))
+    t = load(family).noise_schedule.sample_t(500, torch.Generator().manual_seed(0))
     assert t.shape == (500,)
     assert low <= t.min() < t.max() <= high
 

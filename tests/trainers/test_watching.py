@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from alignkit.errors import NumericsError
 from alignkit.trainers.rankdpo import WINDOW
+from alignkit.trainers.validation import save_grid
 
 
 def drift(trainer, winner, margin, caplog):
@@ -79,3 +82,14 @@ def test_gradients_are_clipped_and_their_norm_logged(make):
     after = torch.cat([p.detach().flatten() for p in trainer._trainable().values()])
     assert trainer.state.log_history[0]["grad_norm"] > 1e-3
     assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_grid_of_clips_shows_frames_across(tmp_path):
+    """A clip a row: its first and last frame and what lies between, equally far apart."""
+    clips = torch.zeros(2, 9, 3, 4, 4)
+    clips += torch.arange(9).reshape(1, 9, 1, 1, 1) / 10 + torch.tensor([0.0, 0.1]).reshape(2, 1, 1, 1, 1)
+    save_grid(clips, tmp_path / "grid.png", columns=5)
+    shown = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert shown.shape == (8, 20, 3)
+    expected = np.array([[0.0, 0.2, 0.4, 0.6, 0.8], [0.1, 0.3, 0.5, 0.7, 0.9]])
+    assert np.abs(shown[::4, ::4, 0] / 255 - expected).max() < 0.003

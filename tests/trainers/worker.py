@@ -96,6 +96,9 @@ def main(job_file: Path) -> None:
         job_file.with_suffix(".log").write_text(json.dumps(trainer.state.log_history))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        # Not by the interpreter's own end: gloo's destructor waits for its thread, which may wait for the interpreter.
+        os._exit(0)
 
 
 if __name__ == "__main__":
