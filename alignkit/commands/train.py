@@ -72,6 +72,7 @@ class TrainJob:
     adapter: a LoRA folder to continue from, of its own rank and targets; the reference stays the model without it.
     dtype: the precision of the frozen weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes), for a LoRA on them.
+    options: keywords of the family's adapter (Wan 2.2: expert).
     data: ranked dataset, or Pick-a-Pic or TRL pairs, or folders w/ and l/, or (sft) captioned pictures or clips.
     held_out: share of rows kept for the held-out loss, where the data has no split; 0 for none.
     validation: pictures drawn and judged during training.
@@ -84,6 +85,7 @@ class TrainJob:
     adapter: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["int8", "nf4"] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     data: Path
     held_out: float = 0.1
     validation: ValidationConfig | None = None
@@ -100,7 +102,8 @@ class TrainJob:
     @property
     def policy(self) -> GeneratorSpec:
         """The generator that is trained."""
-        return GeneratorSpec(model=self.model, adapter=self.adapter, dtype=self.dtype, quantize=self.quantize)
+        loading = {"dtype": self.dtype, "quantize": self.quantize, "options": self.options}
+        return GeneratorSpec(model=self.model, adapter=self.adapter, **loading)
 
 
 def config_class(method: str) -> Any:

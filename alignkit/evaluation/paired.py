@@ -228,6 +228,10 @@ def _draw_part(
     prompts = [item.prompt for item in batch]
     with torch.inference_mode():
         pixels = source.generate([prompt.text for prompt in prompts], [item.seed for item in batch], sampling)
+        if pixels.dim() != 4:
+            raise DataError(
+                f"'{source.name}' makes clips; evaluate compares pictures. Judge clips during training: `validation`"
+            )
         stored = pixels.float().clamp(0, 1).mul(255).round().to(torch.uint8)
         media = stored.float() / 255
         scores = {name: reward(media, prompts).total.double().cpu().tolist() for name, reward in rewards.items()}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError, nearest
+from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
 from alignkit.resolve import resolve
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ def load_generator(
     class_name = read_model_index(str(model))["_class_name"]
     if class_name not in GENERATORS:
         raise UnknownNameError(
-            f"'{model}' is a {class_name}, a pipeline class without an adapter.{nearest(class_name, GENERATORS)} "
-            "To add one see docs/add_a_generator.md."
+            f"'{model}' is a {class_name}, a pipeline class without an adapter. Known: {', '.join(GENERATORS)}. "
+            "To add one see docs/add_a_generator.md"
         )
     family = resolve(class_name, GENERATORS, kind="generator")
     options = dict(options or {})

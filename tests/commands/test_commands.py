@@ -6,6 +6,8 @@ import json
 
 import pytest
 import yaml
+from clips import encoded, frames
+from PIL import Image
 
 from alignkit import cli
 
@@ -55,3 +57,41 @@ def test_training_pushes_its_result_with_the_card(work, model_folders, uploads):
     assert cli.main(["train", "rankdpo", model, "--data=ranked", "--held_out=0", *options]) == 0
     assert uploads[-1]["repo_id"] == "someone/mine"
     assert "flow aligned with RankDPO" in (work / uploads[-1]["folder_path"] / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, capsys):
+    """A strip of frames and the export lie there; pictures' evaluation says that it is none of clips."""
+    (work / "clips").mkdir()
+    names = [f"{number}.mkv" for number in range(3)]
+    for number, name in enumerate(names):
+        (work / "clips" / name).write_bytes(encoded(frames(5, 16, 16, number)))
+    lines = [json.dumps({"file_name": name, "text": f"a clip of {name}"}) for name in names]
+    (work / "clips" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    sampling = {"steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 5}
+    config = {
+        "prompts": {"file": "prompts.txt", "held_out": 0.6},
+        "rewards": {"red": {"reward": "mine_for_commands:Red"}},
+        "validation": {"rewards": ["red"], "prompts": 1, "sampling": sampling},
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    (work / "clips.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    model = f"--model={model_folders['wan']}"
+    options = ["--max_steps=1", "--per_device_train_batch_size=1", "--held_out=0", "--output_dir=mine"]
+    assert cli.main(["train", "sft", "--config=clips.yaml", model, "--data=clips", *options]) == 0
+    (strip,) = (work / "mine" / "validation").glob("*.png")
+    with Image.open(strip) as picture:
+        assert picture.size == (5 * 16, 16)
+    assert (work / "mine" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+
+    told = {"steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}
+    told = {
+        "base": {"model": str(model_folders["wan"])},
+        "tuned": {"adapter": "mine/adapter"},
+        "evaluate": {"sampling": told},
+    }
+    told |= {"prompts": config["prompts"], "rewards": config["rewards"], "out": "judged"}
+    (work / "evaluate.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--config=evaluate.yaml"]) == 2
+    assert "makes clips; evaluate compares pictures" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert len([path for path in before if path.name == "pytorch_lora_weights.safetensors"]) == 4
 
     arms = {"broken": {"train": {"learning_rate": 1e30}}, "dpo": {"train": {"loss": "diffusion_dpo"}}}
-    assert cli.main(ladder(out="second", table="second.md", arms=arms, seeds=[0])) == 2
+    assert cli.main(ladder(out="second", table="second.md", arms=arms, seeds=[0], workers=1)) == 2
     said = capsys.readouterr().err
     assert "1 runs failed: broken seed 0: NumericsError" in said
     assert "| dpo |" in (work / "second.md").read_text(encoding="utf-8")

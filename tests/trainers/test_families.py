@@ -14,7 +14,8 @@ from clips import encoded, frames
 from tiny_families import FAMILIES, IMAGES
 
 
-@pytest.fixture(params=list(FAMILIES))
+# Of the Wans those whose training differs: the second of two experts sees another half of the times.
+@pytest.fixture(params=[name for name in FAMILIES if name not in ("wan_tokens", "wan_high")])
 def family(request):
     return request.param
 
