@@ -35,6 +35,8 @@ class Model:
     @property
     def vae_ratio(self) -> int:
         """Pixels a side of a latent place; every kind of VAE tells it in its way."""
+        if "scale_factor_spatial" in self.vae:  # Wan's
+            return int(self.vae["scale_factor_spatial"])
         if "spatio_temporal_scaling" in self.vae:  # LTX-Video's
             return self.vae["patch_size"] * 2 ** sum(self.vae["spatio_temporal_scaling"])
         for name, spare in (("block_out_channels", 1), ("encoder_block_out_channels", 1), ("temperal_downsample", 0)):

@@ -149,6 +149,8 @@ def fit(
     The result is `output_dir/adapter`, or `output_dir/model` after full fine-tuning. A finished training is recognised
     and loads nothing. `select` may choose or change the training rows (a `datasets.Dataset`).
     """
+    from alignkit.trainers.sharding import whole
+
     folder = Path(args.output_dir)
     inputs = {"policy": policy[1].identity, "data": fingerprint(data)}
     result = folder / ("model" if args.full_finetune else "adapter")
@@ -166,7 +168,9 @@ def fit(
     trainer.save_state()
     trainer.export(result)
     if args.save_merged and not args.full_finetune:
-        trainer.generator.save_merged(folder / "merged")
+        with whole(trainer.generator):  # all processes take part, one writes
+            if args.should_save:
+                trainer.generator.save_merged(folder / "merged")
     if args.push_to_hub:
         trainer.push_to_hub()
     mark_finished(folder)

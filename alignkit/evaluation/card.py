@@ -25,11 +25,11 @@ _USE_ADAPTER = """## Use
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base}")
-pipe.load_lora_weights("path/to/this/folder")
+pipe.load_lora_weights("path/to/this/folder"{loading})
 ```
 
 A pipeline without `load_lora_weights` takes the adapter through PEFT:
-`PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder/peft")`."""
+`PeftModel.from_pretrained(pipe.{component}, "path/to/this/folder/peft")`."""
 _USE_MODEL = """## Use
 
 ```python
@@ -46,6 +46,8 @@ class CardInputs:
     """What a card tells. `base_model` is a hub id or a folder (only its name is printed); the rest may be missing.
 
     `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last pictures.
+    `component` is the trained part of the pipeline, `loading` what `load_lora_weights` is told beside the folder,
+    `modality` image or video.
     """
 
     title: str
@@ -59,6 +61,9 @@ class CardInputs:
     is_adapter: bool = True
     validation: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     grid: Path | None = None
+    component: str = "transformer"
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    modality: str = "image"
 
 
 def write_card(card: CardInputs, folder: Path) -> Path:
@@ -80,10 +85,11 @@ def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[
     """The card as Markdown with YAML front matter."""
     base = Path(card.base_model).name if Path(card.base_model).is_dir() else card.base_model
     what = f"A LoRA adapter for `{base}`" if card.is_adapter else f"All weights of `{base}`"
+    told = "".join(f", {name}={value!r}" for name, value in card.loading.items())
     parts = [
         _front_matter(card, base),
         f"# {card.title}\n\n{what}, trained with {card.method} by alignkit.",
-        (_USE_ADAPTER if card.is_adapter else _USE_MODEL).format(base=base),
+        (_USE_ADAPTER if card.is_adapter else _USE_MODEL).format(base=base, loading=told, component=card.component),
         _scores(evaluation),
         _pictures(shown),
         _validation(card),
@@ -94,8 +100,9 @@ def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[
 
 
 def _front_matter(card: CardInputs, base: str) -> str:
-    fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    fields["tags"] = ["alignkit", card.method.lower(), *(["lora"] if card.is_adapter else []), "text-to-image"]
+    task = f"text-to-{card.modality}"
+    fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
+    fields["tags"] = ["alignkit", card.method.lower(), *(["lora"] if card.is_adapter else []), task]
     if _HUB_ID.fullmatch(base):
         fields["base_model"] = base
     if card.licence:

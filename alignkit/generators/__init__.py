@@ -112,7 +112,8 @@ def load_generator(
 
     from alignkit.generators.quantize import quantization
 
-    class_name = read_model_index(str(model))["_class_name"]
+    index = read_model_index(str(model))
+    class_name = index["_class_name"]
     if class_name not in GENERATORS:
         raise UnknownNameError(
             f"'{model}' is a {class_name}, a pipeline class without an adapter. Known: {', '.join(GENERATORS)}. "
@@ -120,12 +121,13 @@ def load_generator(
         )
     family = resolve(class_name, GENERATORS, kind="generator")
     options = dict(options or {})
-    if unknown := set(options) - set(inspect.signature(family).parameters):
+    if unknown := set(options) - (set(inspect.signature(family).parameters) - {"pipeline", "name"}):
         raise ConfigError(f"a {class_name} takes no {sorted(unknown)} among its options")
     absent = dict.fromkeys(family.unused_parts)
     dtype = dtype or torch.float32
     if quantize:
-        absent["quantization_config"] = quantization(quantize, family.component, dtype)
+        networks = [part for part in ("unet", "transformer", "transformer_2") if index.get(part, [None])[0]]
+        absent["quantization_config"] = quantization(quantize, networks, dtype)
     pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype, **absent)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in ("unet", "vae"):  # convolutions run faster so, on tensor cores and CPUs alike

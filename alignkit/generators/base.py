@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,14 @@ class Denoiser(nn.Module):
         net = self._frozen[0] if self._use_reference and self._frozen else self.net
         family = self._family[0]
         if cond.captions is not None and self.towers and not self._use_reference:
-            told = family.encode_prompts(cond.captions.texts).drop(cond.captions.dropped)
-            cond = told.repeat(len(x_t) // len(told))
-        # Cached latents and conditioning are float32, whatever precision the network was loaded in.
-        cond = cond.map(lambda tensor: tensor.to(net.dtype) if tensor.is_floating_point() else tensor)
+            with torch.autocast(x_t.device.type, enabled=False):  # as the reference's texts were encoded
+                told = family.encode_prompts(cond.captions.texts).drop(cond.captions.dropped)
+            cond = replace(cond, tensors={**cond.tensors, **told.repeat(len(x_t) // len(told)).tensors})
+        # Cached latents and conditioning are float32, whatever precision the network was loaded in. Times and scales
+        # [B] stay so, as those of the pipelines do.
+        cond = cond.map(
+            lambda tensor: tensor.to(net.dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+        )
         return family.call(net, x_t.to(net.dtype), family.noise_schedule.model_time(t), cond)
 
     @property
@@ -89,6 +94,7 @@ class PipelineGenerator:
     """Base of the families: codec, reference switch, sampling and adapters are the same for all of them."""
 
     modality = "image"  # or "video": pixels are then [B, F, 3, H, W] and latents [B, C, T, H, W]
+    guidance: float | None = None  # the scale that the network is told in training, where it is told one
     unguided = 1.0  # the largest scale at which the pipeline leaves the unconditional call out
     unused_parts: tuple[str, ...] = ()  # of the pipeline, never loaded
     component: str  # attribute of the pipeline that is trained: "unet" or "transformer"
@@ -100,7 +106,7 @@ class PipelineGenerator:
     def __init__(self, pipeline: Any, name: str) -> None:
         pipeline.set_progress_bar_config(disable=True)
         tokens.quiet(pipeline)
-        self._is_told_of_cuts = False
+        self._is_told_of_cuts = self._overflows = False
         self.pipeline, self.name = pipeline, name
         self.model = Denoiser(self, pipeline.components[self.component])
 
@@ -238,14 +244,22 @@ class PipelineGenerator:
         return self.pipeline.vae.encode(pixels).latent_dist.mode()
 
     def _in_range(self, coder: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
-        """What `coder` makes of `given`; a VAE that overflows in fp16 (SDXL's does) is taken to float32 for good."""
+        """What `coder` makes of `given`; once a VAE has overflowed in fp16 (SDXL's does) it codes in float32.
+
+        Between calls it stays in fp16: the pipeline has its own way of decoding what it samples.
+        """
         vae = self.pipeline.vae
-        result = coder(given.to(vae.dtype))
-        if vae.dtype == torch.float16 and not result.isfinite().all():
-            warnings.warn(f"the VAE of '{self.name}' overflows in float16; it runs in float32 now", stacklevel=3)
-            vae.float()
-            result = coder(given.float())
-        return result
+        if not self._overflows:
+            result = coder(given.to(vae.dtype))
+            if vae.dtype != torch.float16 or result.isfinite().all():
+                return result
+            warnings.warn(f"the VAE of '{self.name}' overflows in float16; it codes in float32 now", stacklevel=3)
+            self._overflows = True
+        vae.float()
+        try:
+            return coder(given.float())
+        finally:
+            vae.half()
 
     @property
     def spatial_ratio(self) -> int:
@@ -296,6 +310,11 @@ class PipelineGenerator:
     def add_lora(self, rank: int, alpha: float | None, targets: Sequence[str] | None, dropout: float) -> None:
         """Freeze the network and put a fresh LoRA on it."""
         lora.inject(self.net, rank=rank, alpha=alpha, targets=targets or self.lora_targets, dropout=dropout)
+
+    @property
+    def lora_loading(self) -> dict[str, Any]:
+        """What the pipeline's `load_lora_weights` is told beside the folder."""
+        return {}
 
     @property
     def adapter_prefix(self) -> str:

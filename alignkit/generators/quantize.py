@@ -7,7 +7,7 @@ that are trained or merged, which need all their bits.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,8 +38,8 @@ QUANTIZERS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
 }
 
 
-def quantization(name: str, component: str, dtype: torch.dtype) -> PipelineQuantizationConfig:
-    """For `from_pretrained`: `component` quantised, computing in `dtype`.
+def quantization(name: str, components: Sequence[str], dtype: torch.dtype) -> PipelineQuantizationConfig:
+    """For `from_pretrained`: `components` quantised, computing in `dtype`.
 
     Raises UnknownNameError for another name than those of `QUANTIZERS`, ConfigError where the package or a
     GPU that it needs is missing.
@@ -53,4 +53,4 @@ def quantization(name: str, component: str, dtype: torch.dtype) -> PipelineQuant
         raise ConfigError("quantize: nf4 needs a CUDA device; int8 runs everywhere")
     from diffusers import PipelineQuantizationConfig
 
-    return PipelineQuantizationConfig(quant_mapping={component: config(dtype)})
+    return PipelineQuantizationConfig(quant_mapping={component: config(dtype) for component in components})

@@ -77,6 +77,10 @@ class Wan(WanVideo):
         return (t >= self._boundary) == (self.component == "transformer")
 
     @property
+    def lora_loading(self) -> dict[str, Any]:
+        return {"load_into_transformer_2": True} if self.component == "transformer_2" else {}
+
+    @property
     def adapter_prefix(self) -> str:
         return "transformer"  # whichever expert
 

@@ -41,9 +41,10 @@ class ZImage(PipelineGenerator):
     def texts(self, prompts: list[str]) -> dict[str, Tensor]:
         # The pipeline writes its chat template into the list that it is given.
         rows, _ = self.pipeline.encode_prompt(list(prompts), self.device, False, max_sequence_length=self.tokens)
-        states = [pad(row, (0, 0, 0, self.tokens - len(row))) for row in rows]
+        states = torch.stack([pad(row, (0, 0, 0, self.tokens - len(row))) for row in rows])
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        return {"encoder_hidden_states": torch.stack(states), "lengths": lengths}
+        mask = torch.arange(self.tokens, device=self.device) < lengths[:, None]
+        return {"encoder_hidden_states": states, "mask": mask.float()}
 
     def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
         return linear_sigmas(self.pipeline.scheduler.config, steps, tokens=(shape[-2] // 2) * (shape[-1] // 2))
@@ -57,7 +58,7 @@ class ZImage(PipelineGenerator):
         return 2 * self.spatial_ratio
 
     def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
-        rows = zip(cond.tensors["encoder_hidden_states"], cond.tensors["lengths"].long().tolist(), strict=True)
+        rows = zip(cond.tensors["encoder_hidden_states"], cond.tensors["mask"].bool(), strict=True)
         pictures = list(x_t.unsqueeze(2).unbind(0))
-        velocity = net(pictures, 1 - model_time, [states[:length] for states, length in rows]).sample
+        velocity = net(pictures, 1 - model_time, [states[mask] for states, mask in rows]).sample
         return -torch.stack(velocity).squeeze(2)

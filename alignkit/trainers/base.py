@@ -34,7 +34,7 @@ from alignkit.trainers.buckets import BucketBatches, report
 from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_incomplete, require_whole
 from alignkit.trainers.config import AlignConfig
 from alignkit.trainers.latents import PROMPT, DrawPlan, LatentDataset, collate, conditioning, encode_rows
-from alignkit.trainers.sharding import fill, gather, require_known_layout, whole
+from alignkit.trainers.sharding import fill, gather, settle_layout, whole
 from alignkit.trainers.validation import Validation
 
 MAX_WEIGHT = 20.0
@@ -98,7 +98,7 @@ class AlignTrainer(Trainer):
             held_out if held_out is not None else (train if validation else None),
             **trainer_options,
         )
-        require_known_layout(self.accelerator, asked=bool(args.fsdp))
+        settle_layout(self.accelerator, asked=bool(args.fsdp))
         self._held_out = held_out
         self.add_callback(_Epochs(train))
 
@@ -384,4 +384,7 @@ class AlignTrainer(Trainer):
             is_adapter=not self.args.full_finetune,
             validation={s: {n: v for n, v in log.items() if _is_metric(n)} for s, log in judged.items()},
             grid=grids[-1] if grids else None,
+            component=self.generator.component,
+            loading=self.generator.lora_loading,
+            modality=self.generator.modality,
         )

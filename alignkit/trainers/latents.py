@@ -330,7 +330,8 @@ def _with_defaults(rows: datasets.Dataset, column: str) -> datasets.Dataset:
 def cache_key(generator: PipelineGenerator, rows: datasets.Dataset, sizes: Sizes = AS_THEY_ARE) -> str:
     """Identifies codec weights, encoder weights, sizes, prompts and media; an edit to any of them gives another key.
 
-    A picture counts with its length and last bytes (a PNG's checksum, a JPEG's entropy code): quick on any amount.
+    A picture counts with its length and last bytes (a PNG's checksum, a JPEG's entropy code), one that is a file with
+    the file's size and time: quick on any amount.
     """
     components = generator.pipeline.components
     encoders = [components.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
@@ -346,5 +347,14 @@ def cache_key(generator: PipelineGenerator, rows: datasets.Dataset, sizes: Sizes
         encoded = pa_compute.struct_field(pictures, "bytes")
         paths = pa_compute.struct_field(pictures, "path").to_pylist()
         tails = pa_compute.binary_slice(encoded, -32).to_pylist()
-        digest.update(repr([pa_compute.binary_length(encoded).to_pylist(), tails, paths]).encode())
+        lengths = pa_compute.binary_length(encoded).to_pylist()
+        files = [_stamp(path) if length is None else None for path, length in zip(paths, lengths, strict=True)]
+        digest.update(repr([lengths, tails, paths, files]).encode())
     return digest.hexdigest()[:16]
+
+
+def _stamp(path: str | None) -> tuple[int, int] | None:
+    if path is None or not Path(path).is_file():
+        return None
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns

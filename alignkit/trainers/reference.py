@@ -73,6 +73,7 @@ def _key(trainer: RankDPOTrainer, dataset: LatentDataset, epochs: int) -> str:
         dataset.rows._fingerprint,  # noqa: SLF001 - the name `datasets` itself keys its cache with
         hashlib.sha256(json.dumps(None if dataset.picked is None else dataset.picked.tolist()).encode()).hexdigest(),
         [plan.noise_seed, plan.caption_dropout, plan.share_noise, plan.share_timestep, plan.t_min],
+        [str(trainer.generator.noise_schedule), trainer.generator.guidance],
         [epochs, trainer.args.bf16, trainer.args.fp16, trainer.args.error_space],
         {key: str(value) for key, value in sorted(trainer.generator.pipeline.scheduler.config.items())},
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from alignkit.generators.base import PipelineGenerator
 
 
-def require_known_layout(accelerator: Accelerator, *, asked: bool) -> None:
-    """Raise ConfigError where weights would be saved wrongly, or FSDP, `asked` for, would silently not be used.
+def settle_layout(accelerator: Accelerator, *, asked: bool) -> None:
+    """Keep FSDP2 from rounding what the model is called with: times in bf16 are other times.
+
+    Raise ConfigError where weights would be saved wrongly, or FSDP, `asked` for, would silently not be used.
 
     DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2 are known: their trained weights can be told apart and made whole.
     """
@@ -34,6 +37,9 @@ def require_known_layout(accelerator: Accelerator, *, asked: bool) -> None:
         raise ConfigError(f"fsdp shards over accelerators; this is {accelerator.distributed_type.value}. Remove fsdp")
     if is_fsdp and accelerator.state.fsdp_plugin.fsdp_version != FSDP2:
         raise ConfigError("FSDP version 1 flattens adapters into the frozen weights; set fsdp_config.version to 2")
+    if is_fsdp and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+        sharding = accelerator.state.fsdp_plugin
+        sharding.mixed_precision_policy = replace(sharding.mixed_precision_policy, cast_forward_inputs=False)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == ZERO3:
         raise ConfigError("DeepSpeed's ZeRO 3 is not supported; use stage 1 or 2, or fsdp, which shards weights too")

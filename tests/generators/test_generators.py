@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,51 @@ def test_the_guide_shows_the_adapter_as_it_is():
     code = source.split("from __future__ import annotations\n\n")[1]
     assert code in (root / "docs/add_a_generator.md").read_text(encoding="utf-8")
     assert len(source.splitlines()) < 100
+
+
+def test_a_vae_that_overflows_in_half_precision(load, monkeypatch):
+    """Told of once; codes in float32 from then on, and stays what it was for the pipeline."""
+    generator = load("sdxl")
+    expected = generator.encode(torch.ones(1, 3, 16, 16) / 2)
+    vae = generator.pipeline.vae.half()
+    real = vae.encode
+
+    def encode(pixels):
+        coded = real(pixels)
+        if pixels.dtype == torch.float16:
+            coded.latent_dist.mean = coded.latent_dist.mean + torch.inf
+        return coded
+
+    monkeypatch.setattr(vae, "encode", encode)
+    with pytest.warns(UserWarning, match="the VAE of 'sdxl' overflows in float16"):
+        first = generator.encode(torch.ones(1, 3, 16, 16) / 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = generator.encode(torch.ones(1, 3, 16, 16) / 2)
+    torch.testing.assert_close(first, expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(first, second)
+    assert vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("family", ["z_image", "anyflow"])
+def test_times_and_lengths_survive_a_bf16_network(load, family, monkeypatch):
+    """Cached conditioning is float32: nothing that counts may be rounded on its way to the network."""
+    generator = load(family)
+    generator.net.to(torch.bfloat16)
+    prompt = "a " * 150
+    shape = generator.latent_shape(16, 16, 5 if family == "anyflow" else 1)
+    cond = generator.encode_prompts([prompt]).map(torch.Tensor.float)
+    seen = []
+    note = lambda _, args, named: seen.append((args, named))  # noqa: E731
+    handle = generator.net.register_forward_pre_hook(note, with_kwargs=True)
+    t, end = torch.tensor([0.999]), torch.tensor([0.9985])
+    with torch.no_grad():
+        generator.guided(generator.model, torch.zeros(1, *shape), (t, end), cond, 0.0)
+    handle.remove()
+    (args, named), *_ = seen
+    if family == "anyflow":
+        assert named["r_timestep"].flatten()[0].item() == pytest.approx(998.5)
+    else:
+        (states,) = args[2]
+        told = generator.pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)[0][0]
+        assert len(states) == len(told) > 300

@@ -344,10 +344,10 @@ def _qwen_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
 
 def _z_image_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:
     rows, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=512)
-    states = torch.zeros(len(rows), 512, WIDTH)
+    states, mask = torch.zeros(len(rows), 512, WIDTH), torch.zeros(len(rows), 512)
     for index, row in enumerate(rows):
-        states[index, : len(row)] = row
-    return {"encoder_hidden_states": states, "lengths": torch.tensor([len(row) for row in rows])}
+        states[index, : len(row)], mask[index, : len(row)] = row, 1
+    return {"encoder_hidden_states": states, "mask": mask}
 
 
 def _dreamlite_texts(pipeline: Any, prompts: Sequence[str]) -> Mapping[str, Tensor]:

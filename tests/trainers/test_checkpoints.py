@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from alignkit.errors import CheckpointMismatchError, ConfigError, ResumeError
 from alignkit.trainers.checkpoint import MARK, damage, find_checkpoint
-from alignkit.trainers.sharding import require_known_layout
+from alignkit.trainers.sharding import settle_layout
 
 SETTINGS = {
     "max_steps": 6,
@@ -367,7 +367,7 @@ def test_layouts_that_would_be_ignored_or_saved_wrongly_are_refused(kind, fsdp_v
     deepspeed = zero_stage and SimpleNamespace(zero_stage=zero_stage)
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version), deepspeed_plugin=deepspeed)
     with pytest.raises(ConfigError, match=message):
-        require_known_layout(SimpleNamespace(distributed_type=kind, state=state), asked=zero_stage is None)
+        settle_layout(SimpleNamespace(distributed_type=kind, state=state), asked=zero_stage is None)
 
 
 # --- export ---------------------------------------------------------------------------------------------------------

@@ -77,10 +77,13 @@ def test_the_reference_is_the_base_model_with_its_own_texts(make, stirred, batch
     assert (trainer.errors(trainer.generator.model, batch) - ours).abs().max() > 1e-3
 
 
-def test_it_starts_at_the_reference(learn, batch_of):
-    trainer = learn()
+@pytest.mark.parametrize("bf16", [False, True])
+def test_it_starts_at_the_reference(learn, batch_of, bf16):
+    """Also under autocast: prompts are encoded in the step as they were for the cache."""
+    trainer = learn(bf16=bf16)
     model, batch = trainer.generator.model, batch_of(trainer)
-    torch.testing.assert_close(trainer.errors(model, batch), trainer.reference_errors(model, batch))
+    with trainer.accelerator.autocast():
+        assert torch.equal(trainer.errors(model, batch), trainer.reference_errors(model, batch))
 
 
 def test_one_by_one_gives_the_same_gradients(stirred, batch_of):

@@ -127,3 +127,25 @@ def test_ranked_clips_train(make, options):
     trainer = make(ranked, config=RankDPOConfig, trainer=RankDPOTrainer, **told)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_a_clip_that_changes_on_disk_is_encoded_anew(make, tmp_path):
+    """A file counts with its size and time, not with its name alone."""
+    file, cache = tmp_path / "clip.mkv", tmp_path / "cache"
+    found = []
+    for seed in (0, 1):
+        file.write_bytes(encoded(frames(seed=seed)))
+        data = rows({"bytes": None, "path": str(file)}, column="video")
+        found.append(make(data, cache_dir=str(cache)).train_dataset[0]["latents"])
+    assert not torch.equal(*found)
+    assert len(list(cache.glob("latents-*.arrow"))) == 2
+
+
+def test_the_card_of_a_second_expert_says_how_to_load_it(load, tmp_path):
+    options = SFTConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1, save_strategy="no")
+    trainer = SFTTrainer(load("wan_low"), options, rows(encoded(frames()), column="video"))
+    trainer.export(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert 'load_lora_weights("path/to/this/folder", load_into_transformer_2=True)' in card
+    assert "PeftModel.from_pretrained(pipe.transformer_2," in card
+    assert "pipeline_tag: text-to-video" in card
