@@ -27,15 +27,6 @@ class CogVideoX(VideoGenerator):
         self.noise_schedule = VPSchedule(pipeline.scheduler.alphas_cumprod.float())
         self._tokens = min(226, pipeline.tokenizer.model_max_length)
 
-    def sampling_arguments(self) -> dict[str, Any]:
-        return {"max_sequence_length": self._tokens}
-
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        states, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=self._tokens, device=self.device
-        )
-        return {"encoder_hidden_states": states}
-
     def initial_noise(self, shape: Sequence[int], source: torch.Generator) -> Tensor:
         channels, frames, *sides = shape
         return super().initial_noise((frames, channels, *sides), source).transpose(1, 2)

@@ -40,10 +40,24 @@ def keep_norm(guided: Tensor, told: Tensor) -> Tensor:
     return guided * (told.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
-def channel_statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a video VAE's latent channels, [C, 1, 1, 1]."""
-    mean, std = (like.new_tensor(config[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
-    return mean, std
+class ChannelStatistics:
+    """Mix-in of families whose latents are normalised channel by channel, as video VAEs have it."""
+
+    pipeline: Any
+
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latent channels, each [C, 1, 1, 1]."""
+        config = self.pipeline.vae.config
+        mean, std = (like.new_tensor(config[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
+        return mean, std
+
+    def _normalised(self, raw: Tensor) -> Tensor:
+        mean, std = self.statistics(raw)
+        return (raw - mean) / std
+
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        mean, std = self.statistics(latents)
+        return latents * std + mean
 
 
 GUIDANCE = "guidance"  # among the conditioning's tensors, [B]

@@ -20,21 +20,23 @@ class HunyuanVideo(EmbeddedGuidance, VideoGenerator):
 
     prediction = "flow"
     guidance = 6.0
-    tokens = 256
     lora_targets = Flux.lora_targets
 
     def __init__(self, pipeline: Any, name: str) -> None:
         super().__init__(pipeline, name)
+        self._tokens = 256
         self.noise_schedule = flow_schedule(pipeline.scheduler.config, scale=1000.0)
 
     def text_window(self, tokenizer: Any) -> tuple[str, int]:
         if tokenizer is self.pipeline.tokenizer_2:
             return "", 77
         before, _, _ = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")
-        return before, DEFAULT_PROMPT_TEMPLATE["crop_start"] + self.tokens
+        return before, DEFAULT_PROMPT_TEMPLATE["crop_start"] + self._tokens
 
     def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        states, pooled, mask = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=self.tokens)
+        states, pooled, mask = self.pipeline.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self._tokens
+        )
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask, "pooled_projections": pooled}
 
     def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:  # noqa: ARG002

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from alignkit.generators.habits import flow_schedule, linear_sigmas
+from alignkit.generators.habits import ChannelStatistics, flow_schedule, linear_sigmas
 from alignkit.generators.video import VideoGenerator
 from alignkit.records import Conditioning
 
 
-class LTXVideo(VideoGenerator):
+class LTXVideo(ChannelStatistics, VideoGenerator):
     """Adapter of `LTXPipeline`. Latents stay [B, C, T, H, W] outside; packing happens in `call`.
 
     A decoder that takes a time is given 0, as the pipeline gives it by default. Positions are those of `frame_rate`
@@ -28,12 +28,10 @@ class LTXVideo(VideoGenerator):
         self._tokens = min(128, pipeline.tokenizer.model_max_length)
 
     def sampling_arguments(self) -> dict[str, Any]:
-        return {"max_sequence_length": self._tokens, "frame_rate": self.frame_rate}
+        return {**super().sampling_arguments(), "frame_rate": self.frame_rate}
 
     def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        states, mask, _, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=self._tokens, device=self.device
-        )
+        states, mask, *_ = self.encoded(prompts)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
@@ -54,18 +52,10 @@ class LTXVideo(VideoGenerator):
         ).sample
         return self.pipeline._unpack_latents(packed, frames, height, width, *patches)  # noqa: SLF001
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.pipeline.vae
         mean, std = (values.to(like)[:, None, None, None] for values in (vae.latents_mean, vae.latents_std))
         return mean, std / vae.config.scaling_factor
-
-    def _normalised(self, raw: Tensor) -> Tensor:
-        mean, std = self._statistics(raw)
-        return (raw - mean) / std
-
-    def _denormalised(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
-        return latents * std + mean
 
     def _decode(self, raw: Tensor) -> Tensor:
         time = raw.new_zeros(len(raw)) if self.pipeline.vae.config.timestep_conditioning else None

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from alignkit.generators.base import PipelineGenerator
 from alignkit.generators.flux import Flux, pack, unpack
-from alignkit.generators.habits import channel_statistics, flow_schedule, keep_norm, linear_sigmas
+from alignkit.generators.habits import ChannelStatistics, flow_schedule, keep_norm, linear_sigmas
 from alignkit.records import Conditioning, Sampling
 
 
-class QwenImage(PipelineGenerator):
+class QwenImage(ChannelStatistics, PipelineGenerator):
     """Adapter of `QwenImagePipeline`. Prompts are kept at `tokens` places, so that rows of a cache have one shape; the
     network sees as many as the longest of a batch needs, as in the pipeline.
 
@@ -81,14 +81,6 @@ class QwenImage(PipelineGenerator):
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents.unsqueeze(2)).squeeze(2)
-
-    def _normalised(self, raw: Tensor) -> Tensor:
-        mean, std = channel_statistics(self.pipeline.vae.config, raw)
-        return (raw - mean) / std
-
-    def _denormalised(self, latents: Tensor) -> Tensor:
-        mean, std = channel_statistics(self.pipeline.vae.config, latents)
-        return latents * std + mean
 
     @property
     def spatial_ratio(self) -> int:

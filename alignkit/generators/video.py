@@ -22,6 +22,17 @@ class VideoGenerator(PipelineGenerator):
         self.latent_frames(sampling.num_frames)  # the pipelines round another number, with a line in the log
         return {"num_frames": sampling.num_frames, **super().call_arguments(prompts, sampling)}
 
+    def sampling_arguments(self) -> dict[str, Any]:
+        return {"max_sequence_length": self._tokens}
+
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": self.encoded(prompts)[0]}
+
+    def encoded(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        """What the pipeline's `encode_prompt` gives for `prompts` alone, T5's states first."""
+        told = {"do_classifier_free_guidance": False, "max_sequence_length": self._tokens}
+        return self.pipeline.encode_prompt(prompts, device=self.device, **told)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] of clips [B, F, 3, H, W] in [0, 1]."""
         self.latent_frames(pixels.shape[1])

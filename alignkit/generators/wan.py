@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.generators.habits import channel_statistics, flow_schedule
+from alignkit.generators.habits import ChannelStatistics, flow_schedule
 from alignkit.generators.video import VideoGenerator
 from alignkit.records import Conditioning
 
 
-class WanVideo(VideoGenerator):
+class WanVideo(ChannelStatistics, VideoGenerator):
     """What Wan's relatives share: UMT5 states, padded with zeros, and Wan's VAE."""
 
     prediction = "flow"
@@ -23,23 +23,6 @@ class WanVideo(VideoGenerator):
         super().__init__(pipeline, name)
         self.noise_schedule = flow_schedule(pipeline.scheduler.config, scale=1000.0)
         self._tokens = min(512, pipeline.tokenizer.model_max_length)
-
-    def sampling_arguments(self) -> dict[str, Any]:
-        return {"max_sequence_length": self._tokens}
-
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        states, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=self._tokens, device=self.device
-        )
-        return {"encoder_hidden_states": states}
-
-    def _normalised(self, raw: Tensor) -> Tensor:
-        mean, std = channel_statistics(self.pipeline.vae.config, raw)
-        return (raw - mean) / std
-
-    def _denormalised(self, latents: Tensor) -> Tensor:
-        mean, std = channel_statistics(self.pipeline.vae.config, latents)
-        return latents * std + mean
 
     @property
     def spatial_ratio(self) -> int:

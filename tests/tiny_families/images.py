@@ -174,8 +174,8 @@ def _lumina2() -> Any:
     return diffusers.Lumina2Pipeline(net, scheduler, vae(4, shift_factor=0.1), gemma(), gemma_tokenizer(240))
 
 
-def _qwen_image() -> Any:
-    tokenizer = qwen_tokenizer()
+def _qwen_sizes(tokenizer: Any, **sight: Any) -> dict[str, Any]:
+    """Of a language model that sees."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -183,10 +183,16 @@ def _qwen_image() -> Any:
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
+        "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
     }
-    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=sight)
+    sight |= {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    return {"text_config": text, "vision_config": sight}
+
+
+def _qwen_image() -> Any:
+    tokenizer = qwen_tokenizer()
+    config = transformers.Qwen2_5_VLConfig(**_qwen_sizes(tokenizer))
     coder = diffusers.AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
@@ -240,18 +246,7 @@ def _z_image() -> Any:
 
 def _dreamlite() -> Any:
     tokenizer = qwen_tokenizer(DREAMLITE)
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-    }
-    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config={**sight, "deepstack_visual_indexes": [0]})
+    config = transformers.Qwen3VLConfig(**_qwen_sizes(tokenizer, deepstack_visual_indexes=[0]))
     language = transformers.Qwen3VLForConditionalGeneration(config).eval()
     coder = diffusers.AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
