@@ -37,7 +37,15 @@ GENERATORS = {
     "LTXPipeline": "alignkit.generators.ltx_video:LTXVideo",
     "HunyuanVideoPipeline": "alignkit.generators.hunyuan_video:HunyuanVideo",
 }
-_WEIGHTLESS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "image_processor")
+_WEIGHTLESS = (
+    "scheduler",
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
+    "feature_extractor",
+    "image_processor",
+    "processor",
+)
 
 
 def read_model_index(model: str, *, weights: bool = True) -> dict[str, Any]:

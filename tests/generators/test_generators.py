@@ -182,3 +182,14 @@ def test_times_and_lengths_survive_a_bf16_network(load, family, monkeypatch):
         (states,) = args[2]
         told = generator.pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)[0][0]
         assert len(states) == len(told) > 300
+
+
+def test_a_part_that_is_never_used_needs_neither_weights_nor_torchvision(model_folders, tmp_path):
+    """DreamLite's published folders hold a multimodal processor, for editing."""
+    folder = shutil.copytree(model_folders["dreamlite"], tmp_path / "published")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["processor"] = ["transformers", "Qwen3VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "processor").mkdir()
+    (folder / "processor" / "preprocessor_config.json").write_text("{}")
+    assert load_generator(folder, device="cpu").pipeline.processor is None

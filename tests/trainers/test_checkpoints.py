@@ -9,17 +9,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from alignkit.errors import CheckpointMismatchError, ConfigError, ResumeError
+from alignkit.errors import CheckpointMismatchError, ResumeError
 from alignkit.trainers.checkpoint import MARK, damage, find_checkpoint
-from alignkit.trainers.sharding import settle_layout
 
 SETTINGS = {
     "max_steps": 6,
@@ -353,21 +350,6 @@ def test_sharded_training_resumes(tmp_path, model_folders, ranked_rows, worker):
     resumed = _run_two(tmp_path, told | {"resume": str(checkpoint)})
     assert logged(resumed) == logged(whole)
     _same(tmp_path / "job-0.safetensors", expected)
-
-
-@pytest.mark.parametrize(
-    ("kind", "fsdp_version", "zero_stage", "message"),
-    [
-        (DistributedType.MULTI_CPU, None, None, "this is MULTI_CPU"),
-        (DistributedType.FSDP, 1, None, "version to 2"),
-        (DistributedType.DEEPSPEED, None, 3, "ZeRO 3 is not supported"),
-    ],
-)
-def test_layouts_that_would_be_ignored_or_saved_wrongly_are_refused(kind, fsdp_version, zero_stage, message):
-    deepspeed = zero_stage and SimpleNamespace(zero_stage=zero_stage)
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=fsdp_version), deepspeed_plugin=deepspeed)
-    with pytest.raises(ConfigError, match=message):
-        settle_layout(SimpleNamespace(distributed_type=kind, state=state), asked=zero_stage is None)
 
 
 # --- export ---------------------------------------------------------------------------------------------------------
