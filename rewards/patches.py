@@ -35,7 +35,7 @@ class Patches:
     def __call__(self, media: Tensor) -> tuple[Tensor, Tensor]:
         """Patches [B * N, 3 * temporal * patch**2] and grids [B, 3] (time, rows, columns of patches).
 
-        `media`: [B, 3, H, W], or clips [B, F, 3, H, W]; a picture is repeated along time, an odd clip's last frame once.
+        `media`: [B, 3, H, W], or clips [B, F, 3, H, W]; a picture is repeated in time, an odd clip's last frame once.
         """
         import torch
 
