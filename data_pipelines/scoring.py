@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QUARANTINE_LIMIT = 0.05  # share of all rows
+TOTAL = ""  # a reward's verdict among its parts
 
 Built = TypeVar("Built")
 
@@ -86,7 +87,8 @@ def score_candidates(
 ) -> StageResult:
     """Score every candidate of a finished generate stage into `out_dir/data/part-*.parquet`, one row a prompt.
 
-    Columns: prompt_id, scores {reward: float64 [K]}. A row where a reward is NaN or infinite is left out, noted in
+    Columns: prompt_id, scores {reward: float64 [K]} and, where a reward has parts (heads, questions, members), parts
+    {reward: {part: float64 [K]}}. A row where a reward is NaN or infinite is left out, noted in
     `quarantine.jsonl` and counted; over 5% of all rows stops the stage. `identities` says what stands for the weights
     of each reward: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
@@ -160,10 +162,12 @@ class Scorer:
         (path,) = part.files
         table = read_table(self.candidates_dir / path, columns=["prompt_id", "prompt", "metadata", "images"])
         rows = table.to_pylist()
-        scores = _score_rows(rows, self.candidates_dir / path, self.rewards(), self.config.batch_size)
-        faults = [_fault(row, index, scores) for index, row in enumerate(rows)]
-        kept = [index for index, fault in enumerate(faults) if fault is None]
-        result = _table([rows[index]["prompt_id"] for index in kept], {k: v[kept] for k, v in scores.items()})
+        measured = _score_rows(rows, self.candidates_dir / path, self.rewards(), self.config.batch_size)
+        totals = {name: columns[TOTAL] for name, columns in measured.items()}
+        faults = [_fault(row, index, totals) for index, row in enumerate(rows)]
+        parts = {name: {key: columns[key] for key in columns if key != TOTAL} for name, columns in measured.items()}
+        is_kept = [fault is None for fault in faults]
+        result = _table([row["prompt_id"] for row in rows], totals, parts).filter(is_kept)
         quarantined = [fault | {"file": path} for fault in faults if fault is not None]
         notes = {"rows": len(rows), "quarantined": quarantined}
         return write_part(self.folder, part.name, {path: result}, inputs=part.files, notes=notes)
@@ -180,22 +184,24 @@ class Scorer:
 
 def _score_rows(
     rows: Sequence[Mapping[str, Any]], path: Path, rewards: Mapping[str, Reward], batch_size: int
-) -> dict[str, np.ndarray]:
-    """float64 [rows, K] of every reward; pictures are decoded once and grouped by size."""
+) -> dict[str, dict[str, np.ndarray]]:
+    """float64 [rows, K] of every reward and its parts; pictures are decoded once and grouped by size."""
     import numpy as np
     import torch
 
     prompts = [Prompt(row["prompt_id"], row["prompt"], json.loads(row["metadata"])) for row in rows]
-    scores = {name: np.empty((len(rows), len(rows[0]["images"]))) for name in rewards}
+    measured: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
     for cells in _batches(rows, path, batch_size):
         pictures = [decode(rows[row]["images"][k]["bytes"], where=_where(path, rows, row, k)) for row, k in cells]
         media = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().float().div_(255)
         index = tuple(np.array(cells).T)
         for name, reward in rewards.items():
             with torch.no_grad():  # a setting of this thread, so it cannot be made outside
-                total = reward(media, [prompts[row] for row, _ in cells]).total
-            scores[name][index] = _checked(total, name, len(cells))
-    return scores
+                found = reward(media, [prompts[row] for row, _ in cells])
+            for part, values in {TOTAL: found.total, **found.parts}.items():
+                column = measured[name].setdefault(part, np.full((len(rows), len(rows[0]["images"])), np.nan))
+                column[index] = _checked(values, f"{name}/{part}" if part else name, len(cells))
+    return measured
 
 
 def _batches(rows: Sequence[Mapping[str, Any]], path: Path, batch_size: int) -> Iterable[list[tuple[int, int]]]:
@@ -230,12 +236,23 @@ def _fault(row: Mapping[str, Any], index: int, scores: Mapping[str, np.ndarray])
     return None
 
 
-def _table(prompt_ids: list[str], scores: Mapping[str, np.ndarray]) -> pa.Table:
+def _table(
+    prompt_ids: list[str], totals: Mapping[str, np.ndarray], parts: Mapping[str, Mapping[str, np.ndarray]]
+) -> pa.Table:
     import pyarrow as pa
     from datasets import Features, List, Value
 
-    named = {name: List(Value("float64")) for name in scores}
-    schema = Features({"prompt_id": Value("string"), "scores": named}).arrow_schema
-    lists = {name: values.tolist() for name, values in scores.items()}
-    rows = [{name: lists[name][index] for name in scores} for index in range(len(prompt_ids))]
-    return pa.table({"prompt_id": prompt_ids, "scores": rows}, schema=schema)
+    numbers = List(Value("float64"))
+    features: dict[str, Any] = {"prompt_id": Value("string"), "scores": dict.fromkeys(totals, numbers)}
+    columns: dict[str, Any] = {"prompt_id": prompt_ids, "scores": _rows(totals)}
+    if told := {name: columns for name, columns in parts.items() if columns}:
+        features["parts"] = {name: dict.fromkeys(columns, numbers) for name, columns in told.items()}
+        split = {name: _rows(columns) for name, columns in told.items()}
+        columns["parts"] = [{name: split[name][row] for name in told} for row in range(len(prompt_ids))]
+    return pa.table(columns, schema=Features(features).arrow_schema)
+
+
+def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, list[float]]]:
+    """{name: [rows, K]} as one {name: [K]} a row."""
+    lists = {name: values.tolist() for name, values in columns.items()}
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]

@@ -28,6 +28,7 @@ NEEDS = {
     "unet_clean": ("unet_third",),
     "unet": ("unet_clean",),
     "flow": ("vae",),
+    "vlm": (),
 }
 
 
@@ -37,7 +38,8 @@ class SandboxJob:
 
     name: vae; clip, the CLIP proxy; reader, where picture and words meet; careful and showy, the
         preference heads; unet_first to unet_clean, four stages of a generator, and unet, which is made from
-        it; flow, another one.
+        it; flow, another one; vlm, which
+        answers questions about pictures and clips.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """
@@ -53,12 +55,15 @@ class SandboxJob:
 
 def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     """The recipe of a model, ready to run."""
-    from alignkit.sandbox import generators, recipes
+    from alignkit.sandbox import generators, recipes, vlm
+    from rewards.patches import Patches
     from rewards.preference import PreferenceConfig, PreferenceModel
 
     work = job.work / job.name
     if job.name in ("vae", "clip"):
         return functools.partial({"vae": recipes.train_vae, "clip": recipes.train_clip}[job.name], result, work)
+    if job.name == "vlm":
+        return functools.partial(vlm.train_vlm, Patches(**vlm.CUTTING), result, work)
     if job.name in recipes.HEADS:
         return functools.partial(recipes.train_head, job.name, PreferenceModel, job.out / "reader", result, work)
     if job.name == "reader":

@@ -32,9 +32,17 @@ _PLAIN = ("a", "photo", "picture", "drawing", "of", "on", "background", "and", "
 WORDS = tuple(dict.fromkeys([*_PLAIN, *NUMBERS, *PALETTE, *SHAPES, *map(_plural, SHAPES), *BACKGROUNDS]))
 
 
-def _split(word: str, merges: Sequence[tuple[str, str]]) -> list[str]:
+def byte_pairs(words: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """Merges after which every word, given as its letters, is one token."""
+    merges: list[tuple[str, str]] = []
+    while split := [pieces for word in words if len(pieces := _merged(word, merges)) > 1]:
+        merges.extend(pair for pair in dict.fromkeys((p[0], p[1]) for p in split) if pair not in merges)
+    return merges
+
+
+def _merged(word: Sequence[str], merges: Sequence[tuple[str, str]]) -> list[str]:
     """Byte-pair encoding of one word, earlier merges first."""
-    pieces = [*word[:-1], word[-1] + "</w>"]
+    pieces = list(word)
     rank = {pair: index for index, pair in enumerate(merges)}
     while pairs := [pair for pair in pairwise(pieces) if pair in rank]:
         best = min(pairs, key=rank.__getitem__)
@@ -45,9 +53,7 @@ def _split(word: str, merges: Sequence[tuple[str, str]]) -> list[str]:
 
 def clip_tokenizer() -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer in which every word of the grammar is one token."""
-    merges: list[tuple[str, str]] = []
-    while split := [pieces for word in WORDS if len(pieces := _split(word, merges)) > 1]:
-        merges.extend(pair for pair in dict.fromkeys((p[0], p[1]) for p in split) if pair not in merges)
+    merges = byte_pairs([[*word[:-1], word[-1] + "</w>"] for word in WORDS])
     letters = sorted({letter for word in WORDS for letter in word})
     names = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     vocabulary = {name: index for index, name in enumerate(dict.fromkeys([*names, *map("".join, merges)]))}

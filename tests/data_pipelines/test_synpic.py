@@ -72,6 +72,22 @@ def test_scores_are_the_rewards_of_the_stored_pictures(world: Any, tmp_path: Pat
             assert scored["scores"][name] == pytest.approx(expected, abs=1e-6)
 
 
+def test_parts_of_rewards_are_kept_beside_their_scores(world: Any, tmp_path: Path) -> None:
+    def mean(media: torch.Tensor, prompts: Any) -> Scores:
+        red, green, _ = media.double().mean(dim=(2, 3)).unbind(1)
+        return Scores(red + green, {"red": red, "green": green})
+
+    config = synpic.ScoreConfig(rewards=["both", "blue"], batch_size=3)
+    builders = {"both": lambda: mean, "blue": world.rewards["blue"]}
+    result = synpic.score_candidates(world.generate(tmp_path / "c"), config, tmp_path / "s", build_rewards=builders)
+    rows = rows_of(tmp_path / "s")
+    assert result.rows == len(rows) == 10
+    for row in rows:
+        assert set(row["parts"]) == {"both"}
+        parts = row["parts"]["both"]
+        assert [a + b for a, b in zip(parts["red"], parts["green"], strict=True)] == row["scores"]["both"]
+
+
 def test_pictures_of_several_sizes_are_scored_apart(world: Any, tmp_path: Path) -> None:
     small, large = (synpic.Sampling(height=size, width=size) for size in (8, 12))
     sources = [synpic.SourceConfig(name="dull", sampling=small), synpic.SourceConfig(name="bright", sampling=large)]

@@ -1,0 +1,211 @@
+"""Questions with answers about scenes and clips of the sandbox: what its vision-language model learns and is asked.
+
+Yes/no questions are balanced and their negatives are near misses (the other object's colour, one object more, the
+opposite side). Not here: the model (`vlm.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from alignkit.sandbox.captions import _plural, parse, random_caption
+from alignkit.sandbox.clips import DIRECTIONS, Motion
+from alignkit.sandbox.scenes import CATEGORIES, PALETTE, RELATIONS, SHAPES, Scene, Thing, _obeys, compose, contradict
+
+COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+SHOWS = 'Does this figure show "{}"? Please answer Yes or No.'  # VQAScore's words
+BETTER = 'Which picture shows "{}" better? Answer first or second.'
+SHARES = dict(zip(CATEGORIES, (0.5, 1.0, 2.0, 0.5, 1.5, 1.5), strict=True))  # more of what has more to ask
+YES_NO = ("object", "color", "count", "relation", "motion", "caption")
+OPEN = ("what_color", "how_many", "which_way", "what_shows")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """`kind` is one of YES_NO, OPEN or "pair"."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A scene, how it moves where it is a clip, and a caption that it may contradict."""
+
+    scene: Scene
+    caption: str
+    is_shown: bool
+    motion: Motion | None = None
+
+
+def subject(rng: np.random.Generator) -> Subject:
+    """A scene of a random caption, which half of all scenes contradict."""
+    caption = random_caption(rng, SHARES)
+    is_shown = bool(rng.random() < 0.5)
+    spec = parse(caption)
+    return Subject(compose(spec if is_shown else contradict(spec, rng), rng), caption, is_shown)
+
+
+def ask(about: Subject, rng: np.random.Generator, count: int) -> list[Question]:
+    """`count` questions of different kinds, as far as the subject allows."""
+    kinds = [kind for kind in _MAKERS if (kind in ("motion", "which_way")) <= (about.motion is not None)]
+    made = (_MAKERS[str(kind)](about, rng) for kind in rng.permutation(kinds))
+    found = [question for question in made if question is not None]
+    if about.motion is not None:  # what only clips can tell comes first
+        found.sort(key=lambda question: question.kind not in ("motion", "which_way"))
+    return found[:count]
+
+
+def pair(rng: np.random.Generator) -> tuple[Scene, Scene, Question]:
+    """Two scenes of which one shows a caption and one contradicts it."""
+    caption = random_caption(rng)
+    spec = parse(caption)
+    right, wrong = compose(spec, rng), compose(contradict(spec, rng), rng)
+    is_first = rng.random() < 0.5
+    question = Question("pair", BETTER.format(caption), "first" if is_first else "second")
+    return (right, wrong, question) if is_first else (wrong, right, question)
+
+
+def _yes(truth: bool) -> str:
+    return "Yes" if truth else "No"
+
+
+def _coin(rng: np.random.Generator) -> bool:
+    return bool(rng.random() < 0.5)
+
+
+def _pick(rng: np.random.Generator, names: list[str]) -> str:
+    return names[int(rng.integers(len(names)))]
+
+
+def _thing(about: Subject, rng: np.random.Generator) -> Thing:
+    return about.scene.things[int(rng.integers(len(about.scene.things)))]
+
+
+def _unique(about: Subject) -> list[Thing]:
+    """Objects that their shape alone names."""
+    counts = Counter(thing.shape for thing in about.scene.things)
+    return [thing for thing in about.scene.things if counts[thing.shape] == 1]
+
+
+def _object(about: Subject, rng: np.random.Generator) -> Question:
+    """Is there a circle? Is there a red circle? A wrong one has the other's colour, or is nowhere."""
+    truth, thing = _coin(rng), _thing(about, rng)
+    if _coin(rng):
+        absent = [shape for shape in SHAPES if shape not in {other.shape for other in about.scene.things}]
+        shape = thing.shape if truth else _pick(rng, absent)
+        return Question("object", f"Is there a {shape}?", _yes(truth))
+    shown = {(other.shape, other.color) for other in about.scene.things}
+    near = [(shape, color) for shape, _ in shown for _, color in shown if (shape, color) not in shown]
+    other = [(thing.shape, color) for color in PALETTE if (thing.shape, color) not in shown]
+    wrong = near if near and _coin(rng) else other
+    shape, color = (thing.shape, thing.color) if truth else wrong[int(rng.integers(len(wrong)))]
+    return Question("object", f"Is there a {color} {shape}?", _yes(truth))
+
+
+def _color(about: Subject, rng: np.random.Generator) -> Question | None:
+    if not (unique := _unique(about)):
+        return None
+    truth, thing = _coin(rng), unique[int(rng.integers(len(unique)))]
+    near = [other.color for other in about.scene.things if other.color != thing.color]
+    wrong = near if near and _coin(rng) else [color for color in PALETTE if color != thing.color]
+    color = thing.color if truth else _pick(rng, wrong)
+    return Question("color", f"Is the {thing.shape} {color}?", _yes(truth))
+
+
+def _count(about: Subject, rng: np.random.Generator) -> Question:
+    truth, shape = _coin(rng), _thing(about, rng).shape
+    count = sum(thing.shape == shape for thing in about.scene.things)
+    if not truth:
+        count = int(rng.choice([other for other in COUNTS if abs(other - count) == 1]))
+    return Question("count", f"Is the number of {_plural(shape)} {COUNTS[count]}?", _yes(truth))
+
+
+def _relation(about: Subject, rng: np.random.Generator) -> Question | None:
+    unique = _unique(about)
+    if len(unique) < 2 or about.motion is not None:  # likewise
+        return None
+    first, second = (unique[int(i)] for i in rng.permutation(len(unique))[:2])
+    true = [name for name in RELATIONS if _obeys(first.x - second.x, first.y - second.y, name, margin=1.4)]
+    if not true:
+        return None
+    truth = _coin(rng)
+    name = true[0] if truth else _pick(rng, [name for name in RELATIONS if name != true[0]])
+    return Question("relation", f"Is the {first.shape} {name} the {second.shape}?", _yes(truth))
+
+
+def _caption(about: Subject, rng: np.random.Generator) -> Question | None:  # noqa: ARG001 - makers are called alike
+    if about.motion is not None and parse(about.caption).relation is not None:  # where a mover stands changes
+        return None
+    return Question("caption", SHOWS.format(about.caption), _yes(about.is_shown))
+
+
+def _mover(about: Subject) -> tuple[Motion, str] | None:
+    """The motion and the mover's shape, where the shape names it."""
+    motion = about.motion
+    if motion is None or motion.direction is None:
+        return None
+    thing = about.scene.things[motion.thing]
+    return (motion, thing.shape) if thing in _unique(about) else None
+
+
+def _motion(about: Subject, rng: np.random.Generator) -> Question | None:
+    """Is the circle moving left? Is the circle moving?"""
+    if _coin(rng) and (found := _mover(about)):
+        motion, shape = found
+        truth = _coin(rng)
+        way = motion.direction if truth else _pick(rng, [name for name in DIRECTIONS if name != motion.direction])
+        return Question("motion", f"Is the {shape} moving {way}?", _yes(truth))
+    if not (unique := _unique(about)) or about.motion is None:
+        return None
+    thing, motion = unique[int(rng.integers(len(unique)))], about.motion
+    moves = motion.direction is not None and about.scene.things[motion.thing] is thing
+    return Question("motion", f"Is the {thing.shape} moving?", _yes(moves))
+
+
+def _which_way(about: Subject, rng: np.random.Generator) -> Question | None:  # noqa: ARG001 - as above
+    found = _mover(about)
+    return found and Question("which_way", f"Which way is the {found[1]} moving?", str(found[0].direction))
+
+
+def _what_color(about: Subject, rng: np.random.Generator) -> Question | None:
+    if not (unique := _unique(about)):
+        return None
+    thing = unique[int(rng.integers(len(unique)))]
+    return Question("what_color", f"What color is the {thing.shape}?", thing.color)
+
+
+def _how_many(about: Subject, rng: np.random.Generator) -> Question:
+    shape = _thing(about, rng).shape
+    count = sum(thing.shape == shape for thing in about.scene.things)
+    return Question("how_many", f"How many {_plural(shape)} are there?", COUNTS[count])
+
+
+def _what_shows(about: Subject, rng: np.random.Generator) -> Question:  # noqa: ARG001 - as above
+    """Everything there is, from left to right; equal neighbours are counted."""
+    things = sorted(about.scene.things, key=lambda thing: thing.x)
+    kinds = Counter((thing.shape, thing.color) for thing in things)
+    named = [
+        f"a {color} {shape}" if n == 1 else f"{COUNTS[n]} {color} {_plural(shape)}"
+        for (shape, color), n in kinds.items()
+    ]
+    return Question("what_shows", "What does the picture show?", " and ".join(named))
+
+
+_MAKERS: dict[str, Callable[[Subject, np.random.Generator], Question | None]] = {
+    "object": _object,
+    "color": _color,
+    "count": _count,
+    "relation": _relation,
+    "motion": _motion,
+    "caption": _caption,
+    "what_color": _what_color,
+    "how_many": _how_many,
+    "which_way": _which_way,
+    "what_shows": _what_shows,
+}
