@@ -55,7 +55,7 @@ class SandboxJob:
 
 def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     """The recipe of a model, ready to run."""
-    from alignkit.sandbox import generators, recipes, vlm
+    from alignkit.sandbox import generators, interviews, recipes, vlm
     from rewards.patches import Patches
     from rewards.preference import PreferenceConfig, PreferenceModel
 
@@ -63,7 +63,7 @@ def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     if job.name in ("vae", "clip"):
         return functools.partial({"vae": recipes.train_vae, "clip": recipes.train_clip}[job.name], result, work)
     if job.name == "vlm":
-        return functools.partial(vlm.train_vlm, Patches(**vlm.CUTTING), result, work)
+        return functools.partial(interviews.train_vlm, Patches(**vlm.CUTTING), result, work)
     if job.name in recipes.HEADS:
         return functools.partial(recipes.train_head, job.name, PreferenceModel, job.out / "reader", result, work)
     if job.name == "reader":

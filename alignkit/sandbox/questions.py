@@ -71,7 +71,7 @@ def pair(rng: np.random.Generator) -> tuple[Scene, Scene, Question]:
     return (right, wrong, question) if is_first else (wrong, right, question)
 
 
-def _yes(truth: bool) -> str:
+def _yes(truth: bool) -> str:  # noqa: FBT001 - the one thing it is about
     return "Yes" if truth else "No"
 
 

@@ -1,0 +1,287 @@
+"""How the sandbox's vision-language model learns: interviews about scenes and clips, many questions at one look.
+
+Trained under plain `transformers.Trainer`; `alignkit sandbox train vlm` repeats it, `accuracy` says how well it went.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, set_seed
+
+from alignkit.records import derive_seed
+from alignkit.sandbox import questions
+from alignkit.sandbox.clips import covers, film, move
+from alignkit.sandbox.recipes import Recipe, fit
+from alignkit.sandbox.scenes import PALETTE, SHAPES, SIZE, render
+from alignkit.sandbox.vlm import MERGE, PATCH, TEMPORAL, TOKENS_PER_SECOND, save, tokenizer, vlm
+from alignkit.sandbox.worlds import to_tensor
+
+OPENING, VISION = "<|im_start|>user\n", ("<|vision_start|>", "<|vision_end|>")
+CLOSING, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
+# First the eyes, then the tongue: words teach shapes slowly, names of patches teach them fast.
+EYES = Recipe(steps=900, batch=48, learning_rate=1.5e-3, seed=111)
+TONGUE = Recipe(steps=1600, batch=32, learning_rate=1.5e-3, seed=112, warmup=100)
+CLASSES = {kind: number for number, kind in enumerate(((s, c) for s in SHAPES for c in PALETTE), start=1)}
+
+Patchify = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Interviews(Dataset[dict[str, Any]]):
+    """`size` subjects with up to `count` questions each: of every twenty a pair of pictures thrice, a clip four times.
+
+    A row: media, a list of [3, 64, 64] pictures or one clip [F, 3, 64, 64]; questions; `labels` [8, 8], what every
+    patch of a single picture shows, or -1; `interval`, steps of time from one pair of frames to the next.
+    """
+
+    def __init__(self, size: int, seed: int, count: int = 5) -> None:
+        self.size, self.seed, self.count = size, seed, count
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng(derive_seed("interview", self.seed, index))
+        kind = int(rng.integers(20))
+        row = _pair_row(rng) if kind < 3 else _clip_row(rng, self.count) if kind < 7 else _scene_row(rng, self.count)
+        return {"labels": torch.full((8, 8), -1), "interval": 1, **row}
+
+
+def _pair_row(rng: np.random.Generator) -> dict[str, Any]:
+    first, second, question = questions.pair(rng)
+    return {"media": [worn(render(scene, rng), rng) for scene in (first, second)], "questions": [question]}
+
+
+def _clip_row(rng: np.random.Generator, count: int) -> dict[str, Any]:
+    about = questions.subject(rng)
+    scene, motion = move(about.scene, rng)
+    about = questions.Subject(scene, about.caption, about.is_shown, motion)
+    frames = film(scene, motion, rng, frames=int(rng.choice([4, 6, 8])))
+    clip = torch.stack([to_tensor(frame) for frame in frames])
+    interval = int(rng.choice([1, 2, 4]))
+    return {"media": [clip], "questions": questions.ask(about, rng, count), "interval": interval}
+
+
+def _scene_row(rng: np.random.Generator, count: int) -> dict[str, Any]:
+    about = questions.subject(rng)
+    asked = questions.ask(about, rng, count)
+    labels = torch.from_numpy(covers(about.scene, CLASSES, PATCH))
+    return {"media": [worn(render(about.scene, rng), rng)], "questions": asked, "labels": labels}
+
+
+def worn(picture: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """A trace of noise on half of all pictures, as generated ones carry."""
+    noise = rng.normal(0, 0.02, picture.shape) if rng.random() < 0.5 else 0.0
+    return to_tensor(np.clip(picture + noise, 0, 1).astype(np.float32))
+
+
+class Interview:
+    """Collates rows: all questions about one subject in one sequence, none of which sees another.
+
+    A mask lets every question see the media and itself alone, and its positions start where the media end, so each is
+    answered exactly as if it had been asked by itself: one look at the picture, many questions.
+    """
+
+    def __init__(self, words: Qwen2Tokenizer, model: Qwen2_5_VLForConditionalGeneration, patchify: Patchify) -> None:
+        self.words, self.patchify = words, patchify
+        self.ids = {"image": model.config.image_token_id, "video": model.config.video_token_id}
+        self.place = model.model.get_rope_index
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        sequences = [self._sequence(row) for row in rows]
+        length = max(len(sequence["ids"]) for sequence in sequences)
+        batch = {name: torch.full((len(rows), length), fill) for name, fill in _FILLS.items()}
+        batch["positions"] = torch.zeros(3, len(rows), length, dtype=torch.long)
+        batch["weights"] = torch.zeros(len(rows), length)
+        for row, sequence in enumerate(sequences):
+            for name, values in sequence.items():
+                batch[name][..., row, : values.shape[-1]] = values
+        patches, grids = zip(*(self.patchify(medium[None]) for row in rows for medium in row["media"]), strict=True)
+        labels = torch.stack([row["labels"] for row in rows])
+        return batch | {"patches": torch.cat(patches), "grids": torch.cat(grids), "labels": labels}
+
+    def _encode(self, text: str) -> list[int]:
+        return self.words(text, add_special_tokens=False).input_ids
+
+    def _sequence(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Token ids, group (0 media, else the question's number), targets, weights and positions of one row."""
+        ids = self._encode(OPENING)
+        kinds = [0] * len(ids)
+        grids: dict[int, list[list[int]]] = {1: [], 2: []}
+        for medium in row["media"]:
+            frames = len(medium) if medium.dim() == 4 else 1
+            time, kind = -(-frames // TEMPORAL), 2 if medium.dim() == 4 else 1
+            side = medium.shape[-1] // PATCH
+            grids[kind].append([time, side, side])
+            pads = [self.ids["video" if kind == 2 else "image"]] * (time * (side // MERGE) ** 2)
+            ids += [*self._encode(VISION[0]), *pads, *self._encode(VISION[1])]
+            kinds += [0, *([kind] * len(pads)), 0]
+        start = self._places(ids, kinds, grids, row["interval"])
+        pieces = [(torch.tensor(ids), start, torch.full((len(ids),), -100), torch.zeros(len(ids)))]
+        groups = [0] * len(ids)
+        for number, question in enumerate(row["questions"], start=1):
+            asked, answer = self._encode(question.text + CLOSING), self._encode(question.answer + END)
+            line = torch.tensor([*asked, *answer])
+            places = start[0, -1] + 1 + torch.arange(len(line))  # the last token before is text
+            targets = torch.full((len(line),), -100)
+            targets[len(asked) - 1 : -1] = torch.tensor(answer)
+            weights = (targets >= 0) / len(answer)
+            pieces.append((line, places.expand(3, -1), targets, weights))
+            groups += [number] * len(line)
+        names = ("ids", "positions", "targets", "weights")
+        joined = {name: torch.cat(parts, -1) for name, parts in zip(names, zip(*pieces, strict=True), strict=True)}
+        return joined | {"groups": torch.tensor(groups)}
+
+    def _places(self, ids: list[int], kinds: list[int], grids: Mapping[int, list[list[int]]], interval: int) -> Tensor:
+        """Positions [3, L] of the part before the questions, by the model's own rule."""
+        image, video = (torch.tensor(grids[kind]) if grids[kind] else None for kind in (1, 2))
+        seconds = torch.full((len(grids[2]),), interval / TOKENS_PER_SECOND)
+        positions, _ = self.place(
+            torch.tensor([ids]),
+            torch.tensor([kinds]),
+            image_grid_thw=image,
+            video_grid_thw=video,
+            second_per_grid_ts=seconds,
+        )
+        return positions[:, 0]
+
+
+_FILLS = {"ids": 0, "groups": -1, "targets": -100}
+
+
+def see_only_own(groups: Tensor) -> Tensor:
+    """Additive mask [B, 1, L, L]: causal, within one's own question and the media (group 0)."""
+    length = groups.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=groups.device).tril()
+    same = (groups[:, :, None] == groups[:, None, :]) | (groups[:, None, :] == 0)
+    mask = torch.zeros(groups.shape[0], 1, length, length, device=groups.device)
+    return mask.masked_fill(~(same & causal)[:, None], torch.finfo(torch.float32).min)
+
+
+class Answering(nn.Module):
+    """Cross-entropy of the answers, each question counting once, and of what every patch shows."""
+
+    _keys_to_ignore_on_save = None
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
+        super().__init__()
+        self.vlm = model
+        self.names = nn.Linear(model.config.vision_config.hidden_size, 1 + len(CLASSES))
+        self.only_eyes = False
+
+    def forward(
+        self,
+        *,
+        patches: Tensor,
+        grids: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        groups: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+    ) -> dict[str, Tensor]:
+        seen = self.vlm.model.visual(patches, grid_thw=grids)
+        named = self._naming(seen.last_hidden_state, grids, labels)
+        if self.only_eyes:
+            return {"loss": named}
+        hidden = read(self.vlm, seen.pooler_output, ids, groups, positions)
+        wanted = targets >= 0
+        answered = functional.cross_entropy(self.vlm.lm_head(hidden[wanted]).float(), targets[wanted], reduction="none")
+        return {"loss": (answered * weights[wanted]).sum() / weights.sum() + 0.3 * named}
+
+    def _naming(self, hidden: Tensor, grids: Tensor, labels: Tensor) -> Tensor:
+        """Patches of rows with labels; the tower orders them by merged squares."""
+        first = torch.cat([hidden.new_zeros(1, dtype=torch.long), grids.prod(1).cumsum(0)])[:-1]
+        rows = first[_single(grids, labels)]
+        side = SIZE // PATCH
+        ordered = labels[labels[:, 0, 0] >= 0].unflatten(1, (-1, MERGE)).unflatten(3, (-1, MERGE))
+        ordered = ordered.permute(0, 1, 3, 2, 4).flatten(1)
+        index = rows[:, None] + torch.arange(side * side, device=hidden.device)
+        return functional.cross_entropy(self.names(hidden[index]).float().flatten(0, 1), ordered.flatten())
+
+
+def _single(grids: Tensor, labels: Tensor) -> Tensor:
+    """Which media belong to rows with labels: rows without them hold a clip or two pictures."""
+    counts, media = [], 0
+    for row in range(len(labels)):
+        is_labelled = bool(labels[row, 0, 0] >= 0)
+        is_pair = not is_labelled and int(grids[media, 0]) == 1
+        counts += [is_labelled] * (2 if is_pair else 1)
+        media += 2 if is_pair else 1
+    return torch.tensor(counts, device=grids.device)
+
+
+def read(
+    model: Qwen2_5_VLForConditionalGeneration, seen: Tensor, ids: Tensor, groups: Tensor, positions: Tensor
+) -> Tensor:
+    """Hidden states [B, L, width] of packed interviews, merged patches `seen` in their places."""
+    embedded = model.get_input_embeddings()(ids)
+    pads = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)
+    embedded = embedded.masked_scatter(pads[..., None], seen.to(embedded.dtype))
+    mask = see_only_own(groups).to(embedded.dtype)
+    return model.model.language_model(inputs_embeds=embedded, position_ids=positions, attention_mask=mask)[0]
+
+
+def train_vlm(
+    patchify: Patchify, out: Path, work: Path, stages: Sequence[Recipe] = (EYES, TONGUE)
+) -> Qwen2_5_VLForConditionalGeneration:
+    """Train the eyes on what patches show, then all of it on answers, and save it with its tokenizer.
+
+    `patchify` cuts media into patches; it comes in as an argument because `rewards` stands outside this package.
+    """
+    set_seed(stages[0].seed)
+    words = tokenizer()
+    model = vlm(words)
+    objective, collate = Answering(model), Interview(words, model, patchify)
+    for number, recipe in enumerate(stages, start=1):
+        objective.only_eyes = number == 1
+        rows = (Pictures if objective.only_eyes else Interviews)(recipe.scenes, recipe.seed)
+        fit(objective, rows, recipe, work / f"stage-{number}", collate)
+    save(model, words, out)
+    return model
+
+
+class Pictures(Interviews):
+    """Single pictures without questions."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng(derive_seed("interview", self.seed, index))
+        return {"interval": 1, **_scene_row(rng, 0)}
+
+
+@torch.no_grad()
+def accuracy(
+    model: Qwen2_5_VLForConditionalGeneration,
+    words: Qwen2Tokenizer,
+    patchify: Patchify,
+    *,
+    subjects: int = 600,
+    seed: int = 999,
+) -> dict[str, tuple[float, int]]:
+    """(share of right answers, number asked) per kind of question on held-out scenes and clips, greedy answers.
+
+    An answer is right when every token of it is the likeliest after the right ones before: for answers of one word
+    this is greedy generation, for longer ones it is stricter on none and kinder to what follows a slip.
+    """
+    rows, collate = Interviews(subjects, seed, count=10), Interview(words, model, patchify)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, subjects, 50):
+        chosen = [rows[index] for index in range(start, min(start + 50, subjects))]
+        batch = collate(chosen)
+        seen = model.model.visual(batch["patches"], grid_thw=batch["grids"]).pooler_output
+        hidden = read(model, seen, batch["ids"], batch["groups"], batch["positions"])
+        hits = model.lm_head(hidden).argmax(-1) == batch["targets"]
+        for row, groups, hit, targets in zip(chosen, batch["groups"], hits, batch["targets"], strict=True):
+            for number, question in enumerate(row["questions"], start=1):
+                own = (groups == number) & (targets >= 0)
+                right[question.kind].append(bool(hit[own].all()))
+    return {kind: (sum(hits) / len(hits), len(hits)) for kind, hits in sorted(right.items())}
