@@ -39,8 +39,8 @@ class RapidOcr:
             from rapidocr_onnxruntime import RapidOCR
         except ImportError as error:
             raise MissingFileError(
-                f"text_rendering: recogniser 'rapidocr' cannot be imported ({error}); pip install rapidocr-onnxruntime, "
-                "or name your own: recogniser: 'package.module:attribute'"
+                f"text_rendering: recogniser 'rapidocr' cannot be imported ({error}); pip install "
+                "rapidocr-onnxruntime, or name your own: recogniser: 'package.module:attribute'"
             ) from error
         self._read = RapidOCR(**options)
 
