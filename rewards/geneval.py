@@ -76,7 +76,7 @@ class GenEval:
     """1 where all that the metadata asks holds, else 0; with `fractional`, the share of the requirements that hold.
 
     detector: a folder or hub id for `TransformersDetector`, or 'package.module:attribute', a builder of a `Detector`.
-    colors: a CLIPModel folder or hub id for `ClipColors`, or a builder of a `ColorReader`; for prompts that ask colours.
+    colors: a CLIPModel folder or hub id for `ClipColors`, or a builder of a `ColorReader`; where colours are asked.
     aliases: GenEval's class names to the detector's, where they differ.
     threshold, counting_threshold: least score of a detection, the latter for prompts of tag `counting`.
     Parts: the share of requirements met of each kind, 1 where a prompt asks none; `judge` gives reasons. Raises

@@ -58,7 +58,8 @@ class Motion:
         grey = luminance(clips)
         first, second = (frames.flatten(0, 1)[:, None] for frames in (grey[:, :-1], grey[:, 1:]))
         flow, weight = self._flow(first, second)
-        length = (flow.square().sum(1) + STILL**2).sqrt() - STILL
+        squared = flow.square().sum(1)
+        length = squared / ((squared + STILL**2).sqrt() + STILL)  # |flow|, less up to STILL
         shape = (len(clips), -1)
         total, seen = ((values * weight).reshape(shape).sum(1) for values in (length, length.new_ones(())))
         return Scores(total / (seen + NOISE * weight[0].numel()))
