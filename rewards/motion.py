@@ -31,9 +31,9 @@ class Motion:
     eigenvalue l of its structure tensor, l / (l + NOISE): on a flat wall or along a straight edge no motion is seen, so
     none is claimed. What leaves the picture does not count.
 
-    Good for shifts up to a sixteenth of the shorter side, beyond it only where the texture is coarse (tests state the
-    error; sharp edges between pixels add up to 0.2). Measured in the clip's own pixels and frames: compare clips of one
-    size and rate. Left out: occlusion, and telling the camera's motion from that of things. Raises ConfigError for
+    Good for shifts up to a sixteenth of the shorter side, beyond it only where the texture is coarse; tests state the
+    error (sharp edges between pixels add up to 0.25). Measured in the clip's own pixels and frames: compare clips of
+    one size and rate. Left out: occlusion, and telling the camera's motion from that of things. Raises ConfigError for
     options below 1 or an even window, DataError for sides below 16.
     """
 

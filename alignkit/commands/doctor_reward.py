@@ -179,6 +179,7 @@ def _comparison(reward: Reward) -> str:
     folder = Path(shipped.__file__).parent
     files = "clips of windows on the files" if reward.modality == "video" else "the files"
     return (
-        f"to compare: score {files} in {folder}\nwith the reward's own package ({reward.source}) and the prompts above;\n"
+        f"to compare: score {files} in {folder}\n"
+        f"with the reward's own package ({reward.source}) and the prompts above;\n"
         "the first table should agree but for PIL's rounding of resized pixels to 8 bits (docs/rewards.md)"
     )
