@@ -1,18 +1,19 @@
-"""`alignkit doctor`: versions, devices, optional parts, and whether a model and a method will fit in memory."""
+"""`alignkit doctor`: versions, devices, optional parts, whether a training will fit in memory, and a reward's trial."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 from alignkit.commands import memory
+from alignkit.commands.builders import RewardSpec
 from alignkit.commands.folders import Model, read_model
 from alignkit.commands.shared import Verb, execute
 from alignkit.errors import ConfigError
@@ -36,7 +37,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorJob:
-    """Look at this machine, and at a training that is planned on it.
+    """Look at this machine, at a training that is planned on it, or at a reward.
 
     model: a diffusers folder, with weights or with configs alone (configs/models has published ones); with it, sizes,
         operations and peak memory of a training are printed.
@@ -48,6 +49,9 @@ class DoctorJob:
     dtype: the precision of the frozen weights.
     bf16: whether the step computes in bf16 (autocast).
     precompute_reference: whether reference errors are there already.
+    reward: a name in the table of rewards, or 'package.module:attribute' of your own; it is loaded and tried on three
+        shipped photographs, where the right captions must win.
+    options: keywords for its constructor, such as the model folder.
     """
 
     model: Path | None = None
@@ -63,8 +67,14 @@ class DoctorJob:
     precompute_reference: bool = False
     gradient_checkpointing: bool = False
     low_memory: bool = False
+    reward: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.reward is None and self.options:
+            raise ConfigError("options are a reward's; name it with --reward")
+        if self.reward is not None and self.model is not None:
+            raise ConfigError("give --model or --reward, one at a time")
         if min(self.batch, self.candidates, self.lora_rank, self.resolution or 1, self.frames or 1) < 1:
             raise ConfigError("batch, candidates, lora_rank, resolution and frames must be at least 1")
 
@@ -214,14 +224,22 @@ def _verdict(model: Model, setup: memory.Setup, capacity: int) -> str:
 
 
 def _work(job: DoctorJob) -> None:
-    if job.model is None:
+    if job.reward is not None:
+        from alignkit.commands import doctor_reward
+
+        doctor_reward.check(RewardSpec(reward=job.reward, options=job.options))
+    elif job.model is None:
         print("\n".join(machine_lines()))
         print("\nmemory of a training: alignkit doctor --model FOLDER --method rankdpo")
+        print("a reward on photographs: alignkit doctor --reward clip_score --options.model FOLDER")
     else:
         print("\n".join(model_lines(job, job.model)))
 
 
 def _plan(job: DoctorJob) -> list[str]:
+    if job.reward is not None:
+        spec = RewardSpec(reward=job.reward, options=job.options)
+        return [f"load the reward {spec.reward} and score three photographs with right and wrong captions"]
     if job.model is None:
         return ["look at versions, devices and optional parts"]
     planned_model(job.model)
@@ -231,6 +249,7 @@ def _plan(job: DoctorJob) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = (
-        "Show versions, devices and optional parts; with --model, size up a training: operations, memory, what fits."
+        "Show versions, devices and optional parts; with --model, size up a training: operations, memory, what fits; "
+        "with --reward, try a reward on photographs."
     )
     execute(Verb("doctor", summary, lambda *_: DoctorJob, _plan, _work), argv)

@@ -1,0 +1,106 @@
+"""Text rendering: how much of the text that a prompt puts in quotes can be read off the picture.
+
+The score is that of Flow-GRPO (arXiv 2505.05470): white space and case are dropped; 1 where the wanted text occurs in
+the recognised one, else 1 - min(d, n) / n with d the edit distance between the two and n the wanted text's length. Of
+several quoted texts, where Flow-GRPO takes the first, the mean counts. Left out: penalties for text beside the wanted.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignkit.errors import DataError, MissingFileError
+from alignkit.records import Prompt, Scores
+from alignkit.resolve import resolve
+from rewards.media import check_media, quantised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Recogniser = Callable[[NDArray[np.uint8]], str]  # a picture [H, W, 3] (RGB) -> all text on it, in reading order
+RECOGNISERS = {"rapidocr": "rewards.text_rendering:RapidOcr"}
+_QUOTED = re.compile(r"“([^”]+)”|\"([^\"]+)\"")
+
+
+class RapidOcr:
+    """PP-OCRv4 (Chinese and English) by the package rapidocr-onnxruntime, which brings its weights; CPU.
+
+    Raises MissingFileError where the package is not installed. `options` go to its `RapidOCR`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            from rapidocr_onnxruntime import RapidOCR
+        except ImportError as error:
+            raise MissingFileError(
+                f"text_rendering: recogniser 'rapidocr' cannot be imported ({error}); pip install "
+                "rapidocr-onnxruntime, or name your own: recogniser: 'package.module:attribute'"
+            ) from error
+        self._read = RapidOCR(**options)
+
+    def __call__(self, picture: NDArray[np.uint8]) -> str:
+        found, _ = self._read(np.ascontiguousarray(picture[..., ::-1]))  # it takes BGR, as OpenCV does
+        return " ".join(text for _, text, _ in found or ())
+
+
+class TextRendering:
+    """Share of the quoted text that `recogniser` reads on the picture, in [0, 1]; part `exact` is 1 where all of it is.
+
+    recogniser: `rapidocr`, or 'package.module:attribute', built with `options`: a callable from a picture
+    [H, W, 3] (uint8, RGB) to the text on it. Judges the 8-bit picture, one at a time; not differentiable. Raises
+    DataError for a prompt without “...” or "...".
+    """
+
+    name = "text_rendering"
+    modality = "image"
+    needs_prompt = True
+    differentiable = False
+    comparable_across_prompts = True
+    native_range = (0.0, 1.0)
+    licence = "Apache-2.0; the recogniser's (rapidocr: Apache-2.0)"
+    source = "https://arxiv.org/abs/2505.05470"
+
+    def __init__(self, recogniser: str = "rapidocr", options: Mapping[str, Any] | None = None) -> None:
+        self._recognise: Recogniser = resolve(recogniser, RECOGNISERS, kind="recogniser")(**(options or {}))
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        pictures = quantised(check_media(media, prompts, self)).double().mul(255).round().byte().permute(0, 2, 3, 1)
+        wanted = [quoted(prompt.text) for prompt in prompts]
+        read = [self._recognise(picture) for picture in pictures.cpu().numpy()]
+        each = [[likeness(text, found) for text in texts] for texts, found in zip(wanted, read, strict=True)]
+        total = media.new_tensor([sum(scores) / len(scores) for scores in each])
+        return Scores(total, {"exact": (total == 1).to(total.dtype)})
+
+
+def quoted(text: str) -> list[str]:
+    """What stands in “...” or "..." in a prompt, in order. Raises DataError where nothing does."""
+    found = [curly or straight for curly, straight in _QUOTED.findall(text) if _folded(curly or straight)]
+    if not found:
+        raise DataError(f'text_rendering: the prompt "{text}" quotes no text; put what is to be read in “...”')
+    return found
+
+
+def likeness(wanted: str, found: str) -> float:
+    """1 where `wanted` occurs in `found`, else 1 - min(d, n) / n; both without white space and case."""
+    wanted, found = _folded(wanted), _folded(found)
+    return 1.0 if wanted in found else 1 - min(edit_distance(wanted, found), len(wanted)) / len(wanted)
+
+
+def _folded(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Fewest insertions, deletions and substitutions of a character that turn one text into the other (Levenshtein)."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(second, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
