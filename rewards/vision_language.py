@@ -84,7 +84,9 @@ class VisionLanguage:
         count = rows * columns // self.patches[seen.kind].merge ** 2
         if seen.kind == "video" and self._stamps:
             frame = self._start + marker * count + self._end
-            written = written.replace(whole, "".join(f"<{stamp:.1f} seconds>{frame}" for stamp in self._times(time, seen.frames)))
+            written = written.replace(
+                whole, "".join(f"<{stamp:.1f} seconds>{frame}" for stamp in self._times(time, seen.frames))
+            )
         else:
             written = written.replace(marker, marker * count * time)
         return self.tokenizer(written).input_ids
