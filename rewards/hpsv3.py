@@ -60,7 +60,7 @@ class HPSv3:
             *(nn.Linear(_width(state), 1024), nn.ReLU(), nn.Identity()),
             *(nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)),
         )
-        options = {"device": device, "dtype": dtype, "checkpointing": checkpointing}
+        options = {"owner": self.name, "device": device, "dtype": dtype, "checkpointing": checkpointing}
         self._head = TokenHead(model, state, head, ["<|Reward|>"], bounds=(pixels, pixels), **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -58,9 +58,10 @@ class Patches:
         clips = media if media.dim() == 5 else media[:, None]
         batch, frames, _, *size = clips.shape
         height, width = self.size(*size, frames if media.dim() == 5 else 0)
-        flat = resize(_rounded(clips.flatten(0, 1), eight_bit), height, width)
+        flat = resize(quantised(clips.flatten(0, 1)) if eight_bit else clips.flatten(0, 1), height, width)
+        flat = quantised(flat) if eight_bit else flat
         mean, std = (flat.new_tensor(values).reshape(3, 1, 1) for values in (self.mean, self.std))
-        clips = ((_rounded(flat, eight_bit) - mean) / std).unflatten(0, (batch, frames))
+        clips = ((flat - mean) / std).unflatten(0, (batch, frames))
         missing = -frames % self.temporal
         clips = torch.cat([clips, clips[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
         time, rows, columns = clips.shape[1] // self.temporal, height // self.patch, width // self.patch
@@ -83,10 +84,6 @@ class Patches:
             budget = int(self.cap * factor**2 * 0.9)
             longest = max(min(longest, budget * self.temporal // frames), least)
         return smart_resize(height, width, factor, self.min_pixels, longest)
-
-
-def _rounded(pixels: Tensor, eight_bit: bool) -> Tensor:
-    return quantised(pixels) if eight_bit else pixels
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -147,7 +144,7 @@ def read_patches(model: str, config: Any, *, video: bool) -> Patches:
     preprocessor_config.json; what these do not say is the class's default. Raises MissingFileError without any, and
     ConfigError where the file cuts other patches than the model's vision tower takes.
     """
-    stored = _stored(model, video)
+    stored = _stored(model, "video" if video else "image")
     third = video and config.model_type.startswith("qwen3")
     patch, least, most, mean, std = _CLIPS_3 if third else _CLIPS if video else _PICTURES
     size = stored.get("size") or {}
@@ -172,10 +169,10 @@ def read_patches(model: str, config: Any, *, video: bool) -> Patches:
     return patches
 
 
-def _stored(model: str, video: bool) -> Mapping[str, Any]:
+def _stored(model: str, kind: str) -> Mapping[str, Any]:
     whole = read_json(model, "processor_config.json") or {}
-    inside = whole.get("video_processor" if video else "image_processor")
-    files = (["video_preprocessor_config.json"] if video else []) + ["preprocessor_config.json"]
+    inside = whole.get(f"{kind}_processor")
+    files = (["video_preprocessor_config.json"] if kind == "video" else []) + ["preprocessor_config.json"]
     for stored in [inside, *(read_json(model, file) for file in files)]:
         if stored:
             return stored

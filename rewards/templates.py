@@ -38,7 +38,7 @@ _STYLE = (
 HPSV3 = (
     "\nYou are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall "
     "score to estimate the human preference. Please provide a rating from 0 to 10, "
-    + f"{_RATING} \n\n"
+    f"{_RATING} \n\n"
     + (_QUALITY + _ALIGNMENT + _STYLE).replace("MEDIUM", "image")
     + "- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the image "
     "logically fit the scenario described in the prompt. The environment should support and enhance the subject "
@@ -56,7 +56,7 @@ HPSV3 = (
 VIDEO_REWARD = (
     "\nYou are tasked with evaluating a generated video based on three distinct criteria: Visual Quality, Motion "
     "Quality, and Text Alignment. Please provide a rating from 0 to 10 for each of the three categories, "
-    + f"{_RATING} Each evaluation should be independent of the others.\n\n"
+    f"{_RATING} Each evaluation should be independent of the others.\n\n"
     + _QUALITY.replace("quality of the MEDIUM.", "quality of the MEDIUM, with a focus on static factors.").replace(
         "MEDIUM", "video"
     )

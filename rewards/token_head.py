@@ -1,8 +1,8 @@
 """Rewards that read a vision-language model's hidden state at special tokens through a small head: HPSv3, VideoReward.
 
 Such checkpoints are whole fine-tuned Qwen2-VL models with `rm_head.*` beside them, in the key layout of transformers
-4.45 (`model.*`, `visual.*`), merged or as PEFT kept them (`base_model.model.*` with `lora_A` / `lora_B`). They are mapped
-strictly. Both were trained without multimodal positions: their forward calls the language model directly, so that
+4.45 (`model.*`, `visual.*`), merged or as PEFT kept them (`base_model.model.*` with `lora_A` / `lora_B`). They are
+mapped strictly. Both were trained without multimodal positions: their forward calls the language model directly, so that
 tokens are numbered 0, 1, 2, ... on every axis. Not here: adapters stored apart from the model they adapt.
 """
 
@@ -37,6 +37,7 @@ class TokenHead:
         head: nn.Module,
         tokens: Sequence[str],
         *,
+        owner: str,
         device: str,
         dtype: str,
         rate: float = 2.0,
@@ -45,7 +46,7 @@ class TokenHead:
     ) -> None:
         names = {name: _renamed(name) for name in state if not name.startswith((HEAD, "lm_head."))}
         weights = {new: state[old].to(torch_dtype(dtype)) for old, new in names.items()}
-        network, tokenizer, patches = load(model, lambda config: _built(config, weights), bounds=bounds)
+        network, tokenizer, patches = load(model, lambda config: _built(config, weights), owner=owner, bounds=bounds)
         tokenizer.add_tokens(list(tokens), special_tokens=True)
         self._ids = tokenizer.convert_tokens_to_ids(list(tokens))
         if max(self._ids) >= network.config.text_config.vocab_size:

@@ -75,7 +75,14 @@ class VideoReward:
         wide = state.get(f"{HEAD}weight")
         head = nn.Linear(*(1536, 1) if wide is None else wide.shape[::-1], bias=False)
         bounds = LEAST_PIXELS, max_frame_pixels or data["max_frame_pixels"]
-        options = {"device": device, "dtype": dtype, "checkpointing": checkpointing, "rate": rate, "bounds": bounds}
+        options = {
+            "owner": self.name,
+            "device": device,
+            "dtype": dtype,
+            "checkpointing": checkpointing,
+            "rate": rate,
+            "bounds": bounds,
+        }
         self._head = TokenHead(model, state, head, TOKENS, **options)
         self._rate, self._frames = rate, frames or (None if fps else data.get("num_frames"))
         self._fps = fps or data["fps"]

@@ -140,22 +140,24 @@ def torch_dtype(name: str) -> torch.dtype:
     return vars(torch)[name]
 
 
-def load(model: str, build: Callable[[Any], Any], *, bounds: tuple[int | None, int | None]) -> Any:
+def load(model: str, build: Callable[[Any], Any], *, owner: str, bounds: tuple[int | None, int | None]) -> Any:
     """(what `build(config)` returns, tokenizer, patches) of a model folder or hub id.
 
     `bounds`: least and most pixels a frame, None for what the folder says.
-    Raises MissingFileError naming the folder where it is none, ConfigError for another family of models.
+    Raises MissingFileError naming `owner` and the folder where it is none, ConfigError for another family of models.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(model)
         if not config.model_type.startswith(("qwen2_vl", "qwen2_5_vl", "qwen3_vl")):
-            raise ConfigError(f"'{model}' is a {config.model_type}; Qwen2-VL, Qwen2.5-VL and Qwen3-VL can be read")
+            raise ConfigError(
+                f"{owner}: '{model}' is a {config.model_type}; Qwen2-VL, Qwen2.5-VL and Qwen3-VL can be read"
+            )
         config.text_config.attention_dropout = 0.0  # checkpointing needs train(), which must change nothing
         built, tokenizer = build(config), AutoTokenizer.from_pretrained(model)
     except OSError as error:
-        raise MissingFileError(f"'{model}' is no model folder here and no hub id: {error}") from error
+        raise MissingFileError(f"{owner}: '{model}' is no model folder here and no hub id: {error}") from error
     if not tokenizer.chat_template:
         tokenizer.chat_template = (read_json(model, "chat_template.json") or {}).get("chat_template")
     patches = {kind: read_patches(model, config, video=kind == "video") for kind in ("image", "video")}

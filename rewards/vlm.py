@@ -43,9 +43,10 @@ class Readout:
 class VlmCritic:
     """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL model that is asked about pictures or clips (`alignkit.protocols.Critic`).
 
-    `model`: folder or hub id with weights, tokenizer and preprocessor_config.json. `dtype`: of the weights; the read-out
-    is at least float32. `rate`: frames per second of clips as they are given. `min_pixels`, `max_pixels`: bounds on a
-    frame in place of the folder's. `checkpointing` trades a second forward for memory; results are equal.
+    `model`: folder or hub id with weights, tokenizer and preprocessor_config.json. `dtype`: of the weights; the
+    read-out is at least float32. `rate`: frames per second of clips as they are given. `min_pixels`, `max_pixels`:
+    bounds on a frame in place of the folder's. `checkpointing` trades a second forward for memory; results are equal.
+    `owner` is named in errors.
     """
 
     def __init__(
@@ -54,18 +55,19 @@ class VlmCritic:
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        readout: Readout = Readout(),  # noqa: B008 - frozen
+        readout: Readout = Readout(),
         rate: float = 2.0,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         checkpointing: bool = False,
+        owner: str = "critic",
     ) -> None:
         from transformers import AutoModelForImageTextToText
 
         def build(config: Any) -> Any:
             return AutoModelForImageTextToText.from_pretrained(model, config=config, dtype=torch_dtype(dtype))
 
-        whole, tokenizer, patches = load(model, build, bounds=(min_pixels, max_pixels))
+        whole, tokenizer, patches = load(model, build, owner=owner, bounds=(min_pixels, max_pixels))
         freeze(whole, device, checkpointing=checkpointing)
         self._reader = VisionLanguage(whole.model, tokenizer, patches, rate=rate)
         self._words = whole.lm_head.weight
@@ -157,3 +159,10 @@ def _each(media: Tensor, questions: Questions) -> list[list[str]]:
     if len(questions) != len(media):
         raise DataError(f"{len(media)} media with {len(questions)} lists of questions; give each its own")
     return [list(own) for own in questions]
+
+
+def known_modality(modality: str, owner: str) -> str:
+    """`modality`, if media of it can be asked about: "image" or "video"; else ConfigError naming `owner`."""
+    if modality not in ("image", "video"):
+        raise ConfigError(f"{owner}: modality '{modality}'; image and video are known")
+    return modality

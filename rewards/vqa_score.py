@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.records import Prompt, Scores
 from rewards.media import check_media
-from rewards.vlm import Readout, VlmCritic
+from rewards.vlm import Readout, VlmCritic, known_modality
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,9 +44,9 @@ class VqaScore:
         eight_bit: bool = False,
         **options: Any,
     ) -> None:
-        self.modality = modality
+        self.modality = known_modality(modality, self.name)
         self._question, self._eight_bit = question, eight_bit
-        self._critic = VlmCritic(model, readout=Readout(tuple(answer), ()), **options)
+        self._critic = VlmCritic(model, readout=Readout(tuple(answer), ()), owner=self.name, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         media = check_media(media, prompts, self)

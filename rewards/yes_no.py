@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt, Scores
 from rewards.media import check_media
-from rewards.vlm import VlmCritic
+from rewards.vlm import VlmCritic, known_modality
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,9 +79,9 @@ class YesNo:
         eight_bit: bool = False,
         **options: Any,
     ) -> None:
-        self.modality = modality
+        self.modality = known_modality(modality, self.name)
         self._questions, self._eight_bit = _named(questions), eight_bit
-        self._critic = VlmCritic(model, **options)
+        self._critic = VlmCritic(model, owner=self.name, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         media = check_media(media, prompts, self)
@@ -111,7 +111,10 @@ class YesNo:
         for questions in own:
             odds = {q.name: (next(margins) - next(margins)) / 2 if q.negated else next(margins) for q in questions}
             rows.append({name: functional.logsigmoid(value) for name, value in odds.items()})
-        total = [sum(q.weight * row[q.name] for q in qs) / sum(q.weight for q in qs) for qs, row in zip(own, rows)]
+        total = [
+            sum(q.weight * row[q.name] for q in qs) / sum(q.weight for q in qs)
+            for qs, row in zip(own, rows, strict=True)
+        ]
         return _column(total), {
             name: _column([row[name] if name in row else total[0].new_tensor(float("nan")) for row in rows])
             for name in dict.fromkeys(name for row in rows for name in row)

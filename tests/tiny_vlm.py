@@ -40,32 +40,28 @@ def _merges(word):
     return [(word[:end], word[end]) for end in range(1, len(word))]
 
 
-def config(kind, patch=4, heads=2, width=16, **vision):
+def config(kind, patch=4, heads=2, width=16):
     """A configuration of `kind` with two layers, merging 2 x 2 patches of `patch` pixels."""
     from transformers import AutoConfig
 
     words = tokenizer()
-    ids = dict(zip(("vision_start", "vision_end", "image", "video"), words.convert_tokens_to_ids(SPECIAL[3:])))
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    ids = dict(zip(names, words.convert_tokens_to_ids(SPECIAL[3:]), strict=True))
     rope = {"type": "default", "rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
-    text = {
-        **{"vocab_size": len(words), "hidden_size": width, "intermediate_size": 24, "num_hidden_layers": 2},
-        **{"num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": width // heads},
-        **{"rope_parameters": rope, "rope_scaling": rope, "tie_word_embeddings": False},
-    }
+    text = {"vocab_size": len(words), "hidden_size": width, "intermediate_size": 24, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": width // heads}
+    text |= {"rope_parameters": rope, "rope_scaling": rope, "tie_word_embeddings": False}
+    text |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     tower = {"depth": 2, "num_heads": 2, "patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    tower |= {
-        "qwen2_vl": {"embed_dim": width, "hidden_size": width, "mlp_ratio": 2},
-        "qwen2_5_vl": {
-            **{"hidden_size": width, "out_hidden_size": width, "intermediate_size": 24, "window_size": 4 * patch},
-            **{"fullatt_block_indexes": [1], "tokens_per_second": 4},
-        },
-        "qwen3_vl": {
-            **{"hidden_size": width, "out_hidden_size": width, "intermediate_size": 24},
-            **{"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-        },
-    }[kind]
-    named = {f"{name}_token_id": index for name, index in ids.items()}
-    return AutoConfig.for_model(kind, text_config=text, vision_config=tower | vision, **named)
+    if kind == "qwen2_vl":
+        tower |= {"embed_dim": width, "hidden_size": width, "mlp_ratio": 2}
+    else:
+        tower |= {"hidden_size": width, "out_hidden_size": width, "intermediate_size": 24}
+    if kind == "qwen2_5_vl":
+        tower |= {"window_size": 4 * patch, "fullatt_block_indexes": [1], "tokens_per_second": 4}
+    if kind == "qwen3_vl":
+        tower |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return AutoConfig.for_model(kind, text_config=text, vision_config=tower, **ids)
 
 
 def save(kind, folder, *, template=True, bounds=(8 * 8, 32 * 32), dtype=torch.float32):
