@@ -1,8 +1,8 @@
 """Rewards that read a vision-language model's hidden state at special tokens through a small head: HPSv3, VideoReward.
 
 Such checkpoints are whole fine-tuned Qwen2-VL models with `rm_head.*` beside them, in the key layout of transformers
-4.45 (`model.*`, `visual.*`), merged or as PEFT kept them (`base_model.model.*` with `lora_A` / `lora_B`). They are
-mapped strictly. Both were trained without multimodal positions: their forward calls the language model directly, so that
+4.45 (`model.*`, `visual.*`), merged or as PEFT kept them (`base_model.model.*` with `lora_A`, `lora_B`). They are
+mapped strictly. Both were trained without multimodal positions: their forward calls the language model directly, so
 tokens are numbered 0, 1, 2, ... on every axis. Not here: adapters stored apart from the model they adapt.
 """
 
