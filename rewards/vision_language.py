@@ -174,6 +174,7 @@ def freeze(network: Any, device: str, *, checkpointing: bool) -> Any:
         for module in network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.activation_checkpointing_enable({"use_reentrant": False})
+        network.disable_input_require_grads()  # made for adapters: scores of plain pixels would carry a graph
         network.train()
     return network

@@ -156,14 +156,14 @@ def test_checkpointing_changes_nothing(folder):
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-12
 
 
-def test_checkpointing_recomputes_every_layer(folders, monkeypatch):
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
-
-    calls, forward = [], Qwen2VLDecoderLayer.forward
-    monkeypatch.setattr(Qwen2VLDecoderLayer, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    pixels = media().requires_grad_()
-    critic(folders["qwen2_vl"], checkpointing=True).ask(pixels, QUESTIONS).sum().backward()
-    assert len(calls) == 4  # two layers, forward and again for the backward
+def test_checkpointing_recomputes_every_layer_and_only_then(folder):
+    asked, calls, pixels = critic(folder, checkpointing=True), [], media()
+    for layer in [*asked._reader.network.visual.blocks, *asked._reader.network.language_model.layers]:
+        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    assert not asked.ask(pixels, QUESTIONS).requires_grad
+    assert len(calls) == 4
+    asked.ask(pixels.requires_grad_(), QUESTIONS).sum().backward()
+    assert len(calls) == 12
 
 
 def test_each_medium_may_have_its_own_questions(folder):

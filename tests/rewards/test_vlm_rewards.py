@@ -1,4 +1,4 @@
-"""Rewards on vision-language models: their formulas, their published checkpoints' keys, gradients, and what they refuse."""
+"""Rewards on vision-language models: formulas, published checkpoints' keys, gradients, and what they refuse."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_tokens(state, count):
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def linear(name, wide, out, bias=True):
+def linear(name, wide, out, *, bias=True):
     generator = torch.Generator().manual_seed(wide + out)
     weight = {f"{name}.weight": torch.randn(out, wide, generator=generator) / wide**0.5}
     return weight | ({f"{name}.bias": torch.randn(out, generator=generator)} if bias else {})
@@ -67,7 +67,7 @@ def hpsv3_state(flat):
 
 @pytest.fixture(scope="module")
 def video_folder(flat, tmp_path_factory):
-    """KwaiVGI/VideoReward's layout: the PEFT model's whole state dict in checkpoint-N/model.pth, and model_config.json."""
+    """KwaiVGI/VideoReward's layout: the PEFT model's whole state dict in checkpoint-N/model.pth, model_config.json."""
     state = with_tokens(flat, 3) | linear("rm_head", 16, 1, bias=False)
     published, generator = {}, torch.Generator().manual_seed(4)
     for name, value in state.items():
@@ -91,6 +91,19 @@ def video_folder(flat, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_frames(monkeypatch):
     monkeypatch.setattr("rewards.video_reward.LEAST_PIXELS", 64)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Short texts, in which pixels matter more, and norms in the dtype of the model rather than in float32."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen2VLRMSNorm, "forward", norm)
+    monkeypatch.setattr("rewards.hpsv3.HPSV3", "{text_prompt} <|Reward|>")
+    monkeypatch.setattr("rewards.video_reward.VIDEO_REWARD", f"{{text_prompt}} {' '.join(TOKENS)}")
 
 
 def hpsv3(folder, state, tmp_path, **options):
@@ -290,8 +303,8 @@ def test_folders_of_video_reward_that_cannot_be_read(folder, video_folder, tmp_p
 
 
 @pytest.mark.parametrize("name", ["vqa_score", "yes_no", "hpsv3", "video_reward"])
-def test_they_are_differentiable_rewards(name, folder, hpsv3_state, video_folder, tmp_path):
-    """Central differences in fp64 to 1e-3 (norms of the library have float32); rows know nothing of each other."""
+def test_they_are_differentiable_rewards(name, folder, hpsv3_state, video_folder, tmp_path, short):
+    """Central differences in fp64 to 1e-3 (the library rotates vision in float32); rows know nothing of each other."""
     reward = build(name, folder, hpsv3_state, video_folder, tmp_path)
     assert isinstance(reward, Reward)
     pixels = (media(reward.modality) * 0.8 + 0.1).requires_grad_()
