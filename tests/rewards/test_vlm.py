@@ -159,7 +159,7 @@ def test_checkpointing_changes_nothing(folder):
 def test_checkpointing_recomputes_every_layer_and_only_then(folder):
     asked, calls, pixels = critic(folder, checkpointing=True), [], media()
     for layer in [*asked._reader.network.visual.blocks, *asked._reader.network.language_model.layers]:
-        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     assert not asked.ask(pixels, QUESTIONS).requires_grad
     assert len(calls) == 4
     asked.ask(pixels.requires_grad_(), QUESTIONS).sum().backward()
