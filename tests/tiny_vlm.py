@@ -86,3 +86,14 @@ def save(kind, folder, *, template=True, bounds=(8 * 8, 32 * 32), dtype=torch.fl
         clip = {"size": {"shortest_edge": 4 * bounds[0], "longest_edge": 4 * bounds[1]}}
         (folder / "video_preprocessor_config.json").write_text(json.dumps(stored | clip))
     return folder
+
+
+def exact_norms(monkeypatch):
+    """Norms in the dtype of the model; the library's compute in float32 whatever it is."""
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for place in ("qwen2_vl.{}.Qwen2VL", "qwen2_5_vl.{}.Qwen2_5_VL", "qwen3_vl.{}.Qwen3VLText"):
+        name = place.format(f"modeling_{place.partition('.')[0]}")
+        monkeypatch.setattr(f"transformers.models.{name}RMSNorm.forward", norm)

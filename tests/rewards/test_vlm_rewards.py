@@ -96,12 +96,7 @@ def small_frames(monkeypatch):
 @pytest.fixture
 def short(monkeypatch):
     """Short texts, in which pixels matter more, and norms in the dtype of the model rather than in float32."""
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
-
-    def norm(self, x):
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(Qwen2VLRMSNorm, "forward", norm)
+    tiny_vlm.exact_norms(monkeypatch)
     monkeypatch.setattr("rewards.hpsv3.HPSV3", "{text_prompt} <|Reward|>")
     monkeypatch.setattr("rewards.video_reward.VIDEO_REWARD", f"{{text_prompt}} {' '.join(TOKENS)}")
 
