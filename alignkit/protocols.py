@@ -102,8 +102,11 @@ class Reward(Protocol):
 class Critic(Protocol):
     """A generative VLM whose answers carry gradients."""
 
-    def ask(self, media: Tensor, questions: Sequence[str]) -> Tensor:
-        """Log-probabilities [B, questions] of the positive answer, differentiable to the pixels."""
+    def ask(self, media: Tensor, questions: Sequence[str] | Sequence[Sequence[str]]) -> Tensor:
+        """Log-probabilities [B, Q] of the positive answer, differentiable to the pixels.
+
+        Q questions for all media, or a list of Q for each medium.
+        """
         ...
 
 

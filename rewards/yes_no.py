@@ -1,0 +1,138 @@
+"""Yes/no questions to a vision-language model as a reward: the weighted mean of log sigma(log-odds of yes).
+
+The form of Diffusion-DRF's and PhyCo's critics (arXiv 2601.04153): a satisfied question has no gradient left, many
+precise questions beat one vague one. Asking a question's negation as well cancels a model's leaning to yes. Known
+bias: what the model does not see it does not judge. Not here: writing the questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alignkit.errors import ConfigError, DataError
+from alignkit.records import Prompt, Scores
+from rewards.media import check_media
+from rewards.vlm import VlmCritic, known_modality
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+QUESTION = 'Does this match the description "{prompt}"? Answer with yes or no.'
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question to which yes is good; `{prompt}` in its texts becomes the prompt. `negated` asks for its opposite."""
+
+    text: str
+    weight: float = 1.0
+    negated: str = ""
+    name: str = ""
+
+    @classmethod
+    def of(cls, given: str | Mapping[str, Any] | Question) -> Question:
+        """From a text, or from a mapping with the fields' names; ConfigError for other keys and weights below 0."""
+        if isinstance(given, str | Question):
+            question = cls(given) if isinstance(given, str) else given
+        else:
+            unknown = set(given) - {"text", "weight", "negated", "name"}
+            if unknown or not given.get("text"):
+                raise ConfigError(
+                    f"question {dict(given)}: it has text, weight, negated and name; {unknown} is unknown"
+                )
+            question = cls(**given)
+        if not question.weight > 0:
+            raise ConfigError(f"question '{question.text}': its weight is {question.weight}; give more than 0")
+        return question
+
+    def asked(self, prompt: str) -> list[str]:
+        """The texts to ask: the question, and its negation where there is one."""
+        return [text.replace("{prompt}", prompt) for text in (self.text, self.negated) if text]
+
+
+class YesNo:
+    """Sum of w log sigma(m) over a prompt's questions divided by the sum of w; at most 0, and 0 is perfect.
+
+    m is the log-odds of yes; with a negated twin m = [m(question) - m(negated)] / 2, in which a leaning to yes that is
+    the same for both cancels. `questions`: asked of all prompts; a prompt with `metadata["questions"]` (texts, or
+    mappings with text, weight, negated, name) has its own instead. Parts: log sigma(m) by the question's name or
+    number; a part that a prompt's questions lack is NaN in its row. `eight_bit` adds the part `eight_bit`: the total
+    for media as 8-bit files, without gradient. `options` go to `VlmCritic` (device, dtype, readout, rate, ...).
+    """
+
+    name = "yes_no"
+    needs_prompt = True
+    differentiable = True
+    comparable_across_prompts = True
+    native_range = (-float("inf"), 0.0)
+    licence = "that of the model"
+    source = "https://arxiv.org/abs/2601.04153"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        modality: str = "image",
+        questions: Sequence[str | Mapping[str, Any]] = (QUESTION,),
+        eight_bit: bool = False,
+        **options: Any,
+    ) -> None:
+        self.modality = known_modality(modality, self.name)
+        self._questions, self._eight_bit = _named(questions), eight_bit
+        self._critic = VlmCritic(model, owner=self.name, **options)
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        media = check_media(media, prompts, self)
+        own = [self._of(prompt) for prompt in prompts]
+        total, parts = self._scores(media, prompts, own)
+        if self._eight_bit:
+            parts["eight_bit"] = self._scores(media, prompts, own, eight_bit=True)[0].detach()
+        return Scores(total, parts)
+
+    def _of(self, prompt: Prompt) -> list[Question]:
+        given = prompt.metadata.get("questions")
+        if given is None:
+            return self._questions
+        if isinstance(given, str) or not given:
+            raise DataError(f"prompt '{prompt.text}': its questions are {given!r}; give a list of texts or mappings")
+        return _named(given)
+
+    def _scores(
+        self, media: Tensor, prompts: Sequence[Prompt], own: Sequence[list[Question]], *, eight_bit: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(total [B], parts [B] each)."""
+        from torch.nn import functional
+
+        pairs = [(i, text) for i, prompt in enumerate(prompts) for q in own[i] for text in q.asked(prompt.text)]
+        margins = iter(self._critic.margins_of(media, pairs, eight_bit=eight_bit))
+        rows = []
+        for questions in own:
+            odds = {q.name: (next(margins) - next(margins)) / 2 if q.negated else next(margins) for q in questions}
+            rows.append({name: functional.logsigmoid(value) for name, value in odds.items()})
+        total = [
+            sum(q.weight * row[q.name] for q in qs) / sum(q.weight for q in qs)
+            for qs, row in zip(own, rows, strict=True)
+        ]
+        return _column(total), {
+            name: _column([row[name] if name in row else total[0].new_tensor(float("nan")) for row in rows])
+            for name in dict.fromkeys(name for row in rows for name in row)
+        }
+
+
+def _column(values: Sequence[Tensor]) -> Tensor:
+    import torch
+
+    return torch.stack(list(values))
+
+
+def _named(given: Sequence[str | Mapping[str, Any]]) -> list[Question]:
+    """Questions with distinct names: their own, or question_1, question_2, ..."""
+    from dataclasses import replace
+
+    questions = [Question.of(one) for one in given]
+    questions = [replace(q, name=q.name or f"question_{number}") for number, q in enumerate(questions, 1)]
+    if len({q.name for q in questions}) != len(questions):
+        raise ConfigError(f"two questions are called the same: {', '.join(q.name for q in questions)}")
+    return questions

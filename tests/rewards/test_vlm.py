@@ -1,0 +1,246 @@
+"""The critic equals the library's own processor and forward, shares its vision pass exactly, and differentiates."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_vlm
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from alignkit.errors import ConfigError, DataError, MissingFileError
+from alignkit.protocols import Critic
+from rewards.vlm import Readout, VlmCritic
+
+QUESTIONS = ["Is it red?", "Does the picture show a cat on a very long mat?"]
+RATE = 4.0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("vlm")
+    return {kind: str(tiny_vlm.save(kind, root / kind)) for kind in tiny_vlm.KINDS}
+
+
+@pytest.fixture(params=tiny_vlm.KINDS)
+def folder(request, folders):
+    return folders[request.param]
+
+
+def critic(folder, **options):
+    return VlmCritic(folder, dtype="float64", rate=RATE, **options)
+
+
+def media(kind="image", count=2, frames=5, seed=0):
+    shape = (count, 3, 16, 24) if kind == "image" else (count, frames, 3, 16, 8)
+    pixels = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return pixels.mul(255).round().div(255)
+
+
+def log_odds(logits, words):
+    """Log-sum-exp over the single-token spellings of yes, less that of no."""
+    yes, no = ([words.convert_tokens_to_ids(word) for word in pair] for pair in (("Yes", "yes"), ("No", "no")))
+    return logits[..., yes].logsumexp(-1) - logits[..., no].logsumexp(-1)
+
+
+def by_the_library(folder, kind, pixels, question, answer=""):
+    """Logits [L, words] of the whole turn: one medium, one text, the library's processor, positions and forward."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
+    words = AutoTokenizer.from_pretrained(folder)
+    stored = json.loads((Path(folder) / "preprocessor_config.json").read_text())
+    cut = Qwen2VLImageProcessorPil(**stored)
+    frames = [Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy()) for frame in pixels]
+    shown = f"<|vision_start|><|{kind}_pad|><|vision_end|>"
+    text = f"<|im_start|>system\nBe fair.<|im_end|>\n<|im_start|>user\n{shown}{question}<|im_end|>\n"
+    text += f"<|im_start|>assistant\n{answer}"
+    given = {}
+    if kind == "image":
+        values = cut(frames, return_tensors="pt")
+        given |= {"pixel_values": values["pixel_values"].double(), "image_grid_thw": values["image_grid_thw"]}
+        count = int(values["image_grid_thw"].prod()) // 4
+        text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
+    else:
+        # each pair of frames cut as two pictures, whose patches hold them twice: take one half of each
+        frames += frames[-1:] * (len(frames) % 2)
+        each = [cut([frame], return_tensors="pt") for frame in frames]
+        halves = [values["pixel_values"].double().unflatten(1, (3, 2, -1))[:, :, 0] for values in each]
+        pairs = [torch.stack(halves[i : i + 2], dim=2).flatten(1) for i in range(0, len(frames), 2)]
+        grid = each[0]["image_grid_thw"].clone()
+        grid[0, 0] = len(pairs)
+        given |= {"pixel_values_videos": torch.cat(pairs), "video_grid_thw": grid}
+        count = len(pairs[0]) // 4
+        pads = "<|video_pad|>" * count
+        if "qwen3" in folder:
+            times = np.minimum(np.arange(len(frames)), len(pixels) - 1).reshape(-1, 2).mean(1) / RATE
+            steps = "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
+            text = text.replace(shown, steps)
+        else:
+            text = text.replace("<|video_pad|>", pads * len(pairs))
+        if "qwen2_5" in folder:
+            given["second_per_grid_ts"] = torch.tensor([2 / RATE])
+    ids = words(text, return_tensors="pt").input_ids
+    names = words.convert_ids_to_tokens(ids[0])
+    kinds = torch.tensor([[{"<|image_pad|>": 1, "<|video_pad|>": 2}.get(name, 0) for name in names]])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **given).logits[0]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_answers_are_the_librarys(folder, kind):
+    """At a size that needs no resize, so that nothing is rounded: equal to 1e-6 (its processor has float32)."""
+    pixels, words = media(kind), AutoTokenizer.from_pretrained(folder)
+    asked = critic(folder)
+    assert isinstance(asked, Critic)
+    given = asked.ask(pixels, QUESTIONS)
+    said = asked.answers(pixels, QUESTIONS, ["a red cat", "Yes"])
+    for row in range(2):
+        frames = pixels[row : row + 1] if kind == "image" else pixels[row]
+        for column, (question, answer) in enumerate(zip(QUESTIONS, ["a red cat", "Yes"], strict=True)):
+            logits = by_the_library(folder, kind, frames, question, answer)
+            ids = words(answer).input_ids
+            first = len(logits) - len(ids) - 1
+            expected = torch.nn.functional.logsigmoid(log_odds(logits[first], words))
+            assert abs(given[row, column] - expected) < 1e-6
+            forced = logits[first:-1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum()
+            assert abs(said[row, column] - forced) < 1e-5
+    mean = asked.answers(pixels, QUESTIONS, ["a red cat", "Yes"], reduce="mean")
+    torch.testing.assert_close(mean * torch.tensor([len(words("a red cat").input_ids), 1]), said)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_shared_vision_pass_has_the_gradient_of_separate_ones(folder, kind, monkeypatch):
+    tiny_vlm.exact_norms(monkeypatch)
+    pixels, asked = media(kind).requires_grad_(), critic(folder)
+    weights = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
+    together = asked.ask(pixels, QUESTIONS)
+    (shared,) = torch.autograd.grad((together * weights).sum(), pixels)
+    apart = torch.zeros_like(pixels)
+    for row in range(2):
+        for column, question in enumerate(QUESTIONS):
+            alone = asked.ask(pixels[row : row + 1], [question])
+            assert abs(alone - together[row, column]) <= 1e-10  # nor does anything depend on the batch
+            apart += torch.autograd.grad(alone[0, 0] * weights[row, column], pixels)[0]
+    assert (shared - apart).abs().max() <= 1e-10
+    assert shared.abs().max() > 1e-4
+    (own,) = torch.autograd.grad(asked.ask(pixels, QUESTIONS)[1, 0], pixels)
+    assert own[0].abs().sum() == 0 < own[1].abs().sum()
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_pixel_gradients_are_central_differences(folder, kind, monkeypatch):
+    """To 5e-4, a step of 1e-3 and vision rotated in float32 by the library allow no less. With a resize."""
+    tiny_vlm.exact_norms(monkeypatch)
+    torch.manual_seed(0)
+    pixels = (media(kind, frames=4)[..., :13, :] * 0.8 + 0.1).requires_grad_()
+    asked = critic(folder)
+    for value in (
+        lambda x: asked.ask(x, QUESTIONS)[0, 1] + asked.ask(x, QUESTIONS)[1, 0],
+        lambda x: asked.answers(x, QUESTIONS, ["a dog", "it is"]).sum(),
+    ):
+        (gradient,) = torch.autograd.grad(value(pixels), pixels)
+        step = 1e-3 * gradient.sign()
+        with torch.no_grad():
+            difference = (value(pixels + step) - value(pixels - step)) / 2e-3
+        assert difference.item() == pytest.approx(gradient.abs().sum().item(), rel=5e-4)
+
+
+def test_checkpointing_changes_nothing(folder):
+    pixels = media("video").requires_grad_()
+    plain, saving = (critic(folder, checkpointing=on).ask(pixels, QUESTIONS) for on in (False, True))
+    assert torch.equal(plain, saving)
+    gradients = [torch.autograd.grad(total.sum(), pixels)[0] for total in (plain, saving)]
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-12
+
+
+def test_checkpointing_recomputes_every_layer_and_only_then(folder):
+    asked, calls, pixels = critic(folder, checkpointing=True), [], media()
+    for layer in [*asked._reader.network.visual.blocks, *asked._reader.network.language_model.layers]:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert not asked.ask(pixels, QUESTIONS).requires_grad
+    assert len(calls) == 4
+    asked.ask(pixels.requires_grad_(), QUESTIONS).sum().backward()
+    assert len(calls) == 12
+
+
+def test_each_medium_may_have_its_own_questions(folder):
+    pixels, asked = media(), critic(folder)
+    both = asked.ask(pixels, QUESTIONS)
+    own = asked.ask(pixels, [QUESTIONS, QUESTIONS[::-1]])
+    torch.testing.assert_close(own, torch.stack([both[0], both[1].flip(0)]), rtol=0, atol=1e-10)
+    ragged = asked.margins_of(pixels, [(1, QUESTIONS[0]), (0, QUESTIONS[1]), (1, QUESTIONS[1])])
+    expected = asked.margins(pixels, QUESTIONS)[[1, 0, 1], [0, 1, 1]]
+    torch.testing.assert_close(ragged, expected, rtol=0, atol=1e-10)
+
+
+def test_without_negative_words_it_is_the_probability_over_all_words(folder):
+    pixels, words = media(), AutoTokenizer.from_pretrained(folder)
+    given = critic(folder, readout=Readout(("Yes",), ())).ask(pixels, QUESTIONS[:1])
+    expected = critic(folder).answers(pixels, QUESTIONS[:1], ["Yes"])
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-12)
+    with pytest.raises(ConfigError, match="no spelling is a single token"):
+        Readout(("Certainly",)).ids(words)
+    with pytest.raises(ConfigError, match="on both sides"):
+        Readout(("Yes",), ("Yes",)).ids(words)
+
+
+def test_eight_bits_and_half_precision_stay_near(folder):
+    pixels = torch.rand(2, 3, 21, 30, generator=torch.Generator().manual_seed(3))
+    exact = critic(folder).margins(pixels.double(), QUESTIONS)
+    stored = critic(folder).margins(pixels.double().requires_grad_(), QUESTIONS, eight_bit=True)
+    assert not stored.requires_grad
+    assert 0 < (stored - exact).abs().max() < 2e-2
+    half = VlmCritic(folder, dtype="bfloat16", rate=RATE).margins(pixels, QUESTIONS)
+    assert half.dtype == torch.float32
+    assert 0 < (half - exact).abs().max() < 0.1
+
+
+def test_a_folder_may_lack_a_template_or_keep_it_apart(tmp_path):
+    bare = tiny_vlm.save("qwen2_vl", tmp_path / "bare", template=False)
+    plain = critic(str(bare)).ask(media(), QUESTIONS)
+    wordy = tiny_vlm.TEMPLATE.replace("<|im_start|>system\nBe fair.<|im_end|>\n", "")
+    (bare / "chat_template.json").write_text(json.dumps({"chat_template": wordy}))
+    assert torch.equal(plain, critic(str(bare)).ask(media(), QUESTIONS))
+    (bare / "chat_template.json").write_text(json.dumps({"chat_template": tiny_vlm.TEMPLATE}))
+    assert not torch.equal(plain, critic(str(bare)).ask(media(), QUESTIONS))
+
+
+def test_time_matters_where_the_family_counts_it(folders):
+    clips = media("video")
+    for kind, counts in (("qwen2_vl", False), ("qwen2_5_vl", True), ("qwen3_vl", True)):
+        slow, fast = (VlmCritic(folders[kind], rate=rate).ask(clips, QUESTIONS[:1]) for rate in (1.0, 8.0))
+        assert torch.equal(slow, fast) != counts, kind
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda c: c.ask(media(), "Is it?"), "give a list of texts"),
+        (lambda c: c.ask(media(), []), "give a list of texts"),
+        (lambda c: c.ask(media(), [["a"]]), "2 media with 1 lists"),
+        (lambda c: c.ask(media(), [["a"], ["a", "b"]]), "different numbers of questions"),
+        (lambda c: c.ask(media(), ["<|image_pad|>?"]), "not exactly one"),
+        (lambda c: c.answers(media(), ["a"], [""]), "an answer is empty"),
+        (lambda c: c.answers(media(), ["a"], ["b", "c"]), "differ in number"),
+    ],
+)
+def test_questions_that_cannot_be_asked(folders, call, words):
+    with pytest.raises(DataError, match=re.escape(words)):
+        call(critic(folders["qwen2_vl"]))
+
+
+def test_models_that_cannot_be_read(folders, clip_folder):
+    for missing in ("/no/such/folder", "./nowhere", "alignkit/no/where"):
+        with pytest.raises(MissingFileError, match=f"critic: '{missing}'"):
+            VlmCritic(missing)
+    with pytest.raises(ConfigError, match="is a clip; Qwen2-VL"):
+        VlmCritic(str(clip_folder))
+    with pytest.raises(ConfigError, match="dtype 'int8'"):
+        VlmCritic(folders["qwen2_vl"], dtype="int8")
+    with pytest.raises(ConfigError, match="frames per second"):
+        VlmCritic(folders["qwen2_vl"], rate=0)
