@@ -61,7 +61,8 @@ def published_shapes():
 @pytest.fixture(scope="module")
 def state():
     generator = torch.Generator().manual_seed(3)
-    made = {key: 0.15 * torch.randn(shape, generator=generator) for key, shape in published_shapes().items()}
+    made = {key: 0.08 * torch.randn(shape, generator=generator) for key, shape in published_shapes().items()}
+    made = {key: 6 * value if key.startswith("mlp") else value for key, value in made.items()}  # scores of order 1
     made = {key: value + 1 if re.search(r"(norm\d?|LayerNorm)\.weight", key) else value for key, value in made.items()}
     return made | {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
 
@@ -106,7 +107,7 @@ def by_pil(picture, size=GRID * PATCH):
     left, top = (round((side - size) / 2) for side in picture.size)
     pixels = tensor(picture.crop((left, top, left + size, top + size)))
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
 
 
 RENAMED = (
@@ -155,27 +156,29 @@ def reference(state, prepared, texts):
         output = read(tokens, attention_mask=(tokens != 0).long(), encoder_hidden_states=seen, is_decoder=False)
         values = output.last_hidden_state[:, 0]
         for number in HEAD:
-            values = functional.linear(values, *(state[f"mlp.layers.{number}.{n}"].double() for n in ("weight", "bias")))
+            values = functional.linear(
+                values, *(state[f"mlp.layers.{number}.{n}"].double() for n in ("weight", "bias"))
+            )
     return (values[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
 def test_the_score_is_that_of_blip_and_the_head(state, exact, reward):
-    """Same pixels: 1e-10 in fp64, 1e-5 in fp32; the published means spread far wider than that."""
+    """Same pixels, scores that spread over several units: equal to 1e-12 in fp64 and 1e-4 in fp32."""
     prepared = torch.stack([by_pil(Image.fromarray((p.permute(1, 2, 0) * 255).byte().numpy())) for p in pictures()])
     media = pictures().mul(255).byte().double().div(255)
     wanted = reference(state, prepared, TEXTS)
-    assert wanted.std() > 0.1
-    torch.testing.assert_close(exact(media, PROMPTS).total, wanted, rtol=0, atol=1e-10)
+    assert wanted.std() > 1
+    torch.testing.assert_close(exact(media, PROMPTS).total, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(reward(media.float(), PROMPTS).total, wanted.float(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (57, 90), (90, 57), (21, 25)])
 def test_the_tensor_path_follows_pil(state, exact, size):
-    """Resized pictures differ by PIL's rounding to 8 bits alone: scores move by less than 0.02 of a deviation."""
+    """Resized pictures differ by PIL's rounding to 8 bits alone; scores that spread over units move by under 0.1."""
     photographs = [photograph(*size, seed) for seed in range(3)]
     media = torch.stack([tensor(picture) for picture in photographs])
     wanted = reference(state, torch.stack([by_pil(picture) for picture in photographs]), TEXTS)
-    torch.testing.assert_close(exact(media, PROMPTS).total, wanted, rtol=0, atol=0.02)
+    torch.testing.assert_close(exact(media, PROMPTS).total, wanted, rtol=0, atol=0.1)
 
 
 def test_the_gradient_is_the_slope(exact):
@@ -208,9 +211,10 @@ def test_precision_is_the_weights(folder, reward):
 
 
 def test_long_prompts_are_cut_to_35_tokens(reward):
-    long = [Prompt.from_text("red " * 33 + end) for end in ("", "blue", "circle circle")]
-    media = pictures(1).expand(3, -1, -1, -1)
-    assert reward(media, long).total.unique().numel() == 1
+    ends = [Prompt.from_text("red " * count + "blue " * 3) for count in (32, 33, 34)]
+    first, second, third = reward(pictures(1).expand(3, -1, -1, -1), ends).total
+    torch.testing.assert_close(second, third, rtol=0, atol=1e-5)
+    assert (first - second).abs() > 1e-3  # its 33rd word is read
 
 
 def test_files_and_safetensors_are_found(state, folder, reward, tmp_path):
@@ -239,12 +243,12 @@ def test_other_weights_are_refused(state, folder, tmp_path, change, message):
 
 
 def test_what_is_not_there_is_named(folder, tmp_path):
-    with pytest.raises(MissingFileError, match="'/no/where' .*hf download THUDM/ImageReward"):
+    with pytest.raises(MissingFileError, match=r"'/no/where' .*hf download THUDM/ImageReward"):
         ImageReward("/no/where", tokenizer=folder)
     with pytest.raises(MissingFileError, match="no BERT tokenizer '/no/where'"):
         ImageReward(folder, tokenizer="/no/where")
     (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "green"]))
-    with pytest.raises(DataError, match="has 15 words .*the weights 14"):
+    with pytest.raises(DataError, match=r"has 15 words .*the weights 14"):
         ImageReward(folder, tokenizer=str(tmp_path))
     (tmp_path / "ImageReward.pt").write_bytes(b"<html>")
     with pytest.raises(DataError, match="damaged"):
