@@ -1,4 +1,4 @@
-"""VQAScore on CLIP-FlanT5 (Lin et al., arXiv 2404.01291): how likely is "Yes", asked whether a picture shows its prompt?
+"""VQAScore on CLIP-FlanT5 (Lin et al., arXiv 2404.01291): the likelihood of "Yes", asked if a picture shows its prompt.
 
 Patch states of CLIP's last layer but one, mapped by two linear layers, stand in a Flan-T5 question where the picture
 belongs. Both networks are transformers' own; the t2v-metrics package, which has no gradient, is not needed.

@@ -19,9 +19,20 @@ from rewards.clip_flant5 import ClipFlanT5
 
 TEXTS = ["a red circle", "two {blue} circles", "red"]
 PROMPTS = [Prompt.from_text(text) for text in TEXTS]
-WORDS = (
-    "A chat between curious user an assistant. The answers USER: Does this figure show Please answer yes or no.".split()
-)
+WORDS = [
+    "chat",
+    "between",
+    "curious",
+    "user",
+    "assistant.",
+    "The",
+    "USER:",
+    "Does",
+    "this",
+    "figure",
+    "Please",
+    "answer",
+]
 SIZE, PATCH = 28, 7
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -55,7 +66,7 @@ def networks(tokenizer):
                 feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
             )
         )  # fmt: skip
-        t5.lm_head.weight = torch.nn.Parameter(torch.randn_like(t5.shared.weight))  # Flan-T5's is not tied
+        t5.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn_like(t5.shared.weight))  # Flan-T5's is not tied
         for part in (tower, projector):
             for weights in part.parameters():
                 weights.data += 0.1 * torch.randn_like(weights)
@@ -160,21 +171,22 @@ def test_the_head_is_not_tied_to_the_words(networks, exact):
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 73), (73, 40), (20, 17)])
 def test_the_tensor_path_follows_pil(networks, tokenizer, exact, size):
-    """Padded and resized pictures differ by PIL's rounding to 8 bits: under 2% of a score."""
+    """Padded and resized pictures differ by PIL's rounding to 8 bits: scores that spread by 10% move by under 0.5%."""
     photographs = [photograph(*size, seed) for seed in range(3)]
     wanted = reference(networks, tokenizer, [by_pil(picture) for picture in photographs])
     found = exact(torch.stack([tensor(picture) for picture in photographs]), PROMPTS).total
-    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=0.005, atol=0)
 
 
 def test_the_gradient_is_the_slope(exact):
-    media = pictures(2, 40).mul(0.9).add(0.05).requires_grad_()
+    """Central differences along the gradient, through padding and resampling; T5's norms are in fp32, hence 1e-3."""
+    media = pictures(2, 40)[..., :30].mul(0.8).add(0.1).requires_grad_()
     (gradient,) = torch.autograd.grad(exact(media, PROMPTS[:2]).total[1], media)
     assert gradient[0].abs().sum() == 0 < gradient[1].abs().sum()
-    direction = torch.randn(media.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    direction = gradient / gradient.abs().max()
     with torch.no_grad():
-        sides = [exact(media + step * direction, PROMPTS[:2]).total[1] for step in (1e-5, -1e-5)]
-    torch.testing.assert_close((gradient * direction).sum(), (sides[0] - sides[1]) / 2e-5, rtol=1e-5, atol=0)
+        sides = [exact(media + step * direction, PROMPTS[:2]).total[1] for step in (3e-4, -3e-4)]
+    torch.testing.assert_close((gradient * direction).sum(), (sides[0] - sides[1]) / 6e-4, rtol=1e-3, atol=0)
 
 
 def test_rows_stand_alone_and_repeat(exact):
@@ -189,7 +201,7 @@ def test_rows_stand_alone_and_repeat(exact):
 def test_weights_in_bfloat16_score_in_float32(folder, exact):
     total = ClipFlanT5(folder, tokenizer=folder, dtype="bfloat16")(pictures().float(), PROMPTS).total
     assert total.dtype == torch.float32
-    torch.testing.assert_close(total.double(), exact(pictures(), PROMPTS).total, rtol=0.2, atol=0)
+    torch.testing.assert_close(total.double(), exact(pictures(), PROMPTS).total, rtol=0.1, atol=0)
 
 
 def test_weights_without_a_tower_take_the_named_one(networks, tokenizer, exact, tmp_path):
@@ -227,5 +239,5 @@ def test_what_is_not_there_is_named(folder, tmp_path):
         ClipFlanT5(folder, tokenizer="/no/where")
     shutil.copytree(folder, tmp_path / "part")
     (tmp_path / "part" / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(MissingFileError, match="00002-of-00002.bin is named by its index"):
+    with pytest.raises(MissingFileError, match=r"00002-of-00002.bin is named by its index"):
         ClipFlanT5(str(tmp_path / "part"), tokenizer=folder)
