@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError, MissingFileError
@@ -36,7 +37,7 @@ FILL = tuple(int(255 * value) / 255 for value in CLIP_MEAN)
 class ClipFlanT5:
     """exp(mean log-likelihood of the answer's tokens and its end) [B], in (0, 1).
 
-    model: folder or hub id of zhiqiulin/clip-flant5-xl or -xxl.
+    model: folder or hub id of zhiqiulin/clip-flant5-xl or -xxl, or the weights (or their index) in such a folder.
     tokenizer: folder or hub id of Flan-T5's tokenizer.
     vision_tower: folder or hub id of the CLIP model, for weights without one; None is that of the model's config.
     question, answer: what is asked, `{}` being the prompt, and the answer whose likelihood counts.
@@ -69,7 +70,8 @@ class ClipFlanT5:
         self._place, self._question = (device, torch_dtype(dtype)), question
         self._tokenizer = _tokenizer(tokenizer)
         path = find_file(model, FILES, ADVICE)
-        config = json.loads(find_file(model, ["config.json"], ADVICE).read_text(encoding="utf-8"))
+        home = str(path.parent) if path == Path(model) else model
+        config = json.loads(find_file(home, ["config.json"], ADVICE).read_text(encoding="utf-8"))
         where = f"clip_flant5: {path}"
         state = {key: value.to(*self._place) for key, value in read_state(path).items()}
         tower, projector, rest = _split(state)

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignkit.errors import ConfigError, DataError, MissingFileError, nearest
+from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, nearest
 from alignkit.protocols import Reward
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import resolve
@@ -120,7 +120,8 @@ class Composite:
     state: a file that `save` wrote, for `running`.
     update: False is `eval()` from the start.
 
-    Raises ConfigError for contradicting options or members, DataError for a vote on a prompt with a single medium.
+    Raises ConfigError for contradicting options or members, DataError for a vote on a prompt with a single medium,
+    NumericsError for a NaN or infinite score that would enter running statistics.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class Composite:
             shares = weights / weights.sum()
             total = _votes(scores, shares, prompts) if self._mode == "vote" else self._agreed(scores, shares)
         if self._running and self._is_updating:
-            self.absorb({key: Moments.of(scored.total.detach().double().tolist()) for key, scored in said.items()})
+            self.absorb({key: _moments(f"{self.name}: member '{key}'", scored) for key, scored in said.items()})
         parts = {key: scored.total for key, scored in said.items()}
         parts |= {f"{key}/{part}": value for key, scored in said.items() for part, value in scored.parts.items()}
         return Scores(total, parts)
@@ -293,6 +294,13 @@ def _fixed(name: str, told: Mapping[str, Any]) -> Moments | Quantiles:
     if set(told) != {"mean", "std"} or not told["std"] > 0:
         raise ConfigError(f"reference of '{name}': give mean and std > 0, or values; not {dict(told)}")
     return Moments(1, told["mean"], told["std"] ** 2)
+
+
+def _moments(where: str, scored: Scores) -> Moments:
+    values = scored.total.detach().double().tolist()
+    if not all(map(math.isfinite, values)):
+        raise NumericsError(f"{where} scored {values}; a running mean would never recover")
+    return Moments.of(values)
 
 
 def _hinged(scores: Tensor, target: float | None) -> Tensor:

@@ -28,7 +28,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def find_file(model: str, names: Sequence[str], advice: str) -> Path:
     """`model` itself where it is a file, else the first of `names` in that folder or hub repository.
 
-    Raises MissingFileError that ends in `advice`: how to get the file.
+    With an index on the hub the files that it names are fetched too. Raises MissingFileError that ends in `advice`, how
+    to get the file.
     """
     from transformers.utils import cached_file
 
@@ -36,9 +37,12 @@ def find_file(model: str, names: Sequence[str], advice: str) -> Path:
         return Path(model)
     for name in names:
         try:
-            return Path(cached_file(model, name))
+            path = Path(cached_file(model, name))
         except OSError:
             continue
+        for part in _parts(path) if name.endswith(".index.json") and not Path(model).is_dir() else ():
+            cached_file(model, part)
+        return path
     raise MissingFileError(f"'{model}' is no file, nor a folder or hub id with {' or '.join(names)}; {advice}")
 
 
@@ -52,8 +56,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if path.suffix == ".json":
-        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {key: value for part in parts for key, value in read_state(path.parent / part).items()}
+        return {key: value for part in _parts(path) for key, value in read_state(path.parent / part).items()}
     if not path.is_file():
         raise MissingFileError(f"{path} is named by its index and not there; get the whole folder")
     try:
@@ -87,6 +90,10 @@ def shape_of(state: Mapping[str, Tensor], key: str, where: str) -> torch.Size:
     if key not in state:
         raise DataError(f"{where}: weights do not fit: no {key} among {_some(state)}")
     return state[key].shape
+
+
+def _parts(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -156,7 +156,7 @@ def test_the_score_is_the_likelihood_of_yes(networks, tokenizer, folder, exact):
     wanted = reference(networks, tokenizer, torch.stack([by_pil(picture) for picture in to_pil(pictures())]))
     assert wanted.std() / wanted.mean() > 0.05
     torch.testing.assert_close(exact(pictures(), PROMPTS).total, wanted, rtol=1e-12, atol=0)
-    single = ClipFlanT5(folder, tokenizer=folder)(pictures().float(), PROMPTS).total
+    single = ClipFlanT5(f"{folder}/pytorch_model.bin.index.json", tokenizer=folder)(pictures().float(), PROMPTS).total
     torch.testing.assert_close(single, wanted.float(), rtol=1e-4, atol=0)
     other = ClipFlanT5(folder, tokenizer=folder, answer="No", dtype="float64")(pictures(), PROMPTS).total
     torch.testing.assert_close(other, reference(networks, tokenizer, map(by_pil, to_pil(pictures())), "No"))

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alignkit.commands.builders import build_reward
-from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
+from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, UnknownNameError
 from alignkit.protocols import Reward
 from alignkit.records import Prompt, Scores
 from rewards.composite import Composite, Member, Moments, Quantiles
@@ -157,6 +157,13 @@ def test_running_statistics_are_those_before_the_call(tmp_path):
     assert score(stored, 0.7).total.item() == pytest.approx(wanted)
     assert score(shard.train(), 0.9).total.item() == 0  # nothing has varied: only the mean goes
     assert shard.state()["a"].count == 3
+
+
+def test_running_statistics_take_no_nan():
+    composite = Composite({"a": Gain(math.inf)}, normalise="running")
+    with pytest.raises(NumericsError, match=r"member 'a' scored \[inf, nan\]"):
+        score(composite, 0.5, 0.0)
+    assert composite.state()["a"].count == 0
 
 
 def test_statistics_of_others_are_refused(tmp_path):
