@@ -1,0 +1,322 @@
+"""Several rewards as one: normalised each, then summed, put to the vote, or lowered where they disagree.
+
+Not here: choosing weights. Members check media themselves; the composite checks only that they agree on what media are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, nearest
+from alignkit.protocols import Reward
+from alignkit.records import Prompt, Scores
+from alignkit.resolve import resolve
+from rewards import REWARDS
+from rewards.media import check_media
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODES = ("sum", "vote", "mean_std")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A reward in a composite.
+
+    weight: its share; 0 only reports it.
+    hinge: min(r, hinge) counts in place of r, in the reward's own units: better than this is not better (ReFL's
+        max(0, 2 - r) of arXiv 2304.05977, with its sign turned).
+    """
+
+    reward: Reward
+    weight: float = 1.0
+    hinge: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, mean and sum of squared deviations of a stream of scores, mergeable in any order (Chan et al. 1979)."""
+
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Moments:
+        """Those of `values`, in float64."""
+        mean = math.fsum(values) / max(len(values), 1)
+        return cls(len(values), mean, math.fsum((value - mean) ** 2 for value in values))
+
+    def merge(self, other: Moments) -> Moments:
+        """Those of both streams together."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        step = other.mean - self.mean
+        mean = self.mean + step * other.count / count
+        return Moments(count, mean, self.m2 + other.m2 + step**2 * self.count * other.count / count)
+
+    @property
+    def std(self) -> float:
+        """The population's deviation; 1 where nothing has varied yet, so that dividing by it changes nothing."""
+        return math.sqrt(self.m2 / self.count) if self.m2 > 0 else 1.0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """(r - mean) / deviation."""
+        return (scores - self.mean) / self.std
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Where scores stand among stored ones, in (0, 1): the empirical distribution, linear between its values.
+
+    Equal values share their middle rank. Beyond the smallest and the largest value it is flat, without gradient.
+    """
+
+    values: tuple[float, ...]
+    levels: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quantiles:
+        """The distribution of `values`, which must not all be equal."""
+        counts = {value: len(list(group)) for value, group in groupby(sorted(map(float, values)))}
+        if len(counts) < 2:
+            raise ConfigError(f"reference: {len(counts)} different values; a distribution needs at least 2")
+        below, levels = 0, []
+        for count in counts.values():
+            levels.append((below + count / 2) / len(values))
+            below += count
+        return cls(tuple(counts), tuple(levels))
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """The level of each score."""
+        import torch
+
+        values, levels = scores.new_tensor(self.values), scores.new_tensor(self.levels)
+        inside = scores.clamp(self.values[0], self.values[-1])
+        right = torch.searchsorted(values, inside.detach()).clamp(1, len(values) - 1)
+        slope = (levels[right] - levels[right - 1]) / (values[right] - values[right - 1])
+        return levels[right - 1] + slope * (inside - values[right - 1])
+
+
+class Composite:
+    """Members [B] each become one score [B]; `parts` keeps every member's raw score and its parts as 'member/part'.
+
+    members: name -> a reward, a Member, or {reward: a name of the table or 'package.module:attribute', options, weight,
+        hinge}.
+    mode: `sum` of weight x score; `vote`, the weighted share of members, averaged over the other media of the same
+        prompt in the batch, that prefer this one (a tie is half a vote), so each prompt needs two media and rows depend
+        on each other; `mean_std`, weighted mean - kappa x deviation over the members, which trusts what they agree on.
+    normalise: `running` standardises each member by all scores it has given before this call, then adds this call's
+        (not after `eval()`); `reference` by fixed numbers. The raw score is counted, the hinged one is standardised.
+    reference: member -> {mean, std}, or {values: scores of a reference distribution} for quantiles.
+    state: a file that `save` wrote, for `running`.
+    update: False is `eval()` from the start.
+
+    Raises ConfigError for contradicting options or members, DataError for a vote on a prompt with a single medium,
+    NumericsError for a NaN or infinite score that would enter running statistics.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Reward | Member | Mapping[str, Any]],
+        *,
+        mode: Literal["sum", "vote", "mean_std"] = "sum",
+        kappa: float = 1.0,
+        normalise: Literal["running", "reference"] | None = None,
+        reference: Mapping[str, Mapping[str, Any]] | None = None,
+        state: str | None = None,
+        update: bool = True,
+        name: str = "composite",
+    ) -> None:
+        self.name, self._mode, self._kappa = name, mode, kappa
+        self._members = {key: _member(key, given) for key, given in members.items()}
+        self._counted = {key: member for key, member in self._members.items() if member.weight}
+        self._running = {key: Moments() for key in self._members} if normalise == "running" else {}
+        self._fixed = {key: _fixed(key, told) for key, told in (reference or {}).items()}
+        self._is_updating = update
+        self._require(normalise, reference, state)
+        if state is not None:
+            self.load(state)
+        self._declare()
+
+    def _require(self, normalise: str | None, reference: Mapping[str, Any] | None, state: str | None) -> None:
+        if self._mode not in MODES:
+            raise ConfigError(f"{self.name}: mode '{self._mode}' is unknown.{nearest(self._mode, MODES)}")
+        if normalise not in (None, "running", "reference"):
+            raise ConfigError(f"{self.name}: normalise '{normalise}' is unknown; running, reference or none")
+        if not self._counted:
+            raise ConfigError(f"{self.name}: no member has a weight; nothing would be scored")
+        if self._mode != "sum" and any(member.weight < 0 for member in self._members.values()):
+            raise ConfigError(f"{self.name}: a negative weight has no meaning in mode '{self._mode}'")
+        if (reference is not None) != (normalise == "reference"):
+            raise ConfigError(f"{self.name}: `reference` and normalise: reference belong together")
+        if reference is not None and set(reference) != set(self._members):
+            raise ConfigError(f"{self.name}: reference names {sorted(reference)}, members are {sorted(self._members)}")
+        if state is not None and normalise != "running":
+            raise ConfigError(f"{self.name}: `state` is for normalise: running")
+        modalities = {key: member.reward.modality for key, member in self._members.items()}
+        if len(set(modalities.values())) > 1:
+            raise ConfigError(f"{self.name}: members judge different media: {modalities}")
+
+    def _declare(self) -> None:
+        every, counted = ([m.reward for m in group.values()] for group in (self._members, self._counted))
+        self.modality = every[0].modality
+        self.needs_prompt = any(reward.needs_prompt for reward in every)
+        self.differentiable = self._mode != "vote" and all(reward.differentiable for reward in counted)
+        self.comparable_across_prompts = self._mode != "vote" and all(r.comparable_across_prompts for r in counted)
+        self.licence = "; ".join(dict.fromkeys(reward.licence for reward in every))
+        self.source = "; ".join(dict.fromkeys(reward.source for reward in every))
+        self.native_range = self._range()
+
+    def _range(self) -> tuple[float, float]:
+        """What members, hinges and fixed normalisation allow; without bounds where statistics run."""
+        if self._mode == "vote":
+            return 0.0, 1.0
+        ends = [self._ends(key, member) for key, member in self._counted.items()]
+        weights = [member.weight for member in self._counted.values()]
+        if self._mode == "sum":
+            sides = [sorted(weight * end for end in pair) for weight, pair in zip(weights, ends, strict=True)]
+            return math.fsum(side[0] for side in sides), math.fsum(side[1] for side in sides)
+        low, high = (math.fsum(w * pair[i] for w, pair in zip(weights, ends, strict=True)) for i in (0, 1))
+        widest = (max(pair[1] for pair in ends) - min(pair[0] for pair in ends)) / 2  # no deviation is larger
+        off = self._kappa * widest if self._kappa else 0.0
+        return low / sum(weights) - max(off, 0), high / sum(weights) - min(off, 0)
+
+    def _ends(self, key: str, member: Member) -> tuple[float, float]:
+        import torch
+
+        if self._running:
+            return -math.inf, math.inf
+        ends = torch.tensor(member.reward.native_range, dtype=torch.float64)
+        low, high = self._normalised(key, _hinged(ends, member.hinge)).tolist()
+        return low, high
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        import torch
+
+        check_media(media, prompts, self)
+        said = {key: member.reward(media, prompts) for key, member in self._members.items()}
+        rows = [self._normalised(key, _hinged(said[key].total, m.hinge)) for key, m in self._counted.items()]
+        scores = torch.stack(rows)
+        weights = scores.new_tensor([member.weight for member in self._counted.values()])[:, None]
+        if self._mode == "sum":
+            total = (weights * scores).sum(0)
+        else:
+            shares = weights / weights.sum()
+            total = _votes(scores, shares, prompts) if self._mode == "vote" else self._agreed(scores, shares)
+        if self._running and self._is_updating:
+            self.absorb({key: _moments(f"{self.name}: member '{key}'", scored) for key, scored in said.items()})
+        parts = {key: scored.total for key, scored in said.items()}
+        parts |= {f"{key}/{part}": value for key, scored in said.items() for part, value in scored.parts.items()}
+        return Scores(total, parts)
+
+    def _normalised(self, key: str, scores: Tensor) -> Tensor:
+        normalise = self._running.get(key) or self._fixed.get(key)
+        return normalise(scores) if normalise else scores
+
+    def _agreed(self, scores: Tensor, shares: Tensor) -> Tensor:
+        """Mean - kappa x population deviation [B]; the deviation's gradient at 0 is 0, one of its subgradients."""
+        mean = (shares * scores).sum(0)
+        variance = (shares * (scores - mean).square()).sum(0)
+        is_zero = variance == 0
+        deviation = variance.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
+        return mean - self._kappa * deviation
+
+    def train(self) -> Composite:
+        """From now on each call adds its scores to the running statistics."""
+        self._is_updating = True
+        return self
+
+    def eval(self) -> Composite:
+        """From now on the running statistics stay as they are."""
+        self._is_updating = False
+        return self
+
+    def state(self) -> dict[str, Moments]:
+        """The running statistics of every member."""
+        return dict(self._running)
+
+    def absorb(self, state: Mapping[str, Moments]) -> None:
+        """Add what another stream (a process, a shard) has gathered since; the order does not matter."""
+        self._running = {key: moments.merge(state[key]) for key, moments in self._running.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the running statistics as JSON."""
+        text = json.dumps({key: asdict(moments) for key, moments in self._running.items()}, indent=1)
+        Path(path).write_text(text, encoding="utf-8")
+
+    def load(self, path: str | Path) -> None:
+        """Take what `save` wrote for what was gathered. Raises MissingFileError, DataError for a file of others."""
+        if not Path(path).is_file():
+            raise MissingFileError(f"{self.name}: no statistics '{path}'; `save` writes them")
+        try:
+            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = {key: Moments(**moments) for key, moments in told.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.name}: '{path}' holds no running statistics: {error}") from error
+        if set(found) != set(self._members):
+            raise DataError(f"{self.name}: '{path}' is of {sorted(found)}, members are {sorted(self._members)}")
+        self._running = found
+
+
+def _member(name: str, given: Reward | Member | Mapping[str, Any]) -> Member:
+    """A member however it was given. Raises ConfigError naming it for a key or an option that is not taken."""
+    if isinstance(given, Member):
+        return given
+    if not isinstance(given, Mapping):
+        return Member(given)
+    keys = ("reward", "options", "weight", "hinge")
+    for key in given:
+        if key not in keys:
+            raise ConfigError(f"member '{name}': unknown key '{key}'.{nearest(key, keys)}")
+    if "reward" not in given:
+        raise ConfigError(f"member '{name}': `reward` is missing")
+    builder, options = resolve(given["reward"], REWARDS, kind="reward"), given.get("options", {})
+    try:
+        reward = builder(**options)
+    except TypeError as error:
+        raise ConfigError(f"member '{name}': reward '{given['reward']}' with options {options}: {error}") from error
+    return Member(reward, given.get("weight", 1.0), given.get("hinge"))
+
+
+def _fixed(name: str, told: Mapping[str, Any]) -> Moments | Quantiles:
+    """Normalisation by numbers that were given."""
+    if set(told) == {"values"}:
+        return Quantiles.of(told["values"])
+    if set(told) != {"mean", "std"} or not told["std"] > 0:
+        raise ConfigError(f"reference of '{name}': give mean and std > 0, or values; not {dict(told)}")
+    return Moments(1, told["mean"], told["std"] ** 2)
+
+
+def _moments(where: str, scored: Scores) -> Moments:
+    values = scored.total.detach().double().tolist()
+    if not all(map(math.isfinite, values)):
+        raise NumericsError(f"{where} scored {values}; a running mean would never recover")
+    return Moments.of(values)
+
+
+def _hinged(scores: Tensor, target: float | None) -> Tensor:
+    return scores if target is None else scores.clamp(max=target)
+
+
+def _votes(scores: Tensor, shares: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Win rates [B] of `scores` [members, B] among media of the same prompt, averaged over members by `shares`."""
+    import torch
+
+    groups = torch.tensor([[one.id == other.id for other in prompts] for one in prompts], device=scores.device)
+    groups.fill_diagonal_(fill_value=False)
+    rivals = groups.sum(1)
+    if (rivals == 0).any():
+        alone = prompts[int((rivals == 0).nonzero()[0])].text
+        raise DataError(f"vote: only one medium of the prompt '{alone}' in the batch; a vote compares at least 2")
+    scores = scores.detach()
+    wins = ((scores[:, :, None] - scores[:, None]).sign() + 1) / 2
+    return (shares * (wins * groups).sum(2)).sum(0) / rivals
