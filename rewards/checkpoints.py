@@ -33,8 +33,10 @@ def read_tensors(path: str, *, name: str, get: str) -> dict[str, Tensor]:
     try:
         stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except torch.serialization.pickle.UnpicklingError as error:
-        raise DataError(f"{name}: '{path}' holds pickled code, which is not run here; {CONVERT}") from error
-    except (RuntimeError, EOFError, SafetensorError) as error:
+        raise DataError(
+            f"{name}: '{path}' is damaged or holds pickled code, which is not run here; {CONVERT}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         raise DataError(f"{name}: '{path}' is no readable weight file, fetch it again ({get}): {error}") from error
     while isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = stored["state_dict"]

@@ -30,7 +30,7 @@ from rewards.media import CLIP_MEAN, CLIP_STD, Preparation, check_media
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-_REMEMBERED = 8  # batches of prompts; MPS keeps all tokens, about 0.3 MiB a prompt
+_REMEMBERED = 8  # batches of prompts; with all tokens (MPS) about 0.3 MiB a prompt
 
 
 class Features(NamedTuple):
@@ -74,10 +74,10 @@ class SharedVision(Vision):
     """A tower of several rewards that sees each media tensor once.
 
     The last features are kept for the very same tensor object (weakly held) at the same version, so that an in-place
-    edit, another gradient mode, autocast or preparation looks anew. They are dropped as soon as a gradient has passed
-    through them, since that frees their graph; until then several scores may use it, and their sum is back-propagated
-    as one. Scores that share a graph but are back-propagated one by one need `retain_graph`, as in all of torch.
-    Not seen: edits through `.data` or numpy. Not kept: inference tensors, which have no version.
+    edit, another gradient mode, checkpoint, autocast or preparation looks anew. They are dropped as soon as a gradient
+    has passed through them, since that frees their graph; until then several scores may use it, and their sum is
+    back-propagated as one. Scores that share a graph but are back-propagated one by one need `retain_graph`, as in all
+    of torch. Not seen: edits through `.data` or numpy. Not kept: inference tensors, which have no version.
     """
 
     def __init__(self, tower: nn.Module) -> None:
@@ -109,7 +109,9 @@ def _state(media: Tensor, preparation: Preparation) -> tuple[Any, ...]:
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     tracked = torch.is_grad_enabled() and media.requires_grad
     version = media._version  # noqa: SLF001 - the one counter of in-place edits
-    return version, tracked, torch.is_inference_mode_enabled(), autocast, preparation
+    # A checkpoint's forward and its recomputation each save tensors in their own way, and must each run the tower.
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(True) if tracked else None  # noqa: SLF001
+    return version, tracked, saving, torch.is_inference_mode_enabled(), autocast, preparation
 
 
 class Clip:
@@ -177,27 +179,28 @@ class Clip:
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Projected, normalised prompt embeddings [B, D] without gradient, at least float32."""
-        return _normalised(self.read(prompts).pooled)
+        return _normalised(self.read(prompts)[0])
 
-    def read(self, prompts: Sequence[str]) -> Features:
-        """Projected states of prompts, token by token and pooled, without gradient; equal prompts are read once.
+    def read(self, prompts: Sequence[str], *, tokens: bool = False) -> tuple[Tensor, ...]:
+        """Projected states of prompts without gradient: the pooled [B, D] and, if asked for, all `tokens` [B, L, D].
 
         Padded to the whole window and cut to it with the end of text kept, without attention mask, as published: what
-        stands behind the end cannot change it, since the tower is causal. The last batches are remembered as batches:
-        a batch's embeddings then depend on nothing that came before, not even in their last bits.
+        stands behind the end cannot change it, since the tower is causal. Equal prompts are read once. The last batches
+        are remembered as batches: a batch's states depend on nothing that came before, not even in their last bits.
         """
         distinct = tuple(dict.fromkeys(prompts))
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.model.device)
-        return Features(*(states[rows] for states in self._remembered(distinct)))
+        return tuple(states[rows] for states in self._remembered(distinct, tokens))
 
-    def _read(self, prompts: tuple[str, ...]) -> Features:
+    def _read(self, prompts: tuple[str, ...], tokens: bool) -> tuple[Tensor, ...]:  # noqa: FBT001 - a cache's key
         window = self.model.config.text_config.max_position_embeddings
         with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
-            tokens = self.tokenizer(
+            ids = self.tokenizer(
                 list(prompts), padding="max_length", truncation=True, max_length=window, return_tensors="pt"
-            )
-            said = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device))
-            return Features(*map(self.model.text_projection, (said.last_hidden_state, said.pooler_output)))
+            ).input_ids
+            said = self.model.text_model(input_ids=ids.to(self.model.device))
+            states = (said.pooler_output, said.last_hidden_state) if tokens else (said.pooler_output,)
+            return tuple(map(self.model.text_projection, states))
 
 
 def _normalised(states: Tensor) -> Tensor:
@@ -266,16 +269,16 @@ def preparation_of(processor: str, side: int, name: str) -> Preparation:
     cropped = tuple(crop.values()) if isinstance(crop, dict) else (crop, crop)
     resample = _RESAMPLE.get(stored.get("resample", 3))
     asked = [stored.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize")]
-    if size == {"height": side, "width": side} and cropped in ((side, side), ()):
+    fit = ""
+    if size == {"height": side, "width": side} and (not crops or cropped == (side, side)):
         fit = "stretch"
     elif size == {"shortest_edge": side} and crops and cropped == (side, side):
         fit = "crop"
-    else:
-        fit = ""
     if not (fit and resample and all(asked)):
         raise DataError(
-            f"{name}: preprocessor_config.json of '{processor}' asks for size {size}, crop {crop if crops else 'none'}, "
-            f"resample {stored.get('resample')}; known are CLIP's forms at the tower's {side} pixels"
+            f"{name}: preprocessor_config.json of '{processor}' asks for size {size}, "
+            f"crop {crop if crops else 'none'}, resample {stored.get('resample')}; known are CLIP's forms at the "
+            f"tower's {side} pixels"
         )
     mean, std = (tuple(stored.get(f"image_{kind}", own)) for kind, own in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
     return Preparation(side, fit, resample, mean, std)
@@ -286,8 +289,8 @@ def _tokenizer(processor: str, name: str) -> Any:
         return AutoTokenizer.from_pretrained(processor)
     except (OSError, ValueError) as error:
         raise MissingFileError(
-            f"{name}: no tokenizer in '{processor}'; `hf download {LAION_H} --include '*.json' 'merges.txt' --local-dir "
-            f"clip-h` and give `processor` that folder: {error}"
+            f"{name}: no tokenizer in '{processor}'; `hf download {LAION_H} --include '*.json' 'merges.txt' "
+            f"--local-dir FOLDER` and give `processor` that folder: {error}"
         ) from error
 
 

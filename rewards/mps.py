@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rewards.checkpoints import CONVERT, load_strictly, read_tensors
-from rewards.clip import LAION_H, Clip, ClipReward, Features
+from rewards.clip import LAION_H, Clip, ClipReward
 
 CONDITIONS = {
     "aesthetics": "light, color, clarity, tone, style, ambiance, artistry",
@@ -61,7 +61,7 @@ class Mps(ClipReward):
             key.removeprefix("model."): value for key, value in tensors.items() if not key.startswith("cross_model.")
         }
         self.clip = Clip(model, name="mps", tensors=own, processor=processor, device=device, dtype=dtype)
-        crossing = {key: value for key, value in tensors.items() if key.startswith("cross_model.")}
+        crossing = {key: value for key, value in tensors.items() if _is_crossing(key)}
         self._cross = nn.ModuleDict({"cross_model": Cross(*_sizes(crossing))})
         load_strictly(self._cross, crossing, name="mps", path=model)
         self._cross.to(device, self.clip.model.dtype).eval().requires_grad_(False)
@@ -69,16 +69,16 @@ class Mps(ClipReward):
         self.native_range = (-self.clip.scale, self.clip.scale)
 
     def _score(self, media: Tensor, prompts: list[str]) -> Tensor:
-        said = self.clip.read(prompts)
+        pooled, said = self.clip.read(prompts, tokens=True)
         seen = self.clip.model.visual_projection(self.clip.see(media).tokens)
-        asked = self._cross["cross_model"](seen, said.tokens, self._relevant(said))[:, 0]
+        asked = self._cross["cross_model"](seen, said, self._relevant(said))[:, 0]
         exact = torch.promote_types(asked.dtype, torch.float32)
-        return self.clip.scale * functional.cosine_similarity(asked.to(exact), said.pooled.to(exact), dim=-1)
+        return self.clip.scale * functional.cosine_similarity(asked.to(exact), pooled.to(exact), dim=-1)
 
-    def _relevant(self, said: Features) -> Tensor:
-        """Which tokens [B, L] of the prompts, padding among them as published, have to do with the condition."""
-        condition = self.clip.read([self._condition]).tokens[0]
-        similar = (said.tokens @ condition.t()).amax(-1)
+    def _relevant(self, said: Tensor) -> Tensor:
+        """Which tokens [B, L] of prompts `said` [B, L, D], padding among them as published, concern the condition."""
+        condition = self.clip.read([self._condition], tokens=True)[1][0]
+        similar = (said @ condition.t()).amax(-1)
         return similar / similar.amax(-1, keepdim=True) > self._threshold
 
 
@@ -122,8 +122,6 @@ class Thinking(nn.Module):
     def __init__(self, width: int, inner: int, head: int, wide: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.rotary_emb = nn.Module()
-        self.rotary_emb.register_buffer("inv_freq", 10000.0 ** -(torch.arange(0, head, 2) / head))
         self.splits = (inner, head, head, 2 * wide)
         self.fused_attn_ff_proj = nn.Linear(width, sum(self.splits), bias=False)
         self.attn_out = nn.Linear(inner, width, bias=False)
@@ -132,9 +130,10 @@ class Thinking(nn.Module):
     def forward(self, seen: Tensor) -> Tensor:
         """What is added to picture tokens [B, N, D]; the class token has place 0."""
         query, key, value, wide = self.fused_attn_ff_proj(self.norm(seen)).split(self.splits, dim=-1)
-        places = torch.arange(seen.shape[1], device=seen.device, dtype=seen.dtype)
-        angles = places[:, None] * self.rotary_emb.inv_freq.to(seen.dtype)
-        heads = query.unflatten(-1, (-1, key.shape[-1]))
+        exact, head = torch.promote_types(seen.dtype, torch.float32), key.shape[-1]
+        planes = torch.arange(0, head, 2, device=seen.device, dtype=exact) / head
+        angles = torch.arange(seen.shape[1], device=seen.device, dtype=exact)[:, None] * 10000.0**-planes
+        heads = query.unflatten(-1, (-1, head))
         query = _turn(heads, angles[:, None]).flatten(2)
         return self.attn_out(_attend(query, _turn(key, angles), value)) + self.ff_out(wide)
 
@@ -158,8 +157,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
 def _turn(states: Tensor, angles: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of the last axis, whose halves are the two parts of each plane."""
     first, second = states.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _is_crossing(key: str) -> bool:
+    """Whether a published name belongs to the cross model; frequencies are constants, which are not loaded."""
+    return key.startswith("cross_model.") and not key.endswith("rotary_emb.inv_freq")
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int, int, int]:
