@@ -24,8 +24,11 @@ def tokenizer():
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=WINDOW)
 
 
-def clip(seed=0, **changes):
-    """A random CLIPModel whose features differ from picture to picture and prompt to prompt."""
+def clip(seed=20, **changes):
+    """A random CLIPModel whose features differ from picture to picture and prompt to prompt.
+
+    The seed is one whose cosines are positive and with which MPS hides some words of some prompts.
+    """
     shared = {"num_hidden_layers": 2, "hidden_act": "gelu"}
     text = shared | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "vocab_size": 58}
     text |= {"max_position_embeddings": WINDOW, "bos_token_id": 56, "eos_token_id": 57, "pad_token_id": 57}
