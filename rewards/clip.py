@@ -150,7 +150,7 @@ class Clip:
             self.tokenizer = _tokenizer(processor, name)
         else:
             self.tokenizer = _tokenizer(processor, name)
-            clip = _from_tensors(tensors, model, name, DTYPES[dtype], self.tokenizer.eos_token_id, activation)
+            clip = _from_tensors(tensors, model, name, DTYPES[dtype], self.tokenizer, activation)
         vocabulary = clip.config.text_config.vocab_size
         if len(self.tokenizer) > vocabulary:
             raise DataError(
@@ -307,10 +307,15 @@ def _from_folder(model: str, name: str, dtype: torch.dtype, get: str) -> Any:
 
 
 def _from_tensors(
-    tensors: dict[str, Tensor], path: str, name: str, dtype: torch.dtype, eos: int, activation: str
+    tensors: dict[str, Tensor], path: str, name: str, dtype: torch.dtype, words: Any, activation: str
 ) -> Any:
     named = transformers_names(tensors)
-    config = config_of(named, name=name, path=path, eos=eos, activation=activation)
+    special = {
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+    config = config_of(named, name=name, path=path, special=special, activation=activation)
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     return _whole(*CLIPModel.from_pretrained(None, config=config, state_dict=named, **options), path, name)
 

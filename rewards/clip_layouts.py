@@ -74,11 +74,13 @@ def _renamed(key: str, table: Mapping[str, str]) -> str:
     return key
 
 
-def config_of(tensors: Mapping[str, Tensor], *, name: str, path: str, eos: int, activation: str) -> CLIPConfig:
+def config_of(
+    tensors: Mapping[str, Tensor], *, name: str, path: str, special: Mapping[str, int], activation: str
+) -> CLIPConfig:
     """The CLIPConfig of a state dict in transformers' names; `activation` and the heads are not in the shapes.
 
-    `eos` is the tokenizer's end of text, at which the text tower is read. Raises DataError where a shape that decides
-    the config is missing.
+    `special` holds the tokenizer's bos_token_id, eos_token_id (at which the text tower is read) and pad_token_id.
+    Raises DataError where a shape that decides the config is missing.
     """
     try:
         patches = tensors["vision_model.embeddings.patch_embedding.weight"]
@@ -92,7 +94,7 @@ def config_of(tensors: Mapping[str, Tensor], *, name: str, path: str, eos: int, 
     vision, text = (_tower(tensors, tower, weight) | {"hidden_act": activation} for tower, weight in inner.items())
     grid = round((len(places) - 1) ** 0.5)
     vision |= {"image_size": grid * patches.shape[-1], "patch_size": patches.shape[-1]}
-    text |= {"vocab_size": len(vocabulary), "max_position_embeddings": len(window), "eos_token_id": eos}
+    text |= {"vocab_size": len(vocabulary), "max_position_embeddings": len(window), **special}
     text["num_attention_heads"] = max(1, text["hidden_size"] // 64)
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=len(projection))
 

@@ -1,9 +1,9 @@
 """Scoring throughput of each reward against the bare model's forward on the same batch. One JSON line a case.
 
-    python benchmarks/rewards.py [NAME ...] [--batch 8] [--size 512] [--repeats 9] [--device cpu] [--dtype float32]
-    python benchmarks/rewards.py pick_score --model FOLDER [--processor FOLDER]    published weights
-    python benchmarks/rewards.py hps --model HPS_v2.1_compressed.pt --processor FOLDER
-    python benchmarks/rewards.py ensemble                                          shared vision against unshared
+    python benchmarks/scoring.py [NAME ...] [--batch 8] [--size 512] [--repeats 9] [--device cpu] [--dtype float32]
+    python benchmarks/scoring.py pick_score --model FOLDER [--processor FOLDER]    published weights
+    python benchmarks/scoring.py hps --model HPS_v2.1_compressed.pt --processor FOLDER
+    python benchmarks/scoring.py ensemble                                          shared vision against unshared
 
 Weights are random at a moderate size by default: a ViT of 6 layers, 384 wide, at 224 pixels. The bare forward gets
 pixels and tokens that are ready; the reward checks, resizes and normalises pictures and tokenises prompts that it has
@@ -69,8 +69,8 @@ class Bench:
         return torch.rand(size, generator=torch.Generator().manual_seed(0)).to(self.options.device)
 
     def prompts(self) -> list[Prompt]:
-        """As many prompts as pictures."""
-        return [Prompt.from_text(TEXTS[i % len(TEXTS)]) for i in range(self.options.batch)]
+        """A prompt of its own for every picture, for equal ones are read once."""
+        return [Prompt.from_text(f"{TEXTS[i % len(TEXTS)]}, no. {i}") for i in range(self.options.batch)]
 
 
 def tokenizer() -> CLIPTokenizer:
