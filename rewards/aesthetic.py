@@ -1,0 +1,58 @@
+"""LAION aesthetic predictor v2: five linear layers on CLIP ViT-L/14 (the model behind LAION-Aesthetics v2)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from rewards.checkpoints import load_strictly, read_tensors
+from rewards.clip import Clip, ClipReward
+
+WIDTHS = (1024, 128, 64, 16, 1)
+GET = "https://github.com/christophschuhmann/improved-aesthetic-predictor has sac+logos+ava1-l14-linearMSE.pth (3.7 MB)"
+
+
+class Aesthetic(ClipReward):
+    """A mean opinion of about 1 to 10, from the picture alone; prompts are not read.
+
+    model: OpenAI's CLIP ViT-L/14; head: `sac+logos+ava1-l14-linearMSE.pth`. There is no activation between the layers,
+    so the score is affine in the normalised embedding, without bounds. It prefers paintings and strong colour.
+    """
+
+    name = "aesthetic"
+    needs_prompt = False
+    comparable_across_prompts = True
+    native_range = (-float("inf"), float("inf"))
+    licence = "Apache-2.0 (head), MIT (CLIP)"
+    source = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        *,
+        head: str,
+        processor: str = "",
+        activation: str = "quick_gelu",
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        tensors = read_tensors(head, name=self.name, get=GET)
+        self.clip = Clip(model, name=self.name, processor=processor, activation=activation, device=device, dtype=dtype)
+        widths = (self.clip.model.config.projection_dim, *WIDTHS)
+        self._head = _head(widths)
+        load_strictly(self._head, tensors, name=self.name, path=head)
+        exact = torch.promote_types(self.clip.model.dtype, torch.float32)
+        self._head.to(device, exact).eval().requires_grad_(False)
+
+    def _score(self, media: Tensor, prompts: list[str]) -> Tensor:  # noqa: ARG002 - the picture alone
+        return self._head["layers"](self.clip.embed_media(media)).squeeze(-1)
+
+
+def _head(widths: tuple[int, ...]) -> nn.ModuleDict:
+    """Linear layers at the published places; between the first four stood dropouts, here what they are when scoring."""
+    layers: list[nn.Module] = []
+    for place, (width, narrower) in enumerate(pairwise(widths)):
+        layers += [nn.Linear(width, narrower), *([nn.Identity()] if place < 3 else [])]
+    return nn.ModuleDict({"layers": nn.Sequential(*layers)})

@@ -1,0 +1,24 @@
+"""Human Preference Score v2 and v2.1: a CLIP ViT-H/14 tuned on rankings (Wu et al., arXiv 2306.09341)."""
+
+from __future__ import annotations
+
+from rewards.clip import LAION_H, Clip, ClipReward
+
+
+class Hps(ClipReward):
+    """The cosine, about 0.27 (v2) or 0.30 (v2.1); comparable within one prompt and one version only.
+
+    model: `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt` in open_clip's names (`hf download xswu/HPSv2
+    HPS_v2.1_compressed.pt --local-dir FOLDER`), or a CLIPModel folder made of one.
+    The longest side is scaled to 224 and the rest filled with black, as published; the published code resamples
+    floating-point pixels without the clamp to [0, 1] that is made here.
+    """
+
+    licence = "Apache-2.0"
+    source = "https://arxiv.org/abs/2306.09341"
+    native_range = (-1.0, 1.0)
+    name = "hps"
+
+    def __init__(self, model: str, *, processor: str = LAION_H, device: str = "cpu", dtype: str = "float32") -> None:
+        get = "`hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir FOLDER` fetches them"
+        self.clip = Clip(model, name=self.name, processor=processor, fit="pad", get=get, device=device, dtype=dtype)
