@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from rewards.checkpoints import load_strictly, read_tensors
 from rewards.clip import Clip, ClipReward
+from rewards.weights import load_strictly, read_state
 
 WIDTHS = (1024, 128, 64, 16, 1)
 GET = "https://github.com/christophschuhmann/improved-aesthetic-predictor has sac+logos+ava1-l14-linearMSE.pth (3.7 MB)"
@@ -38,11 +38,11 @@ class Aesthetic(ClipReward):
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
-        tensors = read_tensors(head, name=self.name, get=GET)
+        tensors = read_state(head, advice=GET)
         self.clip = Clip(model, name=self.name, processor=processor, activation=activation, device=device, dtype=dtype)
         widths = (self.clip.model.config.projection_dim, *WIDTHS)
         self._head = _head(widths)
-        load_strictly(self._head, tensors, name=self.name, path=head)
+        load_strictly(self._head, tensors, f"{self.name}: '{head}'")
         exact = torch.promote_types(self.clip.model.dtype, torch.float32)
         self._head.to(device, exact).eval().requires_grad_(False)
 

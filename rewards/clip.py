@@ -20,15 +20,14 @@ from torch.nn import functional
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from alignkit.errors import ConfigError, DataError, MissingFileError
+from alignkit.errors import DataError, MissingFileError
 from alignkit.protocols import Reward
 from alignkit.records import Prompt, Scores, texts
-from rewards.checkpoints import read_tensors, require_same
 from rewards.clip_layouts import config_of, transformers_names
 from rewards.media import CLIP_MEAN, CLIP_STD, Preparation, check_media
+from rewards.weights import read_state, require_same, torch_dtype
 
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _REMEMBERED = 8  # batches of prompts; with all tokens (MPS) about 0.3 MiB a prompt
 
@@ -140,17 +139,15 @@ class Clip:
         get: str = "",
         tensors: dict[str, Tensor] | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ConfigError(f"{name}: dtype is '{dtype}'; choose one of {', '.join(DTYPES)}")
         processor, get = processor or model, get or f"`hf download {model} --local-dir FOLDER` fetches a hub model"
         if tensors is None and Path(model).is_file():
-            tensors = read_tensors(model, name=name, get=get)
+            tensors = read_state(model, advice=get)
         if tensors is None:
-            clip = _from_folder(model, name, DTYPES[dtype], get)
+            clip = _from_folder(model, name, torch_dtype(dtype), get)
             self.tokenizer = _tokenizer(processor, name)
         else:
             self.tokenizer = _tokenizer(processor, name)
-            clip = _from_tensors(tensors, model, name, DTYPES[dtype], self.tokenizer, activation)
+            clip = _from_tensors(tensors, model, name, torch_dtype(dtype), self.tokenizer, activation)
         vocabulary = clip.config.text_config.vocab_size
         if len(self.tokenizer) > vocabulary:
             raise DataError(
@@ -323,6 +320,6 @@ def _from_tensors(
 def _whole(clip: Any, info: dict[str, Any], path: str, name: str) -> Any:
     """`clip`, where transformers filled every weight and had none left; positions in old files are no weights."""
     unexpected = {key for key in info["unexpected_keys"] if not key.endswith("position_ids")}
-    misshapen = {f"{key} {list(given)}, expected {list(own)}" for key, given, own in info["mismatched_keys"]}
-    require_same(info["missing_keys"], unexpected | misshapen, name=name, path=path)
+    misshapen = {f"{key} {list(given)} for {list(own)}" for key, given, own in info["mismatched_keys"]}
+    require_same(f"{name}: '{path}'", missing=info["missing_keys"], unexpected=unexpected, misshapen=misshapen)
     return clip

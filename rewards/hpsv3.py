@@ -13,7 +13,7 @@ from alignkit.errors import MissingFileError
 from alignkit.records import Prompt, Scores
 from rewards.media import check_media
 from rewards.templates import HPSV3
-from rewards.token_head import HEAD, TokenHead, read_state
+from rewards.token_head import HEAD, TokenHead, read_unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class HPSv3:
 
         if not Path(weights).is_file():
             raise MissingFileError(f"hpsv3: no file '{weights}'; get it with: {_GET}")
-        state, self._eight_bit = read_state(Path(weights)), eight_bit
+        state, self._eight_bit = read_unwrapped(Path(weights)), eight_bit
         # numbered as published: of these layers only the Linear ones hold weights, and dropout is off
         head = nn.Sequential(
             *(nn.Linear(_width(state), 1024), nn.ReLU(), nn.Identity()),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rewards.checkpoints import CONVERT, load_strictly, read_tensors
 from rewards.clip import LAION_H, Clip, ClipReward
+from rewards.weights import CONVERT, load_strictly, read_state
 
 CONDITIONS = {
     "aesthetics": "light, color, clarity, tone, style, ambiance, artistry",
@@ -56,14 +56,14 @@ class Mps(ClipReward):
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
-        tensors = {key.removeprefix("mps."): value for key, value in read_tensors(model, name="mps", get=GET).items()}
+        tensors = {key.removeprefix("mps."): value for key, value in read_state(model, advice=GET).items()}
         own = {
             key.removeprefix("model."): value for key, value in tensors.items() if not key.startswith("cross_model.")
         }
         self.clip = Clip(model, name="mps", tensors=own, processor=processor, device=device, dtype=dtype)
         crossing = {key: value for key, value in tensors.items() if _is_crossing(key)}
         self._cross = nn.ModuleDict({"cross_model": Cross(*_sizes(crossing))})
-        load_strictly(self._cross, crossing, name="mps", path=model)
+        load_strictly(self._cross, crossing, f"mps: '{model}'")
         self._cross.to(device, self.clip.model.dtype).eval().requires_grad_(False)
         self._condition, self._threshold = CONDITIONS.get(condition, condition), threshold
         self.native_range = (-self.clip.scale, self.clip.scale)

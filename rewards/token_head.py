@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import DataError, MissingFileError
-from rewards.vision_language import VisionLanguage, freeze, load, precise, torch_dtype
+from alignkit.errors import DataError
+from rewards.vision_language import VisionLanguage, freeze, load, precise
+from rewards.weights import load_strictly, read_state, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,13 +47,16 @@ class TokenHead:
     ) -> None:
         names = {name: _renamed(name) for name in state if not name.startswith((HEAD, "lm_head."))}
         weights = {new: state[old].to(torch_dtype(dtype)) for old, new in names.items()}
-        network, tokenizer, patches = load(model, lambda config: _built(config, weights), owner=owner, bounds=bounds)
+        network, tokenizer, patches = load(
+            model, lambda config: _built(config, weights, owner), owner=owner, bounds=bounds
+        )
         tokenizer.add_tokens(list(tokens), special_tokens=True)
         self._ids = tokenizer.convert_tokens_to_ids(list(tokens))
         if max(self._ids) >= network.config.text_config.vocab_size:
             raise DataError(f"'{model}': its tokenizer has more tokens than the checkpoint embeds; another Qwen2-VL?")
         freeze(network, device, checkpointing=checkpointing)
-        _fill(head, {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}, HEAD)
+        own = {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}
+        load_strictly(head, own, f"{owner}: {HEAD}*")
         self._head = head.to(device).eval().requires_grad_(False)
         self._reader = VisionLanguage(network, tokenizer, patches, rate=rate, plain_positions=True)
 
@@ -73,21 +77,9 @@ class TokenHead:
         return self._head.to(states.dtype)(states).unflatten(0, (len(rows), len(self._ids)))
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or a .pth file (read without unpickling objects), prefixes of PEFT taken off.
-
-    Raises MissingFileError, and DataError for a file that holds anything but tensors.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise MissingFileError(f"no weights at '{path}'")
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    state = state.get("model", state)
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise DataError(f"'{path}' holds more than tensors; expected a state dict")
-    return {name.removeprefix(_PEFT): value for name, value in state.items()}
+def read_unwrapped(path: Path, *, advice: str = "get it again") -> dict[str, Tensor]:
+    """Tensors of a weight file, prefixes of PEFT taken off; errors as those of `read_state`."""
+    return {name.removeprefix(_PEFT): value for name, value in read_state(path, advice=advice).items()}
 
 
 def merge_adapters(state: Mapping[str, Tensor], alpha: float, *, rank_stabilised: bool = False) -> dict[str, Tensor]:
@@ -116,30 +108,18 @@ def _renamed(name: str) -> str:
     return f"language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
-def _built(config: Any, weights: Mapping[str, Tensor]) -> nn.Module:
+def _built(config: Any, weights: Mapping[str, Tensor], owner: str) -> nn.Module:
     """The base model with exactly these weights; its vocabulary is as large as their embedding."""
     from transformers import AutoModel
     from transformers.initialization import no_init_weights
 
     words = weights.get("language_model.embed_tokens.weight")
     if words is None:
-        raise DataError("the checkpoint has no 'model.embed_tokens.weight'; is it a whole Qwen2-VL reward model?")
+        raise DataError(
+            f"{owner}: the checkpoint has no 'model.embed_tokens.weight'; is it a whole Qwen2-VL reward model?"
+        )
     config.text_config.vocab_size = len(words)
     with no_init_weights():
         network = AutoModel.from_config(config, dtype=words.dtype)
-    _fill(network, weights, "")
+    load_strictly(network, weights, f"{owner}: the checkpoint")
     return network
-
-
-def _fill(module: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
-    """Give `module` exactly `weights`; DataError names keys that are missing, unknown or of another shape."""
-    wanted = module.state_dict()
-    wrong = {
-        "missing": sorted(wanted.keys() - weights.keys()),
-        "unknown": sorted(weights.keys() - wanted.keys()),
-        "of another shape": sorted(n for n in wanted.keys() & weights.keys() if wanted[n].shape != weights[n].shape),
-    }
-    faults = [f"{len(names)} {kind} ('{prefix}{names[0]}', ...)" for kind, names in wrong.items() if names]
-    if faults:
-        raise DataError(f"the checkpoint does not fit the model: {'; '.join(faults)}; is `model` its original?")
-    module.load_state_dict(dict(weights), assign=True)

@@ -17,7 +17,7 @@ from alignkit.records import Prompt, Scores
 from rewards.media import check_media
 from rewards.patches import sample_frames
 from rewards.templates import VIDEO_REWARD
-from rewards.token_head import HEAD, TokenHead, merge_adapters, read_state
+from rewards.token_head import HEAD, TokenHead, merge_adapters, read_unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ class VideoReward:
             raise ConfigError("video_reward: give fps or frames, not both")
         config = _config(Path(weights))
         data, lora = config["data_config"], config.get("peft_lora_config") or {}
-        state = read_state(_checkpoint(Path(weights)))
+        state = read_unwrapped(_checkpoint(Path(weights)))
         if any(".lora_" in name for name in state):
             state = merge_adapters(state, lora["lora_alpha"], rank_stabilised=bool(lora.get("use_rslora")))
         wide = state.get(f"{HEAD}weight")

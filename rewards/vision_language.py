@@ -16,10 +16,8 @@ from alignkit.errors import ConfigError, DataError, MissingFileError
 from rewards.patches import Patches, read_json, read_patches
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PLAIN = "<|im_start|>user\n{seen}{text}<|im_end|>\n<|im_start|>assistant\n"  # where a folder has no chat template
 
 
@@ -129,15 +127,6 @@ def precise(tensor: Tensor) -> Tensor:
     import torch
 
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype called `name`; ConfigError for others than float32, bfloat16, float16 and float64."""
-    import torch
-
-    if name not in DTYPES:
-        raise ConfigError(f"dtype '{name}'; known: {', '.join(DTYPES)}")
-    return vars(torch)[name]
 
 
 def load(model: str, build: Callable[[Any], Any], *, owner: str, bounds: tuple[int | None, int | None]) -> Any:

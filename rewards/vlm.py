@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.errors import ConfigError, DataError
-from rewards.vision_language import Seen, VisionLanguage, freeze, load, precise, torch_dtype
+from rewards.vision_language import Seen, VisionLanguage, freeze, load, precise
+from rewards.weights import torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

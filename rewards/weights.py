@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+WRAPPERS = ("state_dict", "model")
+CONVERT = (
+    "where its code is installed and you trust it, write the tensors alone: "
+    "`m = torch.load(FILE, weights_only=False); safetensors.torch.save_model(m, 'weights.safetensors')`"
+)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -46,26 +51,49 @@ def find_file(model: str, names: Sequence[str], advice: str) -> Path:
     raise MissingFileError(f"'{model}' is no file, nor a folder or hub id with {' or '.join(names)}; {advice}")
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, *, advice: str = "get it again") -> dict[str, Tensor]:
     """All tensors of a .safetensors, a torch state dict or the index (.json) of several, on the CPU.
 
-    Raises DataError for a file that is damaged or holds more than tensors.
+    A dict under "state_dict" or "model" inside, as training programs write it, is what is meant. Raises
+    MissingFileError where it is not there, DataError where it is damaged or holds pickled code, which is not run; both
+    end in `advice`.
     """
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path.suffix == ".json":
-        return {key: value for part in _parts(path) for key, value in read_state(path.parent / part).items()}
+    path = Path(path)
+    if path.suffix == ".json" and path.is_file():
+        return {key: value for part in _parts(path) for key, value in _part(path, part, advice).items()}
     if not path.is_file():
-        raise MissingFileError(f"{path} is named by its index and not there; get the whole folder")
+        raise MissingFileError(f"no weights '{path}'; {advice}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, torch.serialization.pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is damaged or holds more than tensors; get it again") from error
+    except torch.serialization.pickle.UnpicklingError as error:
+        raise DataError(f"'{path}' is damaged or holds pickled code, which is not run here; {CONVERT}") from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        raise DataError(f"'{path}' is no readable file of weights; {advice}: {error}") from error
+    while isinstance(state, dict) and (inner := [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]):
+        state = inner[0]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise DataError(f"{path} is no plain state dict: name -> tensor")
+        raise DataError(f"'{path}' is no plain state dict, name -> tensor; {CONVERT}")
     return state
+
+
+def _part(index: Path, name: str, advice: str) -> dict[str, Tensor]:
+    if not (index.parent / name).is_file():
+        raise MissingFileError(f"'{index.parent / name}' is named by its index and not there; get the whole folder")
+    return read_state(index.parent / name, advice=advice)
+
+
+def require_same(
+    where: str, *, missing: Collection[str] = (), unexpected: Collection[str] = (), misshapen: Collection[str] = ()
+) -> None:
+    """DataError naming up to three keys of each kind, unless all are empty."""
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    found = [f"{len(keys)} {fault} ({_some(keys)})" for fault, keys in faults.items() if keys]
+    if found:
+        raise DataError(f"{where}: weights do not fit: {'; '.join(found)}. Is it the published file of this model?")
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -74,15 +102,11 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) ->
     Raises DataError naming some of the missing, unexpected and misshapen keys.
     """
     wanted = {key: value.shape for key, value in module.state_dict().items()}
-    faults = {
-        "missing": wanted.keys() - state.keys(),
-        "unexpected": state.keys() - wanted.keys(),
-        "of another shape": {key for key in wanted.keys() & state.keys() if wanted[key] != state[key].shape},
-    }
-    found = [f"{len(keys)} {fault} ({_some(keys)})" for fault, keys in faults.items() if keys]
-    if found:
-        raise DataError(f"{where}: weights do not fit: {'; '.join(found)}. Is it the published file of this model?")
-    module.load_state_dict(state, assign=True)
+    shaped = {key for key in wanted.keys() & state.keys() if wanted[key] != state[key].shape}
+    misshapen = {f"{key} {list(state[key].shape)} for {list(wanted[key])}" for key in shaped}
+    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    require_same(where, missing=missing, unexpected=unexpected, misshapen=misshapen)
+    module.load_state_dict(dict(state), assign=True)
 
 
 def shape_of(state: Mapping[str, Tensor], key: str, where: str) -> torch.Size:

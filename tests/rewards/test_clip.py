@@ -106,7 +106,7 @@ def test_shapes_must_fit(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["text_model.encoder.layers.1.mlp.fc1.weight"] = torch.zeros(7, 64)
     save_file(tensors, tmp_path / "w.safetensors")
-    with pytest.raises(DataError, match=r"layers.1.mlp.fc1.weight \[7, 64\], expected \[96, 64\]"):
+    with pytest.raises(DataError, match=r"layers.1.mlp.fc1.weight \[7, 64\] for \[96, 64\]"):
         ClipScore(str(tmp_path / "w.safetensors"), processor=str(folder))
 
 
@@ -122,7 +122,7 @@ def test_files_that_cannot_be_used_are_named(folder, tmp_path):
     torch.save(dict(tiny_clips.OpenClip().state_dict()), tmp_path / "whole.pt")
     for name, whole in (("cut.pt", tmp_path / "whole.pt"), ("cut.safetensors", folder / "model.safetensors")):
         (tmp_path / name).write_bytes(whole.read_bytes()[:5000])
-        with pytest.raises(DataError, match=f"hps: .*{name}' is no readable weight file"):
+        with pytest.raises(DataError, match=f"{name}' is no readable file of weights"):
             Hps(str(tmp_path / name), **options)
     save_file({"weight": torch.ones(2)}, tmp_path / "w.safetensors")
     with pytest.raises(DataError, match=r"no CLIP checkpoint: it lacks 'vision_model.embeddings.patch_embedding"):

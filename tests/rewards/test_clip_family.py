@@ -289,7 +289,7 @@ def test_heads_and_crossings_load_strictly(files, head, crossing, clip, tmp_path
     with pytest.raises(DataError, match=r"aesthetic: .*lost.pth.*1 missing \(layers.6.bias\)"):
         Aesthetic(str(files), head=str(tmp_path / "lost.pth"))
     torch.save(head | {"layers.0.weight": torch.zeros(1024, 768)}, tmp_path / "wide.pth")
-    with pytest.raises(DataError, match=r"layers.0.weight is \[1024, 768\], expected \[1024, 24\].*another backbone"):
+    with pytest.raises(DataError, match=r"aesthetic: .*layers.0.weight \[1024, 768\] for \[1024, 24\]"):
         Aesthetic(str(files), head=str(tmp_path / "wide.pth"))
     with pytest.raises(MissingFileError, match=r"aesthetic: no weights .*improved-aesthetic-predictor"):
         Aesthetic(str(files), head=str(tmp_path / "none.pth"))

@@ -239,5 +239,5 @@ def test_what_is_not_there_is_named(folder, tmp_path):
         ClipFlanT5(folder, tokenizer="/no/where")
     shutil.copytree(folder, tmp_path / "part")
     (tmp_path / "part" / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(MissingFileError, match=r"00002-of-00002.bin is named by its index"):
+    with pytest.raises(MissingFileError, match=r"00002-of-00002.bin' is named by its index"):
         ClipFlanT5(str(tmp_path / "part"), tokenizer=folder)
