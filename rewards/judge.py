@@ -31,7 +31,8 @@ TOP = 20  # alternatives a token that servers give at most (vLLM's --max-logprob
 class PairQuestion:
     """How a pair is asked about, and what the answers mean.
 
-    template: the question after the media; `{prompt}` is the caption. labels: text before each of the two.
+    template: the question after the media; `{prompt}` is the caption. labels: text before each of the two, which clips
+    shown as frames need, for nothing else says where the first ends.
     answers: lower-case answer -> +1 (the first), -1 (the second) or 0 (a tie), matched against the whole answer, case
     and final full stop aside. within: an answer may stand inside a text, which then holds answers of one meaning only.
     """
@@ -73,11 +74,11 @@ Provide a clear conclusion such as "Image 1 is better.", "Image 2 is better." an
 Your task is provided as follows:
 Text Caption: [{prompt}]"""
 
-_PLAIN = "Both were made for the caption: {prompt}. Which shows it better? Answer with one word: first or second."
+_PLAIN = 'Which picture shows "{prompt}" better? Answer first or second.'
 
 # `unified_reward` is what CodeGoat24/UnifiedReward's models were trained on (arXiv 2503.05236, inference_qwen there).
 QUESTIONS = {
-    "plain": PairQuestion(_PLAIN, {"first": 1, "second": -1}, labels=("The first:", "The second:")),
+    "plain": PairQuestion(_PLAIN, {"first": 1, "second": -1}),
     "unified_reward": PairQuestion(
         _UNIFIED_PICTURES,
         {"image 1 is better": 1, "image 2 is better": -1, "both images are equally good": 0},

@@ -7,6 +7,7 @@ Left out: streaming, tool calls, several choices.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -126,7 +127,7 @@ class ReplyCache:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["sha256"] == _sha256([key, stored["reply"]]):
                 return Reply.from_record(stored["reply"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError):
             pass
@@ -143,7 +144,8 @@ class ReplyCache:
             aside.write_text(json.dumps(stored), encoding="utf-8")
             aside.replace(path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
             raise StorageError(f"the reply cache '{self.folder}' cannot be written: {error}") from error
 
     def _path(self, key: str) -> Path:

@@ -42,7 +42,7 @@ class ServedYesNo:
         base_url: str,
         model: str,
         *,
-        question: str = 'Does this show "{prompt}"? Answer yes or no.',
+        question: str = 'Does this figure show "{prompt}"? Please answer Yes or No.',
         yes: Sequence[str] = ("yes",),
         no: Sequence[str] = ("no",),
         modality: str = "image",
