@@ -138,7 +138,9 @@ def test_waits_are_drawn_from_doubling_ranges(monkeypatch):
 
 
 def test_one_bad_request_among_good_ones_is_none(caplog):
-    script = lambda request, _: failed(400, "too long") if "7" in str(request["messages"]) else said("yes")  # noqa: E731
+    def script(request, _):
+        return failed(400, "too long") if "7" in str(request["messages"]) else said("yes")
+
     with ChatServer(script) as server, caplog.at_level(logging.WARNING):
         asked = client(server.url, concurrency=1)
         replies = asked.ask([question(str(n)) for n in range(9)])
