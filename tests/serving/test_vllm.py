@@ -23,8 +23,10 @@ from alignkit.errors import ServerError
 from alignkit.records import Prompt
 from alignkit.sandbox.captions import parse, random_caption
 from alignkit.sandbox.scenes import compose, contradict, render
-from rewards.judge import RewardJudge, ServedJudge
+from rewards.judge import TOP, RewardJudge, ServedJudge
+from rewards.messages import media_parts, text_part, user
 from rewards.patches import Patches
+from rewards.served import ChatClient
 from rewards.served_yes_no import ServedYesNo
 
 FOLDER = Path(os.environ.get("VLM", "alignkit/sandbox/weights/vlm")).absolute()
@@ -83,33 +85,40 @@ def scenes():
     return right, wrong, [Prompt.from_text(caption) for caption in captions]
 
 
-def test_a_served_belief_is_the_models_own(server, scenes):
-    """The log-odds of yes equal those of the folder's weights read here, pictures cut by `rewards.patches`."""
+def _own_answer(model, tokenizer, cut, pictures, question):
+    """log-probabilities of the first token of the answer, [vocabulary], of the folder's weights read here."""
+    patches, grid = cut(pictures.mul(255).round().div(255))
+    turn = [{"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    pad = "<|image_pad|>"
+    ids = torch.tensor([tokenizer(text.replace(pad, pad * (int(grid[0].prod()) // cut.merge**2))).input_ids])
+    kinds = (ids == model.config.image_token_id).long()
+    with torch.no_grad():
+        output = model(ids, pixel_values=patches, image_grid_thw=grid, mm_token_type_ids=kinds, logits_to_keep=1)
+    return output.logits[0, -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_served_answer_is_the_models_own(server, scenes, count):
+    """The twenty likeliest first tokens and their log-probabilities, for one picture and for two in one turn."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()
     stored = json.loads((FOLDER / "preprocessor_config.json").read_text())
     sizes = {"min_pixels": stored["size"]["shortest_edge"], "max_pixels": stored["size"]["longest_edge"]}
-    cut = Patches(
-        stored["patch_size"], stored["merge_size"], mean=stored["image_mean"], std=stored["image_std"], **sizes
-    )
-    reward = ServedYesNo(server, "vlm")
-    pictures, _, prompts = (part[:8] for part in scenes)
-    served = reward(pictures, prompts).parts["margin"]
-    answers = [tokenizer.convert_tokens_to_ids(word) for word in ("Yes", "yes", "No", "no")]
-    for row, prompt in enumerate(prompts):
-        patches, grid = cut(pictures[row : row + 1].mul(255).round().div(255))
-        content = [{"type": "image"}, {"type": "text", "text": reward.question.replace("{prompt}", prompt.text)}]
-        turn = [{"role": "user", "content": content}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        pad = "<|image_pad|>"
-        ids = torch.tensor([tokenizer(text.replace(pad, pad * (int(grid.prod()) // cut.merge**2))).input_ids])
-        kinds = (ids == model.config.image_token_id).long()
-        with torch.no_grad():
-            logits = model(ids, pixel_values=patches, image_grid_thw=grid, mm_token_type_ids=kinds).logits[0, -1]
-        yes, no = logits[answers].unflatten(0, (2, 2)).logsumexp(1)
-        assert served[row].item() == pytest.approx((yes - no).item(), abs=1e-3)
+    colours = {"mean": stored["image_mean"], "std": stored["image_std"]}
+    cut = Patches(stored["patch_size"], stored["merge_size"], **sizes, **colours)
+    sampling = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": TOP}
+    for row in range(4):
+        pictures = torch.stack([side[row] for side in scenes[:count]])
+        question = f'Does this figure show "{scenes[2][row].text}"? Please answer Yes or No.'
+        parts = [part for picture in pictures for part in media_parts(picture)]
+        (reply,) = ChatClient(server, "vlm").ask([{"messages": user([*parts, text_part(question)]), **sampling}])
+        own = _own_answer(model, tokenizer, cut, pictures, question).topk(TOP)
+        served = sorted((value for _, value in reply.first), reverse=True)
+        assert served == pytest.approx(own.values.tolist(), abs=1e-3)
+        assert reply.first[0][0] == tokenizer.decode([own.indices[0]]).replace("\ufffd", "")
 
 
 def test_beliefs_label_scene_pairs(server, scenes):
