@@ -27,7 +27,8 @@ def text_part(text: str) -> dict[str, Any]:
 def media_parts(media: Tensor, *, frames: int = 8, clips: ClipForm = "frames") -> list[dict[str, Any]]:
     """Parts of one picture [3, H, W] or clip [F, 3, H, W] in [0, 1]; at most `frames` frames, evenly from the first on.
 
-    clips: `frames` sends each as a picture of its own, which every server takes; `video` sends them as one video.
+    clips: `frames` sends each as a picture of its own, which every server takes; `video` sends them as one video, of
+    which the server does not know the frame rate (vLLM takes it for one a second; its --media-io-kwargs says another).
     ConfigError for another form or no frame.
     """
     if clips not in ("frames", "video") or frames < 1:
