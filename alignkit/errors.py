@@ -46,6 +46,10 @@ class NumericsError(AlignKitError, ArithmeticError):
     """A loss, gradient or reward is NaN or infinite where that must stop the run."""
 
 
+class ServerError(AlignKitError, ConnectionError):
+    """A served model cannot be reached, refuses what it is asked, or answers what cannot be used."""
+
+
 class AdapterError(AlignKitError, ValueError):
     """An adapter matches no layer, or belongs to another model family."""
 

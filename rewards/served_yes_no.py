@@ -1,0 +1,77 @@
+"""A served vision-language model's belief in "yes" as a reward: one token, its probabilities, no text to parse.
+
+VQAScore's question (arXiv 2404.01291) with the answer's two sides alone: P(yes) / (P(yes) + P(no)), so that mass on
+other words does not count. Not differentiable: pixels leave as a picture. Left out: answers of several tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from alignkit.records import Prompt, Scores
+from rewards.judge import TOP
+from rewards.media import check_media
+from rewards.messages import ClipForm, media_parts, text_part, user
+from rewards.served import ChatClient, Report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ServedYesNo:
+    """P(yes) against P(no) of the answer's first token, in [0, 1]; the part `margin` is its log-odds.
+
+    question: asked of each; `{prompt}` is the caption. yes, no: words that mean them, in lower case; a word counts in
+    any case and with any white space before it. modality, frames, clips, client: as in `rewards.judge.ServedJudge`.
+    A row whose answer begins with neither is NaN, as is one that the server failed alone.
+    """
+
+    name = "served_yes_no"
+    needs_prompt = True
+    differentiable = False
+    comparable_across_prompts = True
+    native_range = (0.0, 1.0)
+    licence = "that of the served model"
+    source = "https://arxiv.org/abs/2404.01291"
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        question: str = 'Does this figure show "{prompt}"? Please answer Yes or No.',
+        yes: Sequence[str] = ("yes",),
+        no: Sequence[str] = ("no",),
+        modality: str = "image",
+        frames: int = 8,
+        clips: ClipForm = "frames",
+        **client: Any,
+    ) -> None:
+        self.modality, self.question, self.yes, self.no = modality, question, tuple(yes), tuple(no)
+        self._shown = {"frames": frames, "clips": clips}
+        self.client = ChatClient(base_url, model, **client)
+        self._abstentions: Counter[str] = Counter()
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """`total` [B] and `margin` [B], float64. Raises ServerError where the server fails as a whole."""
+        import torch
+
+        check_media(media, prompts, self)
+        replies = self.client.ask([self._request(*row) for row in zip(media, prompts, strict=True)], label=self.name)
+        margins = [reply.margin(self.yes, self.no) if reply else math.nan for reply in replies]
+        self._abstentions["failed"] += replies.count(None)
+        self._abstentions["malformed"] += sum(map(math.isnan, margins)) - replies.count(None)
+        margin = torch.tensor(margins, dtype=torch.float64)
+        return Scores(margin.sigmoid(), {"margin": margin})
+
+    def report(self) -> Report:
+        """Cost, and rows without a score by reason: failed, malformed."""
+        return self.client.report(+self._abstentions)
+
+    def _request(self, media: Tensor, prompt: Prompt) -> dict[str, Any]:
+        question = text_part(self.question.replace("{prompt}", prompt.text))
+        messages = user([*media_parts(media, **self._shown), question])
+        return {"messages": messages, "temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": TOP}

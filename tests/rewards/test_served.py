@@ -1,0 +1,296 @@
+"""The client against a real server on loopback that fails in every way: what passes is tried again, nothing twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import random
+import socket
+import time
+
+import pytest
+from chat_server import Answer, ChatServer, failed, said
+
+from alignkit.errors import ConfigError, ServerError, StorageError
+from rewards.replies import Reply, ReplyCache, content_key
+from rewards.served import ChatClient
+
+
+def client(url, **options):
+    return ChatClient(url, "tiny", **{"timeout": 5.0, "backoff": 0.01, "rng": random.Random(0)} | options)
+
+
+def question(text="is it red?"):
+    return {"messages": [{"role": "user", "content": text}], "temperature": 0}
+
+
+def in_turn(*answers):
+    """The n-th request gets the n-th answer, later ones the last."""
+    return lambda request, number: answers[min(number, len(answers) - 1)]
+
+
+def test_a_request_carries_model_and_key(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    with ChatServer(in_turn(said("yes"))) as server:
+        (reply,) = client(server.url.removesuffix("/v1"), api_key_env="MY_KEY", extra={"top_k": 1}).ask([question()])
+    assert reply == Reply("yes", (), (100, 2))
+    assert server.requests == [{"model": "tiny", **question(), "top_k": 1}]
+    assert server.headers[0]["Authorization"] == "Bearer s3cret"
+    assert server.headers[0]["path"] == "/v1/chat/completions"
+
+
+PASSING = {
+    "500": failed(500, "out of memory"),
+    "503 while it loads": failed(503),
+    "429": failed(429),
+    "cut off": Answer(said("yes").body, keep=40),
+    "cut off before a byte": Answer(said("yes").body, keep=0),
+    "whole, but half a JSON": Answer(said("yes").body[:40]),
+    "a page": Answer(b"<html>hello</html>"),
+    "a list": Answer(b"[1, 2]"),
+    "no choices": Answer(b'{"choices": []}'),
+    "a choice without text": Answer(b'{"choices": [{"message": {"content": null}}]}'),
+    "bytes that are no text": Answer(bytes(range(128, 256))),
+    "a NaN": Answer(said("yes", {"yes": float("nan")}).body),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_what_may_pass_is_tried_again(fault):
+    with ChatServer(in_turn(PASSING[fault], PASSING[fault], said("yes"))) as server:
+        asked = client(server.url)
+        assert [reply.text for reply in asked.ask([question()])] == ["yes"]
+    report = asked.report()
+    assert (report.attempts, report.retries, report.failures) == (3, 2, 0)
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_what_never_passes_is_an_error_that_helps(fault):
+    with ChatServer(in_turn(PASSING[fault])) as server, pytest.raises(ServerError) as raised:
+        client(server.url, retries=1).ask([question()])
+    assert len(server.requests) == 2
+    assert all(part in str(raised.value) for part in (server.url, "'tiny'", "vllm serve", "give a cache folder"))
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 302])
+def test_refusals_are_not_repeated(status):
+    message = "the model `tiny` does not exist"
+    with (
+        ChatServer(in_turn(failed(status, message))) as server,
+        pytest.raises(ServerError, match=f"{status}: {message}"),
+    ):
+        client(server.url).ask([question()])
+    assert len(server.requests) == 1
+
+
+def test_nobody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    asked = client(f"http://127.0.0.1:{port}", retries=2)
+    with pytest.raises(ServerError, match=f"127.0.0.1:{port}/v1 .*no server answers there .*refused"):
+        asked.ask([question(str(n)) for n in range(50)])
+    assert asked.report().attempts < 3 * 50  # what waits for a thread does not begin
+
+
+@pytest.mark.parametrize("slow", [Answer(said("yes").body, drip=0.02), None], ids=["drips", "hangs"])
+def test_the_time_limit_is_for_the_whole_answer(slow):
+    def script(request, number):
+        if number == 0 and slow is None:
+            time.sleep(1.0)
+        return slow if number == 0 and slow else said("yes")
+
+    with ChatServer(script) as server:  # no byte is further than 0.02 s from the next, all take over 2 s
+        start = time.monotonic()
+        (reply,) = client(server.url, timeout=0.3).ask([question()])
+        assert reply.text == "yes"
+        assert 0.3 <= time.monotonic() - start < 1.0
+    with ChatServer(lambda *_: slow or time.sleep(1.0)) as server, pytest.raises(ServerError, match=r"within 0\.2 s"):
+        client(server.url, timeout=0.2, retries=0).ask([question()])
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_retry_after_is_honoured(kind):
+    from email.utils import formatdate
+
+    wait = "1" if kind == "seconds" else formatdate(time.time() + 2, usegmt=True)  # dates have whole seconds
+    with ChatServer(in_turn(failed(429, Retry_After=wait), said("yes"))) as server:
+        start = time.monotonic()
+        client(server.url).ask([question()])
+    assert time.monotonic() - start >= 0.95
+    tomorrow = failed(429, Retry_After="86400")
+    with ChatServer(in_turn(tomorrow)) as server, pytest.raises(ServerError, match="wants no request for 86400 s"):
+        client(server.url).ask([question()])
+
+
+def test_waits_are_drawn_from_doubling_ranges(monkeypatch):
+    """Full jitter: uniform on [0, backoff 2^n], from the generator that was given."""
+    drawn = []
+
+    class Drawing(random.Random):
+        def uniform(self, low, high):
+            drawn.append((low, high))
+            return 0.0
+
+    with ChatServer(in_turn(failed(500))) as server, pytest.raises(ServerError):
+        client(server.url, retries=3, backoff=20.0, rng=Drawing()).ask([question()])
+    assert drawn == [(0, 20.0), (0, 30.0), (0, 30.0)]
+
+
+def test_one_bad_request_among_good_ones_is_none(caplog):
+    def script(request, _):
+        return failed(400, "too long") if "7" in str(request["messages"]) else said("yes")
+
+    with ChatServer(script) as server, caplog.at_level(logging.WARNING):
+        asked = client(server.url, concurrency=1)
+        replies = asked.ask([question(str(n)) for n in range(9)])
+    assert [n for n, reply in enumerate(replies) if reply is None] == [7]
+    assert "too long" in caplog.text
+    assert asked.report().failures == 1
+
+
+def test_a_server_that_breaks_down_ends_the_call(tmp_path):
+    with ChatServer(lambda _, number: said("yes") if number < 5 else failed(500)) as server:
+        with pytest.raises(ServerError, match="answered 500"):
+            client(server.url, concurrency=1, retries=0, cache=tmp_path).ask([question(str(n)) for n in range(99)])
+        assert len(server.requests) < 99
+    with ChatServer(in_turn(said("no"))) as server:
+        replies = client(server.url, cache=tmp_path).ask([question(str(n)) for n in range(99)])
+    assert sum(reply.text == "yes" for reply in replies) == 5  # what was told before the end is kept
+
+
+def test_as_many_at_once_as_allowed():
+    def script(*_):
+        time.sleep(0.05)
+        return said("yes")
+
+    with ChatServer(script) as server:
+        start = time.monotonic()
+        client(server.url, concurrency=3).ask([question(str(n)) for n in range(12)])
+        assert time.monotonic() - start < 12 * 0.05
+    assert server.most == 3
+
+
+def test_equal_requests_are_one():
+    with ChatServer(in_turn(said("yes"))) as server:
+        assert len(client(server.url).ask([question()] * 5)) == 5
+    assert len(server.requests) == 1
+
+
+def test_a_restart_repeats_nothing(tmp_path):
+    requests = [question(str(n)) for n in range(6)]
+    with ChatServer(lambda request, _: said(request["messages"][0]["content"], {"yes": -0.5})) as server:
+        first = client(server.url, cache=tmp_path).ask(requests[:4])
+        again = client(server.url, cache=tmp_path)
+        replies = again.ask(requests)
+    assert len(server.requests) == 6
+    assert replies[:4] == first
+    assert [reply.text for reply in replies] == list("012345")
+    assert again.report().cache_hits == 4
+    assert client("http://127.0.0.1:1", cache=tmp_path).ask(requests) == replies  # nobody is asked at all
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": 1}, {"messages": []}, {"model": "other"}, {"identity": "revision 2"}]
+)
+def test_the_key_is_the_content(change):
+    request = {"model": "tiny", **question()}
+    identity = change.pop("identity", "")
+    assert content_key(request) == content_key(dict(reversed(request.items())))
+    assert content_key(request) != content_key(request | change, identity)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"reply": {}, "sha256": ""}', b"[]", b"\xff\xfe", "yes->no"])
+def test_damaged_replies_are_named_and_asked_for_again(damage, tmp_path, caplog):
+    with ChatServer(in_turn(said("yes"))) as server:
+        client(server.url, cache=tmp_path).ask([question()])
+        (path,) = tmp_path.rglob("*.json")
+        path.write_bytes(path.read_bytes().replace(b"yes", b"no") if damage == "yes->no" else damage)
+        assert client(server.url, cache=tmp_path).ask([question()])[0].text == "yes"
+        assert str(path) in caplog.text
+        assert client(server.url, cache=tmp_path).ask([question()])[0].text == "yes"
+    assert len(server.requests) == 2
+    assert [found.name for found in tmp_path.rglob("*.*")] == [path.name]
+
+
+def _write(folder, seed):
+    cache = ReplyCache(folder)
+    for number in range(40):
+        cache.put(f"{number:064d}", Reply(f"{number} of {seed}" * 200))
+        assert cache.get(f"{number:064d}") is not None  # whole, whoever wrote it
+
+
+def test_processes_share_a_cache(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=_write, args=(tmp_path, seed)) for seed in range(2)]
+    for worker in workers:
+        worker.start()
+    _write(tmp_path, 2)
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with ChatServer(in_turn(said("yes"))) as server, pytest.raises(StorageError, match="cannot be written"):
+        client(server.url, cache=tmp_path / "file").ask([question()])
+
+
+def test_the_key_stays_secret(tmp_path, monkeypatch, caplog):
+    """Also where the server says it: in an answer, in an error, in what is no HTTP at all."""
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    options = {"api_key_env": "MY_KEY", "cache": tmp_path, "retries": 0}
+    with ChatServer(in_turn(said("your key is s3cret"), failed(500, "bad s3cret"), Answer(b"s3cret"))) as server:
+        assert client(server.url, **options).ask([question()])[0].text == "your key is ***"
+        for text in ("a", "b"):
+            with pytest.raises(ServerError) as raised:
+                client(server.url, **options).ask([question(text)])
+            assert "***" in str(raised.value)
+            assert "s3cret" not in str(raised.value) + str(raised.value.__cause__) + caplog.text
+    assert not any(b"s3cret" in path.read_bytes() for path in tmp_path.rglob("*.json"))
+    assert "s3cret" not in repr(vars(client(server.url, **options))["cache"].__dict__)
+
+
+def test_the_report_counts_tokens_and_cost(tmp_path):
+    with ChatServer(in_turn(said("yes", tokens=(1000, 10)))) as server:
+        asked = client(server.url, cache=tmp_path, prices=(2.0, 50.0))
+        asked.ask([question("a"), question("b")])
+        asked.ask([question("a"), question("c")])
+    report = asked.report({"malformed": 1})
+    assert (report.requests, report.cache_hits, report.prompt_tokens, report.completion_tokens) == (4, 1, 3000, 30)
+    assert report.cost == pytest.approx((3000 * 2 + 30 * 50) / 1e6)
+    assert report.seconds > 0
+    assert all(part in str(report) for part in ("4 requests", "1 abstained (malformed)", "cost 0.0075"))
+
+
+def test_log_probabilities_that_are_missing_are_the_servers_fault(tmp_path):
+    with ChatServer(in_turn(said("yes"))) as server, pytest.raises(ServerError, match="no log-probabilities"):
+        client(server.url, cache=tmp_path).ask([question() | {"logprobs": True}])
+    assert len(server.requests) == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_settings_that_cannot_work(monkeypatch):
+    monkeypatch.setenv("BAD_KEY", "two\nlines")
+    for url in ("127.0.0.1:8000", "ftp://host", "http://", "http://me:pass@host/v1"):
+        with pytest.raises(ConfigError) as raised:
+            client(url)
+        assert "pass" not in str(raised.value)
+    for options in ({"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}, {"prices": (1.0,)}):
+        with pytest.raises(ConfigError):
+            client("http://127.0.0.1:1", **options)
+    for variable in ("NO_SUCH_KEY", "BAD_KEY"):
+        with pytest.raises(ConfigError, match=variable):
+            client("http://127.0.0.1:1", api_key_env=variable)
+
+
+def test_margins_sum_over_the_ways_to_write_a_word():
+    import math
+
+    listed = {"Yes": 0.3, " yes": 0.2, "YES": 0.1, "▁no": 0.25, "maybe": 0.05}
+    reply = Reply("Yes", tuple((token, math.log(p)) for token, p in listed.items()))
+    assert reply.margin(["yes"], ["no"]) == pytest.approx(math.log(0.6 / 0.25))
+    assert reply.margin(["no"], ["never"]) == pytest.approx(math.log(0.25 / 0.05))  # unlisted: as the last that is
+    assert math.isnan(reply.margin(["blue"], ["green"]))
+    assert Reply.from_body(json.dumps({"choices": [{"message": {"content": "x"}}]})) == Reply("x")
