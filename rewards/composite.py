@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -110,7 +111,7 @@ class Composite:
     """Members [B] each become one score [B]; `parts` keeps every member's raw score and its parts as 'member/part'.
 
     members: name -> a reward, a Member, or {reward: a name of the table or 'package.module:attribute', options, weight,
-        hinge}.
+        hinge}. Those on CLIP with equal vision weights share one tower from then on.
     mode: `sum` of weight x score; `vote`, the weighted share of members, averaged over the other media of the same
         prompt in the batch, that prefer this one (a tie is half a vote), so each prompt needs two media and rows depend
         on each other; `mean_std`, weighted mean - kappa x deviation over the members, which trusts what they agree on.
@@ -143,6 +144,10 @@ class Composite:
         self._fixed = {key: _fixed(key, told) for key, told in (reference or {}).items()}
         self._is_updating = update
         self._require(normalise, reference, state)
+        if "rewards.clip" in sys.modules:  # no member has a CLIP tower to share without it
+            from rewards.clip import share_vision
+
+            share_vision(member.reward for member in self._members.values())
         if state is not None:
             self.load(state)
         self._declare()

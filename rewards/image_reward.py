@@ -54,7 +54,7 @@ class ImageReward:
         state = {key: value for key, value in read_state(path).items() if not UNUSED.fullmatch(key)}
         self._place = (device, torch_dtype(dtype))
         self._model = _network(state, f"image_reward: {path}").to(*self._place).eval().requires_grad_(False)
-        self._prepare = Preparation(self._model["blip"].visual_encoder.size)
+        self._prepare = Preparation(self._model["blip"].visual_encoder.size, centre="even")
         self._tokenizer = _tokenizer(tokenizer)
         words = self._model["blip"].text_encoder.embeddings["word_embeddings"].num_embeddings
         if len(self._tokenizer) != words:

@@ -6,6 +6,7 @@ gradients reach the pixels and torchvision is not needed. Not here: reading file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -101,6 +102,7 @@ class Preparation:
     std: tuple[float, ...] = CLIP_STD
     fill: tuple[float, ...] = (0.0, 0.0, 0.0)
     pad_first: bool = False  # pad to a square before scaling, as LLaVA does, rather than after
+    centre: Literal["down", "even"] = "down"  # of an odd excess, floor (transformers) or round (torchvision)
 
     def __call__(self, media: Tensor) -> Tensor:
         """Prepared pictures, in the dtype and on the device of `media`."""
@@ -120,7 +122,8 @@ class Preparation:
     def _cut(self, pixels: Tensor) -> Tensor:
         if self.fit == "pad":
             return _padded(pixels, self.fill)
-        top, left = ((length - self.size) // 2 for length in pixels.shape[-2:])
+        halves = ((length - self.size) / 2 for length in pixels.shape[-2:])
+        top, left = (math.floor(half) if self.centre == "down" else round(half) for half in halves)
         return pixels[..., top : top + self.size, left : left + self.size]
 
 

@@ -7,6 +7,7 @@ is called. Deliberately not here: what a stage does with them.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ class RewardSpec:
     def identity(self) -> str:
         """Changes with the options and with the files that they name."""
         named = [f"{name}={value}" for name, value in sorted(self.options.items())]
-        return " ".join([self.reward, *named, *map(fingerprint, _local(map(str, self.options.values())))])
+        return " ".join([self.reward, *named, *map(fingerprint, _local(_leaves(self.options)))])
 
 
 def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
@@ -93,6 +94,15 @@ def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
     if (result / "model_index.json").is_file():
         return replace(base, model=str(result), adapter=None)
     return replace(base, adapter=result)
+
+
+def _leaves(value: Any) -> Iterable[str]:
+    """The texts in nested options, such as the model folders of a composite's members."""
+    if isinstance(value, Mapping):
+        return [leaf for inner in value.values() for leaf in _leaves(inner)]
+    if isinstance(value, list | tuple):
+        return [leaf for inner in value for leaf in _leaves(inner)]
+    return [str(value)]
 
 
 def _local(names: Iterable[str]) -> list[Path]:
@@ -183,8 +193,18 @@ def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:
 
 
 def reward_builders(specs: Mapping[str, RewardSpec]) -> dict[str, Callable[[], Reward]]:
-    """One builder a reward; calling it loads the model."""
-    return {name: functools.partial(build_reward, spec.reward, dict(spec.options)) for name, spec in specs.items()}
+    """One builder a reward; calling it loads the model. CLIP rewards of equal vision weights look through one tower."""
+    built: dict[str, Reward] = {}
+    return {name: functools.partial(_build_beside, built, name, spec) for name, spec in specs.items()}
+
+
+def _build_beside(built: dict[str, Reward], name: str, spec: RewardSpec) -> Reward:
+    built[name] = build_reward(spec.reward, dict(spec.options))
+    if "rewards.clip" in sys.modules:  # importing it costs seconds, and without it nobody has a tower to share
+        from rewards.clip import share_vision
+
+        share_vision(built.values())
+    return built[name]
 
 
 def build_reward(reward: str, options: Mapping[str, Any]) -> Any:

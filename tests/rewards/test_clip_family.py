@@ -291,7 +291,7 @@ def test_heads_and_crossings_load_strictly(files, head, crossing, clip, tmp_path
     torch.save(head | {"layers.0.weight": torch.zeros(1024, 768)}, tmp_path / "wide.pth")
     with pytest.raises(DataError, match=r"aesthetic: .*layers.0.weight \[1024, 768\] for \[1024, 24\]"):
         Aesthetic(str(files), head=str(tmp_path / "wide.pth"))
-    with pytest.raises(MissingFileError, match=r"aesthetic: no weights .*improved-aesthetic-predictor"):
+    with pytest.raises(MissingFileError, match=r"no weights .*improved-aesthetic-predictor"):
         Aesthetic(str(files), head=str(tmp_path / "none.pth"))
     own = {f"mps.model.{name}": value.contiguous() for name, value in clip.state_dict().items()}
     ported = {f"mps.{name}": value for name, value in crossing.items()}

@@ -230,7 +230,10 @@ def test_files_and_safetensors_are_found(state, folder, reward, tmp_path):
         (lambda s: s.pop("blip.visual_encoder.norm.bias"), r"1 missing \(blip.visual_encoder.norm.bias\)"),
         (lambda s: s.pop("mlp.layers.6.weight"), r"no mlp.layers.6.weight among"),
         (lambda s: s.update(more=torch.ones(1)), r"1 unexpected \(more\)"),
-        (lambda s: s.update({"mlp.layers.2.bias": torch.ones(3)}), r"1 of another shape \(mlp.layers.2.bias \[3\] for \[8\]\)"),
+        (
+            lambda s: s.update({"mlp.layers.2.bias": torch.ones(3)}),
+            r"1 of another shape \(mlp.layers.2.bias \[3\] for \[8\]\)",
+        ),
         (lambda s: s.update(epoch=3), "no plain state dict"),
     ],
 )
