@@ -99,6 +99,15 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class Reporting(Protocol):
+    """Something that costs while it works: a served reward or judge."""
+
+    def report(self) -> object:
+        """What asking has cost so far; its text is one line."""
+        ...
+
+
+@runtime_checkable
 class Critic(Protocol):
     """A generative VLM whose answers carry gradients."""
 

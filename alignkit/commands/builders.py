@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.errors import ConfigError, UnknownNameError, nearest
+from alignkit.protocols import Reporting
 from alignkit.provenance import fingerprint
 from alignkit.records import Prompt
 from alignkit.resolve import resolve
@@ -192,10 +193,19 @@ def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:
     return load_generator(spec.model, name=name, **loading)
 
 
-def reward_builders(specs: Mapping[str, RewardSpec]) -> dict[str, Callable[[], Reward]]:
-    """One builder a reward; calling it loads the model. CLIP rewards of equal vision weights look through one tower."""
-    built: dict[str, Reward] = {}
-    return {name: functools.partial(_build_beside, built, name, spec) for name, spec in specs.items()}
+class RewardBuilders(dict[str, "Callable[[], Reward]"]):
+    """One builder a reward, by name; calling it loads the model.
+
+    CLIP rewards of equal vision weights that are built here look through one tower.
+    """
+
+    def __init__(self, specs: Mapping[str, RewardSpec]) -> None:
+        self.built: dict[str, Reward] = {}
+        super().__init__({name: functools.partial(_build_beside, self.built, name, specs[name]) for name in specs})
+
+    def reports(self) -> list[str]:
+        """What served rewards have cost, a line each."""
+        return [f"{name}: {reward.report()}" for name, reward in self.built.items() if isinstance(reward, Reporting)]
 
 
 def _build_beside(built: dict[str, Reward], name: str, spec: RewardSpec) -> Reward:

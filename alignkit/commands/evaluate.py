@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from alignkit.commands.builders import (
     GeneratorSpec,
     PromptsConfig,
+    RewardBuilders,
     RewardSpec,
     absences,
     build_generator,
     identities,
     load_policy,
     require_names,
-    reward_builders,
 )
 from alignkit.commands.shared import Tree, Verb, execute
 from alignkit.errors import ConfigError
@@ -95,7 +95,7 @@ def compare(
     if (out / "evaluation.json").is_file():
         return read_evaluation(out)
     base, tuned = _sources(sides["base"], sides["tuned"])
-    loaded = {name: builder() for name, builder in reward_builders(rewards).items()}
+    loaded = {name: builder() for name, builder in RewardBuilders(rewards).items()}
     cache = BaseCache(base_cache, json.dumps([models["base"], judges], sort_keys=True)) if base_cache else None
     return evaluate(
         base, tuned, prompts, config, out, rewards=loaded, gold=gold, base_cache=cache, tuned_identity=models["tuned"]

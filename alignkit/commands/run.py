@@ -19,12 +19,12 @@ from typing import Any
 from alignkit.commands.builders import (
     GeneratorSpec,
     PromptsConfig,
+    RewardBuilders,
     RewardSpec,
     absences,
     generator_builders,
     identities,
     require_names,
-    reward_builders,
     tuned_spec,
 )
 from alignkit.commands.evaluate import compare
@@ -194,16 +194,19 @@ def _stage(number: int, title: str, work: Callable[[], Any]) -> Any:
 def make_data(job: SynPicJob, prompts: Sequence[Prompt], out: Path) -> str:
     """Candidates, scores and ranked rows in folders of `out`; says how many rows there are."""
     folders = (out / "candidates", out / "scores")
+    build_rewards = RewardBuilders({name: job.rewards[name] for name in job.score.rewards})
     generate_and_score(
         prompts,
         job.generate,
         job.score,
         folders,
         build_sources=generator_builders(job.generators),
-        build_rewards=reward_builders({name: job.rewards[name] for name in job.score.rewards}),
+        build_rewards=build_rewards,
         source_identities=identities(job.generators),
         reward_identities=identities(job.rewards),
     )
+    for line in build_rewards.reports():
+        print(line)
     return counts_line(rank_candidates(*folders, job.rank, out / "ranked").counts)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.commands.builders import RewardSpec, identities, require_names, reward_builders
+from alignkit.commands.builders import RewardBuilders, RewardSpec, identities, require_names
 from alignkit.commands.shared import Verb, counts_line, execute
 from alignkit.provenance import claim
 from data_pipelines.synpic import ScoreConfig, score_candidates
@@ -37,9 +37,11 @@ def _plan(job: ScoreJob) -> list[str]:
 
 def _work(job: ScoreJob) -> None:
     claim(job.out, job)
-    build_rewards, known = reward_builders(job.rewards), identities(job.rewards)
+    build_rewards, known = RewardBuilders(job.rewards), identities(job.rewards)
     result = score_candidates(job.candidates, job.score, job.out, build_rewards=build_rewards, identities=known)
     print(f"{result.rows} rows scored in {result.folder}: {counts_line(result.counts)}")
+    for line in build_rewards.reports():
+        print(line)
     print(f"next: alignkit rank --candidates {job.candidates} --scores {job.out} --out {job.out.with_name('ranked')}")
 
 

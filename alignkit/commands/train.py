@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from alignkit.commands.builders import (
     GeneratorSpec,
     PromptsConfig,
+    RewardBuilders,
     RewardSpec,
     absences,
     load_policy,
     require_names,
-    reward_builders,
 )
 from alignkit.commands.shared import Tree, Verb, execute, finished, mark_finished
 from alignkit.config import Located, init_fields
@@ -59,7 +59,7 @@ class ValidationConfig:
 
         if not prompts:
             raise ConfigError("validation has no held-out prompts; raise prompts.held_out or give more prompts")
-        builders = reward_builders({name: rewards[name] for name in self.rewards})
+        builders = RewardBuilders({name: rewards[name] for name in self.rewards})
         judges = {name: builder() for name, builder in builders.items()}
         return Validation(prompts[: self.prompts], self.sampling, judges, self.seed, self.batch_size)
 

@@ -1,0 +1,69 @@
+"""Rewards as verbs build them: towers shared, served ones counted, a composite's members part of its identity."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import pytest
+import torch
+import yaml
+from chat_server import ChatServer, said
+
+from alignkit import cli
+from alignkit.commands.builders import RewardBuilders, RewardSpec
+from alignkit.records import Prompt
+from rewards.media import Preparation
+
+PROMPTS = [Prompt.from_text(text) for text in ("a red circle", "two blue rings")]
+
+
+def test_clip_rewards_of_one_verb_look_through_one_tower(clip_folder):
+    spec = RewardSpec(reward="clip_score", options={"model": str(clip_folder)})
+    other = RewardSpec(reward="pick_score", options={"model": str(clip_folder), "processor": str(clip_folder)})
+    builders = pickle.loads(pickle.dumps(RewardBuilders({"one": spec, "two": other})))
+    one, two = (builder() for builder in builders.values())
+    assert one.clip.vision.tower is two.clip.vision.tower
+    seen = []
+    one.clip.vision.tower.register_forward_hook(lambda *_: seen.append(1))
+    media = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    together = [reward(media, PROMPTS).total for reward in (one, two)]
+    assert len(seen) == 1
+    alone = [RewardBuilders({"x": s})["x"]()(media, PROMPTS).total for s in (spec, other)]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_members_are_part_of_a_composites_identity(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    member = {"reward": "clip_score", "options": {"model": str(folder)}}
+    spec = RewardSpec(reward="composite", options={"members": {"a": member}, "mode": "sum"})
+    before = spec.identity
+    assert before == spec.identity
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert before != spec.identity
+
+
+def test_score_says_what_served_rewards_cost_and_a_second_run_asks_nothing(work, capsys):
+    assert cli.main(["generate", "--config", "generate.yaml"]) == 0
+    with ChatServer(lambda *_: said("Yes", {"Yes": -0.1, "No": -2.0})) as server:
+        options = {"base_url": server.url, "model": "judge", "cache": "replies", "prices": [1.0, 2.0]}
+        rewards = {"asked": {"reward": "served_yes_no", "options": options}}
+        config = {"candidates": "candidates", "rewards": rewards, "score": {"rewards": ["asked"]}}
+        for out, count in (("first", 9), ("second", 9)):
+            (work / "score.yaml").write_text(yaml.safe_dump({**config, "out": out}), encoding="utf-8")
+            assert cli.main(["score", "--config", "score.yaml"]) == 0, capsys.readouterr().err
+            said_so = capsys.readouterr().out
+            assert len(server.requests) == count
+            assert "asked: 9 requests" in said_so
+            assert ("9 cache hits" in said_so) == (out == "second")
+
+
+@pytest.mark.parametrize(("centre", "start"), [("down", 1), ("even", 2)])
+def test_the_centre_of_an_odd_excess(centre, start):
+    """Of 7 columns 4 stay: torchvision rounds 1.5 to even, transformers down."""
+    columns = torch.arange(7.0).expand(1, 3, 4, 7) / 10
+    cut = Preparation(4, "crop", mean=(0,) * 3, std=(1,) * 3, centre=centre)(columns)
+    assert torch.equal(cut, columns[..., start : start + 4])
