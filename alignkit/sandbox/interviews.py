@@ -29,7 +29,7 @@ OPENING, VISION = "<|im_start|>user\n", ("<|vision_start|>", "<|vision_end|>")
 CLOSING, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 # First the eyes, then the tongue: words teach shapes slowly, names of patches teach them fast.
 EYES = Recipe(steps=900, batch=48, learning_rate=1.5e-3, seed=111)
-TONGUE = Recipe(steps=1600, batch=32, learning_rate=1.5e-3, seed=112, warmup=100)
+TONGUE = Recipe(steps=1500, batch=32, learning_rate=1.5e-3, seed=112, warmup=100)
 CLASSES = {kind: number for number, kind in enumerate(((s, c) for s in SHAPES for c in PALETTE), start=1)}
 
 Patchify = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -167,13 +167,20 @@ def see_only_own(groups: Tensor) -> Tensor:
 
 
 class Answering(nn.Module):
-    """Cross-entropy of the answers, each question counting once, and of what every patch shows."""
+    """Cross-entropy of the answers, each question counting once, and of what every patch shows.
+
+    What a patch shows is asked twice: of the eyes, by a head that is thrown away, and of what they hand on, in the
+    language's own words, so that a word and the picture of it meet in one space.
+    """
 
     _keys_to_ignore_on_save = None
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, words: Qwen2Tokenizer) -> None:
         super().__init__()
         self.vlm = model
+        self._shapes, self._colors = (
+            words.convert_tokens_to_ids([f"Ġ{name}" for name in names]) for names in (SHAPES, PALETTE)
+        )
         self.names = nn.Linear(model.config.vision_config.hidden_size, 1 + len(CLASSES))
         self.only_eyes = False
 
@@ -196,17 +203,32 @@ class Answering(nn.Module):
         hidden = read(self.vlm, seen.pooler_output, ids, groups, positions)
         wanted = targets >= 0
         answered = functional.cross_entropy(self.vlm.lm_head(hidden[wanted]).float(), targets[wanted], reduction="none")
-        return {"loss": (answered * weights[wanted]).sum() / weights.sum() + 0.3 * named}
+        spoken = self._speaking(seen.pooler_output, grids, labels)
+        return {"loss": (answered * weights[wanted]).sum() / weights.sum() + 0.3 * (named + spoken)}
 
     def _naming(self, hidden: Tensor, grids: Tensor, labels: Tensor) -> Tensor:
         """Patches of rows with labels; the tower orders them by merged squares."""
-        first = torch.cat([hidden.new_zeros(1, dtype=torch.long), grids.prod(1).cumsum(0)])[:-1]
-        rows = first[_single(grids, labels)]
-        side = SIZE // PATCH
-        ordered = labels[labels[:, 0, 0] >= 0].unflatten(1, (-1, MERGE)).unflatten(3, (-1, MERGE))
-        ordered = ordered.permute(0, 1, 3, 2, 4).flatten(1)
-        index = rows[:, None] + torch.arange(side * side, device=hidden.device)
-        return functional.cross_entropy(self.names(hidden[index]).float().flatten(0, 1), ordered.flatten())
+        index, ordered = _labelled(grids, labels)
+        return functional.cross_entropy(self.names(hidden[index]).float(), ordered)
+
+    def _speaking(self, merged: Tensor, grids: Tensor, labels: Tensor) -> Tensor:
+        """Merged patches with an object in them: its shape's and its colour's word are nearest of their kind."""
+        index, ordered = _labelled(grids, labels)
+        shown = ordered.unflatten(0, (-1, MERGE**2)).amax(1)
+        tokens = merged[index.unflatten(0, (-1, MERGE**2))[:, 0] // MERGE**2][shown > 0]
+        kinds, words = shown[shown > 0] - 1, self.vlm.get_input_embeddings().weight
+        parts = ((self._shapes, kinds // len(PALETTE)), (self._colors, kinds % len(PALETTE)))
+        losses = [functional.cross_entropy((tokens @ words[ids].T).float(), kind) for ids, kind in parts]
+        return torch.stack(losses).sum()
+
+
+def _labelled(grids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in the tower's output the patches of labelled rows stand, and their labels in that order, [N] both."""
+    first = torch.cat([grids.new_zeros(1), grids.prod(1).cumsum(0)])[:-1]
+    rows, side = first[_single(grids, labels)], SIZE // PATCH
+    ordered = labels[labels[:, 0, 0] >= 0].unflatten(1, (-1, MERGE)).unflatten(3, (-1, MERGE))
+    index = rows[:, None] + torch.arange(side * side, device=rows.device)
+    return index.flatten(), ordered.permute(0, 1, 3, 2, 4).flatten()
 
 
 def _single(grids: Tensor, labels: Tensor) -> Tensor:
@@ -241,7 +263,7 @@ def train_vlm(
     set_seed(stages[0].seed)
     words = tokenizer()
     model = vlm(words)
-    objective, collate = Answering(model), Interview(words, model, patchify)
+    objective, collate = Answering(model, words), Interview(words, model, patchify)
     for number, recipe in enumerate(stages, start=1):
         objective.only_eyes = number == 1
         rows = (Pictures if objective.only_eyes else Interviews)(recipe.scenes, recipe.seed)

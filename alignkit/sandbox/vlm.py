@@ -95,8 +95,9 @@ CHAT_TEMPLATE = """\
 def vlm(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """Six blocks of eyes over 8 x 8 patches of 8 pixels, four layers of language over 4 x 4 merged ones.
 
-    The rotary base is small: at the usual one, neighbouring columns of so small a picture turn by a thousandth of a
-    radian, and left would look like right.
+    Rotary frequencies are dealt out otherwise than at full size: with the usual shares, neighbouring columns of so
+    small a picture turn by a thousandth of a radian, and left would look like right. A small base would mend that too,
+    but leaves no slow frequency by which a word can find its object wherever both stand: nothing was bound to anything.
     """
     code = {name: words.convert_tokens_to_ids(name) for name in SPECIAL}
     vision = {
@@ -120,7 +121,7 @@ def vlm(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
         "max_position_embeddings": 1024,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 20.0},
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 12], "rope_theta": 10000.0},
         "bos_token_id": None,
         "eos_token_id": code["<|im_end|>"],
         "pad_token_id": code["<|endoftext|>"],

@@ -76,12 +76,12 @@ def test_answers_are_learnt_and_counted_right(words):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         pupil = vlm(words)
-    collate, objective = interviews.Interview(words, pupil, PATCHES), interviews.Answering(pupil)
+    collate, objective = interviews.Interview(words, pupil, PATCHES), interviews.Answering(pupil, words)
     rows = interviews.Interviews(4, seed=999, count=10)
     batch = collate([rows[index] for index in range(4)])
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     first = objective(**batch)["loss"].item()
-    for _ in range(40):
+    for _ in range(50):
         optimizer.zero_grad()
         loss = objective(**batch)["loss"]
         loss.backward()
@@ -94,9 +94,9 @@ def test_answers_are_learnt_and_counted_right(words):
     assert not any(right for right, _ in interviews.accuracy(pupil, words, PATCHES, subjects=4).values())
 
 
-def test_patches_are_named_in_the_order_of_the_tower(model):
+def test_patches_are_named_in_the_order_of_the_tower(model, words):
     """Rows: a pair of pictures, a labelled picture, a clip, another labelled one; only the labelled are named."""
-    objective = interviews.Answering(model)
+    objective = interviews.Answering(model, words)
     width = objective.names.in_features
     labels = torch.full((4, 8, 8), -1)
     labels[1], labels[3] = (torch.randint(0, 36, (8, 8), generator=torch.Generator().manual_seed(s)) for s in (1, 2))
@@ -112,6 +112,18 @@ def test_patches_are_named_in_the_order_of_the_tower(model):
         objective.names.bias.zero_()
         assert objective._naming(hidden, grids, labels) < 1e-3
         assert objective._naming(hidden.flip(0), grids, labels) > 1
+        words = model.get_input_embeddings().weight
+        words.zero_()
+        for place, ids in enumerate((objective._shapes, objective._colors)):
+            words[ids] = torch.eye(len(ids), words.shape[1]).roll(20 * place, 1)
+        merged = torch.zeros(6 * 16, words.shape[1])
+        for row, start in ((1, 2 * 16), (3, 5 * 16)):
+            for square in range(16):
+                y, x = 2 * (square // 4), 2 * (square % 4)
+                kind = int(labels[row, y : y + 2, x : x + 2].max()) - 1
+                merged[start + square, kind // 7] = merged[start + square, 20 + kind % 7] = 50.0
+        assert objective._speaking(merged, grids, labels) < 1e-3
+        assert objective._speaking(merged.flip(0), grids, labels) > 1
 
 
 def test_recipe_saves_what_loads_without_a_processor(tmp_path, words):
