@@ -52,7 +52,8 @@ def test_many_questions_at_one_look_are_each_asked_alone(model, words):
         batch = collate([row])
         with torch.no_grad():
             seen = model.model.visual(batch["patches"], grid_thw=batch["grids"]).pooler_output
-            packed = model.lm_head(interviews.read(model, seen, batch["ids"], batch["groups"], batch["positions"]))
+            states = interviews.read(model, seen, batch["ids"], batch["groups"], batch["positions"])
+            packed = model.lm_head(states[-1])
         keep = (batch["groups"][0] == 0) | (batch["groups"][0] == len(row["questions"]))
         ids = batch["ids"][:, keep]
         types = (ids == model.config.image_token_id) + 2 * (ids == model.config.video_token_id)
