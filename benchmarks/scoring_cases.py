@@ -36,7 +36,7 @@ from rewards.pick_score import PickScore
 from rewards.preference import PreferenceReward
 from rewards.templates import HPSV3, VIDEO_REWARD
 from rewards.video_reward import VideoReward
-from rewards.vision_language import VisionLanguage
+from rewards.vision_language import VisionLanguage, precise
 from rewards.vqa_score import QUESTION, VqaScore
 from rewards.yes_no import YesNo
 
@@ -136,14 +136,15 @@ def hps(bench: Bench) -> Case:
 
 
 def aesthetic(bench: Bench) -> Case:
-    """The aesthetic score; with `--model` it needs the published head as well."""
+    """The aesthetic score with its head; with `--model` it needs the published head as well."""
     model, processor = bench.places(weights.clip)
     head = bench.options.head or str(bench.work / "head.pth")
     if not bench.options.head:
         widths = zip((0, 2, 4, 6, 7), (256, *WIDTHS), WIDTHS, strict=False)
         layers = {f"layers.{place}": torch.nn.Linear(wide, narrow) for place, wide, narrow in widths}
         torch.save({f"{n}.{k}": v for n, layer in layers.items() for k, v in layer.state_dict().items()}, head)
-    return on_clip(bench, Aesthetic(model, head=head, processor=processor, **bench.given))
+    reward = Aesthetic(model, head=head, processor=processor, **bench.given)
+    return on_clip(bench, reward, lambda seen, _: reward._head["layers"](precise(seen.pooler_output)))
 
 
 def mps_reward(bench: Bench) -> Mps:
