@@ -91,12 +91,14 @@ class Bench:
         words = weights.TEXTS
         return [Prompt.from_text(f"{words[i % len(words)]}, no. {i}") for i in range(self.options.batch)]
 
-    def places(self, build: Callable[[Path, weights.Size], Path], file: str = "") -> tuple[str, str]:
-        """Where the weights are (or the `file` in their folder) and their tokenizer: the given ones, or random ones."""
+    def places(
+        self, build: Callable[[Path, weights.Size], Path], option: str = "processor"
+    ) -> tuple[str, dict[str, str]]:
+        """The weights, random ones where none are given, and the reward's `option` that says where its tokenizer is."""
         if self.options.model:
-            return self.options.model, self.options.processor
-        folder = build(self.work, self.size)
-        return str(folder / file), str(folder)
+            return self.options.model, {option: self.options.processor} if self.options.processor else {}
+        folder = str(build(self.work, self.size))
+        return folder, {option: folder}
 
 
 def on_clip(bench: Bench, reward: ClipReward, after: Callable[[Any, Any], Any] | None = None) -> Case:
@@ -120,19 +122,19 @@ def on_clip(bench: Bench, reward: ClipReward, after: Callable[[Any, Any], Any] |
 def clip_score(bench: Bench) -> Case:
     """CLIP score."""
     model, processor = bench.places(weights.clip)
-    return on_clip(bench, ClipScore(model, processor=processor, **bench.given))
+    return on_clip(bench, ClipScore(model, **processor, **bench.given))
 
 
 def pick_score(bench: Bench) -> Case:
     """PickScore."""
     model, processor = bench.places(weights.clip)
-    return on_clip(bench, PickScore(model, processor=processor, **bench.given))
+    return on_clip(bench, PickScore(model, **processor, **bench.given))
 
 
 def hps(bench: Bench) -> Case:
     """HPSv2."""
     model, processor = bench.places(weights.clip)
-    return on_clip(bench, Hps(model, processor=processor, **bench.given))
+    return on_clip(bench, Hps(model, **processor, **bench.given))
 
 
 def aesthetic(bench: Bench) -> Case:
@@ -143,7 +145,7 @@ def aesthetic(bench: Bench) -> Case:
         widths = zip((0, 2, 4, 6, 7), (256, *WIDTHS), WIDTHS, strict=False)
         layers = {f"layers.{place}": torch.nn.Linear(wide, narrow) for place, wide, narrow in widths}
         torch.save({f"{n}.{k}": v for n, layer in layers.items() for k, v in layer.state_dict().items()}, head)
-    reward = Aesthetic(model, head=head, processor=processor, **bench.given)
+    reward = Aesthetic(model, head=head, **processor, **bench.given)
     return on_clip(bench, reward, lambda seen, _: reward._head["layers"](precise(seen.pooler_output)))
 
 
@@ -155,7 +157,7 @@ def mps_reward(bench: Bench) -> Mps:
         tensors = {f"model.{name}": value.contiguous() for name, value in clip.state_dict().items()}
         cross = Cross(4, 256, 256, 64, 1024).state_dict()
         save_file(tensors | {f"cross_model.{name}": value for name, value in cross.items()}, model)
-    return Mps(model, processor=processor, **bench.given)
+    return Mps(model, **processor, **bench.given)
 
 
 def mps(bench: Bench) -> Case:
@@ -173,8 +175,8 @@ def mps(bench: Bench) -> Case:
 
 def image_reward(bench: Bench) -> Case:
     """ImageReward: the bare forward is BLIP's and the head's."""
-    model, tokenizer = bench.places(weights.image_reward)
-    reward = ImageReward(model, tokenizer=tokenizer or "bert-base-uncased", **bench.given)
+    model, tokenizer = bench.places(weights.image_reward, "tokenizer")
+    reward = ImageReward(model, **tokenizer, **bench.given)
     media, prompts, network = bench.media(), bench.prompts(), reward._model
     pixels = reward._prepare(media).to(*reward._place)
     options = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
@@ -188,8 +190,8 @@ def image_reward(bench: Bench) -> Case:
 
 def clip_flant5(bench: Bench) -> Case:
     """CLIP-FlanT5: the bare forward is that of its tower (but for the layer that is not read), projector and T5."""
-    model, tokenizer = bench.places(weights.clip_flant5)
-    reward = flant5.ClipFlanT5(model, tokenizer=tokenizer or "google/flan-t5-xl", **bench.given)
+    model, tokenizer = bench.places(weights.clip_flant5, "tokenizer")
+    reward = flant5.ClipFlanT5(model, **tokenizer, **bench.given)
     media, prompts, t5 = bench.media(), bench.prompts(), reward._t5
     pixels = reward._prepare(media).to(*reward._place)
     asked = [flant5.AFTER.format(question=reward._question.format(text)) for text in texts(prompts)]
@@ -262,9 +264,10 @@ def yes_no(bench: Bench) -> Case:
 
 def hpsv3(bench: Bench) -> Case:
     """HPSv3 at its own size of pictures."""
-    model, processor = bench.places(weights.hpsv3, "HPSv3.safetensors")
+    model, base = bench.places(weights.hpsv3, "model")
+    file = model if bench.options.model else f"{model}/HPSv3.safetensors"
     pixels = bench.size.vlm_side**2 if bench.options.tiny else PIXELS
-    reward = HPSv3(model, model=processor or "Qwen/Qwen2-VL-7B-Instruct", pixels=pixels, **bench.given)
+    reward = HPSv3(file, **base, pixels=pixels, **bench.given)
     media, prompts = bench.media(), bench.prompts()
     asked = [[HPSV3.format(text_prompt=text)] for text in texts(prompts)]
     return Case(reward, media, prompts, on_reader(reward._head._reader, media, asked)[0])
@@ -272,8 +275,8 @@ def hpsv3(bench: Bench) -> Case:
 
 def video_reward(bench: Bench) -> Case:
     """VideoReward: clips of eight frames, all of which are looked at."""
-    model, processor = bench.places(weights.video_reward)
-    reward = VideoReward(model, model=processor or "Qwen/Qwen2-VL-2B-Instruct", rate=2.0, fps=2.0, **bench.given)
+    model, base = bench.places(weights.video_reward, "model")
+    reward = VideoReward(model, **base, rate=2.0, fps=2.0, **bench.given)
     media, prompts = bench.media(frames=8), bench.prompts()
     asked = [[VIDEO_REWARD.format(text_prompt=text)] for text in texts(prompts)]
     return Case(reward, media, prompts, on_reader(reward._head._reader, media, asked)[0])
