@@ -30,7 +30,7 @@ def operations(run):
 
 
 def test_the_bare_model_does_the_same_work(scoring, tmp_path):
-    """Operations of matrix products and convolutions: within 1%, so neither side is spared anything."""
+    """Operations of products and convolutions within 3% (MPS also finds relevant words): neither is spared a pass."""
     options = SimpleNamespace(
         batch=2, size=64, tiny=True, device="cpu", dtype="float32", model="", processor="", head=""
     )
@@ -46,7 +46,7 @@ def test_the_bare_model_does_the_same_work(scoring, tmp_path):
             torch.testing.assert_close(together, torch.stack(alone, 1).flatten(0, 1), rtol=0, atol=1e-4)
             look = operations(lambda case=case: case.reward._critic._reader.see(case.media))
             assert operations(case.full) - bare == 3 * look
-    assert found == pytest.approx(dict.fromkeys(found, 1), rel=0.01)
+    assert found == pytest.approx(dict.fromkeys(found, 1), rel=0.03)
 
 
 def test_it_prints_a_line_a_case(scoring, monkeypatch, capsys):
