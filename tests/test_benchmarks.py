@@ -1,0 +1,59 @@
+"""The scoring benchmark at its tiniest: every case runs, and the bare model does the work that the reward does."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+TINY = ["--tiny", "--batch", "2", "--size", "64", "--repeats", "1"]
+
+
+@pytest.fixture
+def scoring(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        yield importlib.import_module("scoring")
+
+
+def operations(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_the_bare_model_does_the_same_work(scoring, tmp_path):
+    """Operations of products and convolutions within 3% (MPS also finds relevant words): neither is spared a pass."""
+    options = SimpleNamespace(
+        batch=2, size=64, tiny=True, device="cpu", dtype="float32", model="", processor="", head=""
+    )
+    bench = scoring.Bench(tmp_path, options)
+    found = {}
+    for name, build in scoring.CASES.items():
+        case = build(bench)
+        case.reward(case.media, scoring.unseen(case.prompts, 0))  # a condition that all calls share is read
+        bare = operations(case.bare)
+        found[name] = operations(lambda case=case: case.reward(case.media, case.prompts)) / bare
+        if case.full is not None:
+            together, alone = case.bare().last_hidden_state, [output.last_hidden_state for output in case.full()]
+            torch.testing.assert_close(together, torch.stack(alone, 1).flatten(0, 1), rtol=0, atol=1e-4)
+            look = operations(lambda case=case: case.reward._critic._reader.see(case.media))
+            assert operations(case.full) - bare == 3 * look
+    assert found == pytest.approx(dict.fromkeys(found, 1), rel=0.03)
+
+
+def test_it_prints_a_line_a_case(scoring, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scoring.py", "clip_score", "yes_no", "ensemble", *TINY])
+    scoring.main()
+    first, second, third = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [line["reward"] for line in (first, second, third)] == ["clip_score", "yes_no", "ensemble"]
+    assert first["per_s"] > 0 < first["ratio"] < 3
+    assert second["full_per_s"] > 0 < second["speed_up"]
+    assert (third["members"], third["towers"]) == (3, 1)
