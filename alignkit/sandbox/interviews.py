@@ -20,8 +20,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, set
 from alignkit.records import derive_seed
 from alignkit.sandbox import questions
 from alignkit.sandbox.clips import covers, film, move
+from alignkit.sandbox.questions import stands
 from alignkit.sandbox.recipes import Recipe, fit
-from alignkit.sandbox.scenes import PALETTE, SHAPES, SIZE, Scene, render
+from alignkit.sandbox.scenes import PALETTE, RELATIONS, SHAPES, SIZE, Scene, render
 from alignkit.sandbox.vlm import MERGE, PATCH, TEMPORAL, TOKENS_PER_SECOND, save, tokenizer, vlm
 from alignkit.sandbox.worlds import to_tensor
 
@@ -29,7 +30,7 @@ OPENING, VISION = "<|im_start|>user\n", ("<|vision_start|>", "<|vision_end|>")
 CLOSING, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 # First the eyes, then the tongue: words teach shapes slowly, names of patches teach them fast.
 EYES = Recipe(steps=900, batch=48, learning_rate=1.5e-3, seed=111)
-TONGUE = Recipe(steps=1100, batch=32, learning_rate=1.5e-3, seed=112, warmup=100)
+TONGUE = Recipe(steps=900, batch=32, learning_rate=1.5e-3, seed=112, warmup=100)
 CLASSES = {kind: number for number, kind in enumerate(((s, c) for s in SHAPES for c in PALETTE), start=1)}
 
 Patchify = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -43,7 +44,7 @@ class Interviews(Dataset[dict[str, Any]]):
     one pair of frames to the next.
     """
 
-    def __init__(self, size: int, seed: int, count: int = 5) -> None:
+    def __init__(self, size: int, seed: int, count: int = 4) -> None:
         self.size, self.seed, self.count = size, seed, count
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ def _clip_row(rng: np.random.Generator, count: int) -> dict[str, Any]:
     frames = film(scene, motion, rng, frames=int(rng.choice([4, 6, 8])))
     clip = torch.stack([to_tensor(frame) for frame in frames])
     interval = int(rng.choice([1, 2, 4]))
-    asked, meant = questions.ask(about, rng, count), _meant(scene, cells=motion.direction is None)
+    asked, meant = questions.ask(about, rng, count), _meant(scene, moves=motion.direction is not None)
     return {"media": [clip], "questions": asked, "interval": interval, "meant": meant}
 
 
@@ -77,17 +78,22 @@ def _scene_row(rng: np.random.Generator, count: int) -> dict[str, Any]:
     asked = questions.ask(about, rng, count)
     labels = torch.from_numpy(covers(about.scene, CLASSES, PATCH))
     media = [worn(render(about.scene, rng), rng)]
-    return {"media": media, "questions": asked, "labels": labels, "meant": _meant(about.scene, cells=True)}
+    return {"media": media, "questions": asked, "labels": labels, "meant": _meant(about.scene)}
 
 
-def _meant(scene: Scene, *, cells: bool) -> dict[str, tuple[int, int]]:
-    """For each shape that names one object: its colour, and which of 4 x 4 squares it stands in (-100: it moves)."""
+def _meant(scene: Scene, *, moves: bool = False) -> dict[str, tuple[int, int]]:
+    """For each shape that names one object: its colour, and on which side of the only other object it stands or -100.
+
+    Not where it stands in the picture: the eyes know relative places only, and a blank ground looks the same all over.
+    """
     counts = Counter(thing.shape for thing in scene.things)
-    return {
-        thing.shape: (list(PALETTE).index(thing.color), int(thing.y // 16) * 4 + int(thing.x // 16) if cells else -100)
-        for thing in scene.things
-        if counts[thing.shape] == 1
-    }
+    is_pair, meant = len(scene.things) == 2 and not moves, {}
+    for index, thing in enumerate(scene.things):
+        other = scene.things[1 - index] if is_pair else thing
+        sides = [number for number, name in enumerate(RELATIONS) if is_pair and stands(thing, other, name)]
+        if counts[thing.shape] == 1:
+            meant[thing.shape] = (list(PALETTE).index(thing.color), sides[0] if sides else -100)
+    return meant
 
 
 def worn(picture: np.ndarray, rng: np.random.Generator) -> Tensor:
@@ -201,7 +207,7 @@ class Answering(nn.Module):
             words.convert_tokens_to_ids([f"Ġ{name}" for name in names]) for names in (SHAPES, PALETTE)
         )
         self.names = nn.Linear(model.config.vision_config.hidden_size, 1 + len(CLASSES))
-        self.meanings = nn.Linear(model.config.text_config.hidden_size, len(PALETTE) + 16)
+        self.meanings = nn.Linear(model.config.text_config.hidden_size, len(PALETTE) + len(RELATIONS))
         self.only_eyes = False
 
     def forward(
@@ -245,8 +251,8 @@ class Answering(nn.Module):
         return torch.stack(losses).sum()
 
     def _meaning(self, states: Tensor, meant: Tensor) -> Tensor:
-        """Half-way up, a shape's word knows the colour and the place of the object it means: so others can ask it."""
-        said = self.meanings(states).float().split([len(PALETTE), 16], dim=-1)
+        """Half-way up, a shape's word knows the colour and the side of the object it means: so others can ask it."""
+        said = self.meanings(states).float().split([len(PALETTE), len(RELATIONS)], dim=-1)
         losses = [
             functional.cross_entropy(logits[wanted >= 0], wanted[wanted >= 0])
             for logits, wanted in zip(said, meant, strict=True)

@@ -56,8 +56,7 @@ def ask(about: Subject, rng: np.random.Generator, count: int) -> list[Question]:
     kinds = [kind for kind in _MAKERS if (kind in ("motion", "which_way")) <= (about.motion is not None)]
     made = (_MAKERS[str(kind)](about, rng) for kind in rng.permutation(kinds))
     found = [question for question in made if question is not None]
-    if about.motion is not None:  # what only clips can tell comes first
-        found.sort(key=lambda question: question.kind not in ("motion", "which_way"))
+    found.sort(key=lambda question: question.kind not in ("relation", "motion", "which_way"))  # what few can tell
     return found[:count]
 
 
@@ -69,6 +68,11 @@ def pair(rng: np.random.Generator) -> tuple[Scene, Scene, Question]:
     is_first = rng.random() < 0.5
     question = Question("pair", BETTER.format(caption), "first" if is_first else "second")
     return (right, wrong, question) if is_first else (wrong, right, question)
+
+
+def stands(first: Thing, second: Thing, relation: str) -> bool:
+    """Whether `first` clearly stands so from `second`: "left of", "above" and so on."""
+    return _obeys(first.x - second.x, first.y - second.y, relation, margin=1.4)
 
 
 def _yes(truth: bool) -> str:  # noqa: FBT001 - the one thing it is about
@@ -131,7 +135,7 @@ def _relation(about: Subject, rng: np.random.Generator) -> Question | None:
     if len(unique) < 2 or about.motion is not None:  # likewise
         return None
     first, second = (unique[int(i)] for i in rng.permutation(len(unique))[:2])
-    true = [name for name in RELATIONS if _obeys(first.x - second.x, first.y - second.y, name, margin=1.4)]
+    true = [name for name in RELATIONS if stands(first, second, name)]
     if not true:
         return None
     truth = _coin(rng)
