@@ -5,7 +5,7 @@ Trained under plain `transformers.Trainer`; `alignkit sandbox train vlm` repeats
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, set
 from alignkit.records import derive_seed
 from alignkit.sandbox import questions
 from alignkit.sandbox.clips import covers, film, move
-from alignkit.sandbox.questions import stands
+from alignkit.sandbox.questions import HEADS, MEANT, meanings
 from alignkit.sandbox.recipes import Recipe, fit
-from alignkit.sandbox.scenes import PALETTE, RELATIONS, SHAPES, SIZE, Scene, render
+from alignkit.sandbox.scenes import PALETTE, SHAPES, SIZE, render
 from alignkit.sandbox.vlm import MERGE, PATCH, TEMPORAL, TOKENS_PER_SECOND, save, tokenizer, vlm
 from alignkit.sandbox.worlds import to_tensor
 
@@ -30,7 +30,7 @@ OPENING, VISION = "<|im_start|>user\n", ("<|vision_start|>", "<|vision_end|>")
 CLOSING, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 # First the eyes, then the tongue: words teach shapes slowly, names of patches teach them fast.
 EYES = Recipe(steps=900, batch=48, learning_rate=1.5e-3, seed=111)
-TONGUE = Recipe(steps=900, batch=32, learning_rate=1.5e-3, seed=112, warmup=100)
+TONGUE = Recipe(steps=1600, batch=32, learning_rate=1.5e-3, seed=112, warmup=100)
 CLASSES = {kind: number for number, kind in enumerate(((s, c) for s in SHAPES for c in PALETTE), start=1)}
 
 Patchify = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -40,7 +40,7 @@ class Interviews(Dataset[dict[str, Any]]):
     """`size` subjects with up to `count` questions each: of every twenty a pair of pictures thrice, a clip four times.
 
     A row: media, a list of [3, 64, 64] pictures or one clip [F, 3, 64, 64]; questions; `labels` [8, 8], what every
-    patch of a single picture shows, or -1; `meant`, which object a shape's word means; `interval`, steps of time from
+    patch of a single picture shows, or -1; `meant`, what words mean in it (`meanings`); `interval`, steps of time from
     one pair of frames to the next.
     """
 
@@ -69,7 +69,7 @@ def _clip_row(rng: np.random.Generator, count: int) -> dict[str, Any]:
     frames = film(scene, motion, rng, frames=int(rng.choice([4, 6, 8])))
     clip = torch.stack([to_tensor(frame) for frame in frames])
     interval = int(rng.choice([1, 2, 4]))
-    asked, meant = questions.ask(about, rng, count), _meant(scene, moves=motion.direction is not None)
+    asked, meant = questions.ask(about, rng, count), meanings(scene, motion)
     return {"media": [clip], "questions": asked, "interval": interval, "meant": meant}
 
 
@@ -78,22 +78,7 @@ def _scene_row(rng: np.random.Generator, count: int) -> dict[str, Any]:
     asked = questions.ask(about, rng, count)
     labels = torch.from_numpy(covers(about.scene, CLASSES, PATCH))
     media = [worn(render(about.scene, rng), rng)]
-    return {"media": media, "questions": asked, "labels": labels, "meant": _meant(about.scene)}
-
-
-def _meant(scene: Scene, *, moves: bool = False) -> dict[str, tuple[int, int]]:
-    """For each shape that names one object: its colour, and on which side of the only other object it stands or -100.
-
-    Not where it stands in the picture: the eyes know relative places only, and a blank ground looks the same all over.
-    """
-    counts = Counter(thing.shape for thing in scene.things)
-    is_pair, meant = len(scene.things) == 2 and not moves, {}
-    for index, thing in enumerate(scene.things):
-        other = scene.things[1 - index] if is_pair else thing
-        sides = [number for number, name in enumerate(RELATIONS) if is_pair and stands(thing, other, name)]
-        if counts[thing.shape] == 1:
-            meant[thing.shape] = (list(PALETTE).index(thing.color), sides[0] if sides else -100)
-    return meant
+    return {"media": media, "questions": asked, "labels": labels, "meant": meanings(about.scene)}
 
 
 def worn(picture: np.ndarray, rng: np.random.Generator) -> Tensor:
@@ -113,7 +98,7 @@ class Interview:
         self.words, self.patchify = words, patchify
         self.ids = {"image": model.config.image_token_id, "video": model.config.video_token_id}
         self.place = model.model.get_rope_index
-        self.shapes = {words.convert_tokens_to_ids(f"Ġ{shape}"): shape for shape in SHAPES}
+        self.spelled = {words.convert_tokens_to_ids(f"Ġ{word}"): word for word in MEANT}
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         sequences = [self._sequence(row) for row in rows]
@@ -121,7 +106,7 @@ class Interview:
         batch = {name: torch.full((len(rows), length), fill) for name, fill in _FILLS.items()}
         batch["positions"] = torch.zeros(3, len(rows), length, dtype=torch.long)
         batch["weights"] = torch.zeros(len(rows), length)
-        batch["meant"] = torch.full((2, len(rows), length), -100)
+        batch["meant"] = torch.full((len(HEADS), len(rows), length), -100)
         for row, sequence in enumerate(sequences):
             for name, values in sequence.items():
                 batch[name][..., row, : values.shape[-1]] = values
@@ -146,7 +131,7 @@ class Interview:
             ids += [*self._encode(VISION[0]), *pads, *self._encode(VISION[1])]
             kinds += [0, *([kind] * len(pads)), 0]
         start = self._places(ids, kinds, grids, row["interval"])
-        nothing = torch.full((2, len(ids)), -100)
+        nothing = torch.full((len(HEADS), len(ids)), -100)
         pieces = [(torch.tensor(ids), start, nothing[0], torch.zeros(len(ids)), nothing)]
         groups = [0] * len(ids)
         for number, question in enumerate(row["questions"], start=1):
@@ -156,9 +141,9 @@ class Interview:
             targets = torch.full((len(line),), -100)
             targets[len(asked) - 1 : -1] = torch.tensor(answer)
             weights = (targets >= 0) / len(answer)
-            meant = [row["meant"].get(self.shapes.get(token), (-100, -100)) for token in asked]
-            meant += [(-100, -100)] * len(answer)
-            pieces.append((line, places.expand(3, -1), targets, weights, torch.tensor(meant).T))
+            known = [row["meant"].get(self.spelled.get(token, ""), {}) for token in asked] + [{}] * len(answer)
+            meant = torch.tensor([[word.get(head, -100) for word in known] for head in HEADS])
+            pieces.append((line, places.expand(3, -1), targets, weights, meant))
             groups += [number] * len(line)
         names = ("ids", "positions", "targets", "weights", "meant")
         joined = {name: torch.cat(parts, -1) for name, parts in zip(names, zip(*pieces, strict=True), strict=True)}
@@ -207,7 +192,7 @@ class Answering(nn.Module):
             words.convert_tokens_to_ids([f"Ġ{name}" for name in names]) for names in (SHAPES, PALETTE)
         )
         self.names = nn.Linear(model.config.vision_config.hidden_size, 1 + len(CLASSES))
-        self.meanings = nn.Linear(model.config.text_config.hidden_size, len(PALETTE) + len(RELATIONS))
+        self.meanings = nn.Linear(model.config.text_config.hidden_size, sum(HEADS.values()))
         self.only_eyes = False
 
     def forward(
@@ -251,8 +236,8 @@ class Answering(nn.Module):
         return torch.stack(losses).sum()
 
     def _meaning(self, states: Tensor, meant: Tensor) -> Tensor:
-        """Half-way up, a shape's word knows the colour and the side of the object it means: so others can ask it."""
-        said = self.meanings(states).float().split([len(PALETTE), len(RELATIONS)], dim=-1)
+        """Half-way up, a word knows what it means in the picture, so that others can ask it."""
+        said = self.meanings(states).float().split(list(HEADS.values()), dim=-1)
         losses = [
             functional.cross_entropy(logits[wanted >= 0], wanted[wanted >= 0])
             for logits, wanted in zip(said, meant, strict=True)

@@ -213,3 +213,50 @@ _MAKERS: dict[str, Callable[[Subject, np.random.Generator], Question | None]] = 
     "which_way": _which_way,
     "what_shows": _what_shows,
 }
+
+
+# What a word can mean in a picture, and how many answers there are: of a shape's word the colour of its object (none
+# and several come last), its side of the only other object and its motion (none last); of a plural the number; of a
+# colour's word the shape of its object.
+HEADS = {
+    "color": len(PALETTE) + 2,
+    "side": len(RELATIONS),
+    "way": len(DIRECTIONS) + 1,
+    "count": 6,
+    "shape": len(SHAPES) + 2,
+}
+MEANT = (*SHAPES, *map(_plural, SHAPES), *PALETTE)
+
+
+def meanings(scene: Scene, motion: Motion | None = None) -> dict[str, dict[str, int]]:
+    """What every word of MEANT means in a picture or clip: head -> answer, for the heads that apply.
+
+    Sides rather than places: the eyes know relative places only, for a blank ground looks the same all over.
+    """
+    colors, shapes = list(PALETTE), list(SHAPES)
+    meant: dict[str, dict[str, int]] = {}
+    for shape in SHAPES:
+        own = [thing for thing in scene.things if thing.shape == shape]
+        meant[_plural(shape)] = {"count": len(own)}
+        meant[shape] = {"color": _only([colors.index(thing.color) for thing in own], len(colors))}
+        if len(own) == 1:
+            meant[shape] |= _whereabouts(scene, own[0], motion)
+    for color in colors:
+        own = [thing for thing in scene.things if thing.color == color]
+        meant[color] = {"shape": _only([shapes.index(thing.shape) for thing in own], len(shapes))}
+    return meant
+
+
+def _only(kinds: list[int], count: int) -> int:
+    """The one kind there is, or `count` for none and `count` + 1 for several objects."""
+    return kinds[0] if len(kinds) == 1 else count + bool(kinds)
+
+
+def _whereabouts(scene: Scene, thing: Thing, motion: Motion | None) -> dict[str, int]:
+    """The side of the only other object that `thing` stands on; in a clip, where it goes."""
+    if motion is not None:
+        is_mover = motion.direction is not None and scene.things[motion.thing] is thing
+        return {"way": list(DIRECTIONS).index(str(motion.direction)) if is_mover else len(DIRECTIONS)}
+    others = [other for other in scene.things if other is not thing]
+    sides = [n for n, name in enumerate(RELATIONS) if len(others) == 1 and stands(thing, others[0], name)]
+    return {"side": sides[0]} if sides else {}
