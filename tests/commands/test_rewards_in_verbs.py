@@ -61,6 +61,20 @@ def test_score_says_what_served_rewards_cost_and_a_second_run_asks_nothing(work,
             assert ("9 cache hits" in said_so) == (out == "second")
 
 
+@pytest.mark.parametrize("is_member", [False, True])
+def test_scoring_with_a_cache_into_the_same_folder_continues(is_member, work, capsys):
+    assert cli.main(["generate", "--config", "generate.yaml"]) == 0
+    with ChatServer(lambda *_: said("Yes", {"Yes": -0.1, "No": -2.0})) as server:
+        options = {"base_url": server.url, "model": "judge", "cache": "replies", "question": "Is it {prompt}?" * 100}
+        asked = {"reward": "served_yes_no", "options": options}
+        reward = {"reward": "composite", "options": {"members": {"a": asked}}} if is_member else asked
+        config = {"candidates": "candidates", "rewards": {"x": reward}, "score": {"rewards": ["x"]}, "out": "scores"}
+        (work / "score.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        for _ in range(2):
+            assert cli.main(["score", "--config", "score.yaml"]) == 0, capsys.readouterr().err
+        assert len(server.requests) == 9
+
+
 @pytest.mark.parametrize(("centre", "start"), [("down", 1), ("even", 2)])
 def test_the_centre_of_an_odd_excess(centre, start):
     """Of 7 columns 4 stay: torchvision rounds 1.5 to even, transformers down."""
