@@ -11,7 +11,11 @@ import yaml
 from chat_server import ChatServer, said
 
 from alignkit import cli
+from alignkit.commands import doctor_reward
 from alignkit.commands.builders import RewardBuilders, RewardSpec
+from alignkit.commands.train import ValidationConfig
+from alignkit.errors import ConfigError
+from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.records import Prompt
 from rewards.media import Preparation
 
@@ -73,6 +77,33 @@ def test_scoring_with_a_cache_into_the_same_folder_continues(is_member, work, ca
         for _ in range(2):
             assert cli.main(["score", "--config", "score.yaml"]) == 0, capsys.readouterr().err
         assert len(server.requests) == 9
+
+
+@pytest.mark.parametrize("mode", ["vote", "running"])
+def test_stages_refuse_rewards_whose_rows_depend_on_each_other(mode, work, capsys, tmp_path):
+    assert cli.main(["generate", "--config", "generate.yaml"]) == 0
+    how = {"mode": "vote"} if mode == "vote" else {"normalise": "running"}
+    options = {"members": {"a": {"reward": "saturation"}}, **how}
+    config = {"candidates": "candidates", "rewards": {"x": {"reward": "composite", "options": options}}}
+    config |= {"score": {"rewards": ["x"]}, "out": "scores"}
+    (work / "score.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert cli.main(["score", "--config", "score.yaml"]) != 0
+    assert f"reward 'x': its {mode}" in capsys.readouterr().err
+    spec = RewardSpec(reward="composite", options=options)
+    with pytest.raises(ConfigError, match=f"its {mode}"):
+        doctor_reward.check(spec)
+    with pytest.raises(ConfigError, match=f"its {mode}"):
+        ValidationConfig(rewards=["x"]).build(PROMPTS, {"x": spec})
+    with pytest.raises(ConfigError, match=f"its {mode}"):  # before anything is drawn
+        evaluate(
+            None,
+            None,
+            PROMPTS,
+            EvaluateConfig(),
+            tmp_path,
+            rewards={"x": RewardBuilders({"x": spec})["x"]()},
+            gold=None,
+        )
 
 
 @pytest.mark.parametrize(("centre", "start"), [("down", 1), ("even", 2)])

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alignkit.commands.builders import build_reward
-from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, UnknownNameError
-from alignkit.protocols import Reward
+from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
+from alignkit.protocols import Reward, require_independent
 from alignkit.records import Prompt, Scores
 from rewards.composite import Composite, Member, Moments, Quantiles
 
@@ -160,10 +160,42 @@ def test_running_statistics_are_those_before_the_call(tmp_path):
 
 
 def test_running_statistics_take_no_nan():
-    composite = Composite({"a": Gain(math.inf)}, normalise="running")
-    with pytest.raises(NumericsError, match=r"member 'a' scored \[inf, nan\]"):
-        score(composite, 0.5, 0.0)
-    assert composite.state()["a"].count == 0
+    class Inverse(Gain):
+        def __call__(self, media, prompts):
+            return Scores(1 / media[:, 0, 0, 0])
+
+    composite = Composite({"a": Member(Inverse(), hinge=3.0)}, normalise="running")
+    assert score(composite, 0.5, 0.0).total.tolist() == pytest.approx([2.0, math.nan], nan_ok=True)
+    assert composite.state()["a"] == Moments.of([2.0])
+
+
+def test_a_vote_leaves_out_what_has_no_score():
+    class Column(Gain):
+        def __call__(self, media, prompts):
+            return Scores(torch.tensor([1.0, math.nan, 2.0, 3.0, math.nan]))
+
+    found = score(
+        Composite({"a": Column(), "b": Gain()}, mode="vote"), 0.9, 0.8, 0.7, 0.5, 0.5, prompts=[CAT] * 3 + [DOG] * 2
+    )
+    assert found.total.tolist() == pytest.approx([0.5, math.nan, 0.5, math.nan, math.nan], nan_ok=True)
+
+
+def test_members_of_several_precisions_are_added_in_the_widest():
+    class Narrow(Gain):
+        def __call__(self, media, prompts):
+            return Scores(media[:, 0, 0, 0].bfloat16())
+
+    total = score(Composite({"a": Narrow(), "b": Gain()}), 0.5).total
+    assert (total.dtype, total.item()) == (torch.float64, 1.0)
+
+
+def test_rows_that_depend_on_each_other_are_refused_with_advice():
+    running = Composite({"a": Gain()}, normalise="running")
+    vote = Composite({"a": Gain()}, mode="vote")
+    for reward, advice in ((running, "update: false"), (vote, "rank stage"), (Composite({"v": vote}), "rank stage")):
+        with pytest.raises(ConfigError, match=f"reward 'mine': .*{advice}"):
+            require_independent({"fine": Gain(), "mine": reward})
+    require_independent({"sum": Composite({"a": Gain()}), "frozen": running.eval(), "own": Gain()})
 
 
 def test_statistics_of_others_are_refused(tmp_path):
@@ -188,6 +220,14 @@ def test_quantiles_are_the_middle_ranks(stored, value):
     found = Quantiles.of(stored)(torch.tensor([value], dtype=torch.float64)).item()
     assert found == pytest.approx(np.interp(value, points, levels), abs=1e-12)
     assert 0 < found < 1
+
+
+def test_quantiles_of_close_values_in_low_precision():
+    """In bfloat16 both values are 100."""
+    found = Quantiles.of([100.0, 100.001])(torch.tensor([100.0, 101.0], dtype=torch.bfloat16))
+    assert (found.dtype, found.tolist()) == (torch.bfloat16, [0.25, 0.75])
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        Quantiles.of([0.0, math.nan, 1.0])
 
 
 def test_references_standardise():
