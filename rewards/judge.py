@@ -94,7 +94,7 @@ class ServedJudge:
     question: a name of `QUESTIONS` or a PairQuestion. modality: "image", or "video" for clips of which up to `frames`
     frames are shown (`clips`: see `rewards.messages.media_parts`).
     least_margin: log-odds in favour of the verdict that both orders must reach at the first token of the answer;
-    None does not look at probabilities, and is needed for servers that give none.
+    None does not look at probabilities, and is needed for servers that give none and for answers of several words.
     client: options of `ChatClient` (cache, concurrency, timeout, api_key_env ...).
     """
 
@@ -116,9 +116,11 @@ class ServedJudge:
         if isinstance(question, str) and question not in QUESTIONS:
             raise ConfigError(f"served_judge: no question '{question}'; known: {', '.join(QUESTIONS)}")
         self.question = QUESTIONS[question] if isinstance(question, str) else question
-        if least_margin is not None and self.question.within:
+        long = [answer for answer in self.question.meaning(1) + self.question.meaning(-1) if len(answer.split()) > 1]
+        if least_margin is not None and (self.question.within or long):
+            asked = f"answers of several words, {long}" if long else "a text"
             raise ConfigError(
-                "served_judge: least_margin reads the answer's first token; this question asks for a text"
+                f"served_judge: least_margin reads the answer's first token; this question asks for {asked}"
             )
         self.modality, self.least_margin = modality, least_margin
         self._shown = {"frames": frames, "clips": clips}
