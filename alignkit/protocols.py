@@ -129,6 +129,13 @@ class Reporting(Protocol):
 
 
 @runtime_checkable
+class Obtainable(Protocol):
+    """A learnt reward's class that says, as the end of a sentence, how to get its weights."""
+
+    get: str
+
+
+@runtime_checkable
 class Critic(Protocol):
     """A generative VLM whose answers carry gradients."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from alignkit.errors import ConfigError, DataError, MissingFileError, nearest
 from alignkit.protocols import Dependent, Reward
 from alignkit.records import Prompt, Scores
-from alignkit.resolve import resolve
+from alignkit.resolve import construct, resolve
 from rewards import REWARDS
 from rewards.media import check_media
 
@@ -309,11 +309,8 @@ def _member(name: str, given: Reward | Member | Mapping[str, Any]) -> Member:
             raise ConfigError(f"member '{name}': unknown key '{key}'.{nearest(key, keys)}")
     if "reward" not in given:
         raise ConfigError(f"member '{name}': `reward` is missing")
-    builder, options = resolve(given["reward"], REWARDS, kind="reward"), given.get("options", {})
-    try:
-        reward = builder(**options)
-    except TypeError as error:
-        raise ConfigError(f"member '{name}': reward '{given['reward']}' with options {options}: {error}") from error
+    builder, what = resolve(given["reward"], REWARDS, kind="reward"), f"member '{name}': reward '{given['reward']}'"
+    reward = construct(builder, given.get("options", {}), what=what)
     return Member(reward, given.get("weight", 1.0), given.get("hinge"))
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.errors import ConfigError
 from alignkit.protocols import Reward
 from alignkit.records import Prompt
+from alignkit.resolve import construct
 from rewards.media import check_media
 from rewards.messages import ClipForm, media_parts, text_part, user
 from rewards.replies import Reply
@@ -124,7 +125,7 @@ class ServedJudge:
             )
         self.modality, self.least_margin = modality, least_margin
         self._shown = {"frames": frames, "clips": clips}
-        self.client = ChatClient(base_url, model, **client)
+        self.client = construct(ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name)
         self._abstentions: Counter[str] = Counter()
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:

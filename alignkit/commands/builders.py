@@ -18,7 +18,7 @@ from alignkit.errors import ConfigError, UnknownNameError, nearest
 from alignkit.protocols import Reporting
 from alignkit.provenance import fingerprint
 from alignkit.records import Prompt
-from alignkit.resolve import resolve
+from alignkit.resolve import construct, resolve
 from data_pipelines.prompts import read_prompts, split_of
 from rewards import REWARDS
 
@@ -230,12 +230,8 @@ def _build_beside(built: dict[str, Reward], name: str, spec: RewardSpec) -> Rewa
 
 
 def build_reward(reward: str, options: Mapping[str, Any]) -> Any:
-    """Construct a reward. Raises UnknownNameError for an unknown name, ConfigError for an option it does not take."""
-    builder = resolve(reward, REWARDS, kind="reward")
-    try:
-        return builder(**options)
-    except TypeError as error:
-        raise ConfigError(f"reward '{reward}' with options {dict(options)}: {error}") from error
+    """Construct a reward. Raises UnknownNameError for an unknown name, ConfigError for options that do not fit."""
+    return construct(resolve(reward, REWARDS, kind="reward"), options, what=f"reward '{reward}'")
 
 
 def absences(specs: Mapping[str, GeneratorSpec]) -> list[str]:

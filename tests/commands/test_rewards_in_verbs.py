@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import shutil
 
@@ -12,11 +13,13 @@ from chat_server import ChatServer, said
 
 from alignkit import cli
 from alignkit.commands import doctor_reward
-from alignkit.commands.builders import RewardBuilders, RewardSpec
+from alignkit.commands.builders import RewardBuilders, RewardSpec, build_reward
 from alignkit.commands.train import ValidationConfig
 from alignkit.errors import ConfigError
 from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.records import Prompt
+from alignkit.resolve import resolve
+from rewards import REWARDS
 from rewards.media import Preparation
 
 PROMPTS = [Prompt.from_text(text) for text in ("a red circle", "two blue rings")]
@@ -104,6 +107,46 @@ def test_stages_refuse_rewards_whose_rows_depend_on_each_other(mode, work, capsy
             rewards={"x": RewardBuilders({"x": spec})["x"]()},
             gold=None,
         )
+
+
+@pytest.mark.parametrize(
+    ("reward", "options", "message"),
+    [
+        ("hps", {}, "needs the option 'model'. To get it: `hf download xswu/HPSv2 .*Its options: model, processor"),
+        ("preference", {}, "needs the option 'model'. Its options: model, device"),
+        (
+            "aesthetic",
+            {"head": "x", "haed": "y"},
+            "has no option 'haed'. Did you mean 'head'.*Its options: model, head",
+        ),
+        ("saturation", {"zzz": 1}, "has no option 'zzz'. Its options: none"),
+        ("served_yes_no", {"base_url": "http://h", "model": "m", "timout": 1}, "has no option 'timout'.*'timeout'"),
+    ],
+)
+def test_options_are_checked_before_anything_is_built(reward, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_reward(reward, options)
+
+
+def test_every_reward_that_needs_weights_says_how_to_get_them():
+    silent = set()
+    for name in REWARDS:
+        parameters = inspect.signature(resolve(name, REWARDS, kind="reward")).parameters.values()
+        if any(p.default is p.empty and p.kind != p.VAR_KEYWORD for p in parameters):
+            with pytest.raises(ConfigError) as raised:
+                build_reward(name, {})
+            silent |= set() if "To get it: " in str(raised.value) else {name}
+    assert silent == {"composite", "preference"}  # members, and what `alignkit` has trained itself
+
+
+class Faulty:
+    def __init__(self, size=1):
+        self.size = size + None
+
+
+def test_a_fault_inside_a_reward_is_not_taken_for_a_wrong_option():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        build_reward(f"{__name__}:Faulty", {})
 
 
 @pytest.mark.parametrize(("centre", "start"), [("down", 1), ("even", 2)])

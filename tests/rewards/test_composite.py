@@ -19,6 +19,7 @@ from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNam
 from alignkit.protocols import Reward, require_independent
 from alignkit.records import Prompt, Scores
 from rewards.composite import Composite, Member, Moments, Quantiles
+from rewards.media import require_gradient
 
 CAT, DOG = Prompt.from_text("a cat"), Prompt.from_text("a dog")
 few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -253,6 +254,16 @@ def test_it_declares_what_its_members_allow():
     assert vote.native_range == (0, 1)
 
 
+def test_a_run_through_rewards_needs_their_gradient():
+    """A member that only is reported may lack it; one that counts may not."""
+    seeing, blind = Gain(name="seeing"), Gain(name="blind", differentiable=False)
+    fine = Composite({"a": seeing, "b": Member(blind, 0)})
+    require_gradient([seeing, fine, Composite({"a": seeing}, mode="mean_std", normalise="running")])
+    composites = [Composite({"a": seeing, "b": blind}, name="sum"), Composite({"a": seeing}, mode="vote", name="vote")]
+    with pytest.raises(ConfigError, match="no gradient reaches the pixels through blind, sum, vote; train on"):
+        require_gradient([seeing, blind, fine, *composites])
+
+
 def test_the_range_is_that_of_the_members():
     wide, pair = Gain(native_range=(-math.inf, math.inf)), {"a": Member(Gain(), 2.0), "b": Member(Gain(), -1.0)}
     assert Composite(pair).native_range == (-1, 2)
@@ -278,7 +289,11 @@ def test_the_range_is_that_of_the_members():
         ({"a": Gain()}, {"state": "x.json"}, "`state` is for normalise: running"),
         ({"a": {"reward": "clip_score", "wieght": 1}}, {}, "'a': unknown key 'wieght'. Did you mean 'weight'"),
         ({"a": {"options": {}}}, {}, "`reward` is missing"),
-        ({"a": {"reward": "clip_score", "options": {"modle": "x"}}}, {}, "member 'a': reward 'clip_score' with"),
+        (
+            {"a": {"reward": "clip_score", "options": {"modle": "x"}}},
+            {},
+            "member 'a': reward 'clip_score' has no option 'modle'. Did you mean 'model'.*Its options: model, form",
+        ),
     ],
 )
 def test_contradictions_are_named(members, options, message):
