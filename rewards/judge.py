@@ -125,7 +125,9 @@ class ServedJudge:
             )
         self.modality, self.least_margin = modality, least_margin
         self._shown = {"frames": frames, "clips": clips}
-        self.client = construct(ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name)
+        self.client: ChatClient = construct(
+            ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name
+        )
         self._abstentions: Counter[str] = Counter()
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:

@@ -54,7 +54,9 @@ class ServedYesNo:
     ) -> None:
         self.modality, self.question, self.yes, self.no = modality, question, tuple(yes), tuple(no)
         self._shown = {"frames": frames, "clips": clips}
-        self.client = construct(ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name)
+        self.client: ChatClient = construct(
+            ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name
+        )
         self._abstentions: Counter[str] = Counter()
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -171,7 +171,9 @@ class UnifiedReward:
         self.native_range = self.form.lines["total" if version == 1 else "alignment"][1:]
         self.attempts, self.temperature, self.max_tokens = attempts, temperature, max_tokens
         self._shown = {"frames": frames, "clips": clips}
-        self.client = construct(ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name)
+        self.client: ChatClient = construct(
+            ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name
+        )
         self._abstentions: Counter[str] = Counter()
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
