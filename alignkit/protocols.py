@@ -6,11 +6,12 @@ Shape letters: B batch, C/H/W latent or pixel channels and size, F frames, T lat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from alignkit.errors import ConfigError
 from alignkit.records import Conditioning, Prompt, Sampling, Scores
 
 if TYPE_CHECKING:
@@ -82,7 +83,10 @@ class Generator(ImageSource, Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A picture judge. `comparable_across_prompts` says whether scores of different prompts share a scale."""
+    """A picture judge. `comparable_across_prompts` says whether scores of different prompts share a scale.
+
+    One whose rows depend on each other, or on earlier calls, says so as `Dependent`.
+    """
 
     name: str
     modality: str  # "image" or "video"
@@ -99,12 +103,36 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class Dependent(Protocol):
+    """A reward whose score of a medium may hang on other media: of the same call, or of calls before."""
+
+    def dependence(self) -> str:
+        """Why it does and what to do instead, the end of a sentence; empty where each row stands for itself."""
+        ...
+
+
+def require_independent(rewards: Mapping[str, object]) -> None:
+    """ConfigError naming the first reward of `rewards` whose scores would hang on how media are cut into calls."""
+    for name, reward in rewards.items():
+        reason = reward.dependence() if isinstance(reward, Dependent) else ""
+        if reason:
+            raise ConfigError(f"reward '{name}': {reason}")
+
+
+@runtime_checkable
 class Reporting(Protocol):
     """Something that costs while it works: a served reward or judge."""
 
     def report(self) -> object:
         """What asking has cost so far; its text is one line."""
         ...
+
+
+@runtime_checkable
+class Obtainable(Protocol):
+    """A learnt reward's class that says, as the end of a sentence, how to get its weights."""
+
+    get: str
 
 
 @runtime_checkable

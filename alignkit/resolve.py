@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from alignkit.errors import UnknownNameError, nearest
+from alignkit.errors import ConfigError, UnknownNameError, nearest
+from alignkit.protocols import Obtainable
 
 
 def resolve(name: str, table: Mapping[str, str], *, kind: str) -> Any:
@@ -28,3 +30,26 @@ def resolve(name: str, table: Mapping[str, str], *, kind: str) -> Any:
     if attribute not in vars(module):
         raise UnknownNameError(f"{kind} '{name}': module '{module_name}' has no '{attribute}'.")
     return vars(module)[attribute]
+
+
+def construct(builder: Callable[..., Any], options: Mapping[str, Any], *, what: str) -> Any:
+    """`builder(**options)`, once the options are known to fit; what the builder itself raises stays as it is.
+
+    Raises ConfigError naming `what`: for an option that it does not take, with the nearest and all that it does; for
+    one that is missing, with the builder's own word on how to get weights (`alignkit.protocols.Obtainable`).
+    """
+    parameters = inspect.signature(builder).parameters.values()
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes = f" Its options: {', '.join(named) or 'none'}."
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+        for name in options:
+            if name not in named:
+                hint = nearest(name, named).partition(" Known:")[0]
+                raise ConfigError(f"{what} has no option '{name}'.{hint}{takes}")
+    missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
+    if missing:
+        advice = (
+            f" To get it: {builder.get}." if isinstance(builder, Obtainable) and isinstance(builder.get, str) else ""
+        )
+        raise ConfigError(f"{what} needs the option '{missing[0]}'.{advice}{takes}")
+    return builder(**options)

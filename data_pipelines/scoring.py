@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
-from alignkit.protocols import Reward
+from alignkit.protocols import Reward, require_independent
 from alignkit.records import Prompt
 from data_pipelines.images import decode, image_size
 from data_pipelines.storage import (
@@ -72,6 +72,13 @@ def build_all(names: Iterable[str], builders: Mapping[str, Callable[[], Built]])
     return {name: builders[name]() for name in names}
 
 
+def _build_independent(names: Iterable[str], builders: Mapping[str, Callable[[], Reward]]) -> dict[str, Reward]:
+    """Rewards that score each picture alone, for parts and batches cut the candidates anywhere."""
+    rewards = build_all(names, builders)
+    require_independent(rewards)
+    return rewards
+
+
 def named_identities(names: Iterable[str], identities: Mapping[str, str] | None) -> dict[str, Any]:
     """The part of a stage's settings that tells its models apart; empty where nothing is known of them."""
     return {"models": {name: identities[name] for name in names}} if identities else {}
@@ -92,7 +99,8 @@ def score_candidates(
     `quarantine.jsonl` and counted; over 5% of all rows stops the stage. `identities` says what stands for the weights
     of each reward: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
-    Raises UnknownNameError for a reward without a builder, DataError naming file, row and candidate of a picture that
+    Raises UnknownNameError for a reward without a builder, ConfigError for one whose rows depend on each other
+    (`alignkit.protocols.Dependent`), DataError naming file, row and candidate of a picture that
     cannot be read, NumericsError over the quarantine limit, MissingFileError when generation is not finished.
     """
     candidates_dir = Path(candidates_dir)
@@ -134,7 +142,7 @@ class Scorer:
         inputs = {"candidates_config_sha256": checksum(candidates_dir / "config.json")}
         inputs |= named_identities(config.rewards, identities)
         open_run(folder, {"stage": "score", "config": asdict(config), "inputs": inputs})
-        rewards = functools.cache(functools.partial(build_all, config.rewards, build_rewards))
+        rewards = functools.cache(functools.partial(_build_independent, config.rewards, build_rewards))
         return cls(folder, config, candidates_dir, rows, rewards, {}, tqdm(total=rows, desc="score", unit="prompt"))
 
     def score(self, part: Part) -> None:

@@ -27,6 +27,7 @@ class Aesthetic(ClipReward):
     native_range = (-float("inf"), float("inf"))
     licence = "Apache-2.0 (head), MIT (CLIP)"
     source = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
+    get = GET
 
     def __init__(
         self,

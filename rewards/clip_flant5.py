@@ -55,6 +55,7 @@ class ClipFlanT5:
     native_range = (0.0, 1.0)
     licence = "Apache-2.0"
     source = "https://arxiv.org/abs/2404.01291"
+    get = ADVICE
 
     def __init__(
         self,

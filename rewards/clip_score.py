@@ -23,6 +23,7 @@ class ClipScore(ClipReward):
     comparable_across_prompts = True
     licence = "that of the CLIP weights"
     source = "https://arxiv.org/abs/2104.08718"
+    get = "`hf download openai/clip-vit-large-patch14 --local-dir FOLDER`, or any CLIPModel"
 
     def __init__(
         self,

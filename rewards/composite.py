@@ -5,6 +5,7 @@ Not here: choosing weights. Members check media themselves; the composite checks
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -14,10 +15,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, nearest
-from alignkit.protocols import Reward
+from alignkit.errors import ConfigError, DataError, MissingFileError, nearest
+from alignkit.protocols import Dependent, Reward
 from alignkit.records import Prompt, Scores
-from alignkit.resolve import resolve
+from alignkit.resolve import construct, resolve
 from rewards import REWARDS
 from rewards.media import check_media
 
@@ -86,7 +87,9 @@ class Quantiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quantiles:
-        """The distribution of `values`, which must not all be equal."""
+        """The distribution of `values`, finite and not all equal."""
+        if not all(map(math.isfinite, values)):
+            raise ConfigError("reference: a value is NaN or infinite; leave it out")
         counts = {value: len(list(group)) for value, group in groupby(sorted(map(float, values)))}
         if len(counts) < 2:
             raise ConfigError(f"reference: {len(counts)} different values; a distribution needs at least 2")
@@ -97,32 +100,37 @@ class Quantiles:
         return cls(tuple(counts), tuple(levels))
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """The level of each score."""
+        """The level of each score, found in float64, where close values are still different."""
         import torch
 
-        values, levels = scores.new_tensor(self.values), scores.new_tensor(self.levels)
-        inside = scores.clamp(self.values[0], self.values[-1])
+        values, levels = (scores.new_tensor(told, dtype=torch.float64) for told in (self.values, self.levels))
+        inside = scores.double().clamp(self.values[0], self.values[-1])
         right = torch.searchsorted(values, inside.detach()).clamp(1, len(values) - 1)
-        slope = (levels[right] - levels[right - 1]) / (values[right] - values[right - 1])
-        return levels[right - 1] + slope * (inside - values[right - 1])
+        share = (inside - values[right - 1]) / (values[right] - values[right - 1])
+        return (levels[right - 1] + share * (levels[right] - levels[right - 1])).to(scores.dtype)
 
 
 class Composite:
     """Members [B] each become one score [B]; `parts` keeps every member's raw score and its parts as 'member/part'.
 
+    The total is on the device of the media and in the widest dtype of the members, and NaN where a member that counts
+    is NaN or infinite. Rows depend on each other in a vote, and on the calls before while statistics are running; then
+    `dependence` says so, and stages that cut media into batches refuse the composite.
+
     members: name -> a reward, a Member, or {reward: a name of the table or 'package.module:attribute', options, weight,
         hinge}. Those on CLIP with equal vision weights share one tower from then on.
     mode: `sum` of weight x score; `vote`, the weighted share of members, averaged over the other media of the same
-        prompt in the batch, that prefer this one (a tie is half a vote), so each prompt needs two media and rows depend
-        on each other; `mean_std`, weighted mean - kappa x deviation over the members, which trusts what they agree on.
+        prompt in the batch, that prefer this one (a tie is half a vote, and a medium without a score no rival), so each
+        prompt needs two media; `mean_std`, weighted mean - kappa x deviation over the members, which trusts what they
+        agree on.
     normalise: `running` standardises each member by all scores it has given before this call, then adds this call's
-        (not after `eval()`); `reference` by fixed numbers. The raw score is counted, the hinged one is standardised.
+        (not after `eval()`), less those that are not finite; `reference` by fixed numbers. The raw score is counted,
+        the hinged one is standardised.
     reference: member -> {mean, std}, or {values: scores of a reference distribution} for quantiles.
     state: a file that `save` wrote, for `running`.
     update: False is `eval()` from the start.
 
-    Raises ConfigError for contradicting options or members, DataError for a vote on a prompt with a single medium,
-    NumericsError for a NaN or infinite score that would enter running statistics.
+    Raises ConfigError for contradicting options or members, DataError for a vote on a prompt with a single medium.
     """
 
     def __init__(
@@ -209,19 +217,21 @@ class Composite:
 
         check_media(media, prompts, self)
         said = {key: member.reward(media, prompts) for key, member in self._members.items()}
-        rows = [self._normalised(key, _hinged(said[key].total, m.hinge)) for key, m in self._counted.items()]
-        scores = torch.stack(rows)
+        raw = _alike([said[key].total for key in self._counted], media)
+        is_whole = torch.isfinite(raw).all(0)
+        counted = zip(self._counted.items(), raw, strict=True)
+        scores = torch.stack([self._normalised(key, _hinged(row, member.hinge)) for (key, member), row in counted])
         weights = scores.new_tensor([member.weight for member in self._counted.values()])[:, None]
         if self._mode == "sum":
             total = (weights * scores).sum(0)
         else:
             shares = weights / weights.sum()
-            total = _votes(scores, shares, prompts) if self._mode == "vote" else self._agreed(scores, shares)
+            total = _votes(scores, shares, prompts, is_whole) if self._mode == "vote" else self._agreed(scores, shares)
         if self._running and self._is_updating:
-            self.absorb({key: _moments(f"{self.name}: member '{key}'", scored) for key, scored in said.items()})
+            self.absorb({key: _moments(scored.total) for key, scored in said.items()})
         parts = {key: scored.total for key, scored in said.items()}
         parts |= {f"{key}/{part}": value for key, scored in said.items() for part, value in scored.parts.items()}
-        return Scores(total, parts)
+        return Scores(total.masked_fill(~is_whole, math.nan), parts)
 
     def _normalised(self, key: str, scores: Tensor) -> Tensor:
         normalise = self._running.get(key) or self._fixed.get(key)
@@ -234,6 +244,21 @@ class Composite:
         is_zero = variance == 0
         deviation = variance.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
         return mean - self._kappa * deviation
+
+    def dependence(self) -> str:
+        """Why a row's score depends on other media, and what to do; empty where it does not."""
+        if self._mode == "vote":
+            return (
+                "its vote compares the media of one batch, which may hold any part of a prompt's candidates; name its "
+                "members as rewards instead, whose stored scores the rank stage puts to the vote (win_rates)"
+            )
+        if self._running and self._is_updating:
+            return (
+                "its running statistics change with every call, so scores depend on batches and their order; freeze "
+                "them: `update: false` and `state: FILE`, which its `save` wrote"
+            )
+        members = (member.reward for member in self._members.values())
+        return next((why for reward in members if isinstance(reward, Dependent) and (why := reward.dependence())), "")
 
     def train(self) -> Composite:
         """From now on each call adds its scores to the running statistics."""
@@ -284,11 +309,8 @@ def _member(name: str, given: Reward | Member | Mapping[str, Any]) -> Member:
             raise ConfigError(f"member '{name}': unknown key '{key}'.{nearest(key, keys)}")
     if "reward" not in given:
         raise ConfigError(f"member '{name}': `reward` is missing")
-    builder, options = resolve(given["reward"], REWARDS, kind="reward"), given.get("options", {})
-    try:
-        reward = builder(**options)
-    except TypeError as error:
-        raise ConfigError(f"member '{name}': reward '{given['reward']}' with options {options}: {error}") from error
+    builder, what = resolve(given["reward"], REWARDS, kind="reward"), f"member '{name}': reward '{given['reward']}'"
+    reward = construct(builder, given.get("options", {}), what=what)
     return Member(reward, given.get("weight", 1.0), given.get("hinge"))
 
 
@@ -301,27 +323,36 @@ def _fixed(name: str, told: Mapping[str, Any]) -> Moments | Quantiles:
     return Moments(1, told["mean"], told["std"] ** 2)
 
 
-def _moments(where: str, scored: Scores) -> Moments:
-    values = scored.total.detach().double().tolist()
-    if not all(map(math.isfinite, values)):
-        raise NumericsError(f"{where} scored {values}; a running mean would never recover")
-    return Moments.of(values)
+def _moments(scores: Tensor) -> Moments:
+    """Those of the finite ones: a running mean would never recover from the others."""
+    return Moments.of([value for value in scores.detach().double().tolist() if math.isfinite(value)])
+
+
+def _alike(rows: Sequence[Tensor], media: Tensor) -> Tensor:
+    """Scores [members, B] on the device of `media`, in the widest dtype of the rows: served ones are float64 on CPU."""
+    import torch
+
+    dtype = functools.reduce(torch.promote_types, (row.dtype for row in rows))
+    return torch.stack([row.to(media.device, dtype) for row in rows])
 
 
 def _hinged(scores: Tensor, target: float | None) -> Tensor:
     return scores if target is None else scores.clamp(max=target)
 
 
-def _votes(scores: Tensor, shares: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Win rates [B] of `scores` [members, B] among media of the same prompt, averaged over members by `shares`."""
+def _votes(scores: Tensor, shares: Tensor, prompts: Sequence[Prompt], is_whole: Tensor) -> Tensor:
+    """Win rates [B] of `scores` [members, B] among media of the same prompt, averaged over members by `shares`.
+
+    Only rows that are whole [B] are rivals; where none is left it is NaN.
+    """
     import torch
 
     groups = torch.tensor([[one.id == other.id for other in prompts] for one in prompts], device=scores.device)
     groups.fill_diagonal_(fill_value=False)
-    rivals = groups.sum(1)
-    if (rivals == 0).any():
-        alone = prompts[int((rivals == 0).nonzero()[0])].text
+    if not groups.any(1).all():
+        alone = prompts[int(groups.any(1).logical_not().nonzero()[0])].text
         raise DataError(f"vote: only one medium of the prompt '{alone}' in the batch; a vote compares at least 2")
     scores = scores.detach()
     wins = ((scores[:, :, None] - scores[:, None]).sign() + 1) / 2
-    return (shares * (wins * groups).sum(2)).sum(0) / rivals
+    rivals = groups & is_whole
+    return (shares * wins.where(rivals, 0).sum(2)).sum(0) / rivals.sum(1)

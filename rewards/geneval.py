@@ -91,6 +91,7 @@ class GenEval:
     native_range = (0.0, 1.0)
     licence = "Apache-2.0; the detector's and CLIP's"
     source = "https://arxiv.org/abs/2310.11513"
+    get = "`hf download PekingU/rtdetr_r50vd --local-dir FOLDER`, or another of transformers' detectors"
 
     def __init__(
         self,

@@ -16,9 +16,11 @@ class Hps(ClipReward):
 
     licence = "Apache-2.0"
     source = "https://arxiv.org/abs/2306.09341"
+    get = "`hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir FOLDER` fetches them"
     native_range = (-1.0, 1.0)
     name = "hps"
 
     def __init__(self, model: str, *, processor: str = LAION_H, device: str = "cpu", dtype: str = "float32") -> None:
-        get = "`hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir FOLDER` fetches them"
-        self.clip = Clip(model, name=self.name, processor=processor, fit="pad", get=get, device=device, dtype=dtype)
+        self.clip = Clip(
+            model, name=self.name, processor=processor, fit="pad", get=self.get, device=device, dtype=dtype
+        )

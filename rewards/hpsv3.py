@@ -38,6 +38,7 @@ class HPSv3:
     native_range = (-float("inf"), float("inf"))
     licence = "MIT (weights); Apache-2.0 (Qwen2-VL-7B)"
     source = "https://arxiv.org/abs/2508.03789"
+    get = _GET
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class ImageReward:
     native_range = (-float("inf"), float("inf"))
     licence = "Apache-2.0"
     source = "https://arxiv.org/abs/2304.05977"
+    get = ADVICE
 
     def __init__(
         self, model: str, *, tokenizer: str = "bert-base-uncased", device: str = "cpu", dtype: str = "float32"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.errors import ConfigError
 from alignkit.protocols import Reward
 from alignkit.records import Prompt
+from alignkit.resolve import construct
 from rewards.media import check_media
 from rewards.messages import ClipForm, media_parts, text_part, user
 from rewards.replies import Reply
@@ -94,7 +95,7 @@ class ServedJudge:
     question: a name of `QUESTIONS` or a PairQuestion. modality: "image", or "video" for clips of which up to `frames`
     frames are shown (`clips`: see `rewards.messages.media_parts`).
     least_margin: log-odds in favour of the verdict that both orders must reach at the first token of the answer;
-    None does not look at probabilities, and is needed for servers that give none.
+    None does not look at probabilities, and is needed for servers that give none and for answers of several words.
     client: options of `ChatClient` (cache, concurrency, timeout, api_key_env ...).
     """
 
@@ -116,13 +117,17 @@ class ServedJudge:
         if isinstance(question, str) and question not in QUESTIONS:
             raise ConfigError(f"served_judge: no question '{question}'; known: {', '.join(QUESTIONS)}")
         self.question = QUESTIONS[question] if isinstance(question, str) else question
-        if least_margin is not None and self.question.within:
+        long = [answer for answer in self.question.meaning(1) + self.question.meaning(-1) if len(answer.split()) > 1]
+        if least_margin is not None and (self.question.within or long):
+            asked = f"answers of several words, {long}" if long else "a text"
             raise ConfigError(
-                "served_judge: least_margin reads the answer's first token; this question asks for a text"
+                f"served_judge: least_margin reads the answer's first token; this question asks for {asked}"
             )
         self.modality, self.least_margin = modality, least_margin
         self._shown = {"frames": frames, "clips": clips}
-        self.client = ChatClient(base_url, model, **client)
+        self.client: ChatClient = construct(
+            ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name
+        )
         self._abstentions: Counter[str] = Counter()
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:

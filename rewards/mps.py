@@ -45,6 +45,7 @@ class Mps(ClipReward):
     name = "mps"
     licence = "MIT"
     source = "https://arxiv.org/abs/2405.14705"
+    get = GET
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ class PickScore(ClipReward):
     name = "pick_score"
     licence = "MIT (code); the weights name none"
     source = "https://arxiv.org/abs/2305.01569"
+    get = "`hf download yuvalkirstain/PickScore_v1 --local-dir FOLDER`"
 
     def __init__(
         self,

@@ -26,6 +26,10 @@ _REAL = (int, float)
 _MARKS = " \t\n\r▁ĠĊ"  # how tokenizers write the white space before a word
 
 
+class NoLogprobsError(ValueError):
+    """A chat completion without any log-probabilities, though they were asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """`text` of an answer, log-probabilities of what its first token might have been, and tokens (read, written)."""
@@ -35,16 +39,20 @@ class Reply:
     tokens: tuple[int, int] = (0, 0)
 
     @classmethod
-    def from_body(cls, body: str) -> Reply:
-        """Read a chat completion; ValueError saying what is wrong with one that is none."""
+    def from_body(cls, body: str, *, needs_logprobs: bool = False) -> Reply:
+        """Read a chat completion; ValueError saying what is wrong with one that is none.
+
+        NoLogprobsError where they are needed and the field is absent; an empty one is an answer without a token.
+        """
         answer = json.loads(body)
         choices = _member(answer, "choices", list)
         if not choices:
             raise ValueError("'choices' is empty")
         text = _member(_member(choices[0], "message", dict), "content", str)
-        return cls(
-            text, _first_token(choices[0].get("logprobs")), (_used(answer, "prompt"), _used(answer, "completion"))
-        )
+        logprobs = choices[0].get("logprobs")
+        if needs_logprobs and not (isinstance(logprobs, dict) and "content" in logprobs):
+            raise NoLogprobsError("'logprobs' is missing")
+        return cls(text, _first_token(logprobs), (_used(answer, "prompt"), _used(answer, "completion")))
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Reply:
@@ -121,13 +129,16 @@ class ReplyCache:
         self.folder = Path(folder)
 
     def get(self, key: str) -> Reply | None:
-        """The reply of `key`, or None."""
+        """The reply of `key`, or None where there is none that can be read."""
         path = self._path(key)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["sha256"] == _sha256([key, stored["reply"]]):
                 return Reply.from_record(stored["reply"])
         except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            _LOG.warning("the cached reply '%s' cannot be read (%s); it is asked for again", path, error)
             return None
         except (ValueError, KeyError, TypeError):
             pass

@@ -18,21 +18,23 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, ServerError
-from rewards.replies import Reply, ReplyCache, content_key
+from rewards.replies import NoLogprobsError, Reply, ReplyCache, content_key
 
+Answer = TypeVar("Answer")
 _LOG = logging.getLogger(__name__)
 _PASSING = {408, 409, 425, 429}  # besides 5xx: worth another attempt
+_NOT_IMPLEMENTED = http.HTTPStatus.NOT_IMPLEMENTED
 _OWN_FAULT = {400, 413, 415, 422}  # this request's fault (too long, a picture too many); others may do better
 _LONGEST_WAIT = 30.0  # seconds between attempts by ourselves
 _LONGEST_REQUESTED_WAIT = 600.0  # seconds; a server that wants more has to be asked another day
@@ -109,7 +111,10 @@ class ChatClient:
     timeout: seconds for one attempt as a whole.
     retries: attempts after the first; before the n-th, a wait drawn from [0, min(backoff 2^n, 30)] seconds
         (full jitter), and no less than what `Retry-After` says.
-    cache: folder of replies; None keeps nothing. identity: what tells weights of one name apart there (a revision).
+    cache: folder of replies; None keeps nothing.
+    identity: what tells weights of one name apart there, such as a revision. Without it the server is asked once where
+        its weights come from (`root` in its list of models); where it does not say, replies are kept for this base_url
+        alone. Weights exchanged under one path need another identity. With it the cache is read without a server.
     extra: fields added to each request, such as {"chat_template_kwargs": {"enable_thinking": False}}.
     prices: per million tokens, (read, written), for the report.
     rng: draws the jitter.
@@ -150,18 +155,21 @@ class ChatClient:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
+        self._failed_in_a_row = 0
 
     def ask(self, requests: Sequence[Mapping[str, Any]], *, label: str = "asking") -> list[Reply | None]:
         """Replies of chat requests (`messages` and sampling parameters), in order; equal ones are asked once.
 
-        None stands for a request that failed every attempt while others of the call were answered; each is logged.
-        Raises ServerError naming the URL and what to do where the server cannot be reached, refuses the key or the
-        model, gives no log-probabilities that were asked for, fails all requests of the call or ten in a row. What
-        was answered before is in the cache. A bar with the time left appears after five seconds.
+        None stands for a request that failed every attempt; each is logged. Raises ServerError naming the URL and what
+        to do where the server cannot be reached, refuses the key or the model, gives no log-probabilities at all that
+        were asked for, or fails ten requests in a row, of this call and those before. What was answered before is in
+        the cache. A bar with the time left appears after five seconds.
         """
         bodies = [{"model": self.model, **request, **self.extra} for request in requests]
-        keys = [content_key(body, self.identity) for body in bodies]
         call, start = _Call(), time.monotonic()
+        if self.cache and not self.identity:
+            self.identity = self._weights(call)
+        keys = [content_key(body, self.identity) for body in bodies]
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 given = dict(zip(keys, bodies, strict=True))
@@ -193,16 +201,14 @@ class ChatClient:
 
     def _gathered(self, futures: Mapping[Future[Reply], str], label: str) -> dict[str, Reply | None]:
         replies: dict[str, Reply | None] = {}
-        in_a_row = 0
         bar = tqdm(as_completed(futures), total=len(futures), desc=label, unit="request", delay=_BAR_AFTER, leave=False)
         for future in bar:
             try:
                 replies[futures[future]] = future.result()
-                in_a_row = 0
             except _FaultError as fault:
                 self._count(failures=1)
-                in_a_row += 1
-                if fault.fatal or in_a_row >= min(_FAILURES_IN_A_ROW, len(futures)):
+                self._failed_in_a_row += 1
+                if fault.fatal or self._failed_in_a_row >= _FAILURES_IN_A_ROW:
                     raise self.failure(str(fault)) from fault
                 replies[futures[future]] = None
                 _LOG.warning("%s: a request was given up: %s", self.url, fault)
@@ -212,19 +218,35 @@ class ChatClient:
         if self.cache and (known := self.cache.get(key)):
             self._count(cache_hits=1)
             return known
-        reply = self._persistent(json.dumps(body).encode(), call, logprobs=bool(body.get("logprobs")))
+        sent, logprobs = json.dumps(body).encode(), bool(body.get("logprobs"))
+        reply = self._persistent(lambda: self._attempt(sent, call, logprobs=logprobs), call)
+        self._failed_in_a_row = 0
         self._count(prompt_tokens=reply.tokens[0], completion_tokens=reply.tokens[1])
         if self.cache:
             self.cache.put(key, reply)
         return reply
 
-    def _persistent(self, body: bytes, call: _Call, *, logprobs: bool) -> Reply:
+    def _weights(self, call: _Call) -> str:
+        """Where the served weights come from as the server tells it, else its URL.
+
+        `created` does not tell: vLLM gives the time of the question. A `root` that only repeats the name is no news.
+        """
+        try:
+            text, _ = self._persistent(lambda: self._exchange("GET", "models", None, call), call)
+            listed = json.loads(text)["data"]
+            (card,) = (card for card in listed if card["id"] == self.model)
+            root, parent = card["root"], card.get("parent")
+        except (_FaultError, ValueError, LookupError, TypeError, AttributeError):
+            return self.url
+        return f"root={root} parent={parent}" if root and root != self.model else self.url
+
+    def _persistent(self, attempted: Callable[[], Answer], call: _Call) -> Answer:
         """Attempts until one is answered."""
-        for attempt in range(self.retries + 1):
+        attempt = 0
+        while True:
             try:
                 with self._slots:
-                    reply = self._attempt(body, call)
-                break
+                    return attempted()
             except _FaultError as fault:
                 if not fault.again or attempt == self.retries:
                     raise
@@ -233,15 +255,25 @@ class ChatClient:
                 if call.over.wait(max(drawn, fault.wait)):
                     raise
                 self._count(retries=1)
-        if logprobs and not reply.first:
-            raise _FaultError("it gives no log-probabilities, which this needs; vLLM does", again=False, fatal=True)
-        return reply
+                attempt += 1
 
-    def _attempt(self, body: bytes, call: _Call) -> Reply:
+    def _attempt(self, body: bytes, call: _Call, *, logprobs: bool) -> Reply:
         self._count(attempts=1)
+        text, is_late = self._exchange("POST", "chat/completions", body, call)
+        try:
+            return Reply.from_body(text, needs_logprobs=logprobs)
+        except NoLogprobsError as error:
+            advice = "it gives no log-probabilities, which this needs; vLLM does"
+            raise _FaultError(advice, again=False, fatal=True) from error
+        except ValueError as error:
+            late = f" after {self.timeout:g} s" if is_late else ""
+            raise _FaultError(f"no chat completion{late} ({error}): {text[:_SHOWN_BYTES]!r}") from error
+
+    def _exchange(self, method: str, path: str, body: bytes | None, call: _Call) -> tuple[str, bool]:
+        """The text of a good answer, and whether the time was up while it came."""
         with self._connection(call) as (connection, is_late):
             try:
-                connection.request("POST", f"{self._address.path}/chat/completions", body, self._headers())
+                connection.request(method, f"{self._address.path}/{path}", body, self._headers())
                 response = connection.getresponse()
                 text = self._hidden(response.read().decode("utf-8", errors="replace"))
             except (OSError, http.client.HTTPException) as error:
@@ -250,11 +282,7 @@ class ChatClient:
                 raise _FaultError(late if is_late.is_set() else broke) from None
         if response.status != http.HTTPStatus.OK:
             raise _refusal(response.status, response.getheader("Retry-After", ""), text)
-        try:
-            return Reply.from_body(text)
-        except ValueError as error:
-            late = f" after {self.timeout:g} s" if is_late.is_set() else ""
-            raise _FaultError(f"no chat completion{late} ({error}): {text[:_SHOWN_BYTES]!r}") from error
+        return text, is_late.is_set()
 
     @contextlib.contextmanager
     def _connection(self, call: _Call) -> Iterator[tuple[http.client.HTTPConnection, threading.Event]]:
@@ -294,7 +322,7 @@ def _shut(sock: socket.socket) -> None:
 
 
 def _refusal(status: int, retry_after: str, text: str) -> _FaultError:
-    passing = status in _PASSING or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
+    passing = status in _PASSING or (status >= http.HTTPStatus.INTERNAL_SERVER_ERROR and status != _NOT_IMPLEMENTED)
     wait = _requested_wait(retry_after) if passing else 0.0
     message = f"it answered {status}: {_server_message(text)}"
     if wait > _LONGEST_REQUESTED_WAIT:
@@ -324,10 +352,15 @@ def _server_message(text: str) -> str:
 
 def _address(base_url: str) -> SplitResult:
     """`base_url` taken apart, with `/v1` where it has no path."""
-    address = urlsplit(base_url.rstrip("/"))
-    if address.scheme not in ("http", "https") or not address.hostname or address.username or address.query:
-        shown = base_url.rpartition("@")[2]
-        raise ConfigError(f"base_url '{shown}' is no plain http(s)://host:port/v1; a key comes by api_key_env")
+    try:
+        address = urlsplit(base_url.rstrip("/"))
+        is_valid = address.port is None or address.port > 0  # reading it raises for one that is no number
+    except ValueError:
+        raise ConfigError("base_url is no http(s)://host:port/v1: its port or host cannot be read") from None
+    is_plain = not (address.query or address.fragment or "@" in address.netloc)
+    if address.scheme not in ("http", "https") or not (address.hostname and is_valid and is_plain):
+        shown = f"{address.scheme}://{address.hostname}"  # no more of it: the rest may hold a secret
+        raise ConfigError(f"base_url at '{shown}' is no plain http(s)://host:port/v1; a key comes by api_key_env")
     return address if address.path else address._replace(path="/v1")
 
 

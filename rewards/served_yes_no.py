@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignkit.records import Prompt, Scores
+from alignkit.resolve import construct
 from rewards.judge import TOP
 from rewards.media import check_media
 from rewards.messages import ClipForm, media_parts, text_part, user
@@ -36,6 +37,7 @@ class ServedYesNo:
     native_range = (0.0, 1.0)
     licence = "that of the served model"
     source = "https://arxiv.org/abs/2404.01291"
+    get = "`vllm serve FOLDER --served-model-name NAME` gives base_url and model"
 
     def __init__(
         self,
@@ -52,7 +54,9 @@ class ServedYesNo:
     ) -> None:
         self.modality, self.question, self.yes, self.no = modality, question, tuple(yes), tuple(no)
         self._shown = {"frames": frames, "clips": clips}
-        self.client = ChatClient(base_url, model, **client)
+        self.client: ChatClient = construct(
+            ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name
+        )
         self._abstentions: Counter[str] = Counter()
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:

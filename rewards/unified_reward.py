@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError
 from alignkit.records import Prompt, Scores
+from alignkit.resolve import construct
 from rewards.media import check_media
 from rewards.messages import ClipForm, media_parts, text_part, user
 from rewards.served import ChatClient, Report
@@ -148,6 +149,7 @@ class UnifiedReward:
     comparable_across_prompts = True
     licence = "MIT"
     source = "https://arxiv.org/abs/2503.05236"
+    get = "`vllm serve FOLDER` of one of CodeGoat24/UnifiedReward-* gives base_url and model"
 
     def __init__(
         self,
@@ -169,7 +171,9 @@ class UnifiedReward:
         self.native_range = self.form.lines["total" if version == 1 else "alignment"][1:]
         self.attempts, self.temperature, self.max_tokens = attempts, temperature, max_tokens
         self._shown = {"frames": frames, "clips": clips}
-        self.client = ChatClient(base_url, model, **client)
+        self.client: ChatClient = construct(
+            ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name
+        )
         self._abstentions: Counter[str] = Counter()
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -47,6 +47,7 @@ class VideoReward:
     native_range = (-float("inf"), float("inf"))
     licence = "MIT (code), see KwaiVGI/VideoReward for the weights; Apache-2.0 (Qwen2-VL-2B)"
     source = "https://arxiv.org/abs/2501.13918"
+    get = _GET
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class VqaScore:
     native_range = (0.0, 1.0)
     licence = "that of the model"
     source = "https://arxiv.org/abs/2404.01291"
+    get = "a Qwen2-VL, 2.5-VL or 3-VL, such as `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir FOLDER`"
 
     def __init__(
         self,

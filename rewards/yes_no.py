@@ -69,6 +69,7 @@ class YesNo:
     native_range = (-float("inf"), 0.0)
     licence = "that of the model"
     source = "https://arxiv.org/abs/2601.04153"
+    get = "a Qwen2-VL, 2.5-VL or 3-VL, such as `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir FOLDER`"
 
     def __init__(
         self,

@@ -38,10 +38,14 @@ def failed(status: int, message: str = "no", **headers: str) -> Answer:
 
 
 class ChatServer:
-    """`script(request, n)` answers the n-th request; keeps the requests, their headers and how many ran at once."""
+    """`script(request, n)` answers the n-th request; keeps the requests, their headers and how many ran at once.
 
-    def __init__(self, script: Callable[[dict[str, Any], int], Answer]) -> None:
+    models: what it lists as served; without it, it has no such list.
+    """
+
+    def __init__(self, script: Callable[[dict[str, Any], int], Answer], models: list[dict[str, Any]] | None = None):
         self.script, self.requests, self.headers = script, [], []
+        self.models, self.listings = models, 0
         self.now = self.most = 0
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -71,6 +75,11 @@ class ChatServer:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.listings += 1
+                listed = Answer(json.dumps({"object": "list", "data": outer.models}).encode())
+                self._send(listed if outer.models and self.path == "/v1/models" else failed(404))
+
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 number = outer._enter(request, dict(self.headers) | {"path": self.path})

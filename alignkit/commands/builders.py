@@ -7,6 +7,7 @@ is called. Deliberately not here: what a stage does with them.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from alignkit.errors import ConfigError, UnknownNameError, nearest
 from alignkit.protocols import Reporting
 from alignkit.provenance import fingerprint
 from alignkit.records import Prompt
-from alignkit.resolve import resolve
+from alignkit.resolve import construct, resolve
 from data_pipelines.prompts import read_prompts, split_of
 from rewards import REWARDS
 
@@ -85,9 +86,13 @@ class RewardSpec:
 
     @property
     def identity(self) -> str:
-        """Changes with the options and with the files that they name."""
-        named = [f"{name}={value}" for name, value in sorted(self.options.items())]
-        return " ".join([self.reward, *named, *map(fingerprint, _local(_leaves(self.options)))])
+        """Changes with the options and with the files that they name, a composite's `state` among them.
+
+        `cache` is left out wherever it stands: it grows with every reply, and decides none.
+        """
+        options = _without_caches(self.options)
+        named = [f"{name}={value}" for name, value in sorted(options.items())]
+        return " ".join([self.reward, *named, *map(fingerprint, _local(_leaves(options)))])
 
 
 def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
@@ -95,6 +100,13 @@ def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
     if (result / "model_index.json").is_file():
         return replace(base, model=str(result), adapter=None)
     return replace(base, adapter=result)
+
+
+def _without_caches(value: Any) -> Any:
+    """Nested options without any named `cache`."""
+    if isinstance(value, Mapping):
+        return {name: _without_caches(inner) for name, inner in value.items() if name != "cache"}
+    return [_without_caches(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _leaves(value: Any) -> Iterable[str]:
@@ -108,7 +120,7 @@ def _leaves(value: Any) -> Iterable[str]:
 
 def _local(names: Iterable[str]) -> list[Path]:
     """Those of `names` that are files or folders here."""
-    return [Path(name) for name in names if name and Path(name).exists()]
+    return [Path(name) for name in names if name and os.path.exists(name)]  # noqa: PTH110 - Path fails for long texts
 
 
 def identities(specs: Mapping[str, GeneratorSpec] | Mapping[str, RewardSpec]) -> dict[str, str]:
@@ -218,12 +230,8 @@ def _build_beside(built: dict[str, Reward], name: str, spec: RewardSpec) -> Rewa
 
 
 def build_reward(reward: str, options: Mapping[str, Any]) -> Any:
-    """Construct a reward. Raises UnknownNameError for an unknown name, ConfigError for an option it does not take."""
-    builder = resolve(reward, REWARDS, kind="reward")
-    try:
-        return builder(**options)
-    except TypeError as error:
-        raise ConfigError(f"reward '{reward}' with options {dict(options)}: {error}") from error
+    """Construct a reward. Raises UnknownNameError for an unknown name, ConfigError for options that do not fit."""
+    return construct(resolve(reward, REWARDS, kind="reward"), options, what=f"reward '{reward}'")
 
 
 def absences(specs: Mapping[str, GeneratorSpec]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.commands.builders import RewardSpec, build_reward
 from alignkit.errors import DataError
+from alignkit.protocols import require_independent
 from alignkit.records import Prompt
 from rewards import photographs as shipped
 from rewards.media import quantised, resize
@@ -30,9 +31,11 @@ FRAMES, STEP = 8, 2  # of the clips that a video reward sees: so many, moving by
 def check(spec: RewardSpec) -> None:
     """Load the reward and print its numbers. Raises DataError where a wrong caption or photograph wins.
 
-    Missing weights, unknown options and whatever the reward itself refuses are its own errors.
+    ConfigError for a reward whose rows depend on each other; missing weights, unknown options and whatever the reward
+    itself refuses are its own errors.
     """
     reward = build_reward(spec.reward, spec.options)
+    require_independent({spec.reward: reward})
     media, prompts = subjects(reward)
     print("\n".join(_headline(reward, prompts)))
     table = score_table(reward, media, prompts)

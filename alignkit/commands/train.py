@@ -24,6 +24,7 @@ from alignkit.commands.builders import (
 from alignkit.commands.shared import Tree, Verb, execute, finished, mark_finished
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
+from alignkit.protocols import require_independent
 from alignkit.provenance import claim_inputs, fingerprint, write_resolved
 from alignkit.records import Prompt, Sampling
 from alignkit.resolve import resolve
@@ -61,6 +62,7 @@ class ValidationConfig:
             raise ConfigError("validation has no held-out prompts; raise prompts.held_out or give more prompts")
         builders = RewardBuilders({name: rewards[name] for name in self.rewards})
         judges = {name: builder() for name, builder in builders.items()}
+        require_independent(judges)
         return Validation(prompts[: self.prompts], self.sampling, judges, self.seed, self.batch_size)
 
 

@@ -37,7 +37,7 @@ from alignkit.evaluation.results import (
     write_evaluation,
 )
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
-from alignkit.protocols import ImageSource, Reward
+from alignkit.protocols import ImageSource, Reward, require_independent
 from alignkit.records import Prompt, Sampling, derive_seed
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str |
         raise DataError("evaluate: no prompts; give a file with at least one held-out prompt.")
     if not rewards:
         raise ConfigError("evaluate: no rewards; name at least one.")
+    require_independent(rewards)
     if gold is not None and gold not in rewards:
         raise UnknownNameError(f"evaluate: gold '{gold}' is not among the rewards.{nearest(gold, rewards)}")
     first: dict[str, int] = {}

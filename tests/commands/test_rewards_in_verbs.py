@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import shutil
 
@@ -11,8 +12,14 @@ import yaml
 from chat_server import ChatServer, said
 
 from alignkit import cli
-from alignkit.commands.builders import RewardBuilders, RewardSpec
+from alignkit.commands import doctor_reward
+from alignkit.commands.builders import RewardBuilders, RewardSpec, build_reward
+from alignkit.commands.train import ValidationConfig
+from alignkit.errors import ConfigError
+from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.records import Prompt
+from alignkit.resolve import resolve
+from rewards import REWARDS
 from rewards.media import Preparation
 
 PROMPTS = [Prompt.from_text(text) for text in ("a red circle", "two blue rings")]
@@ -59,6 +66,87 @@ def test_score_says_what_served_rewards_cost_and_a_second_run_asks_nothing(work,
             assert len(server.requests) == count
             assert "asked: 9 requests" in said_so
             assert ("9 cache hits" in said_so) == (out == "second")
+
+
+@pytest.mark.parametrize("is_member", [False, True])
+def test_scoring_with_a_cache_into_the_same_folder_continues(is_member, work, capsys):
+    assert cli.main(["generate", "--config", "generate.yaml"]) == 0
+    with ChatServer(lambda *_: said("Yes", {"Yes": -0.1, "No": -2.0})) as server:
+        options = {"base_url": server.url, "model": "judge", "cache": "replies", "question": "Is it {prompt}?" * 100}
+        asked = {"reward": "served_yes_no", "options": options}
+        reward = {"reward": "composite", "options": {"members": {"a": asked}}} if is_member else asked
+        config = {"candidates": "candidates", "rewards": {"x": reward}, "score": {"rewards": ["x"]}, "out": "scores"}
+        (work / "score.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        for _ in range(2):
+            assert cli.main(["score", "--config", "score.yaml"]) == 0, capsys.readouterr().err
+        assert len(server.requests) == 9
+
+
+@pytest.mark.parametrize("mode", ["vote", "running"])
+def test_stages_refuse_rewards_whose_rows_depend_on_each_other(mode, work, capsys, tmp_path):
+    assert cli.main(["generate", "--config", "generate.yaml"]) == 0
+    how = {"mode": "vote"} if mode == "vote" else {"normalise": "running"}
+    options = {"members": {"a": {"reward": "saturation"}}, **how}
+    config = {"candidates": "candidates", "rewards": {"x": {"reward": "composite", "options": options}}}
+    config |= {"score": {"rewards": ["x"]}, "out": "scores"}
+    (work / "score.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert cli.main(["score", "--config", "score.yaml"]) != 0
+    assert f"reward 'x': its {mode}" in capsys.readouterr().err
+    spec = RewardSpec(reward="composite", options=options)
+    with pytest.raises(ConfigError, match=f"its {mode}"):
+        doctor_reward.check(spec)
+    with pytest.raises(ConfigError, match=f"its {mode}"):
+        ValidationConfig(rewards=["x"]).build(PROMPTS, {"x": spec})
+    with pytest.raises(ConfigError, match=f"its {mode}"):  # before anything is drawn
+        evaluate(
+            None,
+            None,
+            PROMPTS,
+            EvaluateConfig(),
+            tmp_path,
+            rewards={"x": RewardBuilders({"x": spec})["x"]()},
+            gold=None,
+        )
+
+
+@pytest.mark.parametrize(
+    ("reward", "options", "message"),
+    [
+        ("hps", {}, "needs the option 'model'. To get it: `hf download xswu/HPSv2 .*Its options: model, processor"),
+        ("preference", {}, "needs the option 'model'. Its options: model, device"),
+        (
+            "aesthetic",
+            {"head": "x", "haed": "y"},
+            "has no option 'haed'. Did you mean 'head'.*Its options: model, head",
+        ),
+        ("saturation", {"zzz": 1}, "has no option 'zzz'. Its options: none"),
+        ("served_yes_no", {"base_url": "http://h", "model": "m", "timout": 1}, "has no option 'timout'.*'timeout'"),
+    ],
+)
+def test_options_are_checked_before_anything_is_built(reward, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_reward(reward, options)
+
+
+def test_every_reward_that_needs_weights_says_how_to_get_them():
+    silent = set()
+    for name in REWARDS:
+        parameters = inspect.signature(resolve(name, REWARDS, kind="reward")).parameters.values()
+        if any(p.default is p.empty and p.kind != p.VAR_KEYWORD for p in parameters):
+            with pytest.raises(ConfigError) as raised:
+                build_reward(name, {})
+            silent |= set() if "To get it: " in str(raised.value) else {name}
+    assert silent == {"composite", "preference"}  # members, and what `alignkit` has trained itself
+
+
+class Faulty:
+    def __init__(self, size=1):
+        self.size = size + None
+
+
+def test_a_fault_inside_a_reward_is_not_taken_for_a_wrong_option():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        build_reward(f"{__name__}:Faulty", {})
 
 
 @pytest.mark.parametrize(("centre", "start"), [("down", 1), ("even", 2)])

@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alignkit.commands.builders import build_reward
-from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, UnknownNameError
-from alignkit.protocols import Reward
+from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
+from alignkit.protocols import Reward, require_independent
 from alignkit.records import Prompt, Scores
 from rewards.composite import Composite, Member, Moments, Quantiles
+from rewards.media import require_gradient
 
 CAT, DOG = Prompt.from_text("a cat"), Prompt.from_text("a dog")
 few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -160,10 +161,42 @@ def test_running_statistics_are_those_before_the_call(tmp_path):
 
 
 def test_running_statistics_take_no_nan():
-    composite = Composite({"a": Gain(math.inf)}, normalise="running")
-    with pytest.raises(NumericsError, match=r"member 'a' scored \[inf, nan\]"):
-        score(composite, 0.5, 0.0)
-    assert composite.state()["a"].count == 0
+    class Inverse(Gain):
+        def __call__(self, media, prompts):
+            return Scores(1 / media[:, 0, 0, 0])
+
+    composite = Composite({"a": Member(Inverse(), hinge=3.0)}, normalise="running")
+    assert score(composite, 0.5, 0.0).total.tolist() == pytest.approx([2.0, math.nan], nan_ok=True)
+    assert composite.state()["a"] == Moments.of([2.0])
+
+
+def test_a_vote_leaves_out_what_has_no_score():
+    class Column(Gain):
+        def __call__(self, media, prompts):
+            return Scores(torch.tensor([1.0, math.nan, 2.0, 3.0, math.nan]))
+
+    found = score(
+        Composite({"a": Column(), "b": Gain()}, mode="vote"), 0.9, 0.8, 0.7, 0.5, 0.5, prompts=[CAT] * 3 + [DOG] * 2
+    )
+    assert found.total.tolist() == pytest.approx([0.5, math.nan, 0.5, math.nan, math.nan], nan_ok=True)
+
+
+def test_members_of_several_precisions_are_added_in_the_widest():
+    class Narrow(Gain):
+        def __call__(self, media, prompts):
+            return Scores(media[:, 0, 0, 0].bfloat16())
+
+    total = score(Composite({"a": Narrow(), "b": Gain()}), 0.5).total
+    assert (total.dtype, total.item()) == (torch.float64, 1.0)
+
+
+def test_rows_that_depend_on_each_other_are_refused_with_advice():
+    running = Composite({"a": Gain()}, normalise="running")
+    vote = Composite({"a": Gain()}, mode="vote")
+    for reward, advice in ((running, "update: false"), (vote, "rank stage"), (Composite({"v": vote}), "rank stage")):
+        with pytest.raises(ConfigError, match=f"reward 'mine': .*{advice}"):
+            require_independent({"fine": Gain(), "mine": reward})
+    require_independent({"sum": Composite({"a": Gain()}), "frozen": running.eval(), "own": Gain()})
 
 
 def test_statistics_of_others_are_refused(tmp_path):
@@ -190,6 +223,14 @@ def test_quantiles_are_the_middle_ranks(stored, value):
     assert 0 < found < 1
 
 
+def test_quantiles_of_close_values_in_low_precision():
+    """In bfloat16 both values are 100."""
+    found = Quantiles.of([100.0, 100.001])(torch.tensor([100.0, 101.0], dtype=torch.bfloat16))
+    assert (found.dtype, found.tolist()) == (torch.bfloat16, [0.25, 0.75])
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        Quantiles.of([0.0, math.nan, 1.0])
+
+
 def test_references_standardise():
     reference = {"a": {"mean": 1.0, "std": 4.0}, "b": {"values": [0.0, 1.0, 2.0, 3.0]}}
     composite = Composite({"a": Gain(2.0), "b": Member(Gain(3.0), 2.0)}, normalise="reference", reference=reference)
@@ -211,6 +252,16 @@ def test_it_declares_what_its_members_allow():
     vote = Composite({"a": Gain()}, mode="vote")
     assert [vote.differentiable, vote.comparable_across_prompts] == [False, False]
     assert vote.native_range == (0, 1)
+
+
+def test_a_run_through_rewards_needs_their_gradient():
+    """A member that only is reported may lack it; one that counts may not."""
+    seeing, blind = Gain(name="seeing"), Gain(name="blind", differentiable=False)
+    fine = Composite({"a": seeing, "b": Member(blind, 0)})
+    require_gradient([seeing, fine, Composite({"a": seeing}, mode="mean_std", normalise="running")])
+    composites = [Composite({"a": seeing, "b": blind}, name="sum"), Composite({"a": seeing}, mode="vote", name="vote")]
+    with pytest.raises(ConfigError, match="no gradient reaches the pixels through blind, sum, vote; train on"):
+        require_gradient([seeing, blind, fine, *composites])
 
 
 def test_the_range_is_that_of_the_members():
@@ -238,7 +289,11 @@ def test_the_range_is_that_of_the_members():
         ({"a": Gain()}, {"state": "x.json"}, "`state` is for normalise: running"),
         ({"a": {"reward": "clip_score", "wieght": 1}}, {}, "'a': unknown key 'wieght'. Did you mean 'weight'"),
         ({"a": {"options": {}}}, {}, "`reward` is missing"),
-        ({"a": {"reward": "clip_score", "options": {"modle": "x"}}}, {}, "member 'a': reward 'clip_score' with"),
+        (
+            {"a": {"reward": "clip_score", "options": {"modle": "x"}}},
+            {},
+            "member 'a': reward 'clip_score' has no option 'modle'. Did you mean 'model'.*Its options: model, form",
+        ),
     ],
 )
 def test_contradictions_are_named(members, options, message):

@@ -131,6 +131,10 @@ def test_what_a_judge_cannot_take():
         ServedJudge("http://127.0.0.1:1", "tiny", question="nice")
     with pytest.raises(ConfigError, match="first token"):
         ServedJudge("http://127.0.0.1:1", "tiny", question="unified_reward", least_margin=1.0)
+    numbered = PairQuestion("Which?", {"image 1": 1, "image 2": -1, "neither of them": 0})
+    with pytest.raises(ConfigError, match=r"several words, \['image 1', 'image 2'\]"):
+        ServedJudge("http://127.0.0.1:1", "tiny", question=numbered, least_margin=1.0)
+    ServedJudge("http://127.0.0.1:1", "tiny", question=numbered)
 
 
 class Brightness:
