@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.errors import ConfigError, DataError
-from rewards.vision_language import Seen, VisionLanguage, freeze, load, precise
-from rewards.weights import torch_dtype
+from rewards.media import precise
+from rewards.vision_language import Seen, VisionLanguage, freeze, load
+from rewards.weights import load_whole, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +67,7 @@ class VlmCritic:
         from transformers import AutoModelForImageTextToText
 
         def build(config: Any) -> Any:
-            return AutoModelForImageTextToText.from_pretrained(model, config=config, dtype=torch_dtype(dtype))
+            return load_whole(AutoModelForImageTextToText, model, owner, config=config, dtype=torch_dtype(dtype))
 
         whole, tokenizer, patches = load(model, build, owner=owner, bounds=(min_pixels, max_pixels))
         freeze(whole, device, checkpointing=checkpointing)

@@ -229,7 +229,7 @@ def test_hpsv3_reads_its_token(folder, hpsv3_state, tmp_path):
         (lambda s: s.update({"rm_head.1.weight": torch.ones(2)}), r"rm_head\.\*: .*1 unexpected \(1\.weight\)"),
         (lambda s: s.update({"model.layers.2.x": torch.ones(2)}), r"1 unexpected \(language_model\.layers\.2\.x\)"),
         (lambda s: s.update({"model.norm.weight": torch.ones(2)}), r"1 of another shape"),
-        (lambda s: s.pop("model.embed_tokens.weight"), "is it whole"),
+        (lambda s: s.pop("model.embed_tokens.weight"), "is it a whole"),
         (lambda s: s.update({n: s[n][:-1] for n in EMBEDDINGS}), "more tokens than the checkpoint"),
     ],
 )
