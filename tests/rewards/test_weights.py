@@ -44,7 +44,7 @@ def test_an_index_on_the_hub_brings_its_parts(shards, tmp_path, monkeypatch):
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
-    with pytest.raises(DataError, match="here: .*holds pickled code, which is not run"):
+    with pytest.raises(DataError, match=r"here: .*holds pickled code, which is not run"):
         read_state(tmp_path / "whole.pt", owner="here")
 
 
