@@ -8,6 +8,7 @@ prompts, which transformers' tokenizer does not do.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from rewards.weights import load_whole, read_state, torch_dtype
 
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+_ROUND = 64  # vocabularies may be filled up to a multiple of it, never beyond
 _REMEMBERED = 8  # batches of prompts; with all tokens (MPS) about 0.3 MiB a prompt
 
 
@@ -148,10 +150,11 @@ class Clip:
             self.tokenizer = _tokenizer(processor, name)
             clip = _from_tensors(tensors, model, name, torch_dtype(dtype), self.tokenizer, activation)
         vocabulary = clip.config.text_config.vocab_size
-        if len(self.tokenizer) > vocabulary:
+        words = len(self.tokenizer)
+        if vocabulary not in (words, math.ceil(words / _ROUND) * _ROUND):
             raise DataError(
-                f"{name}: the tokenizer '{processor}' has {len(self.tokenizer)} tokens and the weights '{model}' "
-                f"{vocabulary}; give `processor` the folder that belongs to these weights"
+                f"{name}: the tokenizer '{processor}' has {words} tokens and the weights '{model}' {vocabulary}; give "
+                "`processor` the folder that belongs to these weights"
             )
         self.model = clip.to(device).eval().requires_grad_(False)
         self.preparation = preparation_of(processor, clip.config.vision_config.image_size, name)

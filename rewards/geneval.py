@@ -19,7 +19,7 @@ from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import resolve
 from rewards.detectors import ClipColors, ColorReader, Detections, Detector, TransformersDetector
-from rewards.media import check_media, scores_beside
+from rewards.media import check_media, precise, scores_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +119,7 @@ class GenEval:
 
     def judge(self, media: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
         """Verdicts with reasons for media [B, 3, H, W] in [0, 1]."""
-        pictures = check_media(media, prompts, self).detach()
+        pictures = precise(check_media(media, prompts, self).detach())
         asked = [self._clauses(prompt) for prompt in prompts]
         verdicts = []
         for pixels, found, prompt, (include, exclude) in zip(

@@ -18,6 +18,7 @@ from alignkit.records import Prompt, Scores
 from rewards.judge import QUESTIONS, PairQuestion, RewardJudge, ServedJudge
 from rewards.messages import media_parts
 from rewards.served_yes_no import ServedYesNo
+from rewards.statistics import Saturation
 
 QUICK = {"timeout": 5.0, "backoff": 0.01, "retries": 1}
 
@@ -146,6 +147,19 @@ def test_any_reward_judges_by_its_difference():
 
 
 # --- pictures on the wire -------------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_judges_builds_no_graph():
+    seen = []
+
+    class Watched(Saturation):
+        def measure(self, media):
+            seen.append(super().measure(media))
+            return seen[-1]
+
+    first, second = (torch.rand(2, 3, 4, 4).requires_grad_() for _ in range(2))
+    RewardJudge(Watched()).compare(first, second, prompts(2))
+    assert [one.requires_grad for one in seen] == [False, False]
 
 
 def test_pictures_arrive_as_an_8_bit_file_keeps_them():
