@@ -319,8 +319,8 @@ def test_folders_are_loaded_strictly(make, lost, clip_folder, tmp_path):
     """But for positions, which old files store."""
     folder = shutil.copytree(clip_folder, tmp_path / "folder")
     if make is TransformersDetector:
-        model, processor = yolos({str(i): name for i, name in enumerate(LABELS)})
-        model.save_pretrained(folder)
+        config, processor = yolos({"id2label": dict(enumerate(LABELS))})
+        AutoModelForObjectDetection.from_config(config).save_pretrained(folder)
         processor.save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
     positions = {"text_model.embeddings.position_ids": torch.arange(16)[None]}

@@ -50,5 +50,5 @@ def test_folders_are_loaded_strictly(folder):
     with pytest.raises(DataError, match=r"preference: .*1 missing \(marks.1.bias\); 1 unexpected \(other\)"):
         PreferenceReward(str(folder))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(MissingFileError, match="preference: .* is not the whole folder"):
+    with pytest.raises(MissingFileError, match=r"preference: .* is not the whole folder"):
         PreferenceReward(str(folder))
