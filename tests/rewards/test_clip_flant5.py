@@ -203,6 +203,8 @@ def test_weights_in_bfloat16_score_in_float32(folder, exact):
     total = ClipFlanT5(folder, tokenizer=folder, dtype="bfloat16")(pictures().float(), PROMPTS).total
     assert total.dtype == torch.float32
     torch.testing.assert_close(total.double(), exact(pictures(), PROMPTS).total, rtol=0.1, atol=0)
+    half = pictures().bfloat16()
+    assert torch.equal(exact(half, PROMPTS).total, exact(half.float(), PROMPTS).total)
 
 
 def test_weights_without_a_tower_take_the_named_one(networks, tokenizer, exact, tmp_path):
