@@ -39,7 +39,7 @@ class Aesthetic(ClipReward):
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
-        tensors = read_state(head, advice=GET)
+        tensors = read_state(head, owner=self.name, advice=GET)
         self.clip = Clip(model, name=self.name, processor=processor, activation=activation, device=device, dtype=dtype)
         widths = (self.clip.model.config.projection_dim, *WIDTHS)
         self._head = _head(widths)

@@ -8,6 +8,7 @@ prompts, which transformers' tokenizer does not do.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -24,11 +25,12 @@ from alignkit.errors import DataError, MissingFileError
 from alignkit.protocols import Reward
 from alignkit.records import Prompt, Scores, texts
 from rewards.clip_layouts import config_of, transformers_names
-from rewards.media import CLIP_MEAN, CLIP_STD, Preparation, check_media
-from rewards.weights import read_state, require_same, torch_dtype
+from rewards.media import CLIP_MEAN, CLIP_STD, Preparation, check_media, precise
+from rewards.weights import load_whole, read_state, torch_dtype
 
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+_ROUND = 64  # vocabularies may be filled up to a multiple of it, never beyond
 _REMEMBERED = 8  # batches of prompts; with all tokens (MPS) about 0.3 MiB a prompt
 
 
@@ -47,8 +49,7 @@ class Vision:
 
     def __call__(self, media: Tensor, preparation: Preparation) -> Features:
         weight = self.tower.embeddings.class_embedding
-        exact = torch.promote_types(media.dtype, torch.float32)  # half precision would round the resampling
-        seen = self.tower(preparation(media.to(weight.device, exact)).to(weight.dtype))
+        seen = self.tower(preparation(media.to(weight.device)).to(weight.dtype))
         return Features(seen.last_hidden_state, seen.pooler_output)
 
     def equals(self, other: Vision) -> bool:
@@ -101,9 +102,11 @@ class SharedVision(Vision):
 
 
 def _state(media: Tensor, preparation: Preparation) -> tuple[Any, ...]:
-    """All that features of one tensor depend on; square pictures are scaled alike by every fit."""
+    """All that features of one tensor depend on; square pictures are scaled alike by every fit, or not at all."""
     if media.shape[-1] == media.shape[-2]:
         preparation = replace(preparation, fit="crop", fill=(0.0, 0.0, 0.0), pad_first=False)
+        if media.shape[-1] == preparation.size:
+            preparation = replace(preparation, resample="bicubic", passes="pil")
     kind = media.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     tracked = torch.is_grad_enabled() and media.requires_grad
@@ -118,7 +121,6 @@ class Clip:
 
     model: folder or hub id of a transformers CLIPModel, or a file of weights (.safetensors, .pt, .bin, .pth).
     processor: folder or hub id of the tokenizer and preprocessor_config.json; the model's own where empty.
-    fit: instead of the processor's way to fit pictures (`pad` for HPSv2).
     activation: of a weights file, which does not say; open_clip's LAION models have gelu, OpenAI's quick_gelu.
     get: how to come by the weights, for the error where they are not there.
     tensors: the weights themselves, where the reward has read a file that holds more than a CLIP.
@@ -134,14 +136,13 @@ class Clip:
         processor: str = "",
         device: str = "cpu",
         dtype: str = "float32",
-        fit: str = "",
         activation: str = "gelu",
         get: str = "",
         tensors: dict[str, Tensor] | None = None,
     ) -> None:
         processor, get = processor or model, get or f"`hf download {model} --local-dir FOLDER` fetches a hub model"
         if tensors is None and Path(model).is_file():
-            tensors = read_state(model, advice=get)
+            tensors = read_state(model, owner=name, advice=get)
         if tensors is None:
             clip = _from_folder(model, name, torch_dtype(dtype), get)
             self.tokenizer = _tokenizer(processor, name)
@@ -149,15 +150,14 @@ class Clip:
             self.tokenizer = _tokenizer(processor, name)
             clip = _from_tensors(tensors, model, name, torch_dtype(dtype), self.tokenizer, activation)
         vocabulary = clip.config.text_config.vocab_size
-        if len(self.tokenizer) > vocabulary:
+        words = len(self.tokenizer)
+        if vocabulary not in (words, math.ceil(words / _ROUND) * _ROUND):
             raise DataError(
-                f"{name}: the tokenizer '{processor}' has {len(self.tokenizer)} tokens and the weights '{model}' "
-                f"{vocabulary}; give `processor` the folder that belongs to these weights"
+                f"{name}: the tokenizer '{processor}' has {words} tokens and the weights '{model}' {vocabulary}; give "
+                "`processor` the folder that belongs to these weights"
             )
         self.model = clip.to(device).eval().requires_grad_(False)
         self.preparation = preparation_of(processor, clip.config.vision_config.image_size, name)
-        if fit:
-            self.preparation = replace(self.preparation, fit=fit)
         self.vision: Vision = Vision(self.model.vision_model)
         self._remembered = functools.lru_cache(_REMEMBERED)(self._read)
 
@@ -201,7 +201,7 @@ class Clip:
 
 
 def _normalised(states: Tensor) -> Tensor:
-    return functional.normalize(states.to(torch.promote_types(states.dtype, torch.float32)), dim=-1)
+    return functional.normalize(precise(states), dim=-1)
 
 
 class ClipReward:
@@ -293,14 +293,11 @@ def _tokenizer(processor: str, name: str) -> Any:
 
 def _from_folder(model: str, name: str, dtype: torch.dtype, get: str) -> Any:
     try:
-        clip, info = CLIPModel.from_pretrained(
-            model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        return load_whole(CLIPModel, model, name, dtype=dtype)
     except OSError as error:
         raise MissingFileError(
             f"{name}: '{model}' is no CLIP folder or weights file here and no hub id at hand; {get}: {error}"
         ) from error
-    return _whole(clip, info, model, name)
 
 
 def _from_tensors(
@@ -313,13 +310,4 @@ def _from_tensors(
         "pad_token_id": words.pad_token_id,
     }
     config = config_of(named, name=name, path=path, special=special, activation=activation)
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    return _whole(*CLIPModel.from_pretrained(None, config=config, state_dict=named, **options), path, name)
-
-
-def _whole(clip: Any, info: dict[str, Any], path: str, name: str) -> Any:
-    """`clip`, where transformers filled every weight and had none left; positions in old files are no weights."""
-    unexpected = {key for key in info["unexpected_keys"] if not key.endswith("position_ids")}
-    misshapen = {f"{key} {list(given)} for {list(own)}" for key, given, own in info["mismatched_keys"]}
-    require_same(f"{name}: '{path}'", missing=info["missing_keys"], unexpected=unexpected, misshapen=misshapen)
-    return clip
+    return load_whole(CLIPModel, path, name, config=config, state_dict=named, dtype=dtype)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError, MissingFileError
 from alignkit.records import Prompt, Scores, texts
-from rewards.media import CLIP_MEAN, Preparation, check_media
-from rewards.weights import find_file, load_strictly, read_state, shape_of, torch_dtype
+from rewards.media import CLIP_MEAN, Preparation, check_media, precise
+from rewards.weights import find_file, load_strictly, load_whole, read_state, shape_of, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +29,7 @@ CONTEXT = 2048  # tokens, the picture counted as one
 FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 ADVICE = "hf download zhiqiulin/clip-flant5-xl --local-dir FOLDER"
 TOWER = "vision_tower.vision_tower.vision_model."
+BESIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # a whole CLIP's other tower
 ALIASES = ("embed_tokens.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # What published preprocessing pads with: the mean colour cut down to 8 bits.
 FILL = tuple(int(255 * value) / 255 for value in CLIP_MEAN)
@@ -74,7 +75,7 @@ class ClipFlanT5:
         home = str(path.parent) if path == Path(model) else model
         config = json.loads(find_file(home, ["config.json"], ADVICE).read_text(encoding="utf-8"))
         where = f"clip_flant5: {path}"
-        state = {key: value.to(*self._place) for key, value in read_state(path).items()}
+        state = {key: value.to(*self._place) for key, value in read_state(path, owner=self.name, advice=ADVICE).items()}
         tower, projector, rest = _split(state)
         self._tower = _tower(tower, where) if tower else _stored_tower(vision_tower or config["mm_vision_tower"])
         unused = config.get("mm_vision_select_layer", -2) + 1  # layers after the one whose states are read
@@ -102,8 +103,7 @@ class ClipFlanT5:
             decoder_input_ids=self._t5.prepare_decoder_input_ids_from_labels(answer),
             use_cache=False,
         ).logits
-        precise = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return Scores(precise.gather(-1, answer[..., None]).mean((1, 2)).exp())
+        return Scores(precise(logits).log_softmax(-1).gather(-1, answer[..., None]).mean((1, 2)).exp())
 
     def _tokens(self, lines: list[str], length: int = CONTEXT) -> Any:
         """Ids [n, L] and mask of lines; each ends in T5's end token, the piece before the picture too."""
@@ -149,12 +149,9 @@ def _stored_tower(name: str) -> CLIPVisionModel:
 
     advice = f"clip_flant5: no CLIP vision model '{name}' here; hf download openai/clip-vit-large-patch14-336"
     try:
-        tower, told = CLIPVisionModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        return load_whole(CLIPVisionModel, name, "clip_flant5: vision_tower", beside=BESIDE, dtype=torch.float32)
     except OSError as error:
         raise MissingFileError(f"{advice}, and give its folder as vision_tower") from error
-    if told["missing_keys"]:
-        raise DataError(f"clip_flant5: vision_tower '{name}' lacks {', '.join(sorted(told['missing_keys'])[:3])}")
-    return tower
 
 
 def _projector(state: dict[str, Tensor], where: str) -> nn.Module:

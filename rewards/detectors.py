@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from alignkit.errors import MissingFileError
 from rewards.media import Preparation, quantised
+from rewards.weights import load_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +64,7 @@ class TransformersDetector:
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         try:
-            loaded = AutoModelForObjectDetection.from_pretrained(model)
+            loaded = load_whole(AutoModelForObjectDetection, model, "geneval: detector")
             self._processor = AutoImageProcessor.from_pretrained(model, backend="pil")
         except OSError as error:
             raise MissingFileError(
@@ -101,7 +102,7 @@ class ClipColors:
         from transformers import AutoTokenizer, CLIPModel
 
         try:
-            clip = CLIPModel.from_pretrained(model, dtype=torch.float32)
+            clip = load_whole(CLIPModel, model, "geneval: colors", dtype=torch.float32)
             self._tokenizer = AutoTokenizer.from_pretrained(model)
         except OSError as error:
             raise MissingFileError(
@@ -119,8 +120,11 @@ class ClipColors:
         crops = [_cut(picture, box, None if masks is None else masks[i]) for i, box in enumerate(boxes)]
         seen = torch.cat([self._fit(crop[None].float()) for crop in crops]).to(self._clip.device)
         with torch.no_grad():
-            said = self._known.setdefault(name, self._colors(name))
-            likeness = normalize(self._clip.get_image_features(pixel_values=seen).pooler_output, dim=-1) @ said.T
+            if name not in self._known:
+                self._known[name] = self._colors(name)
+            likeness = (
+                normalize(self._clip.get_image_features(pixel_values=seen).pooler_output, dim=-1) @ self._known[name].T
+            )
         return [COLORS[index] for index in likeness.argmax(1).tolist()]
 
     def _colors(self, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import resolve
 from rewards.detectors import ClipColors, ColorReader, Detections, Detector, TransformersDetector
-from rewards.media import check_media
+from rewards.media import check_media, precise, scores_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,12 +115,12 @@ class GenEval:
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         verdicts = self.judge(media, prompts)
         total = [verdict.share() if self._fractional else float(verdict.correct) for verdict in verdicts]
-        parts = {kind: media.new_tensor([verdict.share(kind) for verdict in verdicts]) for kind in KINDS}
-        return Scores(media.new_tensor(total), parts)
+        parts = {kind: scores_beside(media, [verdict.share(kind) for verdict in verdicts]) for kind in KINDS}
+        return Scores(scores_beside(media, total), parts)
 
     def judge(self, media: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
         """Verdicts with reasons for media [B, 3, H, W] in [0, 1]."""
-        pictures = check_media(media, prompts, self).detach()
+        pictures = precise(check_media(media, prompts, self).detach())
         asked = [self._clauses(prompt) for prompt in prompts]
         verdicts = []
         for pixels, found, prompt, (include, exclude) in zip(

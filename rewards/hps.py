@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rewards.clip import LAION_H, Clip, ClipReward
 
 
@@ -10,8 +12,8 @@ class Hps(ClipReward):
 
     model: `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt` in open_clip's names (`hf download xswu/HPSv2
     HPS_v2.1_compressed.pt --local-dir FOLDER`), or a CLIPModel folder made of one.
-    The longest side is scaled to 224 and the rest filled with black, as published; the published code resamples
-    floating-point pixels without the clamp to [0, 1] that is made here.
+    The longest side is scaled to 224 and the rest filled with black, as published, which resamples floats in one pass
+    and lets them overshoot [0, 1].
     """
 
     licence = "Apache-2.0"
@@ -21,6 +23,5 @@ class Hps(ClipReward):
     name = "hps"
 
     def __init__(self, model: str, *, processor: str = LAION_H, device: str = "cpu", dtype: str = "float32") -> None:
-        self.clip = Clip(
-            model, name=self.name, processor=processor, fit="pad", get=self.get, device=device, dtype=dtype
-        )
+        self.clip = Clip(model, name=self.name, processor=processor, get=self.get, device=device, dtype=dtype)
+        self.clip.preparation = replace(self.clip.preparation, fit="pad", passes="float")

@@ -55,7 +55,7 @@ class HPSv3:
 
         if not Path(weights).is_file():
             raise MissingFileError(f"hpsv3: no file '{weights}'; get it with: {_GET}")
-        state, self._eight_bit = read_unwrapped(Path(weights)), eight_bit
+        state, self._eight_bit = read_unwrapped(Path(weights), owner=self.name), eight_bit
         # numbered as published: of these layers only the Linear ones hold weights, and dropout is off
         head = nn.Sequential(
             *(nn.Linear(_width(state), 1024), nn.ReLU(), nn.Identity()),

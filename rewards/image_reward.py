@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from alignkit.errors import DataError, MissingFileError
 from alignkit.records import Prompt, Scores, texts
-from rewards.media import Preparation, check_media
+from rewards.media import Preparation, check_media, precise
 from rewards.weights import find_file, load_strictly, read_state, shape_of, torch_dtype
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class ImageReward:
 
     model: ImageReward.pt (or its tensors as .safetensors), the folder it lies in, or a hub id.
     tokenizer: folder or hub id of BERT's uncased tokenizer; prompts are cut to 35 tokens.
-    dtype: the precision of weights and scores; pictures are resized in their own.
+    dtype: the precision of weights; scores are at least float32.
 
     Pictures are scaled and cropped to a square as CLIP's are. Raises MissingFileError for weights or a tokenizer that
     are not there, DataError for weights of another model or a tokenizer of another vocabulary.
@@ -52,7 +52,11 @@ class ImageReward:
         self, model: str, *, tokenizer: str = "bert-base-uncased", device: str = "cpu", dtype: str = "float32"
     ) -> None:
         path = find_file(model, FILES, ADVICE)
-        state = {key: value for key, value in read_state(path).items() if not UNUSED.fullmatch(key)}
+        state = {
+            key: value
+            for key, value in read_state(path, owner=self.name, advice=ADVICE).items()
+            if not UNUSED.fullmatch(key)
+        }
         self._place = (device, torch_dtype(dtype))
         self._model = _network(state, f"image_reward: {path}").to(*self._place).eval().requires_grad_(False)
         self._prepare = Preparation(self._model["blip"].visual_encoder.size, centre="even")
@@ -71,7 +75,7 @@ class ImageReward:
         ).to(pixels.device)
         states = self._model["blip"](pixels, tokens.input_ids, tokens.attention_mask)
         raw = self._model["mlp"]["layers"](states[:, 0]).squeeze(-1)
-        return Scores((raw - MEAN) / STD)
+        return Scores((precise(raw) - MEAN) / STD)
 
 
 def _network(state: Mapping[str, Tensor], where: str) -> nn.Module:

@@ -187,7 +187,10 @@ class RewardJudge:
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:
         """As `ServedJudge.compare`; raises what the reward raises."""
-        differences = (self.reward(first, prompts).total - self.reward(second, prompts).total).tolist()
+        import torch
+
+        with torch.no_grad():
+            differences = (self.reward(first, prompts).total - self.reward(second, prompts).total).tolist()
         return [
             int(math.copysign(1, d)) if math.isfinite(d) and abs(d) > self.least_difference else 0 for d in differences
         ]

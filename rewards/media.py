@@ -29,30 +29,35 @@ def check_media(media: Tensor, prompts: Sequence[Prompt], reward: Reward) -> Ten
     video reward, integer pixels, NaN or infinity with its row, a range other than [0, 1], as many prompts as media,
     an empty prompt where the prompt matters.
     """
-    _check_shape(media, reward)
+    check_pixels(media, reward.name, reward.modality)
     if len(prompts) != len(media):
         raise DataError(f"{reward.name}: {len(media)} media with {len(prompts)} prompts; give each its own prompt")
     if reward.needs_prompt:
         for row, prompt in enumerate(prompts):
             if not prompt.text.strip():
                 raise DataError(f"{reward.name}: the prompt of row {row} is empty and this reward reads it")
-    _check_values(media, reward.name)
     return media
 
 
-def _check_shape(media: Tensor, reward: Reward) -> None:
-    wanted = {"image": "[B, 3, H, W]", "video": "[B, F, 3, H, W]"}[reward.modality]
+def check_pixels(media: Tensor, name: str, modality: str) -> None:
+    """What `check_media` says of the media alone, for a critic called `name` that is no reward."""
+    _check_shape(media, name, modality)
+    _check_values(media, name)
+
+
+def _check_shape(media: Tensor, name: str, modality: str) -> None:
+    wanted = {"image": "[B, 3, H, W]", "video": "[B, F, 3, H, W]"}[modality]
     shape = list(media.shape)
-    if media.dim() != (5 if reward.modality == "video" else 4):
+    if media.dim() != (5 if modality == "video" else 4):
         advice = "; a clip is judged frame by frame as its own batch" if media.dim() == 5 else ""
-        raise DataError(f"{reward.name}: media are {shape}, expected {wanted}{advice}")
+        raise DataError(f"{name}: media are {shape}, expected {wanted}{advice}")
     if shape[-3] != 3:
         advice = "; channels come last (NHWC): permute them before height and width" if shape[-1] == 3 else ""
-        raise DataError(f"{reward.name}: media are {shape}, expected {wanted} with 3 channels{advice}")
+        raise DataError(f"{name}: media are {shape}, expected {wanted} with 3 channels{advice}")
     if 0 in shape[:1] + shape[-2:]:
-        raise DataError(f"{reward.name}: media are {shape}; nothing to judge")
-    if reward.modality == "video" and shape[1] < 2:
-        raise DataError(f"{reward.name}: clips of {shape[1]} frames; a video reward needs at least 2")
+        raise DataError(f"{name}: media are {shape}; nothing to judge")
+    if modality == "video" and shape[1] < 2:
+        raise DataError(f"{name}: clips of {shape[1]} frames; a video reward needs at least 2")
 
 
 def _check_values(media: Tensor, name: str) -> None:
@@ -80,9 +85,21 @@ def require_gradient(rewards: Iterable[Reward]) -> None:
         )
 
 
+def precise(tensor: Tensor) -> Tensor:
+    """At least float32: bfloat16 has steps of 1/256 below 1, half-precision logits near 20 differ by steps of 1/8."""
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def scores_beside(media: Tensor, values: Sequence[float]) -> Tensor:
+    """Values [B] as a tensor on the device of `media`, in its dtype but at least float32."""
+    return precise(media.new_empty(0)).new_tensor(values)
+
+
 def quantised(media: Tensor) -> Tensor:
-    """`media` as an 8-bit file keeps it, without gradient: what a stored picture is judged by."""
-    return media.detach().mul(255).round().clamp(0, 255).div(255)
+    """`media` as an 8-bit file keeps it, at least float32, no gradient: what a stored picture is judged by."""
+    return precise(media.detach()).mul(255).round().clamp(0, 255).div(255)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +108,7 @@ class Preparation:
 
     fit: `crop` scales the shorter side to `size` and cuts the centre out, as CLIP does; `pad` scales the longer side
     and fills up with `fill`, as HPSv2 and LLaVA do; `stretch` ignores the aspect ratio.
-    Resampling is PIL's: antialiased, and clamped to [0, 1] afterwards, for an 8-bit picture cannot overshoot. PIL
-    rounds to 8 bits as well, which has no gradient; tests state how much that changes.
+    passes: how `resize` resamples, as PIL does or, for HPSv2, as torchvision does with floats.
     """
 
     size: int
@@ -103,11 +119,13 @@ class Preparation:
     fill: tuple[float, ...] = (0.0, 0.0, 0.0)
     pad_first: bool = False  # pad to a square before scaling, as LLaVA does, rather than after
     centre: Literal["down", "even"] = "down"  # of an odd excess, floor (transformers) or round (torchvision)
+    passes: Literal["pil", "float"] = "pil"
 
     def __call__(self, media: Tensor) -> Tensor:
-        """Prepared pictures, in the dtype and on the device of `media`."""
-        pixels = _padded(media, self.fill) if self.fit == "pad" and self.pad_first else media
-        pixels = self._cut(resize(pixels, *self._scaled(*pixels.shape[-2:]), self.resample))
+        """Prepared pictures on the device of `media`, in its dtype but at least float32."""
+        pixels = precise(media)
+        pixels = _padded(pixels, self.fill) if self.fit == "pad" and self.pad_first else pixels
+        pixels = self._cut(resize(pixels, *self._scaled(*pixels.shape[-2:]), self.resample, passes=self.passes))
         mean, std = (pixels.new_tensor(values).reshape(3, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -117,7 +135,7 @@ class Preparation:
         side = min(height, width) if self.fit == "crop" else max(height, width)
         if self.fit == "crop":  # CLIP's processor truncates the longer side, HPSv2's rounds
             return int(self.size * height / side), int(self.size * width / side)
-        return round(self.size * height / side), round(self.size * width / side)
+        return max(1, round(self.size * height / side)), max(1, round(self.size * width / side))
 
     def _cut(self, pixels: Tensor) -> Tensor:
         if self.fit == "pad":
@@ -127,13 +145,34 @@ class Preparation:
         return pixels[..., top : top + self.size, left : left + self.size]
 
 
-def resize(pixels: Tensor, height: int, width: int, resample: str = "bicubic") -> Tensor:
-    """Antialiased resize of [N, 3, H, W], clamped to [0, 1]; pixels of the right size pass as they are."""
+def resize(
+    pixels: Tensor,
+    height: int,
+    width: int,
+    resample: str = "bicubic",
+    *,
+    passes: Literal["pil", "float"] = "pil",
+    eight_bit: bool = False,
+) -> Tensor:
+    """Antialiased resize of [N, 3, H, W], at least float32; pixels of the right size pass as they are.
+
+    passes: `pil` resamples the width, then the height, and clamps to [0, 1] after each, for PIL's pictures are 8-bit
+    in between too; one pass is off by up to 12 levels of 255 on rendered text. PIL's rounding, which has no gradient,
+    is left out: about 1 level. `float` is one pass that may overshoot, as torchvision resamples floats.
+    eight_bit: round before and after each of PIL's passes as PIL does; then no gradient passes.
+    """
     from torch.nn import functional
 
+    pixels = quantised(pixels) if eight_bit else precise(pixels)
     if pixels.shape[-2:] == (height, width):
         return pixels
-    return functional.interpolate(pixels, (height, width), mode=resample, antialias=True).clamp(0, 1)
+    if passes == "float":
+        return functional.interpolate(pixels, (height, width), mode=resample, antialias=True)
+    for size in ((pixels.shape[-2], width), (height, width)):
+        if pixels.shape[-2:] != size:
+            pixels = functional.interpolate(pixels, size, mode=resample, antialias=True).clamp(0, 1)
+            pixels = quantised(pixels) if eight_bit else pixels
+    return pixels
 
 
 def _padded(pixels: Tensor, fill: Sequence[float]) -> Tensor:

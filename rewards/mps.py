@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rewards.clip import LAION_H, Clip, ClipReward
+from rewards.media import precise
 from rewards.weights import CONVERT, load_strictly, read_state
 
 CONDITIONS = {
@@ -57,7 +58,7 @@ class Mps(ClipReward):
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
-        tensors = {key.removeprefix("mps."): value for key, value in read_state(model, advice=GET).items()}
+        tensors = {key.removeprefix("mps."): value for key, value in read_state(model, owner="mps", advice=GET).items()}
         own = {
             key.removeprefix("model."): value for key, value in tensors.items() if not key.startswith("cross_model.")
         }
@@ -73,8 +74,7 @@ class Mps(ClipReward):
         pooled, said = self.clip.read(prompts, tokens=True)
         seen = self.clip.model.visual_projection(self.clip.see(media).tokens)
         asked = self._cross["cross_model"](seen, said, self._relevant(said))[:, 0]
-        exact = torch.promote_types(asked.dtype, torch.float32)
-        return self.clip.scale * functional.cosine_similarity(asked.to(exact), pooled.to(exact), dim=-1)
+        return self.clip.scale * functional.cosine_similarity(precise(asked), precise(pooled), dim=-1)
 
     def _relevant(self, said: Tensor) -> Tensor:
         """Which tokens [B, L] of prompts `said` [B, L, D], padding among them as published, concern the condition."""

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from alignkit.errors import MissingFileError
 from alignkit.records import Prompt, Scores, texts
+from rewards.media import check_media, resize
+from rewards.weights import load_whole
 
 
 class PreferenceConfig(PretrainedConfig):
@@ -110,17 +111,18 @@ class PreferenceReward:
         if not Path(model).is_dir():
             raise MissingFileError(f"preference: no model folder '{model}'")
         self.name = Path(model).name
-        self._model = PreferenceModel.from_pretrained(model, dtype=torch.float32)
-        self._model = self._model.to(device).eval().requires_grad_(False)
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        try:
+            network = load_whole(PreferenceModel, model, "preference", dtype=torch.float32)
+            self._tokenizer = AutoTokenizer.from_pretrained(model)
+        except OSError as error:
+            raise MissingFileError(f"preference: '{model}' is not the whole folder of a model: {error}") from error
+        self._model = network.to(device).eval().requires_grad_(False)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        length = self._model.config.tokens
+        media, length = check_media(media, prompts, self), self._model.config.tokens
         tokens = self._tokenizer(
             texts(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self._model.device)
-        media, size = media.to(self._model.device), (self._model.config.size,) * 2
-        if media.shape[-2:] != size:
-            media = functional.interpolate(media, size, mode="bilinear", antialias=True)
-        scores = self._model(media, tokens.input_ids)
+        pixels = resize(media.to(self._model.device), *(self._model.config.size,) * 2, "bilinear")
+        scores = self._model(pixels.to(self._model.dtype), tokens.input_ids)
         return Scores(scores[:, 0], dict(zip(self._model.config.answers[1:], scores[:, 1:].unbind(1), strict=True)))

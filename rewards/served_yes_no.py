@@ -17,6 +17,7 @@ from rewards.judge import TOP
 from rewards.media import check_media
 from rewards.messages import ClipForm, media_parts, text_part, user
 from rewards.served import ChatClient, Report
+from rewards.vlm import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,8 @@ class ServedYesNo:
         clips: ClipForm = "frames",
         **client: Any,
     ) -> None:
-        self.modality, self.question, self.yes, self.no = modality, question, tuple(yes), tuple(no)
+        self.modality, self.question = modality, question
+        self.yes, self.no = listed(yes, "served_yes_no: yes"), listed(no, "served_yes_no: no")
         self._shown = {"frames": frames, "clips": clips}
         self.client: ChatClient = construct(
             ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name

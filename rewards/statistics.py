@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt, Scores
-from rewards.media import check_media, quantised
+from rewards.media import check_media, precise, quantised, scores_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +25,7 @@ SMALLEST_POWER = 1e-8  # per pixel; 8-bit rounding alone makes 1.3e-6
 
 def luminance(media: Tensor) -> Tensor:
     """Luma [..., H, W] in [0, 1] of pixels [..., 3, H, W], in fp32 or, of fp64, in fp64."""
-    import torch
-
-    pixels = media.to(torch.promote_types(media.dtype, torch.float32))
+    pixels = precise(media)
     return (pixels * pixels.new_tensor(LUMA).reshape(3, 1, 1)).sum(-3)
 
 
@@ -60,9 +58,7 @@ class Saturation(Statistic):
     name = "saturation"
 
     def measure(self, media: Tensor) -> Tensor:
-        import torch
-
-        pixels = media.to(torch.promote_types(media.dtype, torch.float32))
+        pixels = precise(media)
         return (pixels.amax(1) - pixels.amin(1)).mean((1, 2))
 
 
@@ -133,7 +129,8 @@ class JpegSize(Statistic):
 
     def measure(self, media: Tensor) -> Tensor:
         height, width = media.shape[-2:]
-        return media.new_tensor([8 * self._bytes(picture) / (height * width) for picture in quantised(media)])
+        bits = [8 * self._bytes(picture) / (height * width) for picture in quantised(media)]
+        return scores_beside(media, bits)
 
     def _bytes(self, picture: Tensor) -> int:
         from PIL import Image

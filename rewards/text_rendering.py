@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from alignkit.errors import DataError, MissingFileError
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import resolve
-from rewards.media import check_media, quantised
+from rewards.media import check_media, quantised, scores_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class TextRendering:
         wanted = [quoted(prompt.text) for prompt in prompts]
         read = [self._recognise(picture) for picture in pictures.cpu().numpy()]
         each = [[likeness(text, found) for text in texts] for texts, found in zip(wanted, read, strict=True)]
-        total = media.new_tensor([sum(scores) / len(scores) for scores in each])
+        total = scores_beside(media, [sum(scores) / len(scores) for scores in each])
         return Scores(total, {"exact": (total == 1).to(total.dtype)})
 
 

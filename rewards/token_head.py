@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError
-from rewards.vision_language import VisionLanguage, freeze, load, precise
+from rewards.media import precise
+from rewards.vision_language import VisionLanguage, freeze, load
 from rewards.weights import load_strictly, read_state, torch_dtype
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class TokenHead:
 
         Raises DataError where a text has not each special token once: a prompt may not contain them.
         """
+        import torch
+
         seen = self._reader.see(media, eight_bit=eight_bit)
         rows = [self._reader.tokens(seen, text) for text in texts]
         for index, row in enumerate(rows):
@@ -74,12 +77,13 @@ class TokenHead:
                 )
         spots = [(index, row.index(token)) for index, row in enumerate(rows) for token in self._ids]
         states = precise(self._reader.read(seen, range(len(rows)), rows, spots))
-        return self._head.to(states.dtype)(states).unflatten(0, (len(rows), len(self._ids)))
+        with torch.autocast(states.device.type, enabled=False):
+            return self._head.to(states.dtype)(states).unflatten(0, (len(rows), len(self._ids)))
 
 
-def read_unwrapped(path: Path, *, advice: str = "get it again") -> dict[str, Tensor]:
+def read_unwrapped(path: Path, *, owner: str) -> dict[str, Tensor]:
     """Tensors of a weight file, prefixes of PEFT taken off; errors as those of `read_state`."""
-    return {name.removeprefix(_PEFT): value for name, value in read_state(path, advice=advice).items()}
+    return {name.removeprefix(_PEFT): value for name, value in read_state(path, owner=owner).items()}
 
 
 def merge_adapters(state: Mapping[str, Tensor], alpha: float, *, rank_stabilised: bool = False) -> dict[str, Tensor]:

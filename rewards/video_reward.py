@@ -70,7 +70,7 @@ class VideoReward:
             raise ConfigError("video_reward: give fps or frames, not both")
         config = _config(Path(weights))
         data, lora = config["data_config"], config.get("peft_lora_config") or {}
-        state = read_unwrapped(_checkpoint(Path(weights)))
+        state = read_unwrapped(_checkpoint(Path(weights)), owner=self.name)
         if any(".lora_" in name for name in state):
             state = merge_adapters(state, lora["lora_alpha"], rank_stabilised=bool(lora.get("use_rslora")))
         wide = state.get(f"{HEAD}weight")

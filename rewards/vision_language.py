@@ -122,13 +122,6 @@ class VisionLanguage:
         return output.last_hidden_state[row, position]
 
 
-def precise(tensor: Tensor) -> Tensor:
-    """At least float32: half-precision logits near 20 differ by steps of 1/8."""
-    import torch
-
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def load(model: str, build: Callable[[Any], Any], *, owner: str, bounds: tuple[int | None, int | None]) -> Any:
     """(what `build(config)` returns, tokenizer, patches) of a model folder or hub id.
 

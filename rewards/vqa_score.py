@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.records import Prompt, Scores
 from rewards.media import check_media
-from rewards.vlm import Readout, VlmCritic, known_modality
+from rewards.vlm import Readout, VlmCritic, known_modality, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,9 @@ class VqaScore:
     ) -> None:
         self.modality = known_modality(modality, self.name)
         self._question, self._eight_bit = question, eight_bit
-        self._critic = VlmCritic(model, readout=Readout(tuple(answer), ()), owner=self.name, **options)
+        self._critic = VlmCritic(
+            model, readout=Readout(listed(answer, f"{self.name}: answer"), ()), owner=self.name, **options
+        )
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         media = check_media(media, prompts, self)

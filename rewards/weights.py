@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError, MissingFileError, nearest
 
@@ -18,6 +18,7 @@ CONVERT = (
     "where its code is installed and you trust it, write the tensors alone: "
     "`m = torch.load(FILE, weights_only=False); safetensors.torch.save_model(m, 'weights.safetensors')`"
 )
+NO_WEIGHTS = ("position_ids", "num_batches_tracked")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -51,12 +52,12 @@ def find_file(model: str, names: Sequence[str], advice: str) -> Path:
     raise MissingFileError(f"'{model}' is no file, nor a folder or hub id with {' or '.join(names)}; {advice}")
 
 
-def read_state(path: str | Path, *, advice: str = "get it again") -> dict[str, Tensor]:
+def read_state(path: str | Path, *, owner: str, advice: str = "get it again") -> dict[str, Tensor]:
     """All tensors of a .safetensors, a torch state dict or the index (.json) of several, on the CPU.
 
     A dict under "state_dict" or "model" inside, as training programs write it, is what is meant. Raises
-    MissingFileError where it is not there, DataError where it is damaged or holds pickled code, which is not run; both
-    end in `advice`.
+    MissingFileError where it is not there, DataError where it is damaged or holds pickled code, which is not run. They
+    name `owner`, the reward, and end in what to do.
     """
     import torch
     from safetensors import SafetensorError
@@ -64,26 +65,28 @@ def read_state(path: str | Path, *, advice: str = "get it again") -> dict[str, T
 
     path = Path(path)
     if path.suffix == ".json" and path.is_file():
-        return {key: value for part in _parts(path) for key, value in _part(path, part, advice).items()}
+        return {key: value for part in _parts(path) for key, value in _part(path, part, owner, advice).items()}
     if not path.is_file():
-        raise MissingFileError(f"no weights '{path}'; {advice}")
+        raise MissingFileError(f"{owner}: no weights '{path}'; {advice}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except torch.serialization.pickle.UnpicklingError as error:
-        raise DataError(f"'{path}' is damaged or holds pickled code, which is not run here; {CONVERT}") from error
+        raise DataError(
+            f"{owner}: '{path}' is damaged or holds pickled code, which is not run here; {CONVERT}"
+        ) from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise DataError(f"'{path}' is no readable file of weights; {advice}: {error}") from error
+        raise DataError(f"{owner}: '{path}' is no readable file of weights; {advice}: {error}") from error
     while isinstance(state, dict) and (inner := [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]):
         state = inner[0]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise DataError(f"'{path}' is no plain state dict, name -> tensor; {CONVERT}")
+        raise DataError(f"{owner}: '{path}' is no plain state dict, name -> tensor; {CONVERT}")
     return state
 
 
-def _part(index: Path, name: str, advice: str) -> dict[str, Tensor]:
+def _part(index: Path, name: str, owner: str, advice: str) -> dict[str, Tensor]:
     if not (index.parent / name).is_file():
-        raise MissingFileError(f"'{index.parent / name}' is named by its index and not there; get the whole folder")
-    return read_state(index.parent / name, advice=advice)
+        raise MissingFileError(f"{owner}: '{index.parent / name}' is named by its index and not there; get all files")
+    return read_state(index.parent / name, owner=owner, advice=advice)
 
 
 def require_same(
@@ -94,6 +97,22 @@ def require_same(
     found = [f"{len(keys)} {fault} ({_some(keys)})" for fault, keys in faults.items() if keys]
     if found:
         raise DataError(f"{where}: weights do not fit: {'; '.join(found)}. Is it the published file of this model?")
+
+
+def load_whole(kind: Any, model: str, owner: str, *, beside: tuple[str, ...] = (), **options: Any) -> Any:
+    """`kind.from_pretrained(model)`, where it fills every weight and has none left.
+
+    transformers itself gives weights that are not there random values and warns. What counts as no weight: positions
+    and batch counters, which old files store, names that begin with one of `beside`, and what the class itself ties or
+    ignores. `options` go to `from_pretrained`; with a `state_dict` among them `model` is a name for errors only. Raises
+    DataError naming `owner` and some keys, OSError where nothing is there.
+    """
+    place = None if "state_dict" in options else model
+    network, told = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    left = {key for key in told["unexpected_keys"] if not key.endswith(NO_WEIGHTS) and not key.startswith(beside)}
+    misshapen = {f"{key} {list(given)} for {list(own)}" for key, given, own in told["mismatched_keys"]}
+    require_same(f"{owner}: '{model}'", missing=told["missing_keys"], unexpected=left, misshapen=misshapen)
+    return network
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt, Scores
 from rewards.media import check_media
-from rewards.vlm import VlmCritic, known_modality
+from rewards.vlm import VlmCritic, known_modality, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ class YesNo:
         **options: Any,
     ) -> None:
         self.modality = known_modality(modality, self.name)
-        self._questions, self._eight_bit = _named(questions), eight_bit
+        self._questions, self._eight_bit = _named(listed(questions, "yes_no: questions")), eight_bit
         self._critic = VlmCritic(model, owner=self.name, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from alignkit.errors import DataError
 from alignkit.records import Prompt, Scores
 from alignkit.sandbox.captions import parse
 from alignkit.sandbox.scenes import PALETTE, SHAPES, SIZE, Spec, Thing, _obeys, coverage
@@ -141,9 +142,15 @@ class GoldReward:
     source = "alignkit.sandbox.gold"
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Verdicts [B] of media [B, 3, H, W] in [0, 1]; raises DataError for a text outside the caption grammar."""
+        """Verdicts [B] of media [B, 3, H, W] in [0, 1]; raises DataError for a text outside the caption grammar,
+        for media of another shape or number than prompts, and for pixels that are not finite.
+        """
         import torch
 
+        if media.dim() != 4 or media.shape[1] != 3 or len(media) != len(prompts):
+            raise DataError(f"gold: media {list(media.shape)}, {len(prompts)} prompts; give [B, 3, H, W] and B prompts")
+        if not torch.isfinite(media).all():
+            raise DataError("gold: a pixel is NaN or infinite; look at the generator or its precision")
         pictures = media.detach().float().cpu().permute(0, 2, 3, 1).numpy()
         verdicts = [
             float(shows(look(picture), parse(prompt.text))) for picture, prompt in zip(pictures, prompts, strict=True)

@@ -131,11 +131,19 @@ def test_files_that_cannot_be_used_are_named(folder, tmp_path):
         Hps(str(folder), dtype="half", **options)
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
-    tiny_clips.clip(vocab_size=50, eos_token_id=49, bos_token_id=48, pad_token_id=49).save_pretrained(tmp_path)
+@pytest.mark.parametrize("words", [50, 60, 65, 100])
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, words):
+    """Larger or smaller: its words would be others."""
+    tiny_clips.clip(vocab_size=words, eos_token_id=49, bos_token_id=48, pad_token_id=49).save_pretrained(tmp_path)
     tiny_clips.tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=r"has 58 tokens and the weights .* 50"):
+    with pytest.raises(DataError, match=rf"has 58 tokens and the weights .* {words}; give `processor`"):
         ClipScore(str(tmp_path))
+
+
+def test_a_vocabulary_may_be_filled_up(tmp_path):
+    tiny_clips.clip(vocab_size=64).save_pretrained(tmp_path)
+    tiny_clips.tokenizer().save_pretrained(tmp_path)
+    ClipScore(str(tmp_path))
 
 
 # --- preparation and prompts ----------------------------------------------------------------------------------------
@@ -215,11 +223,13 @@ def gradient(rewards, media):
     return torch.autograd.grad(total, media)[0]
 
 
-def test_equal_towers_look_once_with_the_same_scores_and_gradients(pair):
+@pytest.mark.parametrize(("side", "times"), [(tiny_clips.SIDE, 1), (48, 2)])
+def test_equal_towers_look_once_with_the_same_scores_and_gradients(pair, side, times):
+    """Unless pictures are resized, which HPSv2 does otherwise."""
     rewards, apart, looks = pair
-    media = noise(side=48).requires_grad_()
+    media = noise(side=side).requires_grad_()
     shared, alone = gradient(rewards, media), gradient(apart, media)
-    assert len(looks) == 1
+    assert len(looks) == times
     torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-6)
     for one, two in zip(rewards, apart, strict=True):
         assert torch.equal(one(media, PROMPTS).total, two(media, PROMPTS).total)

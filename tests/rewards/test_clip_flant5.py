@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
@@ -202,6 +203,8 @@ def test_weights_in_bfloat16_score_in_float32(folder, exact):
     total = ClipFlanT5(folder, tokenizer=folder, dtype="bfloat16")(pictures().float(), PROMPTS).total
     assert total.dtype == torch.float32
     torch.testing.assert_close(total.double(), exact(pictures(), PROMPTS).total, rtol=0.1, atol=0)
+    half = pictures().bfloat16()
+    assert torch.equal(exact(half, PROMPTS).total, exact(half.float(), PROMPTS).total)
 
 
 def test_weights_without_a_tower_take_the_named_one(networks, tokenizer, exact, tmp_path):
@@ -230,6 +233,20 @@ def test_other_weights_are_refused(networks, tokenizer, tmp_path, change, messag
     model = store(tmp_path, state, networks, tokenizer)
     with pytest.raises(DataError, match=message):
         ClipFlanT5(model, tokenizer=model)
+
+
+def test_a_tower_of_its_own_is_loaded_strictly(networks, tokenizer, tmp_path):
+    """From a whole CLIP's folder, too, whose other tower is left."""
+    state = {k: v for k, v in published_state(networks).items() if not k.startswith("vision_tower")}
+    model = store(tmp_path, state, networks, tokenizer)
+    networks[0].save_pretrained(tmp_path / "tower")
+    file = tmp_path / "tower" / "model.safetensors"
+    tower = load_file(file)
+    save_file(tower | {"text_model.final_layer_norm.bias": torch.ones(2)}, file, {"format": "pt"})
+    ClipFlanT5(model, tokenizer=model, vision_tower=str(tmp_path / "tower"))
+    save_file(tower | {"vision_model.other": torch.ones(2)}, file, {"format": "pt"})
+    with pytest.raises(DataError, match=r"clip_flant5: vision_tower: .*1 unexpected \(other\)"):
+        ClipFlanT5(model, tokenizer=model, vision_tower=str(tmp_path / "tower"))
 
 
 def test_what_is_not_there_is_named(folder, tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForObjectDetection
 
 from alignkit.errors import DataError, MissingFileError
@@ -299,6 +301,42 @@ def test_clip_names_the_color_of_its_own_formula(clip_folder):
             crop = media[:, top : top + side, left : left + side]
             seen = clip.get_image_features(pixel_values=((crop - mean) / std)[None]).pooler_output
             assert name == COLORS[int((directions @ seen[0]).argmax())]
+
+
+def test_a_thing_s_colors_are_read_once(clip_folder, monkeypatch):
+    calls, colors = [], ClipColors(str(clip_folder))
+    made = colors._colors
+    monkeypatch.setattr(colors, "_colors", lambda name: calls.append(name) or made(name))
+    for name in ("cup", "dog", "cup"):
+        colors(torch.rand(3, 20, 20), torch.tensor([[0.0, 0, 9, 9]]), None, name)
+    assert calls == ["cup", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("make", "lost"), [(TransformersDetector, "bbox_predictor"), (ClipColors, "visual_projection")]
+)
+def test_folders_are_loaded_strictly(make, lost, clip_folder, tmp_path):
+    """But for positions, which old files store."""
+    folder = shutil.copytree(clip_folder, tmp_path / "folder")
+    if make is TransformersDetector:
+        config, processor = yolos({"id2label": dict(enumerate(LABELS))})
+        AutoModelForObjectDetection.from_config(config).save_pretrained(folder)
+        processor.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    positions = {"text_model.embeddings.position_ids": torch.arange(16)[None]}
+    save_file(state | positions, folder / "model.safetensors", {"format": "pt"})
+    make(str(folder))
+    kept = {name: value for name, value in state.items() if not name.startswith(lost)}
+    save_file(kept | {"other": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=rf"geneval: .*missing \({lost}.*1 unexpected \(other\)"):
+        make(str(folder))
+
+
+def test_half_precision_pictures_score_in_float32(build):
+    media = picture(red=[(10, 10)]).bfloat16()
+    scores = build([thing("cup")])(media, [prompt(want("cup", color="red"))])
+    assert scores.total.dtype == scores.parts["count"].dtype == torch.float32
+    assert scores.total.item() == 1
 
 
 def test_crops_stay_in_the_picture_and_masks_hide_the_rest():

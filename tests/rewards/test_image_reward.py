@@ -202,10 +202,12 @@ def test_rows_stand_alone_and_repeat(reward):
     assert isinstance(reward, Reward)
 
 
-def test_precision_is_the_weights(folder, reward):
-    low = ImageReward(folder, tokenizer=folder, dtype="bfloat16")(pictures(), PROMPTS).total
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), reward(pictures(), PROMPTS).total, rtol=0.1, atol=0.1)
+def test_weights_in_bfloat16_score_in_float32(folder, reward):
+    low = ImageReward(folder, tokenizer=folder, dtype="bfloat16")(pictures().float(), PROMPTS).total
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, reward(pictures(), PROMPTS).total, rtol=0.1, atol=0.1)
+    half = pictures().bfloat16()
+    assert torch.equal(reward(half, PROMPTS).total, reward(half.float(), PROMPTS).total)
     with pytest.raises(ConfigError, match=r"dtype 'bf16' is unknown. Did you mean 'bfloat16'\?"):
         ImageReward(folder, tokenizer=folder, dtype="bf16")
 

@@ -18,6 +18,7 @@ from alignkit.records import Prompt, Scores
 from rewards.judge import QUESTIONS, PairQuestion, RewardJudge, ServedJudge
 from rewards.messages import media_parts
 from rewards.served_yes_no import ServedYesNo
+from rewards.statistics import Saturation
 
 QUICK = {"timeout": 5.0, "backoff": 0.01, "retries": 1}
 
@@ -152,6 +153,19 @@ def test_any_reward_judges_by_its_difference():
 # --- pictures on the wire -------------------------------------------------------------------------------------------
 
 
+def test_a_reward_that_judges_builds_no_graph():
+    seen = []
+
+    class Watched(Saturation):
+        def measure(self, media):
+            seen.append(super().measure(media))
+            return seen[-1]
+
+    first, second = (torch.rand(2, 3, 4, 4).requires_grad_() for _ in range(2))
+    RewardJudge(Watched()).compare(first, second, prompts(2))
+    assert [one.requires_grad for one in seen] == [False, False]
+
+
 def test_pictures_arrive_as_an_8_bit_file_keeps_them():
     media = torch.rand(3, 5, 7, dtype=torch.float64)
     (picture,), _ = seen({"messages": [{"content": media_parts(media)}]})
@@ -204,3 +218,8 @@ def test_yes_no_without_yes_or_no_is_nan():
     assert reward.report().abstentions == {"malformed": 1}
     with ChatServer(lambda *_: said("Yes")) as server, pytest.raises(ServerError, match="no log-probabilities"):
         ServedYesNo(server.url, "tiny", **QUICK)(grey(0.4), prompts(1))
+
+
+def test_words_of_a_belief_are_lists():
+    with pytest.raises(ConfigError, match=r"served_yes_no: yes is 'yes'; give a list"):
+        ServedYesNo("http://127.0.0.1:1/v1", "judge", yes="yes")

@@ -120,6 +120,13 @@ def test_jpeg_size_is_that_of_the_file_and_of_the_8_bit_picture():
     assert not JpegSize().differentiable
 
 
+def test_half_precision_is_stored_and_scored_as_float32():
+    media = noise(2, 3, 16, 16).bfloat16()
+    sizes = measure(JpegSize(), media)
+    assert sizes.dtype == torch.float32
+    assert torch.equal(sizes, measure(JpegSize(), media.float()))
+
+
 def test_impossible_options_and_sizes_are_named():
     for build, told in ((lambda: HighFrequency(0.8), "cutoff is 0.8"), (lambda: JpegSize(100), "quality is 100")):
         with pytest.raises(ConfigError, match=told):

@@ -78,6 +78,12 @@ def test_a_row_is_its_own_and_several_texts_are_averaged(reward):
     assert not reward.differentiable
 
 
+def test_half_precision_pictures_score_in_float32(reward):
+    scores = reward(written("2026").bfloat16(), [asked("2025")])
+    assert scores.total.dtype == scores.parts["exact"].dtype == torch.float32
+    assert scores.total.item() == pytest.approx(3 / 4)
+
+
 def test_readers_take_options(monkeypatch):
     monkeypatch.setitem(sys.modules, "my_reader", SimpleNamespace(DigitReader=DigitReader))
     only_ones = TextRendering("my_reader:DigitReader", {"digits": "1"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import tiny_vlm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -225,6 +227,10 @@ def test_time_matters_where_the_family_counts_it(folders):
         (lambda c: c.ask(media(), [["a"]]), "2 media with 1 lists"),
         (lambda c: c.ask(media(), [["a"], ["a", "b"]]), "different numbers of questions"),
         (lambda c: c.ask(media(), ["<|image_pad|>?"]), "not exactly one"),
+        (lambda c: c.ask(media(), ["a", " "]), "critic: a question of ['a', ' ', 'a', ' '] is empty"),
+        (lambda c: c.answers(media(), [""], ["a"]), "is empty"),
+        (lambda c: c.ask(media(), [[], []]), "is empty"),
+        (lambda c: c.ask(media(), [["a"], "b"]), "2 media with 2 lists"),
         (lambda c: c.answers(media(), ["a"], [""]), "an answer is empty"),
         (lambda c: c.answers(media(), ["a"], ["b", "c"]), "differ in number"),
     ],
@@ -232,6 +238,78 @@ def test_time_matters_where_the_family_counts_it(folders):
 def test_questions_that_cannot_be_asked(folders, call, words):
     with pytest.raises(DataError, match=re.escape(words)):
         call(critic(folders["qwen2_vl"]))
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        (lambda x: x * 255, "divide by 255"),
+        (lambda x: x * 2 - 1, "x / 2 + 0.5"),
+        (lambda x: x.index_fill(0, torch.tensor(1), torch.nan), "a pixel of row 1 is NaN"),
+        (lambda x: x.mul(255).byte(), "media are torch.uint8"),
+        (lambda x: x.movedim(1, -1), "channels come last"),
+        (lambda x: x[0], "expected [B, 3, H, W]"),
+        (lambda x: x[:, None], "clips of 1 frames"),
+        (lambda x: x[:, None][:, :0], "clips of 0 frames"),
+    ],
+)
+def test_media_that_cannot_be_asked_about(folders, spoilt, words):
+    asked = VlmCritic(folders["qwen2_vl"])
+    for call in (asked.ask, asked.margins, lambda media, questions: asked.answers(media, questions, ["Yes"])):
+        with pytest.raises(DataError, match=f"critic: .*{re.escape(words)}"):
+            call(spoilt(media()), ["Is it?"])
+
+
+@pytest.mark.parametrize("readout", [Readout(), Readout(("Yes",), ())])
+def test_margins_are_float32_in_autocast_and_of_half_precision_media(folders, readout):
+    asked = VlmCritic(folders["qwen2_vl"], readout=readout)
+    pixels = media().bfloat16()
+    exact = asked.margins(pixels.float(), QUESTIONS)
+    assert torch.equal(asked.margins(pixels, QUESTIONS), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        margins, said = asked.margins(pixels, QUESTIONS), asked.answers(pixels, QUESTIONS, ["a cat", "No"])
+    assert margins.dtype == said.dtype == torch.float32
+    assert not torch.equal(margins.bfloat16().float(), margins)
+    torch.testing.assert_close(margins, exact, rtol=0, atol=0.2)
+
+
+def test_the_head_of_half_precision_is_promoted_once(folders):
+    asked = VlmCritic(folders["qwen2_vl"], dtype="bfloat16", readout=Readout(("Yes",), ()))
+    asked.ask(media(), QUESTIONS)
+    kept = asked._all_words
+    asked.answers(media(), QUESTIONS, ["Yes", "No"])
+    assert asked._all_words is kept
+    assert kept.dtype == torch.float32
+
+
+def test_a_readout_may_come_from_a_config(folders):
+    stored = {"positive": ["Yes", "yes"], "negative": ["No"]}
+    given, wanted = (VlmCritic(folders["qwen2_vl"], readout=r) for r in (stored, Readout(("Yes", "yes"), ("No",))))
+    assert torch.equal(given.margins(media(), QUESTIONS), wanted.margins(media(), QUESTIONS))
+    with pytest.raises(ConfigError, match="readout: good is unknown"):
+        VlmCritic(folders["qwen2_vl"], readout={"good": ["Yes"]})
+    with pytest.raises(ConfigError, match=r"readout: positive is 'Yes'; give a list, \['Yes'\]"):
+        VlmCritic(folders["qwen2_vl"], readout={"positive": "Yes"})
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_folders_are_loaded_strictly(folders, tmp_path, is_tied):
+    """A head that is tied to the words need not be stored; nothing else may be absent, and nothing left over."""
+    folder = shutil.copytree(folders["qwen2_vl"], tmp_path / "folder")
+    state = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = is_tied
+    (folder / "config.json").write_text(json.dumps(config))
+    del state["lm_head.weight"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    if is_tied:
+        VlmCritic(str(folder))
+        del state["model.norm.weight"]
+        save_file(state | {"other": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        DataError, match=r"critic: .*folder'.*1 unexpected \(other" if is_tied else r"1 missing \(lm_head"
+    ):
+        VlmCritic(str(folder))
 
 
 def test_models_that_cannot_be_read(folders, clip_folder):

@@ -229,7 +229,7 @@ def test_hpsv3_reads_its_token(folder, hpsv3_state, tmp_path):
         (lambda s: s.update({"rm_head.1.weight": torch.ones(2)}), r"rm_head\.\*: .*1 unexpected \(1\.weight\)"),
         (lambda s: s.update({"model.layers.2.x": torch.ones(2)}), r"1 unexpected \(language_model\.layers\.2\.x\)"),
         (lambda s: s.update({"model.norm.weight": torch.ones(2)}), r"1 of another shape"),
-        (lambda s: s.pop("model.embed_tokens.weight"), "is it whole"),
+        (lambda s: s.pop("model.embed_tokens.weight"), "is it a whole"),
         (lambda s: s.update({n: s[n][:-1] for n in EMBEDDINGS}), "more tokens than the checkpoint"),
     ],
 )
@@ -335,3 +335,24 @@ def test_modalities_are_checked(folder):
         clips(media(), PROMPTS)
     with pytest.raises(ConfigError, match="modality 'audio'"):
         YesNo(str(folder), modality="audio")
+
+
+def test_texts_are_not_taken_apart(folder):
+    with pytest.raises(ConfigError, match=r"vqa_score: answer is 'Yes'; give a list, \['Yes'\]"):
+        VqaScore(str(folder), answer="Yes")
+    with pytest.raises(ConfigError, match="yes_no: questions is 'Is it"):
+        YesNo(str(folder), questions="Is it?")
+
+
+@pytest.mark.parametrize("make", [VqaScore, YesNo])
+def test_half_precision_media_score_in_float32(make, folder):
+    reward, pixels = make(str(folder)), media().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reward(pixels, PROMPTS).total.dtype == torch.float32
+    assert torch.equal(reward(pixels, PROMPTS).total, reward(pixels.float(), PROMPTS).total)
+
+
+def test_heads_read_in_float32_in_autocast(folder, hpsv3_state, tmp_path):
+    reward = hpsv3(folder, hpsv3_state, tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reward(media().float(), PROMPTS).total.dtype == torch.float64

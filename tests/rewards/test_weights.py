@@ -37,15 +37,15 @@ def test_an_index_on_the_hub_brings_its_parts(shards, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
     path = find_file("someone/model", ["model.safetensors", "model.index.json"], "get it")
     layer = torch.nn.Linear(2, 2)
-    load_strictly(layer, read_state(path), "here")
+    load_strictly(layer, read_state(path, owner="here"), "here")
     assert layer.weight.eq(3).all()
     assert layer.bias.eq(3).all()
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
-    with pytest.raises(DataError, match="holds pickled code, which is not run"):
-        read_state(tmp_path / "whole.pt")
+    with pytest.raises(DataError, match=r"here: .*holds pickled code, which is not run"):
+        read_state(tmp_path / "whole.pt", owner="here")
 
 
 def test_all_faults_are_named_at_once():
@@ -60,7 +60,7 @@ def test_what_is_not_there_comes_with_advice(shards):
         find_file(str(shards), ["model.pt", "other.pt"], "download it")
     (shards / "two.bin").unlink()
     with pytest.raises(MissingFileError, match=r"two\.bin' is named by its index"):
-        read_state(find_file(str(shards), ["model.index.json"], "get it"))
+        read_state(find_file(str(shards), ["model.index.json"], "get it"), owner="here")
 
 
 def test_dtypes_are_words():

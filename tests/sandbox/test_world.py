@@ -155,6 +155,10 @@ def test_gold_reward_scores_row_by_row():
     assert gold(pictures, asked[::-1]).total.tolist() == [0.0, 0.0]
     with pytest.raises(DataError, match="no sandbox caption"):
         gold(pictures[:1], [Prompt.from_text("a dog")])
+    with pytest.raises(DataError, match=r"3, 64, 64\], 1 prompts"):
+        gold(pictures, asked[:1])
+    with pytest.raises(DataError, match="a pixel is NaN"):
+        gold(pictures * torch.nan, asked)
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
