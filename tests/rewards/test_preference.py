@@ -17,9 +17,10 @@ PROMPTS = [Prompt.from_text("a red circle"), Prompt.from_text("a blue ring")]
 @pytest.fixture
 def folder(tmp_path):
     tokenizer = models.clip_tokenizer()
-    PreferenceModel(PreferenceConfig(len(tokenizer), size=16, channels=(16, 16, 32), layers=1)).save_pretrained(
-        tmp_path
-    )
+    config = PreferenceConfig(len(tokenizer), size=16, channels=(16, 16, 32), layers=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        PreferenceModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     return tmp_path
 
@@ -52,3 +53,16 @@ def test_folders_are_loaded_strictly(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(MissingFileError, match=r"preference: .* is not the whole folder"):
         PreferenceReward(str(folder))
+
+
+def test_pixel_gradients_are_central_differences(folder):
+    reward = PreferenceReward(str(folder))
+    reward._model.double()
+    generator = torch.Generator().manual_seed(5)
+    media = torch.rand(2, 3, 24, 24, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+    along = torch.randn(media.shape, generator=generator, dtype=torch.float64)
+    media.requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(media, PROMPTS).total.sum(), media)
+    step = 1e-6
+    ahead, behind = (reward(media.detach() + sign * step * along, PROMPTS).total.sum() for sign in (1, -1))
+    assert (gradient * along).sum().item() == pytest.approx(((ahead - behind) / (2 * step)).item(), rel=1e-5)
