@@ -31,12 +31,13 @@ from rewards.clip_score import ClipScore
 from rewards.hps import Hps
 from rewards.hpsv3 import PIXELS, HPSv3
 from rewards.image_reward import TOKENS, ImageReward
+from rewards.media import precise
 from rewards.mps import Cross, Mps
 from rewards.pick_score import PickScore
 from rewards.preference import PreferenceReward
 from rewards.templates import HPSV3, VIDEO_REWARD
 from rewards.video_reward import VideoReward
-from rewards.vision_language import VisionLanguage, precise
+from rewards.vision_language import VisionLanguage
 from rewards.vqa_score import QUESTION, VqaScore
 from rewards.yes_no import YesNo
 

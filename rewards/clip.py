@@ -71,7 +71,7 @@ def _shape(tower: nn.Module) -> tuple[Any, ...]:
 
 
 class SharedVision(Vision):
-    """A tower of several rewards that sees each media tensor once.
+    """A tower of several rewards that sees each media tensor once for every way to prepare it.
 
     The last features are kept for the very same tensor object (weakly held) at the same version, so that an in-place
     edit, another gradient mode, checkpoint, autocast or preparation looks anew. They are dropped as soon as a gradient
@@ -82,27 +82,31 @@ class SharedVision(Vision):
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__(tower)
-        self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], Features] | None = None
+        self._media: weakref.ref[Tensor] | None = None
+        self._seen: dict[tuple[Any, ...], Features] = {}
 
     def __call__(self, media: Tensor, preparation: Preparation) -> Features:
         if media.is_inference():
             return super().__call__(media, preparation)
         key = _state(media, preparation)
-        last = self._last
-        if last is not None and last[0]() is media and last[1] == key:
-            return last[2]
-        seen = super().__call__(media, preparation)
-        if seen.tokens.requires_grad:
-            seen.tokens.register_hook(self._forget)
-        self._last = (weakref.ref(media, self._forget), key, seen)
-        return seen
+        if self._media is None or self._media() is not media or any(known[:-1] != key[:-1] for known in self._seen):
+            self._media, self._seen = weakref.ref(media, self._forget), {}
+        if key not in self._seen:
+            seen = super().__call__(media, preparation)
+            if seen.tokens.requires_grad:
+                seen.tokens.register_hook(self._forget)
+            self._seen[key] = seen
+        return self._seen[key]
 
     def _forget(self, _: object) -> None:
-        self._last = None
+        self._seen = {}
 
 
 def _state(media: Tensor, preparation: Preparation) -> tuple[Any, ...]:
-    """All that features of one tensor depend on; square pictures are scaled alike by every fit, or not at all."""
+    """All that features of one tensor depend on, the preparation last.
+
+    Square pictures are scaled alike by every fit, or not at all.
+    """
     if media.shape[-1] == media.shape[-2]:
         preparation = replace(preparation, fit="crop", fill=(0.0, 0.0, 0.0), pad_first=False)
         if media.shape[-1] == preparation.size:

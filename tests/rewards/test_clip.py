@@ -283,16 +283,16 @@ def test_back_propagation_drops_the_features(pair):
     gradient([one], media)
     torch.testing.assert_close(gradient([two], media), gradient([lone], media), rtol=1e-5, atol=1e-7)
     assert len(looks) == 2
-    assert one.clip.vision._last is None
+    assert not one.clip.vision._seen
 
 
 def test_features_do_not_outlive_their_media(pair):
     (one, _), _, _ = pair
     media = noise()
     one(media, PROMPTS)
-    assert one.clip.vision._last is not None
+    assert one.clip.vision._seen
     del media
-    assert one.clip.vision._last is None
+    assert not one.clip.vision._seen
 
 
 def test_shared_rewards_may_be_recomputed(pair):
