@@ -129,7 +129,7 @@ def test_patches_are_named_in_the_order_of_the_tower(model, words):
 
 def test_recipe_saves_what_loads_without_a_processor(tmp_path, words):
     short = Recipe(steps=2, batch=2, learning_rate=1e-3, seed=1, warmup=1)
-    interviews.train_vlm(PATCHES, tmp_path / "vlm", tmp_path / "work", (short, short))
+    interviews.train_vlm(PATCHES, tmp_path / "vlm", tmp_path / "work", (short, short, short))
     model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tmp_path / "vlm", output_loading_info=True, dtype=torch.float32
     )
