@@ -28,8 +28,8 @@ from alignkit.sandbox.worlds import to_tensor
 
 OPENING, VISION = "<|im_start|>user\n", ("<|vision_start|>", "<|vision_end|>")
 CLOSING, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
-# First the eyes, then the tongue, then both: words teach shapes slowly, names of patches teach them fast. While the tongue
-# learns, the eyes are left alone: pulled at from its first, blind steps, they forget, and no yes or no is learnt.
+# First the eyes, then the tongue, then both: words teach shapes slowly, names of patches teach them fast. While the
+# tongue learns, the eyes are left alone: pulled at by its first, blind steps they forget, and no yes or no is learnt.
 EYES = Recipe(steps=900, batch=48, learning_rate=1.5e-3, seed=111)
 TONGUE = Recipe(steps=1200, batch=32, learning_rate=1.5e-3, seed=112)
 WHOLE = Recipe(steps=800, batch=32, learning_rate=6e-4, seed=113)
