@@ -1,6 +1,6 @@
 """How often the sandbox's vision-language model answers right, per kind of question. Prints one JSON line.
 
-    python benchmarks/answers.py [--model alignkit/sandbox/weights/vlm] [--subjects 600] [--seed 999]
+    python benchmarks/answers.py --model FOLDER [--subjects 600] [--seed 999]
 
 Held-out scenes, clips and pairs of pictures (another seed than training's), answers read greedily; yes/no questions are
 balanced, so 0.5 is chance for those and for pairs.
@@ -22,7 +22,7 @@ from rewards.patches import Patches
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="alignkit/sandbox/weights/vlm")
+    parser.add_argument("--model", required=True, help="the folder that `alignkit sandbox train vlm` made")
     parser.add_argument("--subjects", type=int, default=600)
     parser.add_argument("--seed", type=int, default=999)
     options = parser.parse_args()

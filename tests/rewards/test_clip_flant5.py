@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
+from pictures import photograph, tensor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -105,15 +105,6 @@ def folder(networks, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exact(folder):
     return ClipFlanT5(folder, tokenizer=folder, dtype="float64")
-
-
-def photograph(height, width, seed):
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def tensor(picture):
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).double().div(255)
 
 
 def pictures(count=3, size=SIZE):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 import torch
+from pictures import photograph, tensor
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
@@ -83,16 +83,6 @@ def reward(folder):
 @pytest.fixture(scope="module")
 def exact(folder):
     return ImageReward(folder, tokenizer=folder, dtype="float64")
-
-
-def photograph(height, width, seed):
-    """Smooth enough for PIL's and torch's resampling to agree, as photographs are."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def tensor(picture):
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).double().div(255)
 
 
 def pictures(count=3, size=32, seed=0):
