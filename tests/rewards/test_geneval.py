@@ -35,12 +35,8 @@ class Fixed:
 
     def __call__(self, media):
         return [
-            Detections(
-                torch.tensor([b for _, b, _ in things]),
-                [n for n, _, _ in things],
-                torch.tensor([s for *_, s in things]),
-            )
-            for things in self.pictures
+            Detections(torch.tensor([b for _, b, _ in t]), [n for n, *_ in t], torch.tensor([s for *_, s in t]))
+            for t in self.pictures
         ]
 
 
@@ -155,9 +151,8 @@ def test_a_thing_of_the_wrong_color_is_no_target(build):
     assert verdict.reason.splitlines()[1] == "no target for cat to be left of"
     fractional = build([CAT, DOG], fractional=True)(media, [asked])
     assert fractional.total.tolist() == [0.5]  # dog, red, cat, left of: half of it
-    assert {kind: part.item() for kind, part in fractional.parts.items()} == {
-        "count": 1, "color": 0, "position": 0, "exclude": 1
-    }  # fmt: skip
+    met = {"count": 1, "color": 0, "position": 0, "exclude": 1}
+    assert {kind: part.item() for kind, part in fractional.parts.items()} == met
 
 
 def test_no_more_than_so_many_of_a_class(build):
