@@ -24,6 +24,7 @@ from alignkit.sandbox.scenes import CATEGORIES, compose, contradict, render
 from alignkit.sandbox.worlds import to_tensor
 from rewards.clip_score import ClipScore
 from rewards.preference import PreferenceReward
+from rewards.vqa_score import VqaScore
 
 
 def pairs(category: str, count: int) -> tuple[list[Prompt], torch.Tensor, torch.Tensor]:
@@ -53,6 +54,7 @@ def main() -> None:
     weights = Path(alignkit.sandbox.__file__).parent / "weights"
     rewards: list[Reward] = [ClipScore(str(weights / "clip"))]
     rewards += [PreferenceReward(str(weights / name)) for name in ("careful", "showy")]
+    rewards += [VqaScore(str(weights / "vlm"))]
     answer = {reward.name: accuracy(reward, count) for reward in rewards}
     print(json.dumps({"question": "does the proxy prefer the faithful picture", "pairs_per_category": count, **answer}))
 

@@ -8,7 +8,6 @@ Left out: several judges' votes, chains of thought, ties as a verdict of their o
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from alignkit.errors import ConfigError
 from alignkit.protocols import Reward
 from alignkit.records import Prompt
-from alignkit.resolve import construct
+from rewards.asking import Asking
 from rewards.media import check_media
-from rewards.messages import ClipForm, media_parts, text_part, user
+from rewards.messages import text_part, user
 from rewards.replies import Reply
-from rewards.served import ChatClient, Report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,14 +87,13 @@ QUESTIONS = {
 }
 
 
-class ServedJudge:
+class ServedJudge(Asking):
     """A served vision-language model as `alignkit.protocols.Judge`, asked in both orders.
 
-    question: a name of `QUESTIONS` or a PairQuestion. modality: "image", or "video" for clips of which up to `frames`
-    frames are shown (`clips`: see `rewards.messages.media_parts`).
+    question: a name of `QUESTIONS` or a PairQuestion. asking: options of `Asking`. Abstentions are reported as failed,
+    malformed, disagreed, tie or unsure.
     least_margin: log-odds in favour of the verdict that both orders must reach at the first token of the answer;
     None does not look at probabilities, and is needed for servers that give none and for answers of several words.
-    client: options of `ChatClient` (cache, concurrency, timeout, api_key_env ...).
     """
 
     name = "served_judge"
@@ -108,11 +105,8 @@ class ServedJudge:
         model: str,
         *,
         question: str | PairQuestion = "plain",
-        modality: str = "image",
-        frames: int = 8,
-        clips: ClipForm = "frames",
         least_margin: float | None = None,
-        **client: Any,
+        **asking: Any,
     ) -> None:
         if isinstance(question, str) and question not in QUESTIONS:
             raise ConfigError(f"served_judge: no question '{question}'; known: {', '.join(QUESTIONS)}")
@@ -123,12 +117,8 @@ class ServedJudge:
             raise ConfigError(
                 f"served_judge: least_margin reads the answer's first token; this question asks for {asked}"
             )
-        self.modality, self.least_margin = modality, least_margin
-        self._shown = {"frames": frames, "clips": clips}
-        self.client: ChatClient = construct(
-            ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name
-        )
-        self._abstentions: Counter[str] = Counter()
+        self.least_margin = least_margin
+        super().__init__(base_url, model, **asking)
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:
         """+1 where the first is better, -1 the second, 0 where it abstains: one verdict a pair.
@@ -137,17 +127,13 @@ class ServedJudge:
         Raises DataError for other media, ServerError where the server fails as a whole (`ChatClient.ask`).
         """
         media = [check_media(side, prompts, self) for side in (first, second)]  # type: ignore[arg-type]
-        ones, others = ([media_parts(row, **self._shown) for row in side] for side in media)
+        ones, others = ([self._shown(row) for row in side] for side in media)
         forward = [self._request(*row) for row in zip(ones, others, prompts, strict=True)]
         backward = [self._request(*row) for row in zip(others, ones, prompts, strict=True)]
         replies = self.client.ask(forward + backward, label=self.name)
         verdicts = [self._verdict(*pair) for pair in zip(replies, replies[len(forward) :], strict=False)]
         self._abstentions.update(reason for _, reason in verdicts if reason)
         return [verdict for verdict, _ in verdicts]
-
-    def report(self) -> Report:
-        """Cost, and abstentions by reason: failed, malformed, disagreed, tie, unsure."""
-        return self.client.report(self._abstentions)
 
     def _request(self, one: list[dict[str, Any]], other: list[dict[str, Any]], prompt: Prompt) -> dict[str, Any]:
         messages = user(self.question.parts(one, other, prompt.text))

@@ -7,28 +7,26 @@ other words does not count. Not differentiable: pixels leave as a picture. Left 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignkit.records import Prompt, Scores
-from alignkit.resolve import construct
+from rewards.asking import Asking
 from rewards.judge import TOP
 from rewards.media import check_media
-from rewards.messages import ClipForm, media_parts, text_part, user
-from rewards.served import ChatClient, Report
+from rewards.messages import text_part, user
 from rewards.vlm import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ServedYesNo:
+class ServedYesNo(Asking):
     """P(yes) against P(no) of the answer's first token, in [0, 1]; the part `margin` is its log-odds.
 
     question: asked of each; `{prompt}` is the caption. yes, no: words that mean them, in lower case; a word counts in
-    any case and with any white space before it. modality, frames, clips, client: as in `rewards.judge.ServedJudge`.
-    A row whose answer begins with neither is NaN, as is one that the server failed alone.
+    any case and with any white space before it. asking: options of `Asking`. A row whose answer begins with neither is
+    NaN and counted as malformed, as is, as failed, one that the server failed alone.
     """
 
     name = "served_yes_no"
@@ -48,18 +46,11 @@ class ServedYesNo:
         question: str = 'Does this figure show "{prompt}"? Please answer Yes or No.',
         yes: Sequence[str] = ("yes",),
         no: Sequence[str] = ("no",),
-        modality: str = "image",
-        frames: int = 8,
-        clips: ClipForm = "frames",
-        **client: Any,
+        **asking: Any,
     ) -> None:
-        self.modality, self.question = modality, question
+        self.question = question
         self.yes, self.no = listed(yes, "served_yes_no: yes"), listed(no, "served_yes_no: no")
-        self._shown = {"frames": frames, "clips": clips}
-        self.client: ChatClient = construct(
-            ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name
-        )
-        self._abstentions: Counter[str] = Counter()
+        super().__init__(base_url, model, **asking)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """`total` [B] and `margin` [B], float64. Raises ServerError where the server fails as a whole."""
@@ -73,11 +64,7 @@ class ServedYesNo:
         margin = torch.tensor(margins, dtype=torch.float64)
         return Scores(margin.sigmoid(), {"margin": margin})
 
-    def report(self) -> Report:
-        """Cost, and rows without a score by reason: failed, malformed."""
-        return self.client.report(+self._abstentions)
-
     def _request(self, media: Tensor, prompt: Prompt) -> dict[str, Any]:
         question = text_part(self.question.replace("{prompt}", prompt.text))
-        messages = user([*media_parts(media, **self._shown), question])
+        messages = user([*self._shown(media), question])
         return {"messages": messages, "temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": TOP}

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError
 from alignkit.records import Prompt, Scores
-from alignkit.resolve import construct
+from rewards.asking import Asking
 from rewards.media import check_media
-from rewards.messages import ClipForm, media_parts, text_part, user
-from rewards.served import ChatClient, Report
+from rewards.messages import text_part, user
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,13 +132,13 @@ FORMS = {
 }
 
 
-class UnifiedReward:
+class UnifiedReward(Asking):
     """A served UnifiedReward model's written score; its other numbers are parts.
 
     version: 1 ("Final Score", 1 to 5, of clips 1 to 10) or 2 (mean of Alignment, Coherence or Physics, Style).
-    modality, frames, clips, client: as in `rewards.judge.ServedJudge`; published use shows eight frames.
+    asking: options of `Asking`; published use shows eight frames.
     attempts: an answer that cannot be read is asked for again, then with `temperature` and another seed each; a row
-    without a readable answer after all of them is NaN, which the score stage puts aside, and counted in `report`.
+    without a readable answer after all of them is NaN, which the score stage puts aside, and counted as malformed.
     """
 
     name = "unified_reward"
@@ -158,23 +156,17 @@ class UnifiedReward:
         *,
         version: int = 2,
         modality: str = "image",
-        frames: int = 8,
-        clips: ClipForm = "frames",
         attempts: int = 3,
         temperature: float = 0.7,
         max_tokens: int = 512,
-        **client: Any,
+        **asking: Any,
     ) -> None:
         if (version, modality) not in FORMS or attempts < 1:
             raise ConfigError(f"unified_reward: version 1 or 2 of 'image' or 'video', got {version} of '{modality}'")
-        self.modality, self.form = modality, FORMS[version, modality]
+        self.form = FORMS[version, modality]
         self.native_range = self.form.lines["total" if version == 1 else "alignment"][1:]
         self.attempts, self.temperature, self.max_tokens = attempts, temperature, max_tokens
-        self._shown = {"frames": frames, "clips": clips}
-        self.client: ChatClient = construct(
-            ChatClient, {"base_url": base_url, "model": model, **client}, what=self.name
-        )
-        self._abstentions: Counter[str] = Counter()
+        super().__init__(base_url, model, modality=modality, **asking)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """`total` [B] and every line of the answer [B], float64. Raises ServerError where the server fails entirely."""
@@ -197,13 +189,9 @@ class UnifiedReward:
         total = parts.pop("total", None)
         return Scores(torch.stack(list(parts.values())).mean(0) if total is None else total, parts)
 
-    def report(self) -> Report:
-        """Cost, and rows without a score by reason: failed, malformed."""
-        return self.client.report(+self._abstentions)
-
     def _messages(self, media: Tensor, prompt: Prompt) -> list[dict[str, Any]]:
         question = text_part(self.form.template.replace("{prompt}", prompt.text))
-        return user([*media_parts(media, **self._shown), question])
+        return user([*self._shown(media), question])
 
     def _request(self, messages: list[dict[str, Any]], attempt: int) -> dict[str, Any]:
         sampling = {"temperature": self.temperature, "seed": attempt} if attempt else {"temperature": 0}

@@ -75,11 +75,10 @@ def film(scene: Scene, motion: Motion, rng: np.random.Generator, frames: int = F
     return np.stack([render(at(scene, motion, float(share)), np.random.default_rng(light)) for share in shares])
 
 
-def covers(scene: Scene, classes: dict[tuple[str, str], int], patch: int = 8) -> NDArray[np.int64]:
-    """For each patch [SIZE / patch, SIZE / patch] the class of the object that covers over a quarter of it, else 0."""
+def covers(scene: Scene, patch: int = 8) -> NDArray[np.int64]:
+    """For each patch [SIZE / patch, SIZE / patch] the object, from 1, that covers a quarter of it and more, or 0."""
     side = SIZE // patch
     shares = np.full((1 + len(scene.things), side, side), 0.25, np.float32)
     for row, thing in enumerate(scene.things, start=1):
         shares[row] = coverage(thing).reshape(side, patch, side, patch).mean((1, 3))
-    names = np.array([0, *(classes[thing.shape, thing.color] for thing in scene.things)])
-    return names[shares.argmax(0)]
+    return shares.argmax(0)

@@ -14,6 +14,7 @@ import numpy as np
 
 from alignkit.sandbox.captions import _plural, parse, random_caption
 from alignkit.sandbox.clips import DIRECTIONS, Motion
+from alignkit.sandbox.raters import marks
 from alignkit.sandbox.scenes import CATEGORIES, PALETTE, RELATIONS, SHAPES, Scene, Thing, _obeys, compose, contradict
 
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
@@ -60,14 +61,14 @@ def ask(about: Subject, rng: np.random.Generator, count: int) -> list[Question]:
     return found[:count]
 
 
-def pair(rng: np.random.Generator) -> tuple[Scene, Scene, Question]:
-    """Two scenes of which one shows a caption and one contradicts it."""
+def pair(rng: np.random.Generator) -> tuple[Scene, Scene, str, Question]:
+    """Two scenes of which one shows a caption and one contradicts it, the caption, and which it is."""
     caption = random_caption(rng)
     spec = parse(caption)
     right, wrong = compose(spec, rng), compose(contradict(spec, rng), rng)
     is_first = rng.random() < 0.5
     question = Question("pair", BETTER.format(caption), "first" if is_first else "second")
-    return (right, wrong, question) if is_first else (wrong, right, question)
+    return (right, wrong, caption, question) if is_first else (wrong, right, caption, question)
 
 
 def stands(first: Thing, second: Thing, relation: str) -> bool:
@@ -226,6 +227,7 @@ HEADS = {
     "shape": len(SHAPES) + 2,
 }
 MEANT = (*SHAPES, *map(_plural, SHAPES), *PALETTE)
+NOUNS = (*SHAPES, *map(_plural, SHAPES), "background")
 
 
 def meanings(scene: Scene, motion: Motion | None = None) -> dict[str, dict[str, int]]:
@@ -240,11 +242,25 @@ def meanings(scene: Scene, motion: Motion | None = None) -> dict[str, dict[str, 
         meant[_plural(shape)] = {"count": len(own)}
         meant[shape] = {"color": _only([colors.index(thing.color) for thing in own], len(colors))}
         if len(own) == 1:
-            meant[shape] |= _whereabouts(scene, own[0], motion)
+            meant[shape] |= whereabouts(scene, own[0], motion)
     for color in colors:
         own = [thing for thing in scene.things if thing.color == color]
         meant[color] = {"shape": _only([shapes.index(thing.shape) for thing in own], len(shapes))}
     return meant
+
+
+def phrases(caption: str, scene: Scene) -> list[int]:
+    """For each noun of a caption, 1 if `scene` shows what is said since the noun before, else 0.
+
+    A network that reads from left to right knows no sooner whether "two", "red" or "left of a" is true.
+    """
+    shown, least = [], 1.0
+    for word, mark in zip(caption.split(), marks(caption, scene), strict=True):
+        least = least if mark < 0 else min(least, mark)
+        if word in NOUNS:
+            shown.append(int(least))
+            least = 1.0
+    return shown
 
 
 def _only(kinds: list[int], count: int) -> int:
@@ -252,8 +268,8 @@ def _only(kinds: list[int], count: int) -> int:
     return kinds[0] if len(kinds) == 1 else count + bool(kinds)
 
 
-def _whereabouts(scene: Scene, thing: Thing, motion: Motion | None) -> dict[str, int]:
-    """The side of the only other object that `thing` stands on; in a clip, where it goes."""
+def whereabouts(scene: Scene, thing: Thing, motion: Motion | None) -> dict[str, int]:
+    """Its side: where `thing` stands from the only other object; in a clip its way: where it goes."""
     if motion is not None:
         is_mover = motion.direction is not None and scene.things[motion.thing] is thing
         return {"way": list(DIRECTIONS).index(str(motion.direction)) if is_mover else len(DIRECTIONS)}

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from alignkit.sandbox import interviews
+from alignkit.sandbox import interviews, questions
+from alignkit.sandbox.clips import DIRECTIONS, Motion
 from alignkit.sandbox.recipes import Recipe
+from alignkit.sandbox.scenes import RELATIONS, Scene, Thing
 from alignkit.sandbox.vlm import CUTTING, SPECIAL, tokenizer, vlm
 from rewards.patches import Patches
 
@@ -95,36 +97,91 @@ def test_answers_are_learnt_and_counted_right(words):
     assert not any(right for right, _ in interviews.accuracy(pupil, words, PATCHES, subjects=4).values())
 
 
-def test_patches_are_named_in_the_order_of_the_tower(model, words):
-    """Rows: a pair of pictures, a labelled picture, a clip, another labelled one; only the labelled are named."""
+def test_facts_stand_in_the_order_of_the_patches(model, words):
+    """Half red, half blue: what a row of patches shows is what its facts say, on pictures and on clips."""
+    halves = torch.zeros(8, 8, 3, dtype=torch.long)
+    halves[:, :3, 0], halves[5:, :, 0] = 1, 2
+    picture = torch.zeros(3, 64, 64)
+    picture[0, :, :24] = 0.5
+    picture[:, 40:] = 1.0
+    clip = picture.repeat(4, 1, 1, 1)
+    clip[2:] = picture.flip(1)
+    rows = [
+        {
+            "media": [picture, picture.flip(1)],
+            "facts": [halves[None], halves.flip(0)[None]],
+            "meant": [{}, {}],
+            "shown": [[], []],
+        },
+        {"media": [clip], "meant": [{}], "shown": [[]], "facts": [torch.stack([halves, halves.flip(0)])]},
+    ]
+    batch = interviews.Interview(words, model, PATCHES)([{"questions": [], "interval": 1, **row} for row in rows])
+    red, green = batch["patches"].unflatten(1, (3, -1)).mean(-1)[:, :2].T
+    seen = torch.where(green > 0, 2, torch.where(red > -0.5, 1, 0))
+    assert torch.equal(seen, batch["facts"][:, 0])
+    assert batch["facts"].shape == (4 * 64, len(interviews.FACTS))
+
+
+def test_facts_tell_object_side_and_way():
+    things = (Thing("square", "red", 16, 20, 10), Thing("circle", "blue", 48, 20, 8))
+    scene = Scene(things, "black")
+    told = interviews.facts(scene)
+    square, circle = (interviews.CLASSES[kind] for kind in (("square", "red"), ("circle", "blue")))
+    sides = [list(RELATIONS).index(name) for name in ("left of", "right of")]
+    assert told[2, 2].tolist() == [square, sides[0], -100]
+    assert told[2, 6].tolist() == [circle, sides[1], -100]
+    assert told[7, 0].tolist() == [0, -100, -100]
+    told = interviews.facts(scene, Motion(1, "down", 10.0))
+    assert told[2, 6].tolist() == [circle, -100, list(DIRECTIONS).index("down")]
+    assert told[2, 2].tolist() == [square, -100, len(DIRECTIONS)]  # stands still
+    three = Scene((*things, Thing("ring", "green", 32, 52, 8)), "black")
+    assert (interviews.facts(three)[..., 1:] == -100).all()  # of which of the two?
+
+
+def test_nouns_of_captions_are_marked_for_each_picture(model, words):
+    """A pair: the first picture lacks what the second noun says, the second one shows all."""
+    row = {
+        "media": [torch.zeros(3, 64, 64)] * 2,
+        "facts": [torch.full((1, 8, 8, 3), -100)] * 2,
+        "meant": [
+            {"circle": {"color": 3}},
+            {"circle": {"color": 4}, "rings": {"count": 2}},
+        ],
+        "shown": [[1, 0], [1, 1]],
+        "questions": [
+            questions.Question("pair", questions.BETTER.format("a photo of a circle and two rings"), "second"),
+            questions.Question("object", "Is there a circle?", "Yes"),  # no caption: nothing is marked
+        ],
+        "interval": 1,
+    }
+    batch = interviews.Interview(words, model, PATCHES)([row])
+    spoken = [words.decode([token]).strip() for token in batch["ids"][0]]
+    marked = [{spoken[place]: int(line[place]) for place in (line >= 0).nonzero()} for line in batch["shown"][:, 0]]
+    assert marked == [{"circle": 1, "rings": 0}, {"circle": 1, "rings": 1}]
+    assert ((batch["shown"] >= 0).sum((1, 2))).tolist() == [2, 2]
+    meant = batch["meant"].unflatten(0, (interviews.MEDIA, -1))[:, :, 0]
+    circles = batch["ids"][0] == words.convert_tokens_to_ids("Ġcircle")
+    assert circles.sum() == 2  # in either question
+    assert (meant[:, list(questions.HEADS).index("color")][:, circles] == torch.tensor([[3], [4]])).all()
+    assert (meant[0, list(questions.HEADS).index("count")] == -100).all()
+    assert (meant[1, list(questions.HEADS).index("count")] >= 0).sum() == 1
+
+
+def test_what_patches_hand_on_is_measured_in_words(model, words):
     objective = interviews.Answering(model, words)
-    width = objective.names.in_features
-    labels = torch.full((4, 8, 8), -1)
-    labels[1], labels[3] = (torch.randint(0, 36, (8, 8), generator=torch.Generator().manual_seed(s)) for s in (1, 2))
-    grids = torch.tensor([[1, 8, 8], [1, 8, 8], [1, 8, 8], [2, 8, 8], [1, 8, 8]])
-    hidden = torch.zeros(6 * 64, width)
-    for row, start in ((1, 2 * 64), (3, 5 * 64)):
-        for y in range(8):
-            for x in range(8):  # squares of two by two come together
-                place = ((y // 2) * 4 + x // 2) * 4 + (y % 2) * 2 + x % 2
-                hidden[start + place, labels[row, y, x]] = 50.0
+    kinds = torch.randint(0, 36, (16, 4), generator=torch.Generator().manual_seed(1))
+    kinds[3] = 0  # ground only: says nothing
     with torch.no_grad():
-        objective.names.weight.copy_(torch.eye(36, width))
-        objective.names.bias.zero_()
-        assert objective._naming(hidden, grids, labels) < 1e-3
-        assert objective._naming(hidden.flip(0), grids, labels) > 1
-        words = model.get_input_embeddings().weight
-        words.zero_()
+        spoken = model.get_input_embeddings().weight
+        spoken.zero_()
         for place, ids in enumerate((objective._shapes, objective._colors)):
-            words[ids] = torch.eye(len(ids), words.shape[1]).roll(20 * place, 1)
-        merged = torch.zeros(6 * 16, words.shape[1])
-        for row, start in ((1, 2 * 16), (3, 5 * 16)):
-            for square in range(16):
-                y, x = 2 * (square // 4), 2 * (square % 4)
-                kind = int(labels[row, y : y + 2, x : x + 2].max()) - 1
-                merged[start + square, kind // 7] = merged[start + square, 20 + kind % 7] = 50.0
-        assert objective._speaking(merged, grids, labels) < 1e-3
-        assert objective._speaking(merged.flip(0), grids, labels) > 1
+            spoken[ids] = torch.eye(len(ids), spoken.shape[1]).roll(20 * place, 1)
+        merged = torch.zeros(16, spoken.shape[1])
+        for row, kind in enumerate(kinds.amax(1).tolist()):
+            if kind:
+                merged[row, (kind - 1) // 7] = merged[row, 20 + (kind - 1) % 7] = 50.0
+        assert objective._speaking(merged, kinds.flatten()) < 1e-3
+        assert objective._speaking(merged.flip(0), kinds.flatten()) > 1
 
 
 def test_recipe_saves_what_loads_without_a_processor(tmp_path, words):

@@ -113,8 +113,9 @@ def test_yes_and_no_are_balanced_and_kinds_are_mixed():
 def test_one_of_a_pair_shows_the_caption():
     rng, right = np.random.default_rng(3), []
     for _ in range(60):
-        first, second, question = questions.pair(rng)
-        spec = parse(re.search('"(.*)"', question.text)[1])
+        first, second, caption, question = questions.pair(rng)
+        spec = parse(caption)
+        assert f'"{caption}"' in question.text
         verdicts = {"first": shows(look(render(first, rng)), spec), "second": shows(look(render(second, rng)), spec)}
         right.append(verdicts.pop(question.answer) and not any(verdicts.values()))
     assert np.mean(right) > 0.95
@@ -149,13 +150,24 @@ def test_clips_are_functions_of_their_seed():
     np.testing.assert_array_equal(clip(), clip())
 
 
-def test_patches_are_named_by_what_covers_them():
+def test_patches_know_what_covers_them():
     scene = Scene((Thing("square", "red", 20, 20, 14), Thing("circle", "blue", 52, 52, 8)), "black")
-    classes = {("square", "red"): 3, ("circle", "blue"): 5}
-    labels = covers(scene, classes)
+    labels = covers(scene)
     assert labels.shape == (8, 8)
-    assert labels[2, 2] == 3
-    assert labels[6, 6] == 5
+    assert labels[2, 2] == 1
+    assert labels[6, 6] == 2
     assert labels[0, 7] == labels[7, 0] == 0
-    assert set(np.unique(labels)) == {0, 3, 5}
+    assert set(np.unique(labels)) == {0, 1, 2}
     assert len(SHAPES) == len(SINGULAR)
+
+
+def test_a_caption_is_shown_where_all_its_phrases_are():
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        about = questions.subject(rng)
+        assert all(questions.phrases(about.caption, about.scene)) == about.is_shown
+    things = (Thing("circle", "red", 16, 32, 8), Thing("ring", "blue", 48, 32, 8))
+    scene = Scene(things, "black")
+    assert questions.phrases("a circle right of a ring", scene) == [1, 0]
+    assert questions.phrases("a blue circle and a blue ring", scene) == [0, 1]
+    assert questions.phrases("two rings", scene) == [0]

@@ -8,18 +8,26 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from alignkit.generators import load_generator
 from alignkit.records import Prompt, Sampling, derive_seed, texts
 from alignkit.resolve import resolve
+from alignkit.sandbox import questions
 from alignkit.sandbox.captions import parse, prompts
+from alignkit.sandbox.clips import FPS, film, move
 from alignkit.sandbox.gold import GoldReward
+from alignkit.sandbox.interviews import accuracy
 from alignkit.sandbox.scenes import compose, contradict, render
+from alignkit.sandbox.vlm import CUTTING
 from rewards import REWARDS
+from rewards.patches import Patches
+from rewards.vlm import Readout, VlmCritic
 
 WEIGHTS = Path(__file__).parents[2] / "alignkit" / "sandbox" / "weights"
 EASY = {"single_object": 1.0, "two_object": 0.0, "counting": 0.0, "colors": 1.0, "position": 0.0, "color_attr": 0.0}
-PROXIES = {"clip": "clip_score", "careful": "preference", "showy": "preference"}
+LEAST = dict.fromkeys((*questions.YES_NO, *questions.OPEN), 0.8) | {"what_shows": 0.6, "pair": 0.4}
+PROXIES = {"clip": "clip_score", "careful": "preference", "showy": "preference", "vlm": "vqa_score"}
 
 
 def test_they_fit_into_a_repository():
@@ -59,7 +67,7 @@ def test_the_clean_adapter_loads_in_the_vanilla_pipeline_and_draws_better_still(
     assert _gold(24, adapter=WEIGHTS / "unet" / "clean_adapter") > 0.6
 
 
-@pytest.mark.parametrize(("name", "least"), [("clip", 0.55), ("careful", 0.85), ("showy", 0.85)])
+@pytest.mark.parametrize(("name", "least"), [("clip", 0.55), ("careful", 0.85), ("showy", 0.85), ("vlm", 0.85)])
 def test_proxies_prefer_the_picture_that_shows_the_caption(name, least):
     rng = np.random.default_rng(11)
     reward = resolve(PROXIES[name], REWARDS, kind="reward")(model=str(WEIGHTS / name))
@@ -74,3 +82,29 @@ def test_proxies_prefer_the_picture_that_shows_the_caption(name, least):
 
 def _same(spec):
     return spec
+
+
+def test_the_vision_language_model_answers_every_kind_of_question():
+    folder = WEIGHTS / "vlm"
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    found = accuracy(model, AutoTokenizer.from_pretrained(folder), Patches(**CUTTING), subjects=150, seed=31)
+    assert set(found) == {*questions.YES_NO, *questions.OPEN, "pair"}
+    missed = {kind: share for kind, (share, _) in found.items() if share < LEAST[kind]}
+    assert not missed
+
+
+def test_its_critic_sees_which_way_things_move():
+    """The way a clip takes into the reward, with its rate, and not the one that training took."""
+    rng = np.random.default_rng(5)
+    critic = VlmCritic(str(WEIGHTS / "vlm"), readout=Readout(("Yes",), ("No",)), owner="test", rate=float(FPS))
+    clips, asked = [], []
+    while len(clips) < 24:
+        about = questions.subject(rng)
+        scene, motion = move(about.scene, rng)
+        shape = scene.things[motion.thing].shape
+        if motion.direction and sum(thing.shape == shape for thing in scene.things) == 1:
+            clips.append(torch.from_numpy(film(scene, motion, rng)).permute(0, 3, 1, 2))
+            opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}[motion.direction]
+            asked.append([f"Is the {shape} moving {way}?" for way in (motion.direction, opposite)])
+    true, false = critic.margins(torch.stack(clips), asked).T
+    assert (true > false).float().mean() > 0.9
