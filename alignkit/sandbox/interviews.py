@@ -28,11 +28,15 @@ from alignkit.sandbox.worlds import to_tensor
 
 OPENING, VISION = "<|im_start|>user\n", ("<|vision_start|>", "<|vision_end|>")
 CLOSING, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
-# First the eyes, then the tongue, then both: words teach shapes slowly, names of patches teach them fast. While the
-# tongue learns, the eyes are left alone: pulled at by its first, blind steps they forget, and no yes or no is learnt.
+# First the eyes, then the tongue: words teach shapes slowly, names of patches teach them fast. While the tongue learns,
+# the eyes are left alone: pulled at by its first, blind steps they forget, and no yes or no is learnt. Captions and
+# pairs are judged only after the learning rate has been restarted.
 EYES = Recipe(steps=900, batch=48, learning_rate=1.5e-3, seed=111)
-TONGUE = Recipe(steps=1500, batch=32, learning_rate=1.5e-3, seed=112)
-WHOLE = Recipe(steps=500, batch=32, learning_rate=3e-4, seed=113)
+TONGUE = (
+    Recipe(steps=1500, batch=32, learning_rate=1.5e-3, seed=112),
+    Recipe(steps=1200, batch=32, learning_rate=1e-3, seed=113),
+    Recipe(steps=400, batch=32, learning_rate=6e-4, seed=114),
+)
 CLASSES = {kind: number for number, kind in enumerate(((s, c) for s in SHAPES for c in PALETTE), start=1)}
 FACTS = {"object": 1 + len(CLASSES), "side": HEADS["side"], "way": HEADS["way"]}
 MEDIA = 2  # at most in a row
@@ -173,14 +177,16 @@ class Interview:
             targets = torch.full((len(line),), -100)
             targets[len(asked) - 1 : -1] = torch.tensor(answer)
             weights = (targets >= 0) / len(answer)
-            told = self._told(row, question, asked, len(line))
+            told = self._known(row, question, asked, len(line))
             pieces.append((line, places.expand(3, -1), targets, weights, *told))
             groups += [number] * len(line)
         names = ("ids", "positions", "targets", "weights", "meant", "shown")
         joined = {name: torch.cat(parts, -1) for name, parts in zip(names, zip(*pieces, strict=True), strict=True)}
         return joined | {"groups": torch.tensor(groups)}
 
-    def _told(self, row: Mapping[str, Any], question: Question, asked: list[int], length: int) -> tuple[Tensor, Tensor]:
+    def _known(
+        self, row: Mapping[str, Any], question: Question, asked: list[int], length: int
+    ) -> tuple[Tensor, Tensor]:
         """What the question's words mean [MEDIA * heads, L], and whether phrases of a caption are shown [MEDIA, L]."""
         spelled = [self.spelled.get(token, "") for token in asked]
         meant, shown = torch.full((MEDIA, len(HEADS), length), -100), torch.full((MEDIA, length), -100)
@@ -307,9 +313,9 @@ def read(
 
 
 def train_vlm(
-    patchify: Patchify, out: Path, work: Path, stages: Sequence[Recipe] = (EYES, TONGUE, WHOLE)
+    patchify: Patchify, out: Path, work: Path, stages: Sequence[Recipe] = (EYES, *TONGUE)
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Train the eyes on what patches show, then the rest on answers, then all of it, and save it with its tokenizer.
+    """Train the eyes on what patches show, then the rest on answers, and save the model with its tokenizer.
 
     `patchify` cuts media into patches; it comes in as an argument because `rewards` stands outside this package.
     """
@@ -320,7 +326,7 @@ def train_vlm(
     for number, recipe in enumerate(stages, start=1):
         objective.only_eyes = number == 1
         for part in (model.model.visual.patch_embed, model.model.visual.blocks, objective.facts):
-            part.requires_grad_(number != 2)
+            part.requires_grad_(objective.only_eyes)
         rows = Interviews(recipe.scenes, recipe.seed, count=0 if objective.only_eyes else 4)
         fit(objective, rows, recipe, work / f"stage-{number}", collate)
     save(model, words, out)

