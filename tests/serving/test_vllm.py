@@ -126,7 +126,7 @@ def test_beliefs_label_scene_pairs(server, scenes):
     reward = ServedYesNo(server, "vlm", concurrency=16)
     verdicts = RewardJudge(reward).compare(right, wrong, prompts)
     print(f"\nP(yes) labels {verdicts.count(1)} of {PAIRS} pairs right, {verdicts.count(-1)} wrong; {reward.report()}")
-    assert verdicts.count(1) >= 0.8 * PAIRS
+    assert verdicts.count(1) >= 0.9 * PAIRS
 
 
 def test_a_judge_labels_scene_pairs_in_both_orders(server, scenes, tmp_path):
@@ -143,8 +143,8 @@ def test_a_judge_labels_scene_pairs_in_both_orders(server, scenes, tmp_path):
     assert ServedJudge(server, "vlm", **options).compare(wrong, right, prompts) == [-verdict for verdict in verdicts]
     sure = ServedJudge(server, "vlm", least_margin=1.0, **options).compare(right, wrong, prompts)
     assert all(verdict in (0, known) for verdict, known in zip(sure, verdicts, strict=True))
-    assert verdicts.count(1) > 2 * verdicts.count(-1)
-    assert verdicts.count(1) >= 0.5 * PAIRS
+    assert verdicts.count(1) > 10 * verdicts.count(-1)
+    assert verdicts.count(1) >= 0.6 * PAIRS
 
 
 @pytest.mark.parametrize("clips", ["frames", "video"])
