@@ -125,7 +125,7 @@ def main() -> None:
         parser.error("--model belongs to one reward; name it")
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    settings = {key: getattr(chosen, key) for key in ("batch", "size", "repeats", "device", "dtype", "model", "tiny")}
+    settings = {key: vars(chosen)[key] for key in ("batch", "size", "repeats", "device", "dtype", "model", "tiny")}
     settings["threads"] = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as work, torch.no_grad():
         bench = Bench(Path(work), chosen)

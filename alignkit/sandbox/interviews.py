@@ -237,7 +237,7 @@ class Answering(nn.Module):
     What a patch shows is asked twice: of the eyes, by heads that are thrown away, and of what they hand on, in the
     language's own words, so that a word and the picture of it meet in one space. What a word means is asked as well,
     half-way up, and a layer below the last which phrases of a caption are true, as of readers who mark words (arXiv
-    2312.10240): from answers alone nothing was bound to anything for 600 steps, and no caption was judged after 2,000.
+    2312.10240): from answers alone nothing was bound to anything, and without the phrases no caption was judged.
     """
 
     _keys_to_ignore_on_save = None
