@@ -12,12 +12,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from alignkit.sandbox import generators
+
 TINY = ["--tiny", "--batch", "2", "--size", "64", "--repeats", "1"]
 
 
 @pytest.fixture
-def scoring(monkeypatch):
+def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+
+
+@pytest.fixture
+def scoring(benchmarks):
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         yield importlib.import_module("scoring")
@@ -57,3 +63,21 @@ def test_it_prints_a_line_a_case(scoring, monkeypatch, capsys):
     assert first["per_s"] > 0 < first["ratio"] < 3
     assert second["full_per_s"] > 0 < second["speed_up"]
     assert (third["members"], third["towers"]) == (3, 1)
+
+
+def test_whole_trainings_are_foretold_from_short_ones(benchmarks, monkeypatch, tmp_path):
+    """Where a training costs 3 s, 2 s a step and a generator's 10 ms a scene more, so do the whole recipes."""
+    times = importlib.import_module("training_times")
+
+    def pretend(train):
+        recipe = train.keywords.get("recipe") or (*train.keywords.get("stages", ()), *train.args[2:])[0]
+        ahead = recipe.scenes if isinstance(recipe, generators.GeneratorRecipe) else 0
+        return 3 + 2 * recipe.steps + 0.01 * ahead
+
+    monkeypatch.setattr(times, "seconds", pretend)
+    monkeypatch.setattr(times.recipes, "train_reader", lambda *_: None)
+    assert times.staged("vae", 7) == pytest.approx(sum(3 + 2 * stage.steps for stage in times.recipes.VAE))
+    assert times.head("careful", 7, tmp_path) == pytest.approx(3 + 2 * times.recipes.HEADS["careful"].steps)
+    for name in ("unet", "flow"):
+        recipe = generators.RECIPES[name]
+        assert times.generator(name, 7, tmp_path) == pytest.approx(3 + 2 * recipe.steps + 0.01 * recipe.scenes)

@@ -6,7 +6,8 @@ Trained under plain `transformers.Trainer`; `alignkit sandbox train vlm` repeats
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, set
 from alignkit.records import derive_seed
 from alignkit.sandbox import questions
 from alignkit.sandbox.clips import Motion, at, covers, film, move
-from alignkit.sandbox.questions import HEADS, MEANT, NOUNS, Question, meanings, phrases, whereabouts
+from alignkit.sandbox.questions import HEADS, MEANT, NOUNS, Question, Subject, meanings, phrases, whereabouts
 from alignkit.sandbox.recipes import Recipe, fit
 from alignkit.sandbox.scenes import PALETTE, SHAPES, Scene, render
 from alignkit.sandbox.vlm import MERGE, PATCH, TEMPORAL, TOKENS_PER_SECOND, save, tokenizer, vlm
@@ -28,14 +29,37 @@ from alignkit.sandbox.worlds import to_tensor
 
 OPENING, VISION = "<|im_start|>user\n", ("<|vision_start|>", "<|vision_end|>")
 CLOSING, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage(Recipe):
+    """`count`: questions at one look at most, none while only the eyes learn; `near` as in `questions.Subject`.
+
+    `judged`: kinds of question whose words say below the last layer whether they are true.
+    """
+
+    count: int = 4
+    near: float = 0.5
+    judged: tuple[str, ...] = ("caption", "pair")
+
+
 # First the eyes, then the tongue: words teach shapes slowly, names of patches teach them fast. While the tongue learns,
 # the eyes are left alone: pulled at by its first, blind steps they forget, and no yes or no is learnt. Captions and
-# pairs are judged only after the learning rate has been restarted.
-EYES = Recipe(steps=900, batch=48, learning_rate=1.5e-3, seed=111)
-TONGUE = (
-    Recipe(steps=1500, batch=32, learning_rate=1.5e-3, seed=112),
-    Recipe(steps=1200, batch=32, learning_rate=1e-3, seed=113),
-    Recipe(steps=400, batch=32, learning_rate=6e-4, seed=114),
+# pairs are judged only after the learning rate has been restarted, and whose colour is whose only when nearly all wrong
+# colours are another object's: before, "is the circle red?" was answered as "is anything red?".
+STAGES = (
+    Stage(steps=900, batch=48, learning_rate=1.5e-3, seed=111, count=0),
+    Stage(steps=1500, batch=32, learning_rate=1.5e-3, seed=112),
+    Stage(steps=1200, batch=32, learning_rate=1e-3, seed=113),
+    Stage(
+        steps=660,
+        batch=32,
+        learning_rate=1e-3,
+        seed=116,
+        count=10,
+        near=0.9,
+        judged=("caption", "pair", "color", "object"),
+    ),
 )
 CLASSES = {kind: number for number, kind in enumerate(((s, c) for s in SHAPES for c in PALETTE), start=1)}
 FACTS = {"object": 1 + len(CLASSES), "side": HEADS["side"], "way": HEADS["way"]}
@@ -52,8 +76,8 @@ class Interviews(Dataset[dict[str, Any]]):
     `interval`, steps of time from one pair of frames to the next.
     """
 
-    def __init__(self, size: int, seed: int, count: int = 4) -> None:
-        self.size, self.seed, self.count = size, seed, count
+    def __init__(self, size: int, seed: int, count: int = 4, near: float = 0.5) -> None:
+        self.size, self.seed, self.count, self.near = size, seed, count, near
 
     def __len__(self) -> int:
         return self.size
@@ -61,14 +85,17 @@ class Interviews(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng(derive_seed("interview", self.seed, index))
         kind = int(rng.integers(20))
-        row = _pair_row(rng) if kind < 3 else _clip_row(rng, self.count) if kind < 7 else _scene_row(rng, self.count)
-        return {"interval": 1, **row}
+        if kind < 3:
+            return _pair_row(rng)
+        about = questions.subject(rng, self.near)
+        return (_clip_row if kind < 7 else _scene_row)(about, rng, self.count)
 
 
 def _pair_row(rng: np.random.Generator) -> dict[str, Any]:
     *scenes, caption, question = questions.pair(rng)
     return {
         "media": [worn(render(scene, rng), rng) for scene in scenes],
+        "interval": 1,
         "facts": [facts(scene)[None] for scene in scenes],
         "questions": [question],
         "meant": [meanings(scene) for scene in scenes],
@@ -76,10 +103,9 @@ def _pair_row(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def _clip_row(rng: np.random.Generator, count: int) -> dict[str, Any]:
-    about = questions.subject(rng)
+def _clip_row(about: Subject, rng: np.random.Generator, count: int) -> dict[str, Any]:
     scene, motion = move(about.scene, rng)
-    about = questions.Subject(scene, about.caption, about.is_shown, motion)
+    about = replace(about, scene=scene, motion=motion)
     frames = int(rng.choice([4, 6, 8]))
     clip = torch.stack([to_tensor(frame) for frame in film(scene, motion, rng, frames=frames)])
     shares = np.linspace(0, 1, frames).reshape(-1, TEMPORAL).mean(1)
@@ -94,11 +120,11 @@ def _clip_row(rng: np.random.Generator, count: int) -> dict[str, Any]:
     }
 
 
-def _scene_row(rng: np.random.Generator, count: int) -> dict[str, Any]:
-    about = questions.subject(rng)
+def _scene_row(about: Subject, rng: np.random.Generator, count: int) -> dict[str, Any]:
     return {
         "questions": questions.ask(about, rng, count),
         "media": [worn(render(about.scene, rng), rng)],
+        "interval": 1,
         "facts": [facts(about.scene)[None]],
         "meant": [meanings(about.scene)],
         "shown": [phrases(about.caption, about.scene)],
@@ -129,8 +155,14 @@ class Interview:
     answered exactly as if it had been asked by itself: one look at the picture, many questions.
     """
 
-    def __init__(self, words: Qwen2Tokenizer, model: Qwen2_5_VLForConditionalGeneration, patchify: Patchify) -> None:
-        self.words, self.patchify = words, patchify
+    def __init__(
+        self,
+        words: Qwen2Tokenizer,
+        model: Qwen2_5_VLForConditionalGeneration,
+        patchify: Patchify,
+        judged: Collection[str] = ("caption", "pair"),
+    ) -> None:
+        self.words, self.patchify, self.judged = words, patchify, judged
         self.ids = {"image": model.config.image_token_id, "video": model.config.video_token_id}
         self.place = model.model.get_rope_index
         self.spelled = {words.convert_tokens_to_ids(f"Ġ{word}"): word for word in (*MEANT, *NOUNS)}
@@ -187,7 +219,10 @@ class Interview:
     def _known(
         self, row: Mapping[str, Any], question: Question, asked: list[int], length: int
     ) -> tuple[Tensor, Tensor]:
-        """What the question's words mean [MEDIA * heads, L], and whether phrases of a caption are shown [MEDIA, L]."""
+        """What the question's words mean [MEDIA * heads, L], and whether what they say is shown [MEDIA, L].
+
+        Of a caption every noun knows that of its phrase, of "Is the circle red?" the last word does.
+        """
         spelled = [self.spelled.get(token, "") for token in asked]
         meant, shown = torch.full((MEDIA, len(HEADS), length), -100), torch.full((MEDIA, length), -100)
         nouns = [place for place, word in enumerate(spelled) if word in NOUNS]
@@ -195,8 +230,10 @@ class Interview:
             for place, word in enumerate(spelled):
                 if word in known:
                     meant[medium, :, place] = torch.tensor([known[word].get(head, -100) for head in HEADS])
-            if question.kind in ("caption", "pair"):
-                shown[medium, nouns] = torch.tensor(truths)
+            if question.kind in self.judged:
+                is_claim = question.kind not in ("caption", "pair")
+                places = [max(place for place, word in enumerate(spelled) if word)] if is_claim else nouns
+                shown[medium, places] = torch.tensor([int(question.answer == "Yes")] if is_claim else truths)
         return meant.flatten(0, 1), shown
 
     def _places(self, ids: list[int], kinds: list[int], grids: Mapping[int, list[list[int]]], interval: int) -> Tensor:
@@ -313,7 +350,7 @@ def read(
 
 
 def train_vlm(
-    patchify: Patchify, out: Path, work: Path, stages: Sequence[Recipe] = (EYES, *TONGUE)
+    patchify: Patchify, out: Path, work: Path, stages: Sequence[Stage] = STAGES
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Train the eyes on what patches show, then the rest on answers, and save the model with its tokenizer.
 
@@ -322,13 +359,13 @@ def train_vlm(
     set_seed(stages[0].seed)
     words = tokenizer()
     model = vlm(words)
-    objective, collate = Answering(model, words), Interview(words, model, patchify)
-    for number, recipe in enumerate(stages, start=1):
-        objective.only_eyes = number == 1
+    objective = Answering(model, words)
+    for number, stage in enumerate(stages, start=1):
+        objective.only_eyes = stage.count == 0
         for part in (model.model.visual.patch_embed, model.model.visual.blocks, objective.facts):
             part.requires_grad_(objective.only_eyes)
-        rows = Interviews(recipe.scenes, recipe.seed, count=0 if objective.only_eyes else 4)
-        fit(objective, rows, recipe, work / f"stage-{number}", collate)
+        rows = Interviews(stage.scenes, stage.seed, stage.count, stage.near)
+        fit(objective, rows, stage, work / f"stage-{number}", Interview(words, model, patchify, stage.judged))
     save(model, words, out)
     return model
 

@@ -36,20 +36,25 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A scene, how it moves where it is a clip, and a caption that it may contradict."""
+    """A scene, how it moves where it is a clip, and a caption that it may contradict.
+
+    `near` is the share of wrong colours, where there are two, that are another object's: knowing which colours there
+    are tells those from right ones no better than chance.
+    """
 
     scene: Scene
     caption: str
     is_shown: bool
     motion: Motion | None = None
+    near: float = 0.5
 
 
-def subject(rng: np.random.Generator) -> Subject:
+def subject(rng: np.random.Generator, near: float = 0.5) -> Subject:
     """A scene of a random caption, which half of all scenes contradict."""
     caption = random_caption(rng, SHARES)
     is_shown = bool(rng.random() < 0.5)
     spec = parse(caption)
-    return Subject(compose(spec if is_shown else contradict(spec, rng), rng), caption, is_shown)
+    return Subject(compose(spec if is_shown else contradict(spec, rng), rng), caption, is_shown, near=near)
 
 
 def ask(about: Subject, rng: np.random.Generator, count: int) -> list[Question]:
@@ -105,10 +110,10 @@ def _object(about: Subject, rng: np.random.Generator) -> Question:
         absent = [shape for shape in SHAPES if shape not in {other.shape for other in about.scene.things}]
         shape = thing.shape if truth else _pick(rng, absent)
         return Question("object", f"Is there a {shape}?", _yes(truth))
-    shown = {(other.shape, other.color) for other in about.scene.things}
+    shown = list(dict.fromkeys((other.shape, other.color) for other in about.scene.things))  # a set has no order
     near = [(shape, color) for shape, _ in shown for _, color in shown if (shape, color) not in shown]
     other = [(thing.shape, color) for color in PALETTE if (thing.shape, color) not in shown]
-    wrong = near if near and _coin(rng) else other
+    wrong = near if near and rng.random() < about.near else other
     shape, color = (thing.shape, thing.color) if truth else wrong[int(rng.integers(len(wrong)))]
     return Question("object", f"Is there a {color} {shape}?", _yes(truth))
 
@@ -118,7 +123,7 @@ def _color(about: Subject, rng: np.random.Generator) -> Question | None:
         return None
     truth, thing = _coin(rng), unique[int(rng.integers(len(unique)))]
     near = [other.color for other in about.scene.things if other.color != thing.color]
-    wrong = near if near and _coin(rng) else [color for color in PALETTE if color != thing.color]
+    wrong = near if near and rng.random() < about.near else [color for color in PALETTE if color != thing.color]
     color = thing.color if truth else _pick(rng, wrong)
     return Question("color", f"Is the {thing.shape} {color}?", _yes(truth))
 

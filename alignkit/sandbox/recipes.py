@@ -262,9 +262,11 @@ def collate_pairs(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def train_head(name: str, head_class: Any, reader: Path, out: Path, work: Path) -> nn.Module:
+def train_head(
+    name: str, head_class: Any, reader: Path, out: Path, work: Path, recipe: Recipe | None = None
+) -> nn.Module:
     """Train preference head `name` on its rater's answers, starting from the reader."""
-    recipe, tokenizer = HEADS[name], models.clip_tokenizer()
+    recipe, tokenizer = recipe or HEADS[name], models.clip_tokenizer()
     set_seed(recipe.seed)
     head = head_class.from_pretrained(reader, dtype=torch.float32)
     pairs = Comparisons(recipe.scenes, recipe.seed, TASTES[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from alignkit.sandbox import interviews, questions
 from alignkit.sandbox.clips import DIRECTIONS, Motion
-from alignkit.sandbox.recipes import Recipe
 from alignkit.sandbox.scenes import RELATIONS, Scene, Thing
 from alignkit.sandbox.vlm import CUTTING, SPECIAL, tokenizer, vlm
 from rewards.patches import Patches
@@ -167,6 +167,27 @@ def test_nouns_of_captions_are_marked_for_each_picture(model, words):
     assert (meant[1, list(questions.HEADS).index("count")] >= 0).sum() == 1
 
 
+def test_the_last_word_of_a_question_is_marked_where_it_is_judged(model, words):
+    """Of "Is the circle red?" the colour, of "Is there a circle?" the shape; of numbers and sides nothing."""
+    asked = (("color", "Is the circle red?", "No"), ("object", "Is there a red ring?", "Yes"))
+    asked += (("count", "Is the number of rings two?", "Yes"), ("relation", "Is the ring above the circle?", "No"))
+    row = {
+        "media": [torch.zeros(3, 64, 64)],
+        "facts": [torch.full((1, 8, 8, 3), -100)],
+        "meant": [{}],
+        "shown": [[1]],
+        "questions": [questions.Question(*each) for each in asked],
+        "interval": 1,
+    }
+    judged = interviews.STAGES[-1].judged
+    for kinds, wanted in ((judged, [("red", 0), ("ring", 1)]), (("caption", "pair"), [])):
+        batch = interviews.Interview(words, model, PATCHES, kinds)([row])
+        spoken = [words.decode([token]).strip() for token in batch["ids"][0]]
+        line = batch["shown"][0, 0]
+        assert [(spoken[place], int(line[place])) for place in (line >= 0).nonzero()] == wanted
+        assert (batch["shown"][1] == -100).all()
+
+
 def test_what_patches_hand_on_is_measured_in_words(model, words):
     objective = interviews.Answering(model, words)
     kinds = torch.randint(0, 36, (16, 4), generator=torch.Generator().manual_seed(1))
@@ -185,8 +206,8 @@ def test_what_patches_hand_on_is_measured_in_words(model, words):
 
 
 def test_recipe_saves_what_loads_without_a_processor(tmp_path, words):
-    short = Recipe(steps=2, batch=2, learning_rate=1e-3, seed=1, warmup=1)
-    interviews.train_vlm(PATCHES, tmp_path / "vlm", tmp_path / "work", (short, short))
+    short = interviews.Stage(steps=2, batch=2, learning_rate=1e-3, seed=1, warmup=1)
+    interviews.train_vlm(PATCHES, tmp_path / "vlm", tmp_path / "work", (replace(short, count=0), short))
     model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tmp_path / "vlm", output_loading_info=True, dtype=torch.float32
     )

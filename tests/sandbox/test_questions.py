@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -108,6 +111,34 @@ def test_yes_and_no_are_balanced_and_kinds_are_mixed():
     for kind in questions.YES_NO:
         share = answers[kind, "Yes"] / (answers[kind, "Yes"] + answers[kind, "No"])
         assert 0.35 < share < 0.65, (kind, share)
+
+
+def test_wrong_colors_can_all_be_another_objects():
+    rng, near = np.random.default_rng(6), Counter()
+    for share in (0.0, 1.0):
+        for about in (questions.subject(rng, share) for _ in range(300)):
+            colors = {thing.color for thing in about.scene.things}
+            for question in questions.ask(about, rng, 10):
+                if question.kind == "color" and question.answer == "No" and len(colors) > 1:
+                    near[share, question.text.rstrip("?").split()[-1] in colors] += 1
+    assert near[1.0, True] > 30
+    assert near[1.0, False] == 0
+    assert near[0.0, False] > near[0.0, True]  # any other colour, now and then the other object's
+
+
+def test_questions_are_the_same_in_every_process():
+    """Not the order of a set of words, which differs from one process to the next."""
+    code = (
+        "import numpy as np; from alignkit.sandbox import questions; rng = np.random.default_rng(7); "
+        "print([questions.ask(questions.subject(rng, near), rng, 10) for near in (0, 1) for _ in range(40)])"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1]
 
 
 def test_one_of_a_pair_shows_the_caption():

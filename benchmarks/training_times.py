@@ -1,0 +1,113 @@
+"""How long the sandbox's own trainings take on this machine. A progress bar, then one JSON line.
+
+    python benchmarks/training_times.py [--steps 30] [--only clip unet ...]
+
+Every recipe is begun twice, with few steps and with `--steps` more, and generators once more with more scenes (they
+render and encode those before the first step); what is in between is the price of a step and of a scene, and the
+recipe's own numbers make minutes of them. A stage of `unet` is begun from a random network of the same kind and the
+heads from a reader that has learnt nothing: what is in the weights takes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import alignkit.sandbox
+from alignkit.sandbox import generators, interviews, recipes
+from alignkit.sandbox.vlm import CUTTING
+from rewards.patches import Patches
+from rewards.preference import PreferenceConfig, PreferenceModel
+
+WEIGHTS = Path(alignkit.sandbox.__file__).parent / "weights"
+FEW, SCENES = 5, 640
+STAGED: dict[str, tuple[Callable[..., Any], Sequence[recipes.Recipe]]] = {
+    "vae": (recipes.train_vae, recipes.VAE),
+    "clip": (lambda out, work, stages: recipes.train_clip(out, work, *stages), (recipes.CLIP,)),
+    "reader": (partial(recipes.train_reader, PreferenceModel, PreferenceConfig), recipes.READER),
+    "vlm": (partial(interviews.train_vlm, Patches(**CUTTING)), interviews.STAGES),
+}
+
+
+def seconds(train: Callable[[Path, Path], Any]) -> float:
+    """How long one training takes, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        train(Path(folder) / "out", Path(folder) / "work")
+        return time.perf_counter() - start
+
+
+def staged(name: str, steps: int) -> float:
+    """Seconds that the whole recipe takes; its pictures are drawn as they are seen."""
+    train, stages = STAGED[name]
+    total = 0.0
+    for stage in stages:
+        few, many = (seconds(partial(train, stages=(replace(stage, steps=n),))) for n in (FEW, FEW + steps))
+        total += few + (many - few) / steps * (stage.steps - FEW)
+    return total
+
+
+def head(name: str, steps: int, folder: Path) -> float:
+    """Seconds that a preference head takes."""
+    reader = folder / "reader"
+    if not reader.is_dir():
+        recipes.train_reader(
+            PreferenceModel, PreferenceConfig, reader, folder / "work", (replace(recipes.READER[0], steps=1),)
+        )
+    recipe = recipes.HEADS[name]
+    begin = partial(recipes.train_head, name, PreferenceModel, reader)
+    few, many = (seconds(partial(begin, recipe=replace(recipe, steps=n))) for n in (FEW, FEW + steps))
+    return few + (many - few) / steps * (recipe.steps - FEW)
+
+
+def generator(name: str, steps: int, folder: Path) -> float:
+    """Seconds that one stage of a generator takes, its scenes rendered and encoded."""
+    recipe = generators.RECIPES[name]
+    if not recipe.start.startswith("new "):
+        recipe = replace(recipe, start="unet" if recipe.adapter else "new unet")
+
+    def begin(n: int, scenes: int) -> float:
+        return seconds(partial(_train, name, folder, replace(recipe, steps=n, scenes=scenes)))
+
+    few, many, more = begin(FEW, SCENES), begin(FEW + steps, SCENES), begin(FEW, 3 * SCENES)
+    rest = generators.RECIPES[name]
+    return few + (many - few) / steps * (rest.steps - FEW) + (more - few) / (2 * SCENES) * (rest.scenes - SCENES)
+
+
+def _train(name: str, models: Path, recipe: generators.GeneratorRecipe, out: Path, work: Path) -> None:
+    generators.train_generator(name, models, out, work, recipe)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only", nargs="+", default=[*STAGED, *recipes.HEADS, *generators.RECIPES])
+    options = parser.parse_args()
+    minutes: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as kept:
+        folder = Path(kept)
+        (folder / "vae").symlink_to(WEIGHTS / "unet" / "vae")
+        (folder / "unet").symlink_to(WEIGHTS / "unet")
+        for name in (bar := tqdm(options.only)):
+            bar.set_description(name)
+            if name in STAGED:
+                took = staged(name, options.steps)
+            else:
+                took = (head if name in recipes.HEADS else generator)(name, options.steps, folder)
+            minutes[name] = round(took / 60, 1)
+    without = round(sum(took for name, took in minutes.items() if name != "vlm") / 60, 2)
+    print(json.dumps({"minutes": minutes, "hours_without_vlm": without, "steps": options.steps}))
+
+
+if __name__ == "__main__":
+    main()
