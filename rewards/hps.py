@@ -12,6 +12,8 @@ class Hps(ClipReward):
 
     model: `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt` in open_clip's names (`hf download xswu/HPSv2
     HPS_v2.1_compressed.pt --local-dir FOLDER`), or a CLIPModel folder made of one.
+    antialias: as torchvision resamples floats since its version 0.17. The package does not pin one, and with those of
+        2023, when it was published, large pictures lost their fine detail to aliases: False gives its numbers of then.
     The longest side is scaled to 224 and the rest filled with black, as published, which resamples floats in one pass
     and lets them overshoot [0, 1].
     """
@@ -22,6 +24,15 @@ class Hps(ClipReward):
     native_range = (-1.0, 1.0)
     name = "hps"
 
-    def __init__(self, model: str, *, processor: str = LAION_H, device: str = "cpu", dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        antialias: bool = True,
+        processor: str = LAION_H,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
         self.clip = Clip(model, name=self.name, processor=processor, get=self.get, device=device, dtype=dtype)
-        self.clip.preparation = replace(self.clip.preparation, fit="pad", passes="float")
+        passes = "float" if antialias else "aliased"
+        self.clip.preparation = replace(self.clip.preparation, fit="pad", passes=passes)

@@ -102,13 +102,16 @@ def quantised(media: Tensor) -> Tensor:
     return precise(media.detach()).mul(255).round().clamp(0, 255).div(255)
 
 
+Passes = Literal["pil", "float", "aliased"]
+
+
 @dataclass(frozen=True, slots=True)
 class Preparation:
     """How pictures [N, 3, H, W] in [0, 1] become a model's input [N, 3, size, size].
 
     fit: `crop` scales the shorter side to `size` and cuts the centre out, as CLIP does; `pad` scales the longer side
     and fills up with `fill`, as HPSv2 and LLaVA do; `stretch` ignores the aspect ratio.
-    passes: how `resize` resamples, as PIL does or, for HPSv2, as torchvision does with floats.
+    passes: how `resize` resamples, as PIL does or, for HPSv2, as torchvision does or did with floats.
     """
 
     size: int
@@ -119,7 +122,7 @@ class Preparation:
     fill: tuple[float, ...] = (0.0, 0.0, 0.0)
     pad_first: bool = False  # pad to a square before scaling, as LLaVA does, rather than after
     centre: Literal["down", "even"] = "down"  # of an odd excess, floor (transformers) or round (torchvision)
-    passes: Literal["pil", "float"] = "pil"
+    passes: Passes = "pil"
 
     def __call__(self, media: Tensor) -> Tensor:
         """Prepared pictures on the device of `media`, in its dtype but at least float32."""
@@ -151,14 +154,15 @@ def resize(
     width: int,
     resample: str = "bicubic",
     *,
-    passes: Literal["pil", "float"] = "pil",
+    passes: Passes = "pil",
     eight_bit: bool = False,
 ) -> Tensor:
-    """Antialiased resize of [N, 3, H, W], at least float32; pixels of the right size pass as they are.
+    """Resize of [N, 3, H, W], at least float32; pixels of the right size pass as they are.
 
     passes: `pil` resamples the width, then the height, and clamps to [0, 1] after each, for PIL's pictures are 8-bit
     in between too; one pass is off by up to 12 levels of 255 on rendered text. PIL's rounding, which has no gradient,
-    is left out: about 1 level. `float` is one pass that may overshoot, as torchvision resamples floats.
+    is left out: about 1 level. `float` is one pass that may overshoot, as torchvision resamples floats, and `aliased`
+    the same without antialiasing, as it did before version 0.17.
     eight_bit: round before and after each of PIL's passes as PIL does; then no gradient passes.
     """
     from torch.nn import functional
@@ -166,8 +170,8 @@ def resize(
     pixels = quantised(pixels) if eight_bit else precise(pixels)
     if pixels.shape[-2:] == (height, width):
         return pixels
-    if passes == "float":
-        return functional.interpolate(pixels, (height, width), mode=resample, antialias=True)
+    if passes != "pil":
+        return functional.interpolate(pixels, (height, width), mode=resample, antialias=passes == "float")
     for size in ((pixels.shape[-2], width), (height, width)):
         if pixels.shape[-2:] != size:
             pixels = functional.interpolate(pixels, size, mode=resample, antialias=True).clamp(0, 1)

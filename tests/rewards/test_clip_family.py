@@ -23,7 +23,7 @@ from rewards.pick_score import PickScore
 
 TEXTS = ["a red circle", "two blue rings on a gray background", "a cross. " * 20, "light"]
 PROMPTS = [Prompt.from_text(text) for text in TEXTS]
-NAMES = ["clip_score", "paper", "pick_score", "hps", "aesthetic", "mps"]
+NAMES = ["clip_score", "paper", "pick_score", "hps", "aliased", "aesthetic", "mps"]
 HEADS, HEAD, WIDE = 3, 8, 40
 
 
@@ -80,6 +80,7 @@ def build(files):
             "paper": lambda: ClipScore(place, form="paper", **options),
             "pick_score": lambda: PickScore(place, processor=place, **options),
             "hps": lambda: Hps(place, processor=place, **options),
+            "aliased": lambda: Hps(place, antialias=False, processor=place, **options),
             "aesthetic": lambda: Aesthetic(place, head=str(files / "sac+logos+ava1-l14-linearMSE.pth"), **options),
             "mps": lambda: Mps(str(files / "mps.safetensors"), processor=place, **options),
         }[name]()
@@ -95,11 +96,11 @@ def processed(picture):
     return CLIPImageProcessorPil(**options)(picture, return_tensors="pt").pixel_values
 
 
-def padded(picture):
+def padded(picture, *, antialias=True):
     """HPSv2: floats first, the longest side to 32, black around, then CLIP's statistics."""
     pixels, side = tiny_clips.media(picture), tiny_clips.SIDE
     size = [round(length * side / max(pixels.shape[-2:])) for length in pixels.shape[-2:]]
-    pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+    pixels = functional.interpolate(pixels, size, mode="bicubic", antialias=antialias)
     rows, columns = (side - length for length in size)
     around = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
@@ -191,6 +192,7 @@ def published(clip, head, crossing):
         "paper": lambda picture, text: 2.5 * max(cosine(clip, processed(picture), f"A photo depicts {text}"), 0),
         "pick_score": lambda picture, text: scale * cosine(clip, processed(picture), text),
         "hps": lambda picture, text: cosine(clip, padded(picture), text),
+        "aliased": lambda picture, text: cosine(clip, padded(picture, antialias=False), text),
         "aesthetic": aesthetic,
         "mps": lambda picture, text: mps(clip, crossing, processed(picture), text)[0],
     }
@@ -204,12 +206,12 @@ def test_scores_are_the_published_ones(name, build, published):
     The picture that is only cut goes through PIL without resampling; HPSv2's path has floats throughout.
     """
     reward = build(name)
-    scale = {"clip_score": 100, "paper": 2.5, "pick_score": 14.3, "hps": 1, "aesthetic": 1, "mps": 14.3}[name]
+    scale = {"clip_score": 100, "paper": 2.5, "pick_score": 14.3, "mps": 14.3}.get(name, 1)
     for picture, prompt in zip(tiny_clips.pictures(), PROMPTS, strict=True):
         wanted = published[name](picture, prompt.text)
         difference = abs(reward(tiny_clips.media(picture), [prompt]).total.item() - wanted) / scale
         print(name, picture.size, f"{wanted:.5f} differs by {difference:.2e} of its range")
-        is_exact = picture.size == (tiny_clips.SIDE + 9, tiny_clips.SIDE) or name == "hps"
+        is_exact = picture.size == (tiny_clips.SIDE + 9, tiny_clips.SIDE) or name in ("hps", "aliased")
         assert difference < (2e-6 if is_exact else 5e-3)
 
 
