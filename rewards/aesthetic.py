@@ -48,7 +48,9 @@ class Aesthetic(ClipReward):
         self._head.to(device, exact).eval().requires_grad_(False)
 
     def _score(self, media: Tensor, prompts: list[str]) -> Tensor:  # noqa: ARG002 - the picture alone
-        return self._head["layers"](self.clip.embed_media(media)).squeeze(-1)
+        seen = self.clip.embed_media(media)
+        with torch.autocast(seen.device.type, enabled=False):  # bfloat16 near 5 has steps of 1/32
+            return self._head["layers"](seen).squeeze(-1)
 
 
 def _head(widths: tuple[int, ...]) -> nn.ModuleDict:

@@ -32,7 +32,7 @@ class ImageReward:
 
     model: ImageReward.pt (or its tensors as .safetensors), the folder it lies in, or a hub id.
     tokenizer: folder or hub id of BERT's uncased tokenizer; prompts are cut to 35 tokens.
-    dtype: the precision of weights; scores are at least float32.
+    dtype: the precision of BLIP's weights; the head and scores are at least float32.
 
     Pictures are scaled and cropped to a square as CLIP's are. Raises MissingFileError for weights or a tokenizer that
     are not there, DataError for weights of another model or a tokenizer of another vocabulary.
@@ -51,6 +51,8 @@ class ImageReward:
     def __init__(
         self, model: str, *, tokenizer: str = "bert-base-uncased", device: str = "cpu", dtype: str = "float32"
     ) -> None:
+        import torch
+
         path = find_file(model, FILES, ADVICE)
         state = {
             key: value
@@ -58,7 +60,9 @@ class ImageReward:
             if not UNUSED.fullmatch(key)
         }
         self._place = (device, torch_dtype(dtype))
-        self._model = _network(state, f"image_reward: {path}").to(*self._place).eval().requires_grad_(False)
+        self._model = _network(state, f"image_reward: {path}").to(device).eval().requires_grad_(False)
+        self._model["blip"].to(self._place[1])
+        self._model["mlp"].to(torch.promote_types(self._place[1], torch.float32))
         self._prepare = Preparation(self._model["blip"].visual_encoder.size, centre="even")
         self._tokenizer = _tokenizer(tokenizer)
         words = self._model["blip"].text_encoder.embeddings["word_embeddings"].num_embeddings
@@ -69,13 +73,16 @@ class ImageReward:
             )
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        import torch
+
         pixels = self._prepare(check_media(media, prompts, self)).to(*self._place)
         tokens = self._tokenizer(
             texts(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(pixels.device)
         states = self._model["blip"](pixels, tokens.input_ids, tokens.attention_mask)
-        raw = self._model["mlp"]["layers"](states[:, 0]).squeeze(-1)
-        return Scores((precise(raw) - MEAN) / STD)
+        with torch.autocast(states.device.type, enabled=False):  # bfloat16 near 1 has steps of 1/128
+            raw = self._model["mlp"]["layers"](precise(states[:, 0])).squeeze(-1)
+        return Scores((raw - MEAN) / STD)
 
 
 def _network(state: Mapping[str, Tensor], where: str) -> nn.Module:

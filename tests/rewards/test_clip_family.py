@@ -252,6 +252,18 @@ def test_every_reward_declares_itself_and_scores_row_by_row(name, build):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_totals_are_finer_than_bfloat16_in_autocast(name, build):
+    """Towers may round; what is left to do with their features is done in float32, or near scores would be equal."""
+    reward, media = build(name), noise()
+    with torch.autocast("cpu", torch.bfloat16):
+        total = reward(media, PROMPTS[:3]).total
+    assert total.dtype == torch.float32
+    assert not torch.equal(total.bfloat16().float(), total)
+    assert not torch.equal(total, reward(media, PROMPTS[:3]).total)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_differences(name, build):
     """fp64, central differences along a random direction; and row 1's score moves with picture 1 alone."""
     reward = build(name, dtype="float64")

@@ -15,7 +15,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from alignkit.errors import ConfigError, DataError, MissingFileError
 from alignkit.protocols import Reward
 from alignkit.records import Prompt
-from rewards.image_reward import ImageReward
+from rewards.image_reward import MEAN, STD, ImageReward
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "##s", "on", "two"]
 TEXTS = ["a red circle", "two blue circles on a red circle", "blue"]
@@ -200,6 +200,15 @@ def test_weights_in_bfloat16_score_in_float32(folder, reward):
     assert torch.equal(reward(half, PROMPTS).total, reward(half.float(), PROMPTS).total)
     with pytest.raises(ConfigError, match=r"dtype 'bf16' is unknown. Did you mean 'bfloat16'\?"):
         ImageReward(folder, tokenizer=folder, dtype="bf16")
+
+
+def test_the_head_scores_in_float32_in_autocast(folder, reward):
+    low = ImageReward(folder, tokenizer=folder, dtype="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        totals = [made(pictures().float(), PROMPTS).total for made in (reward, low)]
+    raw = torch.stack(totals) * STD + MEAN
+    assert raw.dtype == torch.float32
+    assert (raw.bfloat16().float() - raw).abs().amin(1).gt(1e-5).all()
 
 
 def test_long_prompts_are_cut_to_35_tokens(reward):
