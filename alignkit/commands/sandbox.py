@@ -38,8 +38,7 @@ class SandboxJob:
 
     name: vae; clip, the CLIP proxy; reader, where picture and words meet; careful and showy, the
         preference heads; unet_first to unet_clean, four stages of a generator, and unet, which is made from
-        it; flow, another one; vlm, which
-        answers questions about pictures and clips.
+        it; flow, another one; vlm, which answers questions about pictures and clips.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """
