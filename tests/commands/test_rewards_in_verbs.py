@@ -112,7 +112,7 @@ def test_stages_refuse_rewards_whose_rows_depend_on_each_other(mode, work, capsy
 @pytest.mark.parametrize(
     ("reward", "options", "message"),
     [
-        ("hps", {}, "needs the option 'model'. To get it: `hf download xswu/HPSv2 .*Its options: model, antialias, processor"),
+        ("hps", {}, "needs the option 'model'. To get it: `hf download xswu/HPSv2 .*Its options: model, antialias, "),
         ("preference", {}, "needs the option 'model'. Its options: model, device"),
         (
             "aesthetic",
