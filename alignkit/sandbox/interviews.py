@@ -28,6 +28,7 @@ from alignkit.sandbox.vlm import MERGE, PATCH, TEMPORAL, TOKENS_PER_SECOND, save
 from alignkit.sandbox.worlds import to_tensor
 
 OPENING, VISION = "<|im_start|>user\n", ("<|vision_start|>", "<|vision_end|>")
+CAPTIONED = ("caption", "pair")  # kinds of question with a caption in them
 CLOSING, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 
 
@@ -40,7 +41,7 @@ class Stage(Recipe):
 
     count: int = 4
     near: float = 0.5
-    judged: tuple[str, ...] = ("caption", "pair")
+    judged: tuple[str, ...] = CAPTIONED
 
 
 # First the eyes, then the tongue: words teach shapes slowly, names of patches teach them fast. While the tongue learns,
@@ -58,7 +59,7 @@ STAGES = (
         seed=116,
         count=10,
         near=0.9,
-        judged=("caption", "pair", "color", "object"),
+        judged=(*CAPTIONED, "color", "object"),
     ),
 )
 CLASSES = {kind: number for number, kind in enumerate(((s, c) for s in SHAPES for c in PALETTE), start=1)}
@@ -160,7 +161,7 @@ class Interview:
         words: Qwen2Tokenizer,
         model: Qwen2_5_VLForConditionalGeneration,
         patchify: Patchify,
-        judged: Collection[str] = ("caption", "pair"),
+        judged: Collection[str] = CAPTIONED,
     ) -> None:
         self.words, self.patchify, self.judged = words, patchify, judged
         self.ids = {"image": model.config.image_token_id, "video": model.config.video_token_id}
@@ -231,7 +232,7 @@ class Interview:
                 if word in known:
                     meant[medium, :, place] = torch.tensor([known[word].get(head, -100) for head in HEADS])
             if question.kind in self.judged:
-                is_claim = question.kind not in ("caption", "pair")
+                is_claim = question.kind not in CAPTIONED
                 places = [max(place for place, word in enumerate(spelled) if word)] if is_claim else nouns
                 shown[medium, places] = torch.tensor([int(question.answer == "Yes")] if is_claim else truths)
         return meant.flatten(0, 1), shown

@@ -84,14 +84,14 @@ def test_answers_are_learnt_and_counted_right(words):
     batch = collate([rows[index] for index in range(4)])
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     first = objective(**batch)["loss"].item()
-    for _ in range(50):
+    for _ in range(90):
         optimizer.zero_grad()
         loss = objective(**batch)["loss"]
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.3 * first
     share = [right for right, _ in interviews.accuracy(pupil, words, PATCHES, subjects=4).values()]
-    assert sum(share) / len(share) > 0.4  # the same rows, half learnt by heart
+    assert sum(share) / len(share) > 0.6  # the same rows, by heart
     with torch.no_grad():
         pupil.lm_head.weight.zero_()
     assert not any(right for right, _ in interviews.accuracy(pupil, words, PATCHES, subjects=4).values())

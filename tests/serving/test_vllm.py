@@ -6,6 +6,7 @@ another and weighs 3.5 GB.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -36,14 +37,29 @@ PAIRS = 60
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The URL of a server that is up; it ends with the tests."""
+    """The URL of vLLM, serving the folder as "vlm"."""
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(FOLDER), "--served-model-name", "vlm"]
+    command += ["--enforce-eager", "--max-model-len", "1024", "--limit-mm-per-prompt", '{"image": 16, "video": 2}']
+    with _serving(command, own, tmp_path_factory.mktemp("vllm") / "server.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def plain_server(tmp_path_factory):
+    """The URL of `transformers serve`, which names a model by its folder and gives no probabilities."""
+    command = [str(Path(__file__).with_name("transformers_cpu.py")), "serve", "--device", "cpu"]
+    with _serving(command, {}, tmp_path_factory.mktemp("transformers") / "server.log") as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _serving(command, own, log):
+    """The URL of a server on a free port that is up; it ends with the context."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    command = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(FOLDER)]
-    command += ["--served-model-name", "vlm", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "1024", "--limit-mm-per-prompt", '{"image": 16, "video": 2}']
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    command = [os.environ["VLLM_PYTHON"], *command, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    own = own | {"HF_HUB_OFFLINE": "1"}
     with log.open("w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | own, start_new_session=True
@@ -67,7 +83,7 @@ def _wait(process, url, log):
                 return
         except OSError:
             time.sleep(1)
-    pytest.fail(f"vLLM did not come up:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"the server did not come up:\n{log.read_text()[-3000:]}")
 
 
 def picture(scene, rng):
@@ -145,6 +161,20 @@ def test_a_judge_labels_scene_pairs_in_both_orders(server, scenes, tmp_path):
     assert all(verdict in (0, known) for verdict, known in zip(sure, verdicts, strict=True))
     assert verdicts.count(1) > 10 * verdicts.count(-1)
     assert verdicts.count(1) >= 0.6 * PAIRS
+
+
+def test_transformers_serve_judges_as_vllm_does(server, plain_server, scenes):
+    """Greedy answers of the same weights by two engines; where no probability is given, asking for one says so."""
+    right, wrong, prompts = scenes
+    verdicts = [
+        ServedJudge(url, name).compare(right, wrong, prompts)
+        for url, name in ((server, "vlm"), (plain_server, str(FOLDER)))
+    ]
+    same = sum(one == other for one, other in zip(*verdicts, strict=True))
+    print(f"\ntransformers serve and vLLM agree on {same} of {PAIRS} pairs; {verdicts[1].count(1)} right")
+    assert same >= PAIRS - 1
+    with pytest.raises(ServerError, match="gives no log-probabilities"):
+        ServedYesNo(plain_server, str(FOLDER))(right[:1], prompts[:1])
 
 
 @pytest.mark.parametrize("clips", ["frames", "video"])
