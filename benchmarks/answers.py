@@ -30,6 +30,8 @@ def main() -> None:
     words = AutoTokenizer.from_pretrained(options.model)
     found = accuracy(model, words, Patches(**CUTTING), subjects=options.subjects, seed=options.seed)
     shares = {kind: round(share, 3) for kind, (share, _) in found.items()}
+    total = sum(asked for _, asked in found.values())
+    shares["all"] = round(sum(share * asked for share, asked in found.values()) / total, 3)
     print(json.dumps({"model": options.model, "right": shares, "asked": {kind: n for kind, (_, n) in found.items()}}))
 
 

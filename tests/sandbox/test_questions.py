@@ -15,7 +15,7 @@ from alignkit.sandbox import questions
 from alignkit.sandbox.captions import NUMBERS, parse
 from alignkit.sandbox.clips import DIRECTIONS, at, covers, film, move
 from alignkit.sandbox.gold import look, shows
-from alignkit.sandbox.scenes import RELATIONS, SHAPES, Scene, Thing, render
+from alignkit.sandbox.scenes import PALETTE, RELATIONS, SHAPES, Scene, Thing, render
 
 COUNTS = {name: number for number, name in questions.COUNTS.items()}
 SINGULAR = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross", "rings": "ring"}
@@ -117,13 +117,17 @@ def test_wrong_colors_can_all_be_another_objects():
     rng, near = np.random.default_rng(6), Counter()
     for share in (0.0, 1.0):
         for about in (questions.subject(rng, share) for _ in range(300)):
-            colors = {thing.color for thing in about.scene.things}
+            things = about.scene.things
+            colors, is_mixed = {thing.color for thing in things}, len({thing.shape for thing in things}) > 1
             for question in questions.ask(about, rng, 10):
-                if question.kind == "color" and question.answer == "No" and len(colors) > 1:
-                    near[share, question.text.rstrip("?").split()[-1] in colors] += 1
-    assert near[1.0, True] > 30
-    assert near[1.0, False] == 0
-    assert near[0.0, False] > near[0.0, True]  # any other colour, now and then the other object's
+                named = set(question.text.rstrip("?").split()) & set(PALETTE)
+                can_be_near = question.kind == "color" or (is_mixed and question.kind == "object")
+                if named and can_be_near and len(colors) > 1 and question.answer == "No":
+                    near[question.kind, share, named <= colors] += 1
+    for kind in ("color", "object"):
+        assert near[kind, 1.0, True] > 30
+        assert near[kind, 1.0, False] == 0
+        assert near[kind, 0.0, False] > near[kind, 0.0, True]  # any other colour, now and then the other object's
 
 
 def test_questions_are_the_same_in_every_process():
