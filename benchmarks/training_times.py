@@ -72,7 +72,7 @@ def cost(train: Callable[[Path, Path], Any]) -> Cost:
 
 
 def staged(name: str, steps: int) -> Cost:
-    """Seconds that the whole recipe takes; its pictures are drawn as they are seen."""
+    """What the whole recipe takes; its pictures are drawn as they are seen."""
     train, stages = STAGED[name]
     total = np.zeros(2)
     for stage in stages:
@@ -82,7 +82,7 @@ def staged(name: str, steps: int) -> Cost:
 
 
 def head(name: str, steps: int, folder: Path) -> Cost:
-    """Seconds that a preference head takes."""
+    """What a preference head takes."""
     reader = folder / "reader"
     if not reader.is_dir():
         recipes.train_reader(
@@ -95,7 +95,7 @@ def head(name: str, steps: int, folder: Path) -> Cost:
 
 
 def generator(name: str, steps: int, folder: Path) -> Cost:
-    """Seconds that one stage of a generator takes, its scenes rendered and encoded."""
+    """What one stage of a generator takes, its scenes rendered and encoded."""
     recipe = generators.RECIPES[name]
     if not recipe.start.startswith("new "):
         recipe = replace(recipe, start="unet" if recipe.adapter else "new unet")
@@ -135,7 +135,7 @@ def main() -> None:
 
 def summary(costs: Mapping[str, Cost], faster: float) -> dict[str, Any]:
     """What is printed: minutes a model, its share in products, and the hours of all but `vlm`."""
-    together = sum((cost for name, cost in costs.items() if name != "vlm"), np.zeros(2)) / 3600
+    together = sum((both for name, both in costs.items() if name != "vlm"), np.zeros(2)) / 3600
     return {
         "minutes": {name: round(took / 60, 1) for name, (took, _) in costs.items()},
         "share_in_products": {name: round(spent / took, 2) for name, (took, spent) in costs.items()},

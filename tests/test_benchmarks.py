@@ -84,16 +84,19 @@ def test_whole_trainings_are_foretold_from_short_ones(benchmarks, monkeypatch, t
         assert times.generator(name, 7, tmp_path) == pytest.approx(3 + 2 * recipe.steps + 0.01 * recipe.scenes)
 
 
-def test_the_share_of_products_is_counted_once(benchmarks):
-    """Products of matrices, forward and backward, are nearly all of such a training, and sums of another none of it."""
+@pytest.mark.parametrize("kind", ["matrices", "convolution", "attention"])
+def test_the_share_of_products_is_counted_once(benchmarks, kind):
+    """Such a training, forward and backward, is mostly products and never more than itself; sums are none of it."""
     times = importlib.import_module("training_times")
     weight = torch.randn(1024, 1024, requires_grad=True)
-
-    def multiply(*_):
-        torch.autograd.grad((weight @ weight).sum(), weight)
-
-    took, spent = sum(times.cost(multiply) for _ in range(3))
-    assert 0.5 * took < spent <= took
+    kernel = torch.randn(64, 64, 3, 3, requires_grad=True)
+    made = {
+        "matrices": lambda: weight @ weight,
+        "convolution": lambda: torch.nn.functional.conv2d(weight.view(16, 64, 32, 32), kernel),
+        "attention": lambda: torch.nn.functional.scaled_dot_product_attention(*[weight.view(4, 4, 1024, 64)] * 3),
+    }[kind]
+    took, spent = sum(times.cost(lambda *_: torch.autograd.grad(made().sum(), weight)) for _ in range(3))
+    assert 0.4 * took < spent <= took
     took, spent = times.cost(lambda *_: weight + weight)
     assert spent == 0 < took
 
