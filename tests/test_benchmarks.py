@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,37 +74,10 @@ def test_whole_trainings_are_foretold_from_short_ones(benchmarks, monkeypatch, t
         ahead = recipe.scenes if isinstance(recipe, generators.GeneratorRecipe) else 0
         return 3 + 2 * recipe.steps + 0.01 * ahead
 
-    monkeypatch.setattr(times, "cost", pretend)
+    monkeypatch.setattr(times, "seconds", pretend)
     monkeypatch.setattr(times.recipes, "train_reader", lambda *_: None)
     assert times.staged("vae", 7) == pytest.approx(sum(3 + 2 * stage.steps for stage in times.recipes.VAE))
     assert times.head("careful", 7, tmp_path) == pytest.approx(3 + 2 * times.recipes.HEADS["careful"].steps)
     for name in ("unet", "flow"):
         recipe = generators.RECIPES[name]
         assert times.generator(name, 7, tmp_path) == pytest.approx(3 + 2 * recipe.steps + 0.01 * recipe.scenes)
-
-
-@pytest.mark.parametrize("kind", ["matrices", "convolution", "attention"])
-def test_the_share_of_products_is_counted_once(benchmarks, kind):
-    """Such a training, forward and backward, is mostly products and never more than itself; sums are none of it."""
-    times = importlib.import_module("training_times")
-    weight = torch.randn(1024, 1024, requires_grad=True)
-    kernel = torch.randn(64, 64, 3, 3, requires_grad=True)
-    made = {
-        "matrices": lambda: weight @ weight,
-        "convolution": lambda: torch.nn.functional.conv2d(weight.view(16, 64, 32, 32), kernel),
-        "attention": lambda: torch.nn.functional.scaled_dot_product_attention(*[weight.view(4, 4, 1024, 64)] * 3),
-    }[kind]
-    took, spent = sum(times.cost(lambda *_: torch.autograd.grad(made().sum(), weight)) for _ in range(3))
-    assert 0.4 * took < spent <= took
-    took, spent = times.cost(lambda *_: weight + weight)
-    assert spent == 0 < took
-
-
-def test_products_four_times_as_fast_leave_the_rest_as_it_is(benchmarks):
-    times = importlib.import_module("training_times")
-    costs = {"unet": np.array([7200.0, 5400.0]), "clip": np.array([3600.0, 0.0]), "vlm": np.array([9e9, 9e9])}
-    found = times.summary(costs, faster=4)
-    assert found["hours_without_vlm"] == 3
-    assert found["hours_if_faster"] == pytest.approx(3 - 1.5 + 1.5 / 4, abs=0.01)
-    assert found["share_in_products"]["unet"] == 0.75
-    assert found["minutes"]["unet"] == 120

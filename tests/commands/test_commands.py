@@ -77,7 +77,7 @@ def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, c
     }
     (work / "clips.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     model = f"--model={model_folders['wan']}"
-    options = ["--max_steps=1", "--per_device_train_batch_size=1", "--held_out=0", "--output_dir=mine"]
+    options = ["--max_steps=1", "--per_device_train_batch_size=1", "--held_out=0", "--output_dir=mine", "--bf16=true"]
     assert cli.main(["train", "sft", "--config=clips.yaml", model, "--data=clips", *options]) == 0
     (strip,) = (work / "mine" / "validation").glob("*.png")
     with Image.open(strip) as picture:

@@ -35,7 +35,6 @@ def clips_of(family, candidates=1):
     return datasets.Dataset.from_dict({"prompt": [f"a clip {i}" for i in range(4)], "videos": clips, **columns})
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # autocast and RMSNorm
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_untrained_pair_costs_log_two(make, batch_of, family, bf16):
     """Exactly, also in bf16: policy and reference run the same code on the same draws."""
