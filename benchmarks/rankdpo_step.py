@@ -1,6 +1,7 @@
 """What a RankDPO step costs beside the bare calls it needs, and what the low-memory step holds. One JSON line.
 
     python benchmarks/rankdpo_step.py [--model FOLDER] [--prompts 2] [--candidates 4] [--repeats 9] [--runs 4]
+        [--only "full, low memory" ...]
 
 Speed: every step of a running `trainer.train()` (rows from the cache, loss, clipping, optimizer, health panel) against
 the same network calls on the same tensors written out bare: reference forward, policy forward, mean of squares,
@@ -18,6 +19,7 @@ import argparse
 import ctypes
 import functools
 import io
+import itertools
 import json
 import statistics
 import sys
@@ -56,6 +58,17 @@ def random_model(folder: Path) -> Path:
     torch.manual_seed(0)
     generators.build_flow(models.vae()).save_pretrained(folder)
     return folder
+
+
+# What a step is called: (full_finetune, low_memory, precompute_reference).
+KINDS = {
+    f"{'full' if full else 'lora'}{', low memory' if low else ''}{', precomputed reference' if ready else ''}": (
+        full,
+        low,
+        ready,
+    )
+    for full, low, ready in itertools.product((False, True), repeat=3)
+}
 
 
 def rows(prompts: int, candidates: int, side: int) -> datasets.Dataset:
@@ -193,12 +206,9 @@ def _synchronise() -> None:
 
 def speed(model: Path, chosen: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Images a second of full and bare steps, and their ratio, for every kind of step."""
-    kinds = [(full, low, ready) for full in (False, True) for low in (False, True) for ready in (False, True)]
     results = []
-    for full, low, ready in tqdm(kinds, desc="steps"):
-        name = (
-            f"{'full' if full else 'lora'}{', low memory' if low else ''}{', precomputed reference' if ready else ''}"
-        )
+    for name in tqdm(chosen.only, desc="steps"):
+        full, low, ready = KINDS[name]
         options = {"full_finetune": full, "low_memory": low, "precompute_reference": ready}
         trainer = build(model, chosen, work / name.replace(", ", "-").replace(" ", "_"), **options)
         turns = Turns(trainer, functools.partial(_others, trainer, ready=ready))
@@ -305,6 +315,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--runs", type=int, default=4, help="runs that share one precomputed reference")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="; ".join(KINDS))
     chosen = parser.parse_args()
     keep_freed_memory()
     datasets.disable_progress_bars()
