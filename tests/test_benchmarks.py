@@ -1,4 +1,4 @@
-"""The scoring benchmark at its tiniest: every case runs, and the bare model does the work that the reward does."""
+"""Benchmarks at their tiniest: every case runs, and the bare model does the work that the measured one does."""
 
 from __future__ import annotations
 
@@ -81,3 +81,27 @@ def test_whole_trainings_are_foretold_from_short_ones(benchmarks, monkeypatch, t
     for name in ("unet", "flow"):
         recipe = generators.RECIPES[name]
         assert times.generator(name, 7, tmp_path) == pytest.approx(3 + 2 * recipe.steps + 0.01 * recipe.scenes)
+
+
+def test_a_kind_of_step_is_measured_alone(benchmarks, monkeypatch, tmp_path):
+    """It is the trainer's kind that its name says, and no other is built."""
+    step = importlib.import_module("rankdpo_step")
+    built = []
+
+    def build(*given, **options):
+        built.append(make(*given, **options))
+        return built[-1]
+
+    make = step.build
+    monkeypatch.setattr(step, "build", build)
+    only = "full, low memory, precomputed reference"
+    chosen = SimpleNamespace(prompts=1, candidates=2, side=64, repeats=1, runs=2, bf16=False, only=[only])
+    (found,) = step.speed(step.random_model(tmp_path / "model"), chosen, tmp_path)
+    (trainer,) = built
+    assert (trainer.args.full_finetune, trainer.args.low_memory, trainer.args.precompute_reference) == (True,) * 3
+    assert found["kind"] == only
+    assert found["amortised_images_per_s"] < found["images_per_s"]
+    for name, (full, low, ready) in step.KINDS.items():
+        assert name.startswith("full") is full
+        assert ("low memory" in name, "precomputed" in name) == (low, ready)
+    assert len(set(step.KINDS.values())) == 8
