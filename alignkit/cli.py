@@ -24,7 +24,7 @@ COMMANDS = {
     "train sft": ("alignkit.commands.train:sft", "train a generator with the plain denoising objective"),
     "evaluate": ("alignkit.commands.evaluate:main", "compare base and tuned on the same prompts and seeds"),
     "report": ("alignkit.commands.report:main", "write one self-contained report.html"),
-    "doctor": ("alignkit.commands.doctor:main", "show versions, devices, optional parts and memory estimates"),
+    "doctor": ("alignkit.commands.doctor.main:main", "show versions, devices, optional parts and memory estimates"),
     "sandbox train": ("alignkit.commands.sandbox:main", "repeat the training of one model of the embedded sandbox"),
     "ladder": ("alignkit.commands.ladder:main", "compare training methods, arm by arm, on the sandbox"),
 }

@@ -59,19 +59,6 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class RankedSet:
-    """One row of a ranked dataset: K encoded pictures of one prompt with raw scores and `phi` in [0, 1]."""
-
-    prompt: Prompt
-    images: tuple[bytes, ...]
-    generators: tuple[str, ...]
-    seeds: tuple[int, ...]
-    sampling: str
-    scores: Mapping[str, tuple[float, ...]]
-    phi: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class LossOutput:
     """An unreduced loss and detached tensors worth logging."""
 
@@ -135,15 +122,6 @@ def _where(mask_B: Tensor, null: Tensor, rows: Tensor) -> Tensor:
 
     mask = mask_B.reshape(-1, *([1] * (rows.dim() - 1)))
     return torch.where(mask, null.to(rows.dtype), rows)
-
-
-def derive_seed(*keys: int | str) -> int:
-    """A 63-bit seed from any keys, the same on every machine and in every process.
-
-    Used for everything random: (run seed, prompt id, candidate index), (noise seed, prompt id, epoch), ...
-    """
-    text = "\x1f".join(str(key) for key in keys)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def texts(prompts: Sequence[Prompt]) -> list[str]:

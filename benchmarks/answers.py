@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from alignkit.sandbox.interviews import accuracy
 from alignkit.sandbox.vlm import CUTTING
-from rewards.patches import Patches
+from rewards.models.patches import Patches
 
 
 def main() -> None:

@@ -28,10 +28,10 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from typing_extensions import override
 
-from alignkit.commands import memory
-from alignkit.commands.folders import Model, blank, read_model
-from alignkit.generators.stable_diffusion3 import StableDiffusion3
-from alignkit.generators.stable_diffusion_xl import StableDiffusionXL
+from alignkit.commands.doctor import memory
+from alignkit.commands.doctor.model_shapes import Model, blank, read_model
+from alignkit.generators.families.stable_diffusion3 import StableDiffusion3
+from alignkit.generators.families.stable_diffusion_xl import StableDiffusionXL
 from alignkit.records import Conditioning
 from alignkit.trainers.latents import COND, DrawPlan, LatentDataset
 from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer

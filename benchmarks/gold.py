@@ -22,10 +22,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from alignkit.generators import load_generator
-from alignkit.records import Prompt, Sampling, derive_seed, texts
+from alignkit.records import Prompt, Sampling, texts
 from alignkit.sandbox.captions import bodies, parse, prompts
 from alignkit.sandbox.gold import GoldReward, look, shows
 from alignkit.sandbox.scenes import CATEGORIES, compose, contradict, render
+from alignkit.seeds import derive_seed
 from data_pipelines.importers import load_ranked
 
 

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 import alignkit.sandbox
 from alignkit.protocols import Reward
-from alignkit.records import Prompt, derive_seed
+from alignkit.records import Prompt
 from alignkit.sandbox.captions import bodies, parse
 from alignkit.sandbox.scenes import CATEGORIES, compose, contradict, render
 from alignkit.sandbox.worlds import to_tensor
+from alignkit.seeds import derive_seed
 from rewards.clip_score import ClipScore
 from rewards.preference import PreferenceReward
 from rewards.vqa_score import VqaScore

@@ -28,9 +28,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from rewards.blip import Blip, TextEncoder, VisionTransformer
 from rewards.clip_flant5 import AFTER, BEFORE
-from rewards.templates import HPSV3, VIDEO_REWARD
+from rewards.models.blip import Blip, TextEncoder, VisionTransformer
+from rewards.models.templates import HPSV3, VIDEO_REWARD
 from rewards.video_reward import LEAST_PIXELS, TOKENS
 
 TEXTS = ("a red bicycle beside a wall", "two cats on a sofa", "an old harbour at night, oil painting", "a bowl of soup")

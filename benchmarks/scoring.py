@@ -30,8 +30,8 @@ from scoring_cases import CASES, Bench, mps_reward
 from transformers.utils import logging
 
 from alignkit.records import Prompt
-from rewards.clip import ClipReward, share_vision
 from rewards.hps import Hps
+from rewards.models.clip import ClipReward, share_vision
 from rewards.pick_score import PickScore
 
 

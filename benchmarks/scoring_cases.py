@@ -2,8 +2,8 @@
 
 The bare forward gets pixels (or patches) and tokens that are ready, and is the reward's own network, so that what is
 left is what the reward adds: checks, resizing, tokenising, reading the score out. `CASES` is the table. Not here: the
-measures without a network (`rewards.statistics`, `rewards.motion`), for they have no bare model; detectors and text
-readers (`geneval`, `text_rendering`), whose networks come from elsewhere; served models.
+measures without a network (`rewards.pixel_statistics`, `rewards.motion`), for they have no bare model; detectors and
+text readers (`geneval`, `text_rendering`), whose networks come from elsewhere; served models.
 """
 # ruff: noqa: SLF001 - the bare model is a private part of its reward
 
@@ -26,18 +26,18 @@ from alignkit.protocols import Reward
 from alignkit.records import Prompt, texts
 from rewards import clip_flant5 as flant5
 from rewards.aesthetic import WIDTHS, Aesthetic
-from rewards.clip import ClipReward
 from rewards.clip_score import ClipScore
 from rewards.hps import Hps
 from rewards.hpsv3 import PIXELS, HPSv3
 from rewards.image_reward import TOKENS, ImageReward
-from rewards.media import precise
+from rewards.models.clip import ClipReward
+from rewards.models.media import precise
+from rewards.models.templates import HPSV3, VIDEO_REWARD
+from rewards.models.vision_language import VisionLanguage
 from rewards.mps import Cross, Mps
 from rewards.pick_score import PickScore
 from rewards.preference import PreferenceReward
-from rewards.templates import HPSV3, VIDEO_REWARD
 from rewards.video_reward import VideoReward
-from rewards.vision_language import VisionLanguage
 from rewards.vqa_score import QUESTION, VqaScore
 from rewards.yes_no import YesNo
 

@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.records import Prompt, Sampling, Scores, derive_seed
+from alignkit.records import Prompt, Sampling, Scores
+from alignkit.seeds import derive_seed
 from data_pipelines import synpic
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ import alignkit.sandbox
 from alignkit.precision import fast_bf16
 from alignkit.sandbox import generators, interviews, recipes
 from alignkit.sandbox.vlm import CUTTING
-from rewards.patches import Patches
+from rewards.models.patches import Patches
 from rewards.preference import PreferenceConfig, PreferenceModel
 
 WEIGHTS = Path(alignkit.sandbox.__file__).parent / "weights"

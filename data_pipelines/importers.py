@@ -26,7 +26,7 @@ from alignkit.errors import DataError, MissingFileError
 from alignkit.records import Prompt
 from data_pipelines.images import image_size
 from data_pipelines.prompts import split_of
-from data_pipelines.ranked import COLUMNS, SPLITS, ranked_features
+from data_pipelines.synpic.rank import COLUMNS, SPLITS, ranked_features
 
 if TYPE_CHECKING:
     from datasets import Dataset

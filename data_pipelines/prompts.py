@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import DataError, MissingFileError, nearest
-from alignkit.records import Prompt, derive_seed
+from alignkit.records import Prompt
+from alignkit.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 

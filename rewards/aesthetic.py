@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from rewards.clip import Clip, ClipReward
-from rewards.weights import load_strictly, read_state
+from rewards.models.clip import Clip, ClipReward
+from rewards.models.weights import load_strictly, read_state
 
 WIDTHS = (1024, 128, 64, 16, 1)
 GET = "https://github.com/christophschuhmann/improved-aesthetic-predictor has sac+logos+ava1-l14-linearMSE.pth (3.7 MB)"

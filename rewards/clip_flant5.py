@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError, MissingFileError
 from alignkit.records import Prompt, Scores, texts
-from rewards.media import CLIP_MEAN, Preparation, check_media, precise
-from rewards.weights import find_file, load_strictly, load_whole, read_state, shape_of, torch_dtype
+from rewards.models.media import CLIP_MEAN, Preparation, check_media, precise
+from rewards.models.weights import find_file, load_strictly, load_whole, read_state, shape_of, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from rewards.clip import Clip, ClipReward
+from rewards.models.clip import Clip, ClipReward
 
 PREFIX, WEIGHT = "A photo depicts ", 2.5
 

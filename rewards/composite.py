@@ -20,7 +20,7 @@ from alignkit.protocols import Dependent, Reward
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import construct, resolve
 from rewards import REWARDS
-from rewards.media import check_media
+from rewards.models.media import check_media
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,8 +152,8 @@ class Composite:
         self._fixed = {key: _fixed(key, told) for key, told in (reference or {}).items()}
         self._is_updating = update
         self._require(normalise, reference, state)
-        if "rewards.clip" in sys.modules:  # no member has a CLIP tower to share without it
-            from rewards.clip import share_vision
+        if "rewards.models.clip" in sys.modules:  # no member has a CLIP tower to share without it
+            from rewards.models.clip import share_vision
 
             share_vision(member.reward for member in self._members.values())
         if state is not None:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import resolve
-from rewards.detectors import ClipColors, ColorReader, Detections, Detector, TransformersDetector
-from rewards.media import check_media, precise, scores_beside
+from rewards.models.detectors import ClipColors, ColorReader, Detections, Detector, TransformersDetector
+from rewards.models.media import check_media, precise, scores_beside
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from alignkit.errors import MissingFileError
 from alignkit.records import Prompt, Scores
-from rewards.media import check_media
-from rewards.templates import HPSV3
-from rewards.token_head import HEAD, TokenHead, read_unwrapped
+from rewards.models.media import check_media
+from rewards.models.templates import HPSV3
+from rewards.models.token_head import HEAD, TokenHead, read_unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor

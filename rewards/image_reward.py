@@ -1,7 +1,7 @@
 """ImageReward (Xu et al., arXiv 2304.05977): BLIP reads the prompt while looking at the picture; an MLP scores it.
 
 Trained on rankings of pictures of one prompt, so scores compare within a prompt only; over its training data they have
-mean 0 and deviation 1. BLIP is `rewards.blip`; nothing of the image-reward package, timm or fairscale is needed.
+mean 0 and deviation 1. BLIP is `rewards.models.blip`; nothing of the image-reward package, timm or fairscale is needed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from alignkit.errors import DataError, MissingFileError
 from alignkit.records import Prompt, Scores, texts
-from rewards.media import Preparation, check_media, precise
-from rewards.weights import find_file, load_strictly, read_state, shape_of, torch_dtype
+from rewards.models.media import Preparation, check_media, precise
+from rewards.models.weights import find_file, load_strictly, read_state, shape_of, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,7 +90,7 @@ def _network(state: Mapping[str, Tensor], where: str) -> nn.Module:
     import torch
     from torch import nn
 
-    from rewards.blip import blip_like
+    from rewards.models.blip import blip_like
 
     # Linear maps without activations: numbers skip the dropout that stood between them in training.
     sizes = [shape_of(state, f"mlp.layers.{number}.weight", where) for number in (0, 2, 4, 6, 7)]

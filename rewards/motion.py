@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt, Scores
-from rewards.media import check_media
-from rewards.statistics import luminance
+from rewards.models.media import check_media
+from rewards.pixel_statistics import luminance
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rewards.clip import LAION_H, Clip, ClipReward
-from rewards.media import precise
-from rewards.weights import CONVERT, load_strictly, read_state
+from rewards.models.clip import LAION_H, Clip, ClipReward
+from rewards.models.media import precise
+from rewards.models.weights import CONVERT, load_strictly, read_state
 
 CONDITIONS = {
     "aesthetics": "light, color, clarity, tone, style, ambiance, artistry",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rewards.clip import LAION_H, Clip, ClipReward
+from rewards.models.clip import LAION_H, Clip, ClipReward
 
 
 class PickScore(ClipReward):

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from alignkit.errors import MissingFileError
 from alignkit.records import Prompt, Scores, texts
-from rewards.media import check_media, resize
-from rewards.weights import load_whole
+from rewards.models.media import check_media, resize
+from rewards.models.weights import load_whole
 
 
 class PreferenceConfig(PretrainedConfig):

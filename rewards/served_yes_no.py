@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignkit.records import Prompt, Scores
-from rewards.asking import Asking
-from rewards.judge import TOP
-from rewards.media import check_media
-from rewards.messages import text_part, user
-from rewards.vlm import listed
+from rewards.models.media import check_media
+from rewards.models.vlm import listed
+from rewards.serving.judge import TOP
+from rewards.serving.messages import text_part, user
+from rewards.serving.served_base import Asking
 
 if TYPE_CHECKING:
     from torch import Tensor

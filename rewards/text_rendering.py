@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from alignkit.errors import DataError, MissingFileError
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import resolve
-from rewards.media import check_media, quantised, scores_beside
+from rewards.models.media import check_media, quantised, scores_beside
 
 if TYPE_CHECKING:
     from torch import Tensor

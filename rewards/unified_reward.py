@@ -2,8 +2,8 @@
 
 The questions are those its models were trained on (github.com/CodeGoat24/UnifiedReward, `inference_qwen`): version 1
 ends with "Final Score:", version 2 gives three axes, whose mean is the total here as in published training with it.
-Not differentiable. Left out: pairwise ranking (`rewards.judge`, question `unified_reward`), word-wise scores of version
-1.5, editing, the -Think variants.
+Not differentiable. Left out: pairwise ranking (`rewards.serving.judge`, question `unified_reward`), word-wise scores of
+version 1.5, editing, the -Think variants.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError
 from alignkit.records import Prompt, Scores
-from rewards.asking import Asking
-from rewards.media import check_media
-from rewards.messages import text_part, user
+from rewards.models.media import check_media
+from rewards.serving.messages import text_part, user
+from rewards.serving.served_base import Asking
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError, MissingFileError
 from alignkit.records import Prompt, Scores
-from rewards.media import check_media
-from rewards.patches import sample_frames
-from rewards.templates import VIDEO_REWARD
-from rewards.token_head import HEAD, TokenHead, merge_adapters, read_unwrapped
+from rewards.models.media import check_media
+from rewards.models.patches import sample_frames
+from rewards.models.templates import VIDEO_REWARD
+from rewards.models.token_head import HEAD, TokenHead, merge_adapters, read_unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor

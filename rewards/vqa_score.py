@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignkit.records import Prompt, Scores
-from rewards.media import check_media
-from rewards.vlm import Readout, VlmCritic, known_modality, listed
+from rewards.models.media import check_media
+from rewards.models.vlm import Readout, VlmCritic, known_modality, listed
 
 if TYPE_CHECKING:
     from torch import Tensor

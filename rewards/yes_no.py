@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt, Scores
-from rewards.media import check_media
-from rewards.vlm import VlmCritic, known_modality, listed
+from rewards.models.media import check_media
+from rewards.models.vlm import VlmCritic, known_modality, listed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     import datasets
 
-    from alignkit.generators.base import PipelineGenerator
+    from alignkit.generators.pipeline import PipelineGenerator
 
 
 @pytest.fixture

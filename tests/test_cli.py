@@ -100,7 +100,7 @@ def _raise(error: BaseException):
 
 
 def test_traceback_is_shown_on_demand(monkeypatch, capsys):
-    monkeypatch.setattr("alignkit.commands.doctor.main", _raise(DataError("row 3 of x is empty")))
+    monkeypatch.setattr("alignkit.commands.doctor.main.main", _raise(DataError("row 3 of x is empty")))
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == "alignkit: row 3 of x is empty\n"
     with pytest.raises(DataError):
@@ -108,7 +108,7 @@ def test_traceback_is_shown_on_demand(monkeypatch, capsys):
 
 
 def test_interrupt_says_how_to_continue(monkeypatch, capsys):
-    monkeypatch.setattr("alignkit.commands.doctor.main", _raise(KeyboardInterrupt()))
+    monkeypatch.setattr("alignkit.commands.doctor.main.main", _raise(KeyboardInterrupt()))
     assert cli.main(["doctor", "--model", "a b"]) == 130
     assert "alignkit doctor --model 'a b'" in capsys.readouterr().err
 

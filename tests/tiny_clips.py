@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from rewards.media import CLIP_MEAN, CLIP_STD
+from rewards.models.media import CLIP_MEAN, CLIP_STD
 
 SIDE, WINDOW, WIDTH = 32, 77, 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz,."

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignkit.commands.builders import (
+from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
     RewardBuilders,
@@ -20,7 +20,7 @@ from alignkit.commands.builders import (
     load_policy,
     require_names,
 )
-from alignkit.commands.shared import Tree, Verb, execute
+from alignkit.commands.verb import Tree, Verb, execute
 from alignkit.errors import ConfigError
 from alignkit.evaluation.paired import BaseCache, EvaluateConfig, evaluate
 from alignkit.evaluation.results import Evaluation, read_evaluation
@@ -31,7 +31,7 @@ from alignkit.records import Prompt, Sampling
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from alignkit.generators.base import PipelineGenerator
+    from alignkit.generators.pipeline import PipelineGenerator
     from alignkit.protocols import ImageSource
 
 

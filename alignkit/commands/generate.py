@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.commands.builders import (
+from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
     absences,
@@ -14,7 +14,7 @@ from alignkit.commands.builders import (
     identities,
     require_names,
 )
-from alignkit.commands.shared import Verb, execute
+from alignkit.commands.verb import Verb, execute
 from alignkit.provenance import claim
 from data_pipelines.synpic import GenerateConfig, generate_candidates
 

@@ -24,11 +24,11 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from alignkit.commands.builders import absences, tuned_spec
 from alignkit.commands.evaluate import compare
 from alignkit.commands.run import SynPicJob, make_data
-from alignkit.commands.shared import Verb, execute
+from alignkit.commands.specs import absences, tuned_spec
 from alignkit.commands.train import ValidationConfig, config_class, fit
+from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError
 from alignkit.evaluation.ladder import read_arm, table
@@ -166,7 +166,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
 
 def _rows(rows: Any, *, arm: ArmConfig, seed: int, policy: str) -> Any:
     """The ranked rows as the arm sees them."""
-    from data_pipelines.views import own_candidates, shuffled_labels
+    from data_pipelines.ablations import own_candidates, shuffled_labels
 
     if arm.own_samples:
         rows = own_candidates(rows, policy)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignkit.commands.shared import Verb, counts_line, execute
+from alignkit.commands.verb import Verb, counts_line, execute
 from alignkit.provenance import claim
 from data_pipelines.synpic import RankConfig, rank_candidates
 

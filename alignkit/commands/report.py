@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from alignkit.commands.shared import Verb, execute
+from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError, DataError, MissingFileError
 from alignkit.evaluation.report import ReportInputs, write_report
 

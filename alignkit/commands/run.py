@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignkit.commands.builders import (
+from alignkit.commands.evaluate import compare
+from alignkit.commands.report import ReportJob, gather
+from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
     RewardBuilders,
@@ -27,10 +29,8 @@ from alignkit.commands.builders import (
     require_names,
     tuned_spec,
 )
-from alignkit.commands.evaluate import compare
-from alignkit.commands.report import ReportJob, gather
-from alignkit.commands.shared import Tree, Verb, counts_line, execute
 from alignkit.commands.train import METHODS, ValidationConfig, fit, with_trainer
+from alignkit.commands.verb import Tree, Verb, counts_line, execute
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError, UnknownNameError, nearest
 from alignkit.evaluation.card import CardInputs, write_card

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.commands.shared import Verb, execute, finished, mark_finished
+from alignkit.commands.verb import Verb, execute, finished, mark_finished
 from alignkit.errors import ConfigError, MissingFileError, UnknownNameError, nearest
 from alignkit.provenance import write_resolved
 
@@ -55,7 +55,7 @@ class SandboxJob:
 def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     """The recipe of a model, ready to run."""
     from alignkit.sandbox import generators, interviews, recipes, vlm
-    from rewards.patches import Patches
+    from rewards.models.patches import Patches
     from rewards.preference import PreferenceConfig, PreferenceModel
 
     work = job.work / job.name

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.commands.builders import RewardBuilders, RewardSpec, identities, require_names
-from alignkit.commands.shared import Verb, counts_line, execute
+from alignkit.commands.specs import RewardBuilders, RewardSpec, identities, require_names
+from alignkit.commands.verb import Verb, counts_line, execute
 from alignkit.provenance import claim
 from data_pipelines.synpic import ScoreConfig, score_candidates
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignkit.commands.builders import (
+from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
     RewardBuilders,
@@ -21,7 +21,7 @@ from alignkit.commands.builders import (
     load_policy,
     require_names,
 )
-from alignkit.commands.shared import Tree, Verb, execute, finished, mark_finished
+from alignkit.commands.verb import Tree, Verb, execute, finished, mark_finished
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
 from alignkit.protocols import require_independent

@@ -1,15 +1,34 @@
-"""Named conversions between what denoisers predict: eps, v, x0 and the flow velocity u.
+"""What denoisers predict, and conversions between it: eps, v, x0 and the flow velocity u.
 
-With x_t = alpha x0 + sigma eps:   v = alpha eps - sigma x0 (Salimans & Ho 2022),   u = eps - x0 (rectified flow,
-alpha = 1 - t, sigma = t). All arguments broadcast; alpha and sigma come expanded. Divisions by alpha are
-ill-conditioned near t = 1 and by sigma near t = 0: the caller chooses t.
+Every target is one line p = a x0 + b eps, and x_t = alpha x0 + sigma eps. Two equations, two unknowns: `split` solves
+them for (x0, eps) with the determinant b alpha - a sigma. With alpha = 1 - t and sigma = t (rectified flow),
+u = eps - x0; v = alpha eps - sigma x0 is of Salimans & Ho 2022. All arguments broadcast; alpha and sigma come
+expanded. The determinant of "epsilon" is alpha (ill-conditioned near t = 1), that of "sample" is -sigma (near t = 0).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-TARGETS = ("epsilon", "v_prediction", "flow", "sample")
+Coefficient = Tensor | float
+
+# (a, b) of p = a x0 + b eps, as functions of (alpha, sigma).
+_COEFFICIENTS: dict[str, Callable[[Tensor, Tensor], tuple[Coefficient, Coefficient]]] = {
+    "epsilon": lambda _alpha, _sigma: (0.0, 1.0),
+    "v_prediction": lambda alpha, sigma: (-sigma, alpha),
+    "flow": lambda _alpha, _sigma: (-1.0, 1.0),
+    "sample": lambda _alpha, _sigma: (1.0, 0.0),
+}
+TARGETS = tuple(_COEFFICIENTS)
+
+
+def coefficients(kind: str, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
+    """(a, b) of p = a x0 + b eps for a target of this `kind` (one of TARGETS). Raises ValueError for another kind."""
+    if kind not in _COEFFICIENTS:
+        raise ValueError(f"unknown prediction type '{kind}'; known: {', '.join(TARGETS)}")
+    return _COEFFICIENTS[kind](alpha, sigma)
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -18,50 +37,20 @@ def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def target_of(kind: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The native target of a model of this `kind` (one of TARGETS)."""
-    if kind == "epsilon":
-        return eps
-    if kind == "v_prediction":
-        return alpha * eps - sigma * x0
-    if kind == "flow":
-        return eps - x0
-    if kind == "sample":
-        return x0
-    raise ValueError(f"unknown prediction type '{kind}'; known: {', '.join(TARGETS)}")
+    """The native target a x0 + b eps of a model of this `kind`."""
+    a, b = coefficients(kind, alpha, sigma)
+    return a * x0 + b * eps
 
 
-def x0_from(kind: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The clean latent that a native prediction implies."""
-    if kind == "epsilon":
-        return (x_t - sigma * prediction) / alpha
-    if kind == "v_prediction":
-        return (alpha * x_t - sigma * prediction) / (alpha**2 + sigma**2)
-    if kind == "flow":
-        return (x_t - sigma * prediction) / (alpha + sigma)
-    if kind == "sample":
-        return prediction
-    raise ValueError(f"unknown prediction type '{kind}'; known: {', '.join(TARGETS)}")
-
-
-def eps_from(kind: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The noise that a native prediction implies; only kind "sample" divides by sigma."""
-    if kind == "epsilon":
-        return prediction
-    if kind == "v_prediction":
-        return (sigma * x_t + alpha * prediction) / (alpha**2 + sigma**2)
-    if kind == "flow":
-        return (x_t + alpha * prediction) / (alpha + sigma)
-    return eps_from_x0(x0_from(kind, prediction, x_t, alpha, sigma), x_t, alpha, sigma)
-
-
-def eps_from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The noise that, with x0, makes x_t."""
-    return (x_t - alpha * x0) / sigma
+def split(kind: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The clean latent x0 and the noise eps that a native prediction implies."""
+    a, b = coefficients(kind, alpha, sigma)
+    determinant = b * alpha - a * sigma
+    return (b * x_t - sigma * prediction) / determinant, (alpha * prediction - a * x_t) / determinant
 
 
 def convert(source: str, wanted: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """A prediction of kind `source` restated as kind `wanted`, through x0 and eps."""
+    """A prediction of kind `source` restated as kind `wanted`."""
     if source == wanted:
         return prediction
-    given = (source, prediction, x_t, alpha, sigma)
-    return target_of(wanted, x0_from(*given), eps_from(*given), alpha, sigma)
+    return target_of(wanted, *split(source, prediction, x_t, alpha, sigma), alpha, sigma)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.diffusion.conversions import eps_from, x0_from
+from alignkit.diffusion.conversions import split
 from alignkit.errors import ConfigError
 
 
@@ -48,8 +48,8 @@ class Grid:
 def ddim_step(kind: str, prediction: Tensor, x_t: Tensor, grid: Grid, index: int) -> Tensor:
     """x after step `index` from a native prediction of this `kind` (one of conversions.TARGETS)."""
     alpha, sigma, alpha_next, sigma_next = grid.step(index)
-    clean = x0_from(kind, prediction, x_t, alpha, sigma)
-    return alpha_next * clean + sigma_next * eps_from(kind, prediction, x_t, alpha, sigma)
+    x0, eps = split(kind, prediction, x_t, alpha, sigma)
+    return alpha_next * x0 + sigma_next * eps
 
 
 def grid(scheduler: Any, kind: str, arguments: Mapping[str, Any]) -> Grid:

@@ -38,7 +38,8 @@ from alignkit.evaluation.results import (
 )
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
 from alignkit.protocols import ImageSource, Reward, require_independent
-from alignkit.records import Prompt, Sampling, derive_seed
+from alignkit.records import Prompt, Sampling
+from alignkit.seeds import derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,25 +17,25 @@ from alignkit.resolve import resolve
 if TYPE_CHECKING:
     import torch
 
-    from alignkit.generators.base import PipelineGenerator
+    from alignkit.generators.pipeline import PipelineGenerator
 
 GENERATORS = {
-    "StableDiffusionPipeline": "alignkit.generators.stable_diffusion:StableDiffusion",
-    "StableDiffusionXLPipeline": "alignkit.generators.stable_diffusion_xl:StableDiffusionXL",
-    "StableDiffusion3Pipeline": "alignkit.generators.stable_diffusion3:StableDiffusion3",
-    "LatentConsistencyModelPipeline": "alignkit.generators.latent_consistency:LatentConsistency",
-    "FluxPipeline": "alignkit.generators.flux:Flux",
-    "PixArtSigmaPipeline": "alignkit.generators.pixart:PixArtSigma",
-    "SanaPipeline": "alignkit.generators.sana:Sana",
-    "Lumina2Pipeline": "alignkit.generators.lumina2:Lumina2",
-    "QwenImagePipeline": "alignkit.generators.qwen_image:QwenImage",
-    "ZImagePipeline": "alignkit.generators.z_image:ZImage",
-    "DreamLitePipeline": "alignkit.generators.dreamlite:DreamLite",
-    "WanPipeline": "alignkit.generators.wan:Wan",
-    "AnyFlowPipeline": "alignkit.generators.anyflow:AnyFlow",
-    "CogVideoXPipeline": "alignkit.generators.cogvideox:CogVideoX",
-    "LTXPipeline": "alignkit.generators.ltx_video:LTXVideo",
-    "HunyuanVideoPipeline": "alignkit.generators.hunyuan_video:HunyuanVideo",
+    "StableDiffusionPipeline": "alignkit.generators.families.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "alignkit.generators.families.stable_diffusion_xl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "alignkit.generators.families.stable_diffusion3:StableDiffusion3",
+    "LatentConsistencyModelPipeline": "alignkit.generators.families.latent_consistency:LatentConsistency",
+    "FluxPipeline": "alignkit.generators.families.flux:Flux",
+    "PixArtSigmaPipeline": "alignkit.generators.families.pixart:PixArtSigma",
+    "SanaPipeline": "alignkit.generators.families.sana:Sana",
+    "Lumina2Pipeline": "alignkit.generators.families.lumina2:Lumina2",
+    "QwenImagePipeline": "alignkit.generators.families.qwen_image:QwenImage",
+    "ZImagePipeline": "alignkit.generators.families.z_image:ZImage",
+    "DreamLitePipeline": "alignkit.generators.families.dreamlite:DreamLite",
+    "WanPipeline": "alignkit.generators.families.wan:Wan",
+    "AnyFlowPipeline": "alignkit.generators.families.anyflow:AnyFlow",
+    "CogVideoXPipeline": "alignkit.generators.families.cogvideox:CogVideoX",
+    "LTXPipeline": "alignkit.generators.families.ltx_video:LTXVideo",
+    "HunyuanVideoPipeline": "alignkit.generators.families.hunyuan_video:HunyuanVideo",
 }
 _WEIGHTLESS = (
     "scheduler",

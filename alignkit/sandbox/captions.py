@@ -18,8 +18,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from alignkit.errors import DataError
-from alignkit.records import Prompt, derive_seed
+from alignkit.records import Prompt
 from alignkit.sandbox.scenes import BACKGROUNDS, CATEGORIES, PALETTE, RELATIONS, SHAPES, Spec
+from alignkit.seeds import derive_seed
 
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ")

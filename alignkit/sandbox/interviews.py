@@ -18,7 +18,6 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, set_seed
 
-from alignkit.records import derive_seed
 from alignkit.sandbox import questions
 from alignkit.sandbox.clips import Motion, at, covers, film, move
 from alignkit.sandbox.questions import HEADS, MEANT, NOUNS, Question, Subject, meanings, phrases, whereabouts
@@ -26,6 +25,7 @@ from alignkit.sandbox.recipes import Recipe, fit
 from alignkit.sandbox.scenes import PALETTE, SHAPES, Scene, render
 from alignkit.sandbox.vlm import MERGE, PATCH, TEMPORAL, TOKENS_PER_SECOND, save, tokenizer, vlm
 from alignkit.sandbox.worlds import to_tensor
+from alignkit.seeds import derive_seed
 
 OPENING, VISION = "<|im_start|>user\n", ("<|vision_start|>", "<|vision_end|>")
 CAPTIONED = ("caption", "pair")  # kinds of question with a caption in them

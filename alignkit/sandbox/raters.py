@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch.utils.data import Dataset
 
-from alignkit.records import derive_seed
 from alignkit.sandbox.captions import NUMBERS, _plural, parse, random_caption
 from alignkit.sandbox.scenes import PALETTE, SHAPES, Scene, Spec, _obeys, compose, contradict, render
 from alignkit.sandbox.worlds import centres, to_tensor
+from alignkit.seeds import derive_seed
 
 # What each rater cares for; the unit is log-odds of preferring a picture that has it fully over one that lacks it.
 TASTES: Mapping[str, Mapping[str, float]] = {

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import (
     CLIPModel,
     PreTrainedTokenizerBase,
@@ -171,19 +171,6 @@ def train_clip(out: Path, work: Path, recipe: Recipe = CLIP) -> CLIPModel:
     clip.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     return clip
-
-
-def clip_accuracy(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, scenes: int = 512) -> float:
-    """Share of held-out scenes whose own caption is the nearest of 64."""
-    loader = DataLoader(Captioned(scenes, seed=999), batch_size=64, collate_fn=collate_captioned)
-    hits = []
-    for batch in loader:
-        tokens = tokenizer(batch["prompt"], padding="max_length", max_length=models.TOKENS, return_tensors="pt")
-        with torch.no_grad():
-            output = clip(pixel_values=batch["pixels"] * 2 - 1, **tokens)
-        same = torch.tensor([[a == b for b in batch["prompt"]] for a in batch["prompt"]])
-        hits.append(functional.one_hot(output.logits_per_image.argmax(1), 64).bool() & same)
-    return float(torch.cat(hits).any(1).float().mean())
 
 
 class _ReaderObjective(_Objective):

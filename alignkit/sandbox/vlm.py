@@ -1,7 +1,7 @@
 """The sandbox's vision-language model: a small Qwen2.5-VL that answers questions about scenes and clips.
 
 Real classes at small size, trained from nothing by `interviews.py`. Good but not perfect, for it is the critic that a
-generator can game. How it is asked for a reward: `rewards.vlm`.
+generator can game. How it is asked for a reward: `rewards.models.vlm`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PATCH, MERGE, TEMPORAL = 8, 2, 2
 TOKENS_PER_SECOND = 4  # one step of time for each pair of frames at 8 frames a second
 HALF = (0.5, 0.5, 0.5)
 PROCESSOR = "Qwen2_5_VLProcessor"
-# How media are cut into patches, as `rewards.patches.Patches` takes it.
+# How media are cut into patches, as `rewards.models.patches.Patches` takes it.
 CUTTING: dict[str, Any] = {
     "patch": PATCH,
     "merge": MERGE,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from alignkit.records import derive_seed
 from alignkit.sandbox.captions import parse, random_caption
 from alignkit.sandbox.scenes import PALETTE, SHAPES, Scene, compose, contradict, render
+from alignkit.seeds import derive_seed
 
 
 def to_tensor(picture: np.ndarray) -> Tensor:

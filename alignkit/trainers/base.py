@@ -8,7 +8,7 @@ Deliberately not here: how a model card is worded (`evaluation.card`) and what t
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing_extensions import override
 from alignkit.diffusion.schedules import expand
 from alignkit.errors import CheckpointMismatchError, ConfigError, NumericsError
 from alignkit.evaluation.card import CardInputs, write_card
-from alignkit.generators.base import PipelineGenerator
+from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.provenance import without_defaults
 from alignkit.trainers.buckets import BucketBatches, report
 from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_incomplete, require_whole
@@ -140,7 +140,8 @@ class AlignTrainer(Trainer):
             encoded.rows = encoded.rows.add_column(PROMPT, list(rows[PROMPT]))
         if args.process_index == 0:
             self.generator.warn_of_cuts(rows["prompt"][:])
-            report(encoded, args.train_batch_size)
+            changed = sum(encoded.rows["changed"][:])
+            report(Counter(encoded.sizes), encoded.phi.numel(), changed, args.train_batch_size)
         return encoded
 
     def _base_texts(self) -> AbstractContextManager[None]:
@@ -156,8 +157,9 @@ class AlignTrainer(Trainer):
         loader = DataLoader(
             dataset,
             batch_sampler=BucketBatches(
-                dataset,
+                dataset.sizes,
                 options["batch_size"],
+                epoch=lambda: dataset.epoch,
                 seed=(args.seed if args.data_seed is None else args.data_seed) if is_shuffled else None,
                 drop_last=args.dataloader_drop_last,
             ),

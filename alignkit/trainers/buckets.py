@@ -11,18 +11,14 @@ import functools
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Sampler
 
 from alignkit.errors import ConfigError
-from alignkit.records import derive_seed
-
-if TYPE_CHECKING:
-    from alignkit.trainers.latents import LatentDataset
+from alignkit.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 STEP = 64  # pixels between the sides of neighbouring buckets, where the resolution is not too small for it
@@ -84,33 +80,40 @@ class BucketBatches(Sampler[list[int]]):
     """Batches of rows of one size; each row stands in one batch of an epoch.
 
     What is left over of a bucket makes a batch of its own, smaller than the others (`drop_last` leaves it out). With a
-    `seed` rows and batches are shuffled by (seed, the dataset's epoch), else they come in the rows' order. There is no
-    attribute `batch_size`: where it finds one, accelerate takes a smaller batch for the end of the data.
+    `seed` rows and batches are shuffled by (seed, `epoch()`), else they come in the rows' order. There is no attribute
+    `batch_size`: where it finds one, accelerate takes a smaller batch for the end of the data.
     """
 
     def __init__(
-        self, dataset: LatentDataset, batch_size: int, *, seed: int | None = None, drop_last: bool = False
+        self,
+        sizes: Sequence[Hashable],
+        batch_size: int,
+        *,
+        epoch: Callable[[], int] = lambda: 0,
+        seed: int | None = None,
+        drop_last: bool = False,
     ) -> None:
-        self.dataset, self.rows_a_batch, self.seed, self.drop_last = dataset, batch_size, seed, drop_last
+        self.sizes, self.rows_per_batch, self.epoch = sizes, batch_size, epoch
+        self.seed, self.drop_last = seed, drop_last
 
     def __len__(self) -> int:
         whole = math.floor if self.drop_last else math.ceil
-        return sum(whole(count / self.rows_a_batch) for count in Counter(self.dataset.sizes).values())
+        return sum(whole(count / self.rows_per_batch) for count in Counter(self.sizes).values())
 
     def __iter__(self) -> Iterator[list[int]]:
         source = None
         if self.seed is not None:
-            source = torch.Generator().manual_seed(derive_seed("order", self.seed, self.dataset.epoch))
-        members: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for row in _order(len(self.dataset), source):
-            members[self.dataset.sizes[row]].append(row)
+            source = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch()))
+        members: dict[Hashable, list[int]] = defaultdict(list)
+        for row in _order(len(self.sizes), source):
+            members[self.sizes[row]].append(row)
         batches = [
-            rows[start : start + self.rows_a_batch]
+            rows[start : start + self.rows_per_batch]
             for rows in members.values()
-            for start in range(0, len(rows), self.rows_a_batch)
+            for start in range(0, len(rows), self.rows_per_batch)
         ]
         if self.drop_last:
-            batches = [batch for batch in batches if len(batch) == self.rows_a_batch]
+            batches = [batch for batch in batches if len(batch) == self.rows_per_batch]
         yield from (batches[index] for index in _order(len(batches), source))
 
 
@@ -118,16 +121,17 @@ def _order(count: int, source: torch.Generator | None) -> Sequence[int]:
     return range(count) if source is None else torch.randperm(count, generator=source).tolist()
 
 
-def report(dataset: LatentDataset, batch_size: int) -> None:
-    """One warning where sizes differ or had to be changed; silent for data of one size that fits."""
-    counts = Counter(dataset.sizes)
-    changed = sum(dataset.rows["changed"][:])
+def report(counts: Mapping[Hashable, int], media: int, changed: int, batch_size: int) -> None:
+    """One warning when sizes differ or media were resized; silent for data of one size that fits.
+
+    `counts` are rows per size, `media` all images or clips, `changed` those that were resized or cropped.
+    """
     if len(counts) == 1 and not changed:
         return
     lone = sum(count for count in counts.values() if count < batch_size)
-    advice = "fewer buckets: `resolution`, and `num_frames` of clips"
-    hint = f"; rows in buckets smaller than a batch of {batch_size}: {lone} ({advice})"
-    logger.warning(
-        "%d pictures or clips in %d size buckets, %d of them resized or cropped%s",
-        *(dataset.phi.numel(), len(counts), changed, hint if lone and len(counts) > 1 else ""),
-    )
+    hint = ""
+    if lone and len(counts) > 1:
+        advice = "fewer buckets: `resolution`, and `num_frames` of clips"
+        hint = f"; rows in buckets smaller than a batch of {batch_size}: {lone} ({advice})"
+    text = "%d images or clips in %d size buckets, %d of them resized or cropped%s"
+    logger.warning(text, media, len(counts), changed, hint)

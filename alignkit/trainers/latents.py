@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from alignkit.errors import DataError
-from alignkit.records import Captions, Conditioning, Prompt, derive_seed
+from alignkit.records import Captions, Conditioning, Prompt
+from alignkit.seeds import derive_seed
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
 from alignkit.trainers.media import fit, read_clip, read_picture, to_pixels
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-    from alignkit.generators.base import PipelineGenerator
+    from alignkit.generators.pipeline import PipelineGenerator
 
 COND = "cond."  # prefix of conditioning columns and batch keys
 PROMPT = "prompt"  # column and batch key of the text itself

@@ -48,7 +48,7 @@ def epochs_needed(trainer: RankDPOTrainer) -> int:
     args = trainer.args
     if args.max_steps <= 0:
         return math.ceil(args.num_train_epochs)
-    batches = BucketBatches(trainer.train_dataset, args.train_batch_size, drop_last=args.dataloader_drop_last)
+    batches = BucketBatches(trainer.train_dataset.sizes, args.train_batch_size, drop_last=args.dataloader_drop_last)
     whole = (math.floor if args.dataloader_drop_last else math.ceil)(len(batches) / args.world_size)
     return math.ceil(args.max_steps / max(1, math.ceil(whole / args.gradient_accumulation_steps)))
 
@@ -86,7 +86,7 @@ def _one_epoch(trainer: RankDPOTrainer, dataset: LatentDataset, epoch: int, epoc
     dataset.epoch = epoch
     # A generator of its own: iterating would else draw from the global one and change the training that follows.
     own = torch.Generator()
-    batches = BucketBatches(dataset, trainer.args.train_batch_size)
+    batches = BucketBatches(dataset.sizes, trainer.args.train_batch_size)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=own)
     label = f"reference errors, epoch {epoch + 1} of {epochs}"
     rows: list[Tensor] = []

@@ -22,7 +22,7 @@ from alignkit.errors import ConfigError
 FSDP2, ZERO3 = 2, 3
 
 if TYPE_CHECKING:
-    from alignkit.generators.base import PipelineGenerator
+    from alignkit.generators.pipeline import PipelineGenerator
 
 
 def settle_layout(accelerator: Accelerator, *, asked: bool) -> None:

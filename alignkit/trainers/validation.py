@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from alignkit.protocols import ImageSource, Reward
-from alignkit.records import Prompt, Sampling, derive_seed, texts
+from alignkit.records import Prompt, Sampling, texts
+from alignkit.seeds import derive_seed
 
 
 @dataclass(frozen=True)

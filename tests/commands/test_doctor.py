@@ -44,7 +44,7 @@ def test_what_is_no_parameter_is_told_apart(model_folders, capsys):
 
 def test_what_to_switch_on(monkeypatch, model_folders, capsys):
     """Cards just too small for the plain step, and far too small for any."""
-    from alignkit.commands import memory
+    from alignkit.commands.doctor import memory
 
     words = ["doctor", f"--model={model_folders['unet']}", "--resolution=1024", "--dtype=bfloat16", "--bf16=true"]
     assert cli.main(words) == 0

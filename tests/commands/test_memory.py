@@ -11,10 +11,10 @@ from tiny_families import FAMILIES
 from torch import nn
 
 from alignkit.adapters import lora
-from alignkit.commands import memory
-from alignkit.commands.denoiser_inputs import TEXT_TOKENS, Latents, denoiser_inputs
-from alignkit.commands.dry_step import Ledger, Run, dry_step
-from alignkit.commands.folders import Model, read_model
+from alignkit.commands.doctor import memory
+from alignkit.commands.doctor.denoiser_inputs import TEXT_TOKENS, Latents, denoiser_inputs
+from alignkit.commands.doctor.dry_step import Ledger, Run, dry_step
+from alignkit.commands.doctor.model_shapes import Model, read_model
 from alignkit.errors import ConfigError, DataError, UnknownNameError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from alignkit import cli
-from alignkit.commands import memory
-from alignkit.commands.denoiser_inputs import VIDEO_SIZES
-from alignkit.commands.doctor import DoctorJob, setup_of
-from alignkit.commands.folders import read_model
+from alignkit.commands.doctor import memory
+from alignkit.commands.doctor.denoiser_inputs import VIDEO_SIZES
+from alignkit.commands.doctor.main import DoctorJob, setup_of
+from alignkit.commands.doctor.model_shapes import read_model
 
 ROOT = Path(__file__).parent.parent.parent / "configs" / "models"
 # Millions of parameters of the denoiser, as the makers or the project's table of backbones give them.

@@ -12,15 +12,15 @@ import yaml
 from chat_server import ChatServer, said
 
 from alignkit import cli
-from alignkit.commands import doctor_reward
-from alignkit.commands.builders import RewardBuilders, RewardSpec, build_reward
+from alignkit.commands.doctor import rewards as doctor_rewards
+from alignkit.commands.specs import RewardBuilders, RewardSpec, build_reward
 from alignkit.commands.train import ValidationConfig
 from alignkit.errors import ConfigError
 from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.records import Prompt
 from alignkit.resolve import resolve
 from rewards import REWARDS
-from rewards.media import Preparation
+from rewards.models.media import Preparation
 
 PROMPTS = [Prompt.from_text(text) for text in ("a red circle", "two blue rings")]
 
@@ -94,7 +94,7 @@ def test_stages_refuse_rewards_whose_rows_depend_on_each_other(mode, work, capsy
     assert f"reward 'x': its {mode}" in capsys.readouterr().err
     spec = RewardSpec(reward="composite", options=options)
     with pytest.raises(ConfigError, match=f"its {mode}"):
-        doctor_reward.check(spec)
+        doctor_rewards.check(spec)
     with pytest.raises(ConfigError, match=f"its {mode}"):
         ValidationConfig(rewards=["x"]).build(PROMPTS, {"x": spec})
     with pytest.raises(ConfigError, match=f"its {mode}"):  # before anything is drawn

@@ -16,7 +16,7 @@ from PIL import Image
 from alignkit.errors import ConfigError, DataError, MissingFileError
 from data_pipelines.exporters import export_pairs
 from data_pipelines.importers import load_ranked
-from data_pipelines.ranked import COLUMNS
+from data_pipelines.synpic.rank import COLUMNS
 
 
 def picture(value: int) -> bytes:

@@ -17,8 +17,8 @@ from alignkit.records import Prompt, Scores
 from data_pipelines import synpic
 from data_pipelines.importers import load_ranked
 from data_pipelines.prompts import split_of
-from data_pipelines.ranked import COLUMNS
 from data_pipelines.ranking import win_rates
+from data_pipelines.synpic.rank import COLUMNS
 
 
 def rows_kept(folder: Path) -> int:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from data_pipelines.statistics import agreement_matrix, describe, generator_bias
+from data_pipelines.synpic.pixel_statistics import agreement_matrix, describe, generator_bias
 
 
 def test_a_generator_that_always_wins_is_fully_predictable() -> None:

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, StorageError, UnknownNameError
-from alignkit.records import Scores, derive_seed
+from alignkit.records import Scores
+from alignkit.seeds import derive_seed
 from data_pipelines import storage, synpic
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.evaluation.results import Evaluation
-from alignkit.records import Prompt, Sampling, Scores, derive_seed
+from alignkit.records import Prompt, Sampling, Scores
+from alignkit.seeds import derive_seed
 
 
 def level(text: str, seed: int) -> int:

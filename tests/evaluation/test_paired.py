@@ -16,7 +16,8 @@ from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, 
 from alignkit.evaluation.paired import BaseCache, EvaluateConfig, evaluate
 from alignkit.evaluation.results import part_files, read_evaluation, read_pairs
 from alignkit.provenance import fingerprint
-from alignkit.records import Prompt, Sampling, derive_seed
+from alignkit.records import Prompt, Sampling
+from alignkit.seeds import derive_seed
 
 
 def _files(folder):

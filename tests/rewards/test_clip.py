@@ -13,9 +13,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from alignkit.errors import ConfigError, DataError, MissingFileError
 from alignkit.records import Prompt
-from rewards.clip import Clip, share_vision
 from rewards.clip_score import ClipScore
 from rewards.hps import Hps
+from rewards.models.clip import Clip, share_vision
 from rewards.pick_score import PickScore
 
 TEXTS = ["a red circle", "two blue rings on a gray background", "a cross. " * 20]

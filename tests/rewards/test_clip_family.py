@@ -14,10 +14,10 @@ from alignkit.errors import ConfigError, DataError, MissingFileError
 from alignkit.protocols import Reward
 from alignkit.records import Prompt
 from rewards.aesthetic import Aesthetic
-from rewards.clip import LAION_H
 from rewards.clip_score import ClipScore
 from rewards.hps import Hps
-from rewards.media import CLIP_MEAN, CLIP_STD, quantised
+from rewards.models.clip import LAION_H
+from rewards.models.media import CLIP_MEAN, CLIP_STD, quantised
 from rewards.mps import CONDITIONS, Mps
 from rewards.pick_score import PickScore
 

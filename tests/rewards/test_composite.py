@@ -14,12 +14,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignkit.commands.builders import build_reward
+from alignkit.commands.specs import build_reward
 from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
 from alignkit.protocols import Reward, require_independent
 from alignkit.records import Prompt, Scores
 from rewards.composite import Composite, Member, Moments, Quantiles
-from rewards.media import require_gradient
+from rewards.models.media import require_gradient
 
 CAT, DOG = Prompt.from_text("a cat"), Prompt.from_text("a dog")
 few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])

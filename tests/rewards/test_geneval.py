@@ -18,9 +18,9 @@ from alignkit.records import Prompt
 from alignkit.sandbox.captions import captions, parse
 from alignkit.sandbox.gold import GoldReward, look
 from alignkit.sandbox.scenes import CATEGORIES, SHAPES, compose, render
-from rewards import detectors
-from rewards.detectors import COLORS, ClipColors, Detections, TransformersDetector
 from rewards.geneval import GenEval, relations
+from rewards.models import detectors
+from rewards.models.detectors import COLORS, ClipColors, Detections, TransformersDetector
 
 LABELS = ("cat", "dog", "cup", "remote")
 

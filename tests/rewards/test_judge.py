@@ -15,10 +15,10 @@ from PIL import Image
 from alignkit.errors import ConfigError, DataError, ServerError
 from alignkit.protocols import Judge, Reward
 from alignkit.records import Prompt, Scores
-from rewards.judge import QUESTIONS, PairQuestion, RewardJudge, ServedJudge
-from rewards.messages import media_parts
+from rewards.pixel_statistics import Saturation
 from rewards.served_yes_no import ServedYesNo
-from rewards.statistics import Saturation
+from rewards.serving.judge import QUESTIONS, PairQuestion, RewardJudge, ServedJudge
+from rewards.serving.messages import media_parts
 
 QUICK = {"timeout": 5.0, "backoff": 0.01, "retries": 1}
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from alignkit.errors import ConfigError, DataError, MissingFileError
-from rewards.patches import Patches, read_patches, sample_frames
+from rewards.models.patches import Patches, read_patches, sample_frames
 
 SETTINGS = {
     "qwen2_vl": {"patch_size": 14, "min_pixels": 56 * 56, "max_pixels": 56 * 84},

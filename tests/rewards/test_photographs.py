@@ -13,10 +13,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from alignkit.records import Prompt
 from rewards.clip_score import ClipScore
-from rewards.media import CLIP_STD, Preparation, quantised
-from rewards.patches import Patches
+from rewards.models.media import CLIP_STD, Preparation, quantised
+from rewards.models.patches import Patches
+from rewards.models.vlm import VlmCritic
 from rewards.photographs import CAPTIONS, photographs
-from rewards.vlm import VlmCritic
 
 PHOTOGRAPHS = photographs()
 SPREAD = torch.tensor(CLIP_STD).reshape(3, 1, 1) * 255  # normalised values to levels of 255

@@ -13,8 +13,8 @@ import pytest
 from chat_server import Answer, ChatServer, failed, said
 
 from alignkit.errors import ConfigError, ServerError, StorageError
-from rewards.replies import Reply, ReplyCache, content_key
-from rewards.served import ChatClient
+from rewards.serving.chat_client import ChatClient
+from rewards.serving.reply_cache import Reply, ReplyCache, content_key
 
 
 def client(url, **options):

@@ -13,7 +13,7 @@ from PIL import Image
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt
 from rewards.photographs import photographs
-from rewards.statistics import HighFrequency, JpegSize, Saturation, Sharpness
+from rewards.pixel_statistics import HighFrequency, JpegSize, Saturation, Sharpness
 
 ALL = [Saturation, HighFrequency, Sharpness, JpegSize]
 SMOOTH = ALL[:3]

@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from alignkit.errors import ConfigError, DataError, MissingFileError
 from alignkit.protocols import Critic
-from rewards.vlm import Readout, VlmCritic
+from rewards.models.vlm import Readout, VlmCritic
 
 QUESTIONS = ["Is it red?", "Does the picture show a cat on a very long mat?"]
 RATE = 4.0

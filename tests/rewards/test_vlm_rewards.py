@@ -15,9 +15,9 @@ from alignkit.errors import ConfigError, DataError, MissingFileError
 from alignkit.protocols import Reward
 from alignkit.records import Prompt
 from rewards.hpsv3 import HPSv3
-from rewards.templates import HPSV3, VIDEO_REWARD
+from rewards.models.templates import HPSV3, VIDEO_REWARD
+from rewards.models.vlm import Readout, VlmCritic
 from rewards.video_reward import TOKENS, VideoReward
-from rewards.vlm import Readout, VlmCritic
 from rewards.vqa_score import VqaScore
 from rewards.yes_no import YesNo
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError, DataError, MissingFileError
-from rewards.weights import find_file, load_strictly, read_state, torch_dtype
+from rewards.models.weights import find_file, load_strictly, read_state, torch_dtype
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from alignkit.sandbox import interviews, questions
 from alignkit.sandbox.clips import DIRECTIONS, Motion
 from alignkit.sandbox.scenes import RELATIONS, Scene, Thing
 from alignkit.sandbox.vlm import CUTTING, SPECIAL, tokenizer, vlm
-from rewards.patches import Patches
+from rewards.models.patches import Patches
 
 PATCHES = Patches(**CUTTING)
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from alignkit.generators import load_generator
-from alignkit.records import Prompt, Sampling, derive_seed, texts
+from alignkit.records import Prompt, Sampling, texts
 from alignkit.resolve import resolve
 from alignkit.sandbox import questions
 from alignkit.sandbox.captions import parse, prompts
@@ -20,9 +20,10 @@ from alignkit.sandbox.gold import GoldReward
 from alignkit.sandbox.interviews import accuracy
 from alignkit.sandbox.scenes import compose, contradict, render
 from alignkit.sandbox.vlm import CUTTING
+from alignkit.seeds import derive_seed
 from rewards import REWARDS
-from rewards.patches import Patches
-from rewards.vlm import Readout, VlmCritic
+from rewards.models.patches import Patches
+from rewards.models.vlm import Readout, VlmCritic
 
 WEIGHTS = Path(__file__).parents[2] / "alignkit" / "sandbox" / "weights"
 EASY = {"single_object": 1.0, "two_object": 0.0, "counting": 0.0, "colors": 1.0, "position": 0.0, "color_attr": 0.0}

@@ -8,7 +8,7 @@ import torch
 
 from alignkit.errors import DataError
 from alignkit.protocols import Reward
-from alignkit.records import Prompt, derive_seed
+from alignkit.records import Prompt
 from alignkit.sandbox import models
 from alignkit.sandbox.captions import NUMBERS, bodies, captions, parse, prompts, random_caption
 from alignkit.sandbox.gold import GoldReward, look, shows
@@ -28,6 +28,7 @@ from alignkit.sandbox.scenes import (
     render,
 )
 from alignkit.sandbox.worlds import Captioned, centres
+from alignkit.seeds import derive_seed
 
 
 def specs(category, count, seed=0):

@@ -24,11 +24,11 @@ from alignkit.errors import ServerError
 from alignkit.records import Prompt
 from alignkit.sandbox.captions import parse, random_caption
 from alignkit.sandbox.scenes import compose, contradict, render
-from rewards.judge import TOP, RewardJudge, ServedJudge
-from rewards.messages import media_parts, text_part, user
-from rewards.patches import Patches
-from rewards.served import ChatClient
+from rewards.models.patches import Patches
 from rewards.served_yes_no import ServedYesNo
+from rewards.serving.chat_client import ChatClient
+from rewards.serving.judge import TOP, RewardJudge, ServedJudge
+from rewards.serving.messages import media_parts, text_part, user
 
 FOLDER = Path(os.environ.get("VLM", "alignkit/sandbox/weights/vlm")).absolute()
 PATIENCE = 600.0  # seconds until the server answers; 30 to 70 were measured

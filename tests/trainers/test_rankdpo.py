@@ -198,7 +198,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(make, batch_of, stir, fu
     stir(trainer)
     batch = batch_of(trainer, 2, torch.float64)
     _, plain = gradients(trainer, batch)
-    trainer.generator.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer.generator.model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert trainer.generator.net.is_gradient_checkpointing
     _, checkpointed = gradients(trainer, batch)
     assert_same(checkpointed, plain, 1e-12)

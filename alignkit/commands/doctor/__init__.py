@@ -1,0 +1,1 @@
+"""`alignkit doctor`: one module per question (`main` is the verb)."""

@@ -1,0 +1,255 @@
+"""`alignkit doctor`: versions, devices, optional parts, whether a training will fit in memory, and a reward's trial."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from alignkit.commands.doctor import memory
+from alignkit.commands.doctor.model_shapes import Model, read_model
+from alignkit.commands.specs import RewardSpec
+from alignkit.commands.verb import Verb, execute
+from alignkit.errors import ConfigError
+from alignkit.provenance import versions
+
+OPTIONAL = {
+    "torchvision": "not needed",
+    "bitsandbytes": "8-bit AdamW: optim: adamw_bnb_8bit",
+    "xformers": "not needed; torch's own attention is used",
+    "deepspeed": "ZeRO training: deepspeed: FILE.json",
+    "tensorboard": "curves: report_to: tensorboard",
+    "trackio": "curves: report_to: trackio",
+    "wandb": "curves: report_to: wandb",
+    "vllm": "served judges",
+    "ray": "candidates for millions of prompts on a cluster",
+    "av": "reading and writing videos",
+}
+RANKS = (8, 16, 32, 64, 128)
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorJob:
+    """Look at this machine, at a training that is planned on it, or at a reward.
+
+    model: a diffusers folder, with weights or with configs alone (configs/models has published ones); with it, sizes,
+        operations and peak memory of a training are printed.
+    method: rankdpo or sft.
+    resolution: side of the pictures; default: the model's own.
+    frames: frames of a video; default: what the family's pipeline draws, 1 for pictures.
+    batch: prompts a step and device.
+    candidates: pictures a prompt (K).
+    dtype: the precision of the frozen weights.
+    bf16: whether the step computes in bf16 (autocast).
+    precompute_reference: whether reference errors are there already.
+    reward: a name in the table of rewards, or 'package.module:attribute' of your own; it is loaded and tried on three
+        shipped photographs, where the right captions must win.
+    options: keywords for its constructor, such as the model folder.
+    """
+
+    model: Path | None = None
+    method: Literal["rankdpo", "sft"] = "rankdpo"
+    resolution: int | None = None
+    frames: int | None = None
+    batch: int = 1
+    candidates: int = 4
+    lora_rank: int = 16
+    full_finetune: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    bf16: bool = False
+    precompute_reference: bool = False
+    gradient_checkpointing: bool = False
+    low_memory: bool = False
+    reward: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.reward is None and self.options:
+            raise ConfigError("options are a reward's; name it with --reward")
+        if self.reward is not None and self.model is not None:
+            raise ConfigError("give --model or --reward, one at a time")
+        if min(self.batch, self.candidates, self.lora_rank, self.resolution or 1, self.frames or 1) < 1:
+            raise ConfigError("batch, candidates, lora_rank, resolution and frames must be at least 1")
+
+
+def part_state(name: str) -> str:
+    """`absent`, `present`, or `BROKEN: why`. Imports the part: one that is installed may still not load."""
+    if importlib.util.find_spec(name) is None:
+        return "absent"
+    try:
+        importlib.import_module(name)
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return f"BROKEN: {reason[0]}; pip uninstall {name} (it is optional)"
+    return "present"
+
+
+def devices() -> dict[str, int]:
+    """Bytes of memory by device, the one that training would use first."""
+    import torch
+
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index} {properties.name}"] = properties.total_memory
+    machine = psutil.virtual_memory()
+    cores = psutil.cpu_count(logical=True)
+    return {**found, f"cpu, {cores} cores, {torch.get_num_threads()} threads": machine.total}
+
+
+def machine_lines() -> list[str]:
+    """Versions, devices and optional parts, as printed."""
+    from alignkit.precision import fast_bf16
+
+    lines = ["versions", *(f"  {name:<14}{version}" for name, version in versions().items()), "", "devices"]
+    lines += [f"  {name}: {size / GIB:.1f} GiB" for name, size in devices().items()]
+    lines.append(f"  bf16: {'fast' if fast_bf16() else 'slower than fp32 on this hardware; it stays off by default'}")
+    lines += ["", "optional parts"]
+    for name, use in OPTIONAL.items():
+        state = part_state(name)
+        lines.append(f"  {name:<14}{state}{'' if state.startswith('BROKEN') else f' ({use})'}")
+    return lines
+
+
+def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
+    """The job as numbers, with the model's own size and LoRA targets."""
+    from alignkit.commands.doctor.denoiser_inputs import VIDEO_SIZES
+    from alignkit.generators import GENERATORS
+    from alignkit.generators.pipeline import PipelineGenerator
+    from alignkit.resolve import resolve
+
+    family = PipelineGenerator
+    if model.pipeline in GENERATORS:
+        family = resolve(model.pipeline, GENERATORS, kind="generator")
+    side = int(model.config.get("sample_size") or 128) * model.vae_ratio
+    height, width, frames = VIDEO_SIZES.get(model.denoiser_class, (side, side, 1))
+    return memory.Setup(
+        height=job.resolution or height,
+        width=job.resolution or width,
+        frames=job.frames or frames,
+        batch=job.batch,
+        candidates=job.candidates if job.method == "rankdpo" else 1,
+        lora_rank=job.lora_rank,
+        lora_targets=tuple(family.lora_targets),
+        full_finetune=job.full_finetune,
+        needs_reference=job.method == "rankdpo",
+        dtype=job.dtype,
+        bf16=job.bf16,
+        precompute_reference=job.precompute_reference,
+        gradient_checkpointing=job.gradient_checkpointing,
+        low_memory=job.low_memory and job.method == "rankdpo",
+    )
+
+
+def planned_model(folder: Path) -> Model:
+    """The model of a local folder. Raises MissingFileError naming missing component files."""
+    if not folder.is_dir():
+        advice = f"a hub id is downloaded first: hf download {folder} --local-dir FOLDER"
+        raise ConfigError(f"'{folder}' is no local folder; {advice}")
+    return read_model(folder)
+
+
+def model_lines(job: DoctorJob, folder: Path) -> list[str]:
+    """Sizes, operations and memory of the planned training, and what it fits in."""
+    model = planned_model(folder)
+    setup = setup_of(job, model)
+    blocks = [_size_lines(folder.name, model), _lora_lines(model, setup), _operation_lines(model, setup)]
+    blocks += [_memory_lines(job.method, model, setup), _card_lines(model, setup)]
+    return [line for block in blocks for line in [*block, ""]][:-1]
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:<38}{value}"
+
+
+def _size_lines(name: str, model: Model) -> list[str]:
+    fixed = model.stored(model.denoiser) - model.denoiser_parameters()
+    note = f"; {fixed / 1e6:.1f}M fixed positions besides" if fixed else ""
+    sizes = {part: model.stored(part) for part in model.shapes} | {model.denoiser: model.denoiser_parameters()}
+    lines = [_row(part, f"{count / 1e6:9.1f}M{note * (part == model.denoiser)}") for part, count in sizes.items()]
+    return [f"parameters of {name}, a {model.pipeline}", *lines]
+
+
+def _lora_lines(model: Model, setup: memory.Setup) -> list[str]:
+    ranks = sorted({*RANKS, setup.lora_rank})
+    counts = {rank: memory.lora_parameters(model, setup.lora_targets, rank) for rank in ranks}
+    lines = [_row(f"rank {rank}", f"{count / 1e6:9.2f}M") for rank, count in counts.items()]
+    return [*textwrap.wrap(f"LoRA parameters, on {', '.join(setup.lora_targets)}", 100), *lines]
+
+
+def _operation_lines(model: Model, setup: memory.Setup) -> list[str]:
+    counts = memory.operations(model, setup)
+    counts["all"] = sum(counts.values())
+    thing = "picture" if setup.frames == 1 else f"video of {setup.frames} frames"
+    size = f"{setup.width}x{setup.height}"
+    return [
+        f"operations of a training step for one {thing} of {size} (a multiply-add is two; matrix products,",
+        "convolutions and attention; backward: gradients of inputs and of what is trained)",
+        *(_row(name, f"{count / 1e12:9.2f} TFLOP") for name, count in counts.items()),
+    ]
+
+
+def _memory_lines(method: str, model: Model, setup: memory.Setup) -> list[str]:
+    amounts = memory.parts(model, setup)
+    amounts["all"] = sum(amounts.values())
+    count = f"{setup.batch} x {setup.candidates} {'pictures' if setup.frames == 1 else 'videos'}"
+    precision = f"frozen weights in {setup.dtype}{', autocast to bf16' if setup.bf16 else ''}"
+    return [
+        f"peak memory of {method}, {count} a step, {precision} (GB: 10^9 bytes)",
+        *(_row(name, f"{amount / memory.GB:9.2f} GB") for name, amount in amounts.items()),
+    ]
+
+
+def _card_lines(model: Model, setup: memory.Setup) -> list[str]:
+    here, capacity = next(iter(devices().items()))
+    cards = {f"{size} GB card": size * memory.GB for size in memory.CARDS}
+    cards[f"here: {here.split(',')[0]}, {capacity / memory.GB:.0f} GB"] = capacity
+    free = f"{memory.FREE:.0%} of a card is left free"
+    return [f"what fits ({free})", *(_row(name, _verdict(model, setup, size)) for name, size in cards.items())]
+
+
+def _verdict(model: Model, setup: memory.Setup, capacity: int) -> str:
+    found = memory.what_fits(model, setup, capacity)
+    if found is None:
+        return "does not fit: lower batch, candidates or resolution, or shard (FSDP, DeepSpeed)"
+    names, amount = found
+    return f"with {', '.join(names)}: {amount / memory.GB:.1f} GB" if names else "fits as asked"
+
+
+def _work(job: DoctorJob) -> None:
+    if job.reward is not None:
+        from alignkit.commands.doctor import rewards as doctor_rewards
+
+        doctor_rewards.check(RewardSpec(reward=job.reward, options=job.options))
+    elif job.model is None:
+        print("\n".join(machine_lines()))
+        print("\nmemory of a training: alignkit doctor --model FOLDER --method rankdpo")
+        print("a reward on photographs: alignkit doctor --reward clip_score --options.model FOLDER")
+    else:
+        print("\n".join(model_lines(job, job.model)))
+
+
+def _plan(job: DoctorJob) -> list[str]:
+    if job.reward is not None:
+        spec = RewardSpec(reward=job.reward, options=job.options)
+        return [f"load the reward {spec.reward} and score three photographs with right and wrong captions"]
+    if job.model is None:
+        return ["look at versions, devices and optional parts"]
+    planned_model(job.model)
+    return [f"size up {job.model}: read its headers or configs, and run one step of it on the meta device"]
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb."""
+    summary = (
+        "Show versions, devices and optional parts; with --model, size up a training: operations, memory, what fits; "
+        "with --reward, try a reward on photographs."
+    )
+    execute(Verb("doctor", summary, lambda *_: DoctorJob, _plan, _work), argv)

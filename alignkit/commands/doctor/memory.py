@@ -1,0 +1,134 @@
+"""Peak memory and operations of a training: weights counted from the folder, the step measured on the meta device.
+
+Sizes are decimal gigabytes, as cards are sold. Deliberately not here: sharding over several devices.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from alignkit.commands.doctor.model_shapes import Model
+
+GB = 10**9
+CARDS = (24, 48, 80, 141)  # GB
+FREE = 0.1  # share of a card that is left to its libraries and to the allocator's rounding
+ADAM_BYTES = 4 + 4 + 8  # fp32 weight, gradient and two moments of a trained parameter
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What decides the cost of a training; `dtype` is the frozen weights', `bf16` says whether the step autocasts."""
+
+    height: int
+    width: int
+    frames: int
+    batch: int
+    candidates: int
+    lora_rank: int
+    lora_targets: tuple[str, ...]
+    full_finetune: bool
+    needs_reference: bool
+    dtype: str
+    bf16: bool
+    precompute_reference: bool = False
+    gradient_checkpointing: bool = False
+    low_memory: bool = False
+
+    @property
+    def images_in_graph(self) -> int:
+        """Pictures whose activations are held at once."""
+        return self.batch * (1 if self.low_memory else self.candidates)
+
+
+def parts(model: Model, setup: Setup) -> dict[str, int]:
+    """Bytes of every part of the peak, by name."""
+    denoiser, size = model.stored(model.denoiser), _BYTES[setup.dtype]
+    others = sum(model.stored(name) for name in model.shapes if name != model.denoiser)
+    trained = denoiser if setup.full_finetune else lora_parameters(model, setup.lora_targets, setup.lora_rank)
+    copy = setup.full_finetune and setup.needs_reference
+    return {
+        "denoiser weights": 0 if setup.full_finetune else denoiser * size,
+        "text encoders and VAE": others * size,
+        "frozen reference copy": denoiser * 4 if copy else 0,
+        "trained weights, gradients, AdamW": trained * ADAM_BYTES,
+        "activations": _cost(model, setup).peak_bytes(setup.images_in_graph),
+    }
+
+
+def total(model: Model, setup: Setup) -> int:
+    """Bytes at the peak."""
+    return sum(parts(model, setup).values())
+
+
+def operations(model: Model, setup: Setup) -> dict[str, int]:
+    """Operations of one training step for one of its pictures, by what they are for; a multiply-add is two."""
+    cost = _cost(model, setup)
+    reference = setup.needs_reference and not setup.precompute_reference
+    return {
+        "forward": cost.forward_flops,
+        "backward, with what is checkpointed": cost.backward_flops,
+        "reference": cost.forward_flops if reference else 0,
+        "second forward of low_memory": cost.forward_flops if setup.low_memory else 0,
+    }
+
+
+def lora_parameters(model: Model, targets: tuple[str, ...], rank: int) -> int:
+    """rank * (in + out) over the target layers."""
+    suffixes = tuple(f"{target}.weight" for target in targets)
+    shapes = [shape for name, shape in model.shapes[model.denoiser].items() if name.endswith(suffixes)]
+    return sum(rank * (shape[0] + math.prod(shape[1:])) for shape in shapes)
+
+
+def _cost(model: Model, setup: Setup) -> Any:
+    from alignkit.commands.doctor.dry_step import Run, dry_step
+
+    run = Run(
+        height=setup.height,
+        width=setup.width,
+        frames=setup.frames,
+        dtype="float32" if setup.full_finetune else setup.dtype,
+        bf16=setup.bf16,
+        lora_rank=0 if setup.full_finetune else setup.lora_rank,
+        lora_targets=setup.lora_targets,
+        checkpointing=setup.gradient_checkpointing,
+    )
+    return dry_step(model, run)
+
+
+# --- what fits ------------------------------------------------------------------------------------------------------
+
+
+def fits(amount: int, capacity: int) -> bool:
+    """Whether so many bytes leave enough of a card free."""
+    return amount < (1 - FREE) * capacity
+
+
+def switches(setup: Setup) -> Iterator[tuple[tuple[str, ...], Setup]]:
+    """The setup as asked, then with what saves memory switched on: one thing, two, all that are not on already."""
+    half = "dtype: bfloat16, bf16: true"
+    choices: dict[str, dict[str, Any]] = {
+        half: {"dtype": "bfloat16", "bf16": True},
+        "activation_checkpointing: true": {"gradient_checkpointing": True},
+        "low_memory: true": {"low_memory": setup.candidates > 1},
+    }
+    off = {name: change for name, change in choices.items() if replace(setup, **change) != setup}
+    if setup.dtype != "float32":
+        off.pop(half, None)
+    for count in range(len(off) + 1):
+        for names in itertools.combinations(off, count):
+            changes = {key: value for name in names for key, value in off[name].items()}
+            yield names, replace(setup, **changes)
+
+
+def what_fits(model: Model, setup: Setup, capacity: int) -> tuple[tuple[str, ...], int] | None:
+    """The fewest switches that make `setup` fit in `capacity` bytes and its peak then; None where none do."""
+    for names, choice in switches(setup):
+        amount = total(model, choice)
+        if fits(amount, capacity):
+            return names, amount
+    return None

@@ -1,0 +1,239 @@
+"""Names in a config become generators, rewards and prompts. The one place where `alignkit` meets `rewards` and data.
+
+Builders are partials of top-level functions, so they can be pickled to another process, and nothing is loaded until one
+is called. Deliberately not here: what a stage does with them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from alignkit.errors import ConfigError, UnknownNameError, nearest
+from alignkit.protocols import Reporting
+from alignkit.provenance import fingerprint
+from alignkit.records import Prompt
+from alignkit.resolve import construct, resolve
+from data_pipelines.prompts import read_prompts, split_of
+from rewards import REWARDS
+
+if TYPE_CHECKING:
+    from alignkit.generators.pipeline import PipelineGenerator
+    from alignkit.protocols import ImageSource, Reward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorSpec:
+    """A generator.
+
+    model: a diffusers folder, a hub id, or 'package.module:attribute' of your own builder.
+    adapter: a LoRA folder to load on it.
+    dtype: the precision of its weights.
+    quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes); text encoders and VAE keep `dtype`.
+    options: keywords for a builder of your own, or of the family's adapter (Wan 2.2: expert).
+    """
+
+    model: str
+    adapter: Path | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["int8", "nf4"] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.is_own and (self.adapter or self.dtype != "float32" or self.quantize):
+            raise ConfigError(f"model '{self.model}' is your own builder: give it adapter, dtype, quantize as options")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether `model` names a builder rather than weights."""
+        return ":" in self.model and not Path(self.model).exists()
+
+    @property
+    def identity(self) -> str:
+        """Changes with the weights of local folders; a hub id or a builder stands for itself."""
+        named = [self.model, *([str(self.adapter)] if self.adapter else []), *map(str, self.options.values())]
+        quantized = [f"quantize={self.quantize}"] if self.quantize else []
+        return " ".join([*named, *quantized, *map(fingerprint, _local(named))])
+
+    @property
+    def absent(self) -> list[str]:
+        """Local folders that are named but not there (a name with one slash may be a hub id)."""
+        local = self.model.startswith((".", "/", "~")) or self.model.count("/") != 1
+        named = [self.model] if local and not self.is_own else []
+        return [name for name in [*named, *([str(self.adapter)] if self.adapter else [])] if not Path(name).exists()]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardSpec:
+    """A reward.
+
+    reward: a name in the table of rewards, or 'package.module:attribute' of your own.
+    options: keywords for its constructor, such as the model folder.
+    """
+
+    reward: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.reward not in REWARDS and ":" not in self.reward:
+            hint = nearest(self.reward, REWARDS)
+            raise UnknownNameError(f"unknown reward '{self.reward}'.{hint} Your own: 'package.module:attribute'.")
+
+    @property
+    def identity(self) -> str:
+        """Changes with the options and with the files that they name, a composite's `state` among them.
+
+        `cache` is left out wherever it stands: it grows with every reply, and decides none.
+        """
+        options = _without_caches(self.options)
+        named = [f"{name}={value}" for name, value in sorted(options.items())]
+        return " ".join([self.reward, *named, *map(fingerprint, _local(_leaves(options)))])
+
+
+def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
+    """`base` with the result of its training: an adapter, or (a folder with its own index) another model."""
+    if (result / "model_index.json").is_file():
+        return replace(base, model=str(result), adapter=None)
+    return replace(base, adapter=result)
+
+
+def _without_caches(value: Any) -> Any:
+    """Nested options without any named `cache`."""
+    if isinstance(value, Mapping):
+        return {name: _without_caches(inner) for name, inner in value.items() if name != "cache"}
+    return [_without_caches(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _leaves(value: Any) -> Iterable[str]:
+    """The texts in nested options, such as the model folders of a composite's members."""
+    if isinstance(value, Mapping):
+        return [leaf for inner in value.values() for leaf in _leaves(inner)]
+    if isinstance(value, list | tuple):
+        return [leaf for inner in value for leaf in _leaves(inner)]
+    return [str(value)]
+
+
+def _local(names: Iterable[str]) -> list[Path]:
+    """Those of `names` that are files or folders here."""
+    return [Path(name) for name in names if name and os.path.exists(name)]  # noqa: PTH110 - Path fails for long texts
+
+
+def identities(specs: Mapping[str, GeneratorSpec] | Mapping[str, RewardSpec]) -> dict[str, str]:
+    """What stands for each model's weights when a stage is run again."""
+    return {name: spec.identity for name, spec in specs.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptsConfig:
+    """Where prompts come from: a file, or a function of yours that makes them.
+
+    file: .txt (one a line), .jsonl, .csv or .parquet.
+    column: the text's column in formats that have columns.
+    source: 'package.module:attribute', called as source(count, **options), returning Prompt records.
+    options: keywords for `source`.
+    count: use so many prompts, the first ones; needed with `source`.
+    held_out: share of prompts kept apart from training for validation and evaluation, by a hash of the text.
+    """
+
+    file: Path | None = None
+    column: str = "prompt"
+    source: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    count: int | None = None
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        if (self.file is None) == (self.source is None):
+            raise ConfigError("prompts: give either `file` or `source`")
+        if self.source is not None and self.count is None:
+            raise ConfigError(f"prompts: source '{self.source}' needs `count`")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"prompts: held_out is {self.held_out}; it must lie in [0, 1)")
+
+    def __str__(self) -> str:
+        """`400 prompts of file.txt`."""
+        return f"{self.count or 'all'} prompts of {self.file or self.source}"
+
+    def read(self) -> list[Prompt]:
+        """All prompts, in order. Raises DataError naming file and row, UnknownNameError for an unknown source."""
+        if self.source is not None:
+            return list(resolve(self.source, {}, kind="prompt source")(self.count, **self.options))
+        return read_prompts(self.file or "", column=self.column)[: self.count]
+
+    def split(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Training and held-out prompts."""
+        prompts = self.read()
+        sides = {prompt.id: split_of(prompt.id, self.held_out) for prompt in prompts}
+        return [p for p in prompts if sides[p.id] == "train"], [p for p in prompts if sides[p.id] != "train"]
+
+
+def require_names(given: Sequence[str], known: Mapping[str, Any], *, kind: str, key: str) -> None:
+    """UnknownNameError, with the nearest one, for a name in `key` that is not among those the config defines."""
+    for name in given:
+        if name not in known:
+            raise UnknownNameError(f"{key}: no {kind} '{name}' under `{kind}s`.{nearest(name, known)}")
+
+
+def generator_builders(specs: Mapping[str, GeneratorSpec]) -> dict[str, Callable[[], ImageSource]]:
+    """One builder a generator; calling it loads the model."""
+    return {name: functools.partial(build_generator, name, spec) for name, spec in specs.items()}
+
+
+def build_generator(name: str, spec: GeneratorSpec) -> Any:
+    """Load a generator for sampling. Raises MissingFileError naming the files that a model folder lacks."""
+    if spec.is_own:
+        return resolve(spec.model, {}, kind="generator")(**spec.options)
+    generator = load_policy(name, spec)
+    if not generator.is_quantized:
+        generator.merge_adapter()
+    return generator
+
+
+def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:
+    """Load a diffusers pipeline with its adapter."""
+    import torch
+
+    from alignkit.generators import load_generator
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    loading = {"adapter": spec.adapter, "dtype": dtypes[spec.dtype], "quantize": spec.quantize, "options": spec.options}
+    return load_generator(spec.model, name=name, **loading)
+
+
+class RewardBuilders(dict[str, "Callable[[], Reward]"]):
+    """One builder a reward, by name; calling it loads the model.
+
+    CLIP rewards of equal vision weights that are built here look through one tower.
+    """
+
+    def __init__(self, specs: Mapping[str, RewardSpec]) -> None:
+        self.built: dict[str, Reward] = {}
+        super().__init__({name: functools.partial(_build_beside, self.built, name, specs[name]) for name in specs})
+
+    def reports(self) -> list[str]:
+        """What served rewards have cost, a line each."""
+        return [f"{name}: {reward.report()}" for name, reward in self.built.items() if isinstance(reward, Reporting)]
+
+
+def _build_beside(built: dict[str, Reward], name: str, spec: RewardSpec) -> Reward:
+    built[name] = build_reward(spec.reward, dict(spec.options))
+    if "rewards.models.clip" in sys.modules:  # importing it costs seconds, and without it nobody has a tower to share
+        from rewards.models.clip import share_vision
+
+        share_vision(built.values())
+    return built[name]
+
+
+def build_reward(reward: str, options: Mapping[str, Any]) -> Any:
+    """Construct a reward. Raises UnknownNameError for an unknown name, ConfigError for options that do not fit."""
+    return construct(resolve(reward, REWARDS, kind="reward"), options, what=f"reward '{reward}'")
+
+
+def absences(specs: Mapping[str, GeneratorSpec]) -> list[str]:
+    """Lines for a dry run about folders that are not there yet."""
+    return [f"NOT THERE YET: {path} (generator '{name}')" for name, spec in specs.items() for path in spec.absent]

@@ -1,0 +1,1 @@
+"""One small adapter per pipeline class; `alignkit.generators.GENERATORS` names them."""

@@ -1,0 +1,46 @@
+"""CogVideoX: a v-prediction transformer with zero terminal signal, on latents [B, T, C, H, W]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.diffusion.schedules import VPSchedule
+from alignkit.generators.families.video import VideoGenerator
+from alignkit.records import Conditioning
+
+
+class CogVideoX(VideoGenerator):
+    """Adapter of `CogVideoXPipeline` (2B, 5B and 1.5). The schedule is the scheduler's own: its signal-to-noise ratio
+    is shifted and ends at zero.
+
+    1.5 takes latent frames in pairs: an odd number is filled up with the first frame and given back without it, where
+    the pipeline samples the filling too; chains of such clips therefore differ from the pipeline's.
+    """
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        super().__init__(pipeline, name)
+        self.prediction = pipeline.scheduler.config.prediction_type
+        self.noise_schedule = VPSchedule(pipeline.scheduler.alphas_cumprod.float())
+        self._tokens = min(226, pipeline.tokenizer.model_max_length)
+
+    def initial_noise(self, shape: Sequence[int], source: torch.Generator) -> Tensor:
+        channels, frames, *sides = shape
+        return super().initial_noise((frames, channels, *sides), source).transpose(1, 2)
+
+    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        filling = -x_t.shape[2] % (net.config.patch_size_t or 1)
+        frames = torch.cat([x_t[:, :, :1]] * filling + [x_t], dim=2).transpose(1, 2)
+        places = None
+        if net.config.use_rotary_positional_embeddings:
+            height, width = (side * self.spatial_ratio for side in x_t.shape[-2:])
+            places = self.pipeline._prepare_rotary_positional_embeddings(height, width, frames.shape[1], x_t.device)  # noqa: SLF001
+        output = net(hidden_states=frames, timestep=model_time, image_rotary_emb=places, **cond.tensors).sample
+        return output[:, filling:].transpose(1, 2)
+
+    @property
+    def temporal_ratio(self) -> int:
+        return int(self.pipeline.vae.config.temporal_compression_ratio)

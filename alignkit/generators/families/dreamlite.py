@@ -1,0 +1,85 @@
+"""DreamLite: SnapGen's small U-Net with a flow objective; a second picture stands beside the latent, empty for text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from alignkit.generators.families.mixins import flow_schedule, linear_sigmas
+from alignkit.generators.pipeline import PipelineGenerator
+from alignkit.records import Conditioning
+
+
+class DreamLite(PipelineGenerator):
+    """Adapter of `DreamLitePipeline`, text to image; the pipeline draws one prompt at a time.
+
+    Prompts are kept at `tokens` places, so that rows of a cache have one shape; the network sees as many as the longest
+    of a batch needs. Left out: editing (and with it the multimodal processor), the mobile version's own pipeline.
+    """
+
+    component = "unet"
+    unused_parts = ("processor",)  # for editing; it needs torchvision
+    prediction = "flow"
+    tokens = 200
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        super().__init__(pipeline, name)
+        self.noise_schedule = flow_schedule(pipeline.scheduler.config, scale=1000.0)
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        return {"max_sequence_length": self.tokens}
+
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:  # noqa: ARG002 - the template decides
+        before, _, _ = self.pipeline.prompt_template_encode_generate.partition("{}")
+        return f"{before}[Generate]: ", self.pipeline.prompt_template_encode_generate_start_idx + self.tokens
+
+    def _draw(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
+        negatives = arguments.pop("negative_prompt", [None] * len(prompts))
+        rows = zip(prompts, sources, negatives, strict=True)
+        drawn = [
+            self.pipeline(prompt=text, negative_prompt=not_this, generator=[source], output_type="pt", **arguments)[0]
+            for text, source, not_this in rows
+        ]
+        return torch.cat(drawn)
+
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        return self._told([f"[Generate]: {prompt}" for prompt in prompts])
+
+    def negative(self, text: str) -> dict[str, Tensor]:
+        return self._told([text])  # as in the pipeline, without the task's name
+
+    def _told(self, texts: list[str]) -> dict[str, Tensor]:
+        encoder = self.pipeline.text_encoder
+        rows, mask = self.pipeline.encode_prompt(
+            "generate", texts, self.device, encoder.dtype, max_sequence_length=self.tokens
+        )
+        empty = self.tokens - rows.shape[1]
+        return {"encoder_hidden_states": pad(rows, (0, 0, 0, empty)), "encoder_attention_mask": pad(mask, (0, empty))}
+
+    def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
+        config = {"max_shift": 1.16, **self.pipeline.scheduler.config}
+        return linear_sigmas(config, steps, tokens=shape[-1] * shape[-2] // 4)
+
+    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        mask = cond.tensors["encoder_attention_mask"].long()
+        longest = int(mask.sum(1).max())
+        height, width = (side * self.spatial_ratio for side in x_t.shape[-2:])
+        output = net(
+            torch.cat([x_t, torch.zeros_like(x_t)], dim=3),
+            timestep=model_time.to(x_t),
+            encoder_hidden_states=cond.tensors["encoder_hidden_states"][:, :longest],
+            encoder_attention_mask=mask[:, :longest],
+            added_cond_kwargs={"time_ids": x_t.new_tensor([width, height]).expand(len(x_t), 2)},
+        ).sample
+        return output[..., : x_t.shape[-1]]
+
+    def _posterior_mode(self, pixels: Tensor) -> Tensor:
+        return self.pipeline.vae.encode(pixels).latents
+
+    @property
+    def spatial_ratio(self) -> int:
+        return 2 ** (len(self.pipeline.vae.config.encoder_block_out_channels) - 1)

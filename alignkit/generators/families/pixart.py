@@ -1,0 +1,39 @@
+"""PixArt-Sigma: an eps transformer whose output has a second half, the learned sigma, that nobody trains here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from alignkit.diffusion.schedules import VPSchedule
+from alignkit.generators.pipeline import PipelineGenerator
+from alignkit.records import Conditioning
+
+
+class PixArtSigma(PipelineGenerator):
+    """Adapter of `PixArtSigmaPipeline`. Pictures are drawn at the size asked for, from captions as they are written:
+    the pipeline's own resolution binning and caption cleaning are off, for training does neither.
+    """
+
+    component = "transformer"
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        super().__init__(pipeline, name)
+        self.prediction = pipeline.scheduler.config.prediction_type
+        self.noise_schedule = VPSchedule(pipeline.scheduler.alphas_cumprod)
+        self._tokens = min(300, pipeline.tokenizer.model_max_length)
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        return {"max_sequence_length": self._tokens, "use_resolution_binning": False, "clean_caption": False}
+
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeddings, mask, _, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._tokens
+        )
+        return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+
+    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        micro = {"resolution": None, "aspect_ratio": None}
+        output = net(x_t, timestep=model_time, added_cond_kwargs=micro, **cond.tensors).sample
+        return output[:, : x_t.shape[1]]

@@ -1,0 +1,50 @@
+"""SD3 / SD3.5: a joint-attention transformer that predicts the rectified-flow velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from alignkit.diffusion.schedules import FlowSchedule
+from alignkit.generators.families.mixins import resolution_shift
+from alignkit.generators.pipeline import PipelineGenerator
+from alignkit.records import Conditioning
+
+
+class StableDiffusion3(PipelineGenerator):
+    """Adapter of `StableDiffusion3Pipeline`; LoRA goes on both streams of every joint block."""
+
+    component = "transformer"
+    prediction = "flow"
+    lora_targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        super().__init__(pipeline, name)
+        self.noise_schedule = FlowSchedule(pipeline.scheduler.config.shift)
+        # The pipeline pads T5 to 256 tokens unless told otherwise; a tokenizer made for less says so.
+        tokenizer = pipeline.tokenizer_3
+        self._tokens = 256 if tokenizer is None else min(256, tokenizer.model_max_length)
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        return {"max_sequence_length": self._tokens}
+
+    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self._tokens
+        )
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return {"num_inference_steps": steps}
+        tokens = shape[-1] * shape[-2] // self.net.config.patch_size**2
+        return {"num_inference_steps": steps, "mu": resolution_shift(config, tokens)}
+
+    def call(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        return net(hidden_states=x_t, timestep=model_time, **cond.tensors).sample

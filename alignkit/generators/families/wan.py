@@ -1,0 +1,85 @@
+"""Wan 2.1 and 2.2: a flow transformer on the latents of a causal video VAE, each channel with its statistics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.generators.families.mixins import ChannelStatistics, flow_schedule
+from alignkit.generators.families.video import VideoGenerator
+from alignkit.records import Conditioning
+
+
+class WanVideo(ChannelStatistics, VideoGenerator):
+    """What Wan's relatives share: UMT5 states, padded with zeros, and Wan's VAE."""
+
+    prediction = "flow"
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        super().__init__(pipeline, name)
+        self.noise_schedule = flow_schedule(pipeline.scheduler.config, scale=1000.0)
+        self._tokens = min(512, pipeline.tokenizer.model_max_length)
+
+    @property
+    def spatial_ratio(self) -> int:
+        return self.pipeline.vae.config.scale_factor_spatial
+
+    @property
+    def temporal_ratio(self) -> int:
+        return self.pipeline.vae.config.scale_factor_temporal
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipeline.vae.config.z_dim
+
+
+class Wan(WanVideo):
+    """Adapter of `WanPipeline`: 2.1, 2.2 TI2V-5B (a time for each token) and 2.2 A14B (two experts).
+
+    Of two experts one is trained, `expert` "transformer" (times from the boundary up) or "transformer_2" (below), on
+    times of its own range; the other stays as it is and serves its range in chains and samples. An adapter belongs to
+    its expert: the vanilla pipeline loads the second's with `load_into_transformer_2=True`. Leave `t_min` at 0
+    with the second. Left out: guidance_scale_2.
+    """
+
+    def __init__(self, pipeline: Any, name: str, expert: str = "transformer") -> None:
+        if pipeline.components.get(expert) is None:
+            raise ConfigError(f"'{name}' has no {expert}; Wan 2.1 and 2.2 TI2V have one network, transformer")
+        self.component = expert
+        super().__init__(pipeline, name)
+        ratio = pipeline.config.boundary_ratio
+        self._boundary = 0.0 if ratio is None or pipeline.transformer_2 is None else ratio
+        own = {"low": self._boundary} if expert == "transformer" else {"high": self._boundary}
+        self.noise_schedule = replace(self.noise_schedule, **own)
+
+    def _is_mine(self, t: Tensor) -> Tensor:
+        return (t >= self._boundary) == (self.component == "transformer")
+
+    @property
+    def lora_loading(self) -> dict[str, Any]:
+        return {"load_into_transformer_2": True} if self.component == "transformer_2" else {}
+
+    @property
+    def adapter_prefix(self) -> str:
+        return "transformer"  # whichever expert
+
+    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        mine = self._is_mine(model_time / self.noise_schedule.model_time(torch.ones(())))
+        if mine.all():
+            return self._call(net, x_t, model_time, cond)
+        other = self.pipeline.transformer_2 if self.component == "transformer" else self.pipeline.transformer
+        theirs = self._call(other, x_t.to(other.dtype), model_time, cond).to(x_t)
+        if not mine.any():
+            return theirs
+        return torch.where(mine.reshape(-1, 1, 1, 1, 1), self._call(net, x_t, model_time, cond), theirs)
+
+    def _call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        if self.pipeline.config.expand_timesteps:
+            _, high, wide = net.config.patch_size
+            tokens = x_t.shape[2] * (x_t.shape[3] // high) * (x_t.shape[4] // wide)
+            model_time = model_time[:, None].expand(-1, tokens)
+        return net(hidden_states=x_t, timestep=model_time, **cond.tensors).sample

@@ -1,0 +1,48 @@
+"""The same ranked rows seen otherwise, for ablations: labels shuffled, or one generator's candidates alone.
+
+Pure functions of a `datasets.Dataset` with the ranked columns; nothing is written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alignkit.errors import DataError
+from alignkit.seeds import derive_seed
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def shuffled_labels(rows: datasets.Dataset, seed: int) -> datasets.Dataset:
+    """phi permuted among each prompt's candidates: the control that shows what the labels are worth.
+
+    The permutation comes from (seed, prompt id). What remains is learning from other generators' pictures as such.
+    """
+    phi = []
+    for prompt_id, values in zip(rows["prompt_id"], rows["phi"], strict=True):
+        rng = np.random.default_rng(derive_seed("shuffled", seed, prompt_id))
+        phi.append(list(rng.permutation(values)))
+    return rows.remove_columns("phi").add_column("phi", phi)
+
+
+def own_candidates(rows: datasets.Dataset, generator: str) -> datasets.Dataset:
+    """Only the candidates of `generator`, with the phi they had in the full list.
+
+    Raises DataError when it has fewer than two candidates in a row, for one cannot be ranked.
+    """
+    import datasets
+
+    fewest = min(names.count(generator) for names in rows["generators"])
+    if fewest < 2:
+        raise DataError(f"'{generator}' has {fewest} candidates in some rows; ranking needs 2: raise its seeds")
+    columns = [name for name in ("images", "generators", "seeds", "phi") if name in rows.column_names]
+
+    def keep(row: dict[str, Any]) -> dict[str, Any]:
+        own = [index for index, name in enumerate(row["generators"]) if name == generator]
+        return {name: [row[name][index] for index in own] for name in columns}
+
+    encoded = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    return encoded.map(keep, desc=f"candidates of {generator}")

@@ -1,0 +1,1 @@
+"""Networks and preprocessing that several rewards share: CLIP, BLIP, vision-language models, detectors."""

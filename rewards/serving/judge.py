@@ -1,0 +1,182 @@
+"""Judges: which of two pictures or clips is better. A served model asked in both orders, or any reward's difference.
+
+Models prefer a position as much as a picture (arXiv 2306.05685), so a verdict counts only where both orders agree;
+everything else abstains, with the reason counted. How a pair is asked about is data (`PairQuestion`).
+Left out: several judges' votes, chains of thought, ties as a verdict of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alignkit.errors import ConfigError
+from alignkit.protocols import Reward
+from alignkit.records import Prompt
+from rewards.models.media import check_media
+from rewards.serving.messages import text_part, user
+from rewards.serving.reply_cache import Reply
+from rewards.serving.served_base import Asking
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOP = 20  # alternatives a token that servers give at most (vLLM's --max-logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class PairQuestion:
+    """How a pair is asked about, and what the answers mean.
+
+    template: the question after the media; `{prompt}` is the caption. labels: text before each of the two, which clips
+    shown as frames need, for nothing else says where the first ends.
+    answers: lower-case answer -> +1 (the first), -1 (the second) or 0 (a tie), matched against the whole answer, case
+    and final full stop aside. within: an answer may stand inside a text, which then holds answers of one meaning only.
+    """
+
+    template: str
+    answers: Mapping[str, int]
+    labels: tuple[str, str] = ("", "")
+    within: bool = False
+    max_tokens: int = 4
+
+    def parts(self, one: list[dict[str, Any]], other: list[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
+        """The parts of the question about media given as parts."""
+        before = [[text_part(label)] if label else [] for label in self.labels]
+        return [*before[0], *one, *before[1], *other, text_part(self.template.replace("{prompt}", prompt))]
+
+    def read(self, text: str) -> int | None:
+        """+1, -1 or 0 of an answer, None for one that means nothing or several things."""
+        folded = " ".join(text.casefold().split())
+        if not self.within:
+            return self.answers.get(folded.removesuffix("."))
+        meanings = {meaning for answer, meaning in self.answers.items() if answer in folded}
+        return meanings.pop() if len(meanings) == 1 else None
+
+    def meaning(self, sign: int) -> list[str]:
+        """The answers that mean `sign`."""
+        return [answer for answer, meaning in self.answers.items() if meaning == sign]
+
+
+_UNIFIED_PICTURES = """\
+You are given a text caption and two generated images based on that caption. Your task is to evaluate and compare \
+these images based on two key criteria:
+1. Alignment with the Caption: Assess how well each image aligns with the provided caption. Consider the accuracy of \
+depicted objects, their relationships, and attributes as described in the caption.
+2. Overall Image Quality: Examine the visual quality of each image, including clarity, detail preservation, color \
+accuracy, and overall aesthetic appeal.
+Compare both images using the above criteria and select the one that better aligns with the caption while exhibiting \
+superior visual quality.
+Provide a clear conclusion such as "Image 1 is better.", "Image 2 is better." and "Both images are equally good."
+Your task is provided as follows:
+Text Caption: [{prompt}]"""
+
+_PLAIN = 'Which picture shows "{prompt}" better? Answer first or second.'
+
+# `unified_reward` is what CodeGoat24/UnifiedReward's models were trained on (arXiv 2503.05236, inference_qwen there).
+QUESTIONS = {
+    "plain": PairQuestion(_PLAIN, {"first": 1, "second": -1}),
+    "unified_reward": PairQuestion(
+        _UNIFIED_PICTURES,
+        {"image 1 is better": 1, "image 2 is better": -1, "both images are equally good": 0},
+        within=True,
+        max_tokens=512,
+    ),
+}
+
+
+class ServedJudge(Asking):
+    """A served vision-language model as `alignkit.protocols.Judge`, asked in both orders.
+
+    question: a name of `QUESTIONS` or a PairQuestion. asking: options of `Asking`. Abstentions are reported as failed,
+    malformed, disagreed, tie or unsure.
+    least_margin: log-odds in favour of the verdict that both orders must reach at the first token of the answer;
+    None does not look at probabilities, and is needed for servers that give none and for answers of several words.
+    """
+
+    name = "served_judge"
+    needs_prompt = True
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        question: str | PairQuestion = "plain",
+        least_margin: float | None = None,
+        **asking: Any,
+    ) -> None:
+        if isinstance(question, str) and question not in QUESTIONS:
+            raise ConfigError(f"served_judge: no question '{question}'; known: {', '.join(QUESTIONS)}")
+        self.question = QUESTIONS[question] if isinstance(question, str) else question
+        long = [answer for answer in self.question.meaning(1) + self.question.meaning(-1) if len(answer.split()) > 1]
+        if least_margin is not None and (self.question.within or long):
+            asked = f"answers of several words, {long}" if long else "a text"
+            raise ConfigError(
+                f"served_judge: least_margin reads the answer's first token; this question asks for {asked}"
+            )
+        self.least_margin = least_margin
+        super().__init__(base_url, model, **asking)
+
+    def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:
+        """+1 where the first is better, -1 the second, 0 where it abstains: one verdict a pair.
+
+        first, second: [B, 3, H, W] or [B, F, 3, H, W] in [0, 1]; sizes may differ between the two.
+        Raises DataError for other media, ServerError where the server fails as a whole (`ChatClient.ask`).
+        """
+        media = [check_media(side, prompts, self) for side in (first, second)]  # type: ignore[arg-type]
+        ones, others = ([self._shown(row) for row in side] for side in media)
+        forward = [self._request(*row) for row in zip(ones, others, prompts, strict=True)]
+        backward = [self._request(*row) for row in zip(others, ones, prompts, strict=True)]
+        replies = self.client.ask(forward + backward, label=self.name)
+        verdicts = [self._verdict(*pair) for pair in zip(replies, replies[len(forward) :], strict=False)]
+        self._abstentions.update(reason for _, reason in verdicts if reason)
+        return [verdict for verdict, _ in verdicts]
+
+    def _request(self, one: list[dict[str, Any]], other: list[dict[str, Any]], prompt: Prompt) -> dict[str, Any]:
+        messages = user(self.question.parts(one, other, prompt.text))
+        request = {"messages": messages, "temperature": 0, "max_tokens": self.question.max_tokens}
+        return request if self.least_margin is None else request | {"logprobs": True, "top_logprobs": TOP}
+
+    def _verdict(self, forward: Reply | None, backward: Reply | None) -> tuple[int, str]:
+        """(verdict, reason of an abstention)."""
+        if forward is None or backward is None:
+            return 0, "failed"
+        said, swapped = self.question.read(forward.text), self.question.read(backward.text)
+        if said is None or swapped is None:
+            return 0, "malformed"
+        if said != -swapped:
+            return 0, "disagreed"
+        if said == 0:
+            return 0, "tie"
+        return (said, "") if self._is_sure(said, forward, backward) else (0, "unsure")
+
+    def _is_sure(self, said: int, forward: Reply, backward: Reply) -> bool:
+        if self.least_margin is None:
+            return True
+        sides = self.question.meaning(1), self.question.meaning(-1)
+        margins = said * forward.margin(*sides), -said * backward.margin(*sides)
+        return all(margin >= self.least_margin for margin in margins)  # False for NaN
+
+
+class RewardJudge:
+    """Any reward as `alignkit.protocols.Judge`: the sign of the difference of two scores of one prompt.
+
+    It abstains where the scores differ by no more than `least_difference`, or one is not finite. There is no order to
+    be biased by, for each is judged alone.
+    """
+
+    def __init__(self, reward: Reward, *, least_difference: float = 0.0) -> None:
+        self.reward, self.least_difference = reward, least_difference
+
+    def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:
+        """As `ServedJudge.compare`; raises what the reward raises."""
+        import torch
+
+        with torch.no_grad():
+            differences = (self.reward(first, prompts).total - self.reward(second, prompts).total).tolist()
+        return [
+            int(math.copysign(1, d)) if math.isfinite(d) and abs(d) > self.least_difference else 0 for d in differences
+        ]
