@@ -115,6 +115,7 @@ def test_replies_cut_off_are_cached_where_that_is_their_normal_end(allowed, tmp_
             (reply,) = client(server.url, **options).ask([QUESTION], allow_cut_off=allowed)
             assert reply == Reply("yes", (("yes", -0.5),), (100, 2), is_cut_off=True)
         assert len(server.requests) == (1 if allowed else 2)
+        assert len(list(tmp_path.rglob("*.json"))) == (1 if allowed else 0)
         client(server.url, **options).ask([QUESTION])  # a cut-off reply in the cache does not serve this use
         assert len(server.requests) == (2 if allowed else 3)
 
