@@ -1,7 +1,7 @@
-"""A served vision-language model's belief in "yes" as a reward: one token, its probabilities, no text to parse.
+"""The probability of "yes" of a served vision-language model as a reward: one token, no text to parse.
 
-VQAScore's question (arXiv 2404.01291) with the answer's two sides alone: P(yes) / (P(yes) + P(no)), so that mass on
-other words does not count. Not differentiable: pixels leave as a picture. Left out: answers of several tokens.
+VQAScore's question (arXiv 2404.01291), normalised over both answers: P(yes) / (P(yes) + P(no)), so that probability of
+other words does not count. Not differentiable: images are sent as PNG files. Left out: answers of several tokens.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from rewards.models.media import check_media
 from rewards.models.vlm import listed
 from rewards.serving.judge import TOP
 from rewards.serving.messages import text_part, user
-from rewards.serving.served_base import Asking
+from rewards.serving.served_base import ServedBase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ServedYesNo(Asking):
+class ServedYesNo(ServedBase):
     """P(yes) against P(no) of the answer's first token, in [0, 1]; the part `margin` is its log-odds.
 
-    question: asked of each; `{prompt}` is the caption. yes, no: words that mean them, in lower case; a word counts in
-    any case and with any white space before it. asking: options of `Asking`. A row whose answer begins with neither is
-    NaN and counted as malformed, as is, as failed, one that the server failed alone.
+    question: sent with each; `{prompt}` is the caption. yes, no: words that mean them, in lower case; a word counts in
+    any case and with any white space before it. options: those of `ServedBase`. A row is NaN, and counted, where the
+    answer begins with neither (`malformed`) or the request failed every attempt (`failed`). Only the first token is
+    read, so a reply that ends at the limit of one token is complete.
     """
 
     name = "served_yes_no"
@@ -46,18 +47,19 @@ class ServedYesNo(Asking):
         question: str = 'Does this figure show "{prompt}"? Please answer Yes or No.',
         yes: Sequence[str] = ("yes",),
         no: Sequence[str] = ("no",),
-        **asking: Any,
+        **options: Any,
     ) -> None:
         self.question = question
         self.yes, self.no = listed(yes, "served_yes_no: yes"), listed(no, "served_yes_no: no")
-        super().__init__(base_url, model, **asking)
+        super().__init__(base_url, model, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """`total` [B] and `margin` [B], float64. Raises ServerError where the server fails as a whole."""
         import torch
 
         check_media(media, prompts, self)
-        replies = self.client.ask([self._request(*row) for row in zip(media, prompts, strict=True)], label=self.name)
+        requests = [self._request(*row) for row in zip(media, prompts, strict=True)]
+        replies = self.client.ask(requests, label=self.name, allow_cut_off=True)
         margins = [reply.margin(self.yes, self.no) if reply else math.nan for reply in replies]
         self._abstentions["failed"] += replies.count(None)
         self._abstentions["malformed"] += sum(map(math.isnan, margins)) - replies.count(None)
@@ -66,5 +68,5 @@ class ServedYesNo(Asking):
 
     def _request(self, media: Tensor, prompt: Prompt) -> dict[str, Any]:
         question = text_part(self.question.replace("{prompt}", prompt.text))
-        messages = user([*self._shown(media), question])
+        messages = user([*self._media_parts(media), question])
         return {"messages": messages, "temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": TOP}

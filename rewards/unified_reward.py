@@ -1,4 +1,4 @@
-"""UnifiedReward (arXiv 2503.05236) behind a server: a vision-language model writes scores, which are read strictly.
+"""UnifiedReward (arXiv 2503.05236) behind a server: a vision-language model writes scores, which are parsed strictly.
 
 The questions are those its models were trained on (github.com/CodeGoat24/UnifiedReward, `inference_qwen`): version 1
 ends with "Final Score:", version 2 gives three axes, whose mean is the total here as in published training with it.
@@ -18,12 +18,12 @@ from alignkit.errors import ConfigError
 from alignkit.records import Prompt, Scores
 from rewards.models.media import check_media
 from rewards.serving.messages import text_part, user
-from rewards.serving.served_base import Asking
+from rewards.serving.served_base import ServedBase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_V1_PICTURE = """\
+_V1_IMAGE = """\
 You are given a text caption and a generated image based on that caption. Your task is to evaluate this image based on \
 two key criteria:
 1. Alignment with the Caption: Assess how well this image aligns with the provided caption. Consider the accuracy of \
@@ -36,7 +36,7 @@ Extract key elements from the provided text caption, evaluate their presence in 
 Your task is provided as follows:
 Text Caption: [{prompt}]"""
 
-_V1_CLIP = """\
+_V1_VIDEO = """\
 Suppose you are an expert in judging and evaluating the quality of AI-generated videos, please watch the frames of a \
 given video and see the text prompt for generating the video.
 Then give scores from 5 different dimensions:
@@ -91,9 +91,9 @@ class Form:
     lines: dict[str, tuple[str, float, float]]
 
     def read(self, text: str) -> dict[str, float] | None:
-        """The score of every line; None where one is missing, given twice with different numbers or out of range."""
-        found = {part: _score(text, *line) for part, line in self.lines.items()}
-        return None if any(math.isnan(value) for value in found.values()) else found
+        """The score of every line; None where one is missing, is out of range or has two different numbers."""
+        scores = {part: _score(text, *line) for part, line in self.lines.items()}
+        return None if any(math.isnan(value) for value in scores.values()) else scores
 
 
 def _score(text: str, label: str, least: float, greatest: float) -> float:
@@ -122,9 +122,9 @@ _DIMENSIONS = (
     "factual consistency",
 )
 FORMS = {
-    (1, "image"): Form(_V1_PICTURE, {"total": ("Final Score", 1.0, 5.0)}),
+    (1, "image"): Form(_V1_IMAGE, {"total": ("Final Score", 1.0, 5.0)}),
     (1, "video"): Form(
-        _V1_CLIP,
+        _V1_VIDEO,
         {name: (name, 1.0, 4.0) for name in _DIMENSIONS} | {"total": ("Final Score", 1.0, 10.0)},
     ),
     (2, "image"): _v2("image", "Coherence", _GLITCHES, "aesthetically"),
@@ -132,13 +132,14 @@ FORMS = {
 }
 
 
-class UnifiedReward(Asking):
+class UnifiedReward(ServedBase):
     """A served UnifiedReward model's written score; its other numbers are parts.
 
-    version: 1 ("Final Score", 1 to 5, of clips 1 to 10) or 2 (mean of Alignment, Coherence or Physics, Style).
-    asking: options of `Asking`; published use shows eight frames.
-    attempts: an answer that cannot be read is asked for again, then with `temperature` and another seed each; a row
-    without a readable answer after all of them is NaN, which the score stage puts aside, and counted as malformed.
+    version: 1 ("Final Score", 1 to 5, of videos 1 to 10) or 2 (mean of Alignment, Coherence or Physics, Style).
+    options: those of `ServedBase`; the published code sends eight frames.
+    attempts: a reply that cannot be parsed, or is cut off at `max_tokens`, is requested again, then with `temperature`
+    and another seed each. A row without a score after all attempts is NaN, which the score stage quarantines, and is
+    counted by its last reply: failed, malformed or cut off (its last number may lack digits).
     """
 
     name = "unified_reward"
@@ -159,14 +160,14 @@ class UnifiedReward(Asking):
         attempts: int = 3,
         temperature: float = 0.7,
         max_tokens: int = 512,
-        **asking: Any,
+        **options: Any,
     ) -> None:
         if (version, modality) not in FORMS or attempts < 1:
             raise ConfigError(f"unified_reward: version 1 or 2 of 'image' or 'video', got {version} of '{modality}'")
         self.form = FORMS[version, modality]
         self.native_range = self.form.lines["total" if version == 1 else "alignment"][1:]
         self.attempts, self.temperature, self.max_tokens = attempts, temperature, max_tokens
-        super().__init__(base_url, model, modality=modality, **asking)
+        super().__init__(base_url, model, modality=modality, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """`total` [B] and every line of the answer [B], float64. Raises ServerError where the server fails entirely."""
@@ -174,24 +175,26 @@ class UnifiedReward(Asking):
 
         check_media(media, prompts, self)
         messages = [self._messages(*row) for row in zip(media, prompts, strict=True)]
-        read: dict[int, dict[str, float]] = {}
+        parsed: dict[int, dict[str, float]] = {}
+        complete: dict[int, str] = {}
         pending = list(range(len(messages)))
         for attempt in range(self.attempts):
             replies = self.client.ask([self._request(messages[row], attempt) for row in pending], label=self.name)
             self._abstentions["failed"] += replies.count(None)
-            told = {row: reply.text for row, reply in zip(pending, replies, strict=True) if reply}
-            read |= {row: scores for row, text in told.items() if (scores := self.form.read(text))}
-            pending = [row for row in told if row not in read]
-        self._abstentions["malformed"] += len(pending)
-        nothing = dict.fromkeys(self.form.lines, math.nan)
-        rows = [read.get(row, nothing) for row in range(len(messages))]
+            received = {row: reply for row, reply in zip(pending, replies, strict=True) if reply}
+            complete = {row: reply.text for row, reply in received.items() if not reply.is_cut_off}
+            parsed |= {row: scores for row, text in complete.items() if (scores := self.form.read(text))}
+            pending = [row for row in received if row not in parsed]
+        self._abstentions.update("malformed" if row in complete else "cut off" for row in pending)
+        no_scores = dict.fromkeys(self.form.lines, math.nan)
+        rows = [parsed.get(row, no_scores) for row in range(len(messages))]
         parts = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in self.form.lines}
         total = parts.pop("total", None)
         return Scores(torch.stack(list(parts.values())).mean(0) if total is None else total, parts)
 
     def _messages(self, media: Tensor, prompt: Prompt) -> list[dict[str, Any]]:
         question = text_part(self.form.template.replace("{prompt}", prompt.text))
-        return user([*self._shown(media), question])
+        return user([*self._media_parts(media), question])
 
     def _request(self, messages: list[dict[str, Any]], attempt: int) -> dict[str, Any]:
         sampling = {"temperature": self.temperature, "seed": attempt} if attempt else {"temperature": 0}

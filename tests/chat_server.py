@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -13,18 +13,20 @@ from typing import Any, Self
 
 @dataclass
 class Answer:
-    """What goes over the wire: a status, headers and a body; `keep` bytes of it, `drip` seconds before each byte."""
+    """What goes over the wire: a status, headers and the first `keep` bytes of a body; or the blocks of `raw` alone."""
 
-    body: bytes
+    body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     keep: int | None = None
-    drip: float = 0.0
+    raw: Iterator[bytes] | None = None
 
 
-def said(text: str, first: dict[str, float] | None = None, tokens: tuple[int, int] = (100, 2)) -> Answer:
-    """A chat completion; `first` are the alternatives of its first token."""
-    choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+def said(
+    text: str, first: dict[str, float] | None = None, tokens: tuple[int, int] = (100, 2), finish: Any = "stop"
+) -> Answer:
+    """A chat completion; `first` are the alternatives of its first token, `finish` is why it ended."""
+    choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
     if first is not None:
         listed = [{"token": token, "logprob": value} for token, value in first.items()]
         choice["logprobs"] = {"content": [{"token": text, "logprob": 0.0, "top_logprobs": listed}]}
@@ -38,15 +40,18 @@ def failed(status: int, message: str = "no", **headers: str) -> Answer:
 
 
 class ChatServer:
-    """`script(request, n)` answers the n-th request; keeps the requests, their headers and how many ran at once.
+    """`script(request, n)` answers the n-th request; stores the requests, their headers and how many came at once.
 
-    models: what it lists as served; without it, it has no such list.
+    A request counts from when it has been read until its answer begins, so it lies within the time that the client
+    counts. models: what it lists as served; without it, it has no such list. sent: bytes of `Answer.raw`. stopped: set
+    at the end; a script that hangs waits for it.
     """
 
     def __init__(self, script: Callable[[dict[str, Any], int], Answer], models: list[dict[str, Any]] | None = None):
         self.script, self.requests, self.headers = script, [], []
         self.models, self.listings = models, 0
-        self.now = self.most = 0
+        self.now = self.most = self.sent = 0
+        self.stopped = threading.Event()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
@@ -56,6 +61,7 @@ class ChatServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -84,11 +90,11 @@ class ChatServer:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 number = outer._enter(request, dict(self.headers) | {"path": self.path})
                 try:
-                    self._send(outer.script(request, number))
-                except OSError:
-                    pass  # the client went away
+                    answer = outer.script(request, number)
                 finally:
                     outer._leave()
+                with contextlib.suppress(OSError):  # the client went away
+                    self._send_raw(answer.raw) if answer.raw else self._send(answer)
 
             def _send(self, answer: Answer) -> None:
                 self.send_response(answer.status)
@@ -96,10 +102,12 @@ class ChatServer:
                     self.send_header(name.replace("_", "-"), value)
                 self.send_header("Content-Length", str(len(answer.body)))
                 self.end_headers()
-                for start in range(0, len(answer.body[: answer.keep]), 1 if answer.drip else 1 << 20):
-                    time.sleep(answer.drip)
-                    self.wfile.write(answer.body[: answer.keep][start : start + (1 if answer.drip else 1 << 20)])
-                    self.wfile.flush()
+                self.wfile.write(answer.body[: answer.keep])
+
+            def _send_raw(self, blocks: Iterator[bytes]) -> None:
+                for block in blocks:
+                    self.wfile.write(block)
+                    outer.sent += len(block)
 
             def log_message(self, *_: object) -> None:
                 pass

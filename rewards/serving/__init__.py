@@ -1,1 +1,1 @@
-"""Rewards and judges that ask a served model: client, cache, messages and the judge itself."""
+"""Rewards and judges that use a served model: client, cache, messages judges."""

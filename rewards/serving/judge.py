@@ -1,7 +1,7 @@
-"""Judges: which of two pictures or clips is better. A served model asked in both orders, or any reward's difference.
+"""Judges: which of two images or videos is better. A served model that sees both orders, or the difference of a reward.
 
-Models prefer a position as much as a picture (arXiv 2306.05685), so a verdict counts only where both orders agree;
-everything else abstains, with the reason counted. How a pair is asked about is data (`PairQuestion`).
+Models are biased towards a position (arXiv 2306.05685), so a verdict counts only where both orders agree; everything
+else is an abstention, with the reason counted. The question about a pair is data (`PairQuestion`).
 Left out: several judges' votes, chains of thought, ties as a verdict of their own.
 """
 
@@ -18,22 +18,23 @@ from alignkit.records import Prompt
 from rewards.models.media import check_media
 from rewards.serving.messages import text_part, user
 from rewards.serving.reply_cache import Reply
-from rewards.serving.served_base import Asking
+from rewards.serving.served_base import ServedBase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOP = 20  # alternatives a token that servers give at most (vLLM's --max-logprobs)
+TOP = 20  # the most alternatives per token that servers give (vLLM's --max-logprobs)
 
 
 @dataclass(frozen=True, slots=True)
 class PairQuestion:
-    """How a pair is asked about, and what the answers mean.
+    """The question about a pair, and what the answers mean.
 
-    template: the question after the media; `{prompt}` is the caption. labels: text before each of the two, which clips
-    shown as frames need, for nothing else says where the first ends.
+    template: the question after the media; `{prompt}` is the caption. labels: text before each of the two; videos sent
+    as frames need it, because nothing else marks where the first ends.
     answers: lower-case answer -> +1 (the first), -1 (the second) or 0 (a tie), matched against the whole answer, case
-    and final full stop aside. within: an answer may stand inside a text, which then holds answers of one meaning only.
+    and final full stop aside. within: an answer may stand inside a longer text, which then must be complete and hold
+    answers of one meaning only.
     """
 
     template: str
@@ -48,7 +49,7 @@ class PairQuestion:
         return [*before[0], *one, *before[1], *other, text_part(self.template.replace("{prompt}", prompt))]
 
     def read(self, text: str) -> int | None:
-        """+1, -1 or 0 of an answer, None for one that means nothing or several things."""
+        """+1, -1 or 0 of an answer, None where it has no meaning or several."""
         folded = " ".join(text.casefold().split())
         if not self.within:
             return self.answers.get(folded.removesuffix("."))
@@ -60,7 +61,7 @@ class PairQuestion:
         return [answer for answer, meaning in self.answers.items() if meaning == sign]
 
 
-_UNIFIED_PICTURES = """\
+_UNIFIED_IMAGES = """\
 You are given a text caption and two generated images based on that caption. Your task is to evaluate and compare \
 these images based on two key criteria:
 1. Alignment with the Caption: Assess how well each image aligns with the provided caption. Consider the accuracy of \
@@ -79,7 +80,7 @@ _PLAIN = 'Which picture shows "{prompt}" better? Answer first or second.'
 QUESTIONS = {
     "plain": PairQuestion(_PLAIN, {"first": 1, "second": -1}),
     "unified_reward": PairQuestion(
-        _UNIFIED_PICTURES,
+        _UNIFIED_IMAGES,
         {"image 1 is better": 1, "image 2 is better": -1, "both images are equally good": 0},
         within=True,
         max_tokens=512,
@@ -87,13 +88,13 @@ QUESTIONS = {
 }
 
 
-class ServedJudge(Asking):
-    """A served vision-language model as `alignkit.protocols.Judge`, asked in both orders.
+class ServedJudge(ServedBase):
+    """A served vision-language model as `alignkit.protocols.Judge`; each pair is sent in both orders.
 
-    question: a name of `QUESTIONS` or a PairQuestion. asking: options of `Asking`. Abstentions are reported as failed,
-    malformed, disagreed, tie or unsure.
+    question: a name of `QUESTIONS` or a PairQuestion. options: those of `ServedBase`. Abstentions are reported as
+    failed, cut off, malformed, disagreed, tie or unsure.
     least_margin: log-odds in favour of the verdict that both orders must reach at the first token of the answer;
-    None does not look at probabilities, and is needed for servers that give none and for answers of several words.
+    None does not use probabilities; servers without log-probabilities and answers of several words need it.
     """
 
     name = "served_judge"
@@ -106,19 +107,19 @@ class ServedJudge(Asking):
         *,
         question: str | PairQuestion = "plain",
         least_margin: float | None = None,
-        **asking: Any,
+        **options: Any,
     ) -> None:
         if isinstance(question, str) and question not in QUESTIONS:
             raise ConfigError(f"served_judge: no question '{question}'; known: {', '.join(QUESTIONS)}")
         self.question = QUESTIONS[question] if isinstance(question, str) else question
         long = [answer for answer in self.question.meaning(1) + self.question.meaning(-1) if len(answer.split()) > 1]
         if least_margin is not None and (self.question.within or long):
-            asked = f"answers of several words, {long}" if long else "a text"
+            expected = f"answers of several words, {long}" if long else "a text"
             raise ConfigError(
-                f"served_judge: least_margin reads the answer's first token; this question asks for {asked}"
+                f"served_judge: least_margin reads the answer's first token; this question expects {expected}"
             )
         self.least_margin = least_margin
-        super().__init__(base_url, model, **asking)
+        super().__init__(base_url, model, **options)
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:
         """+1 where the first is better, -1 the second, 0 where it abstains: one verdict a pair.
@@ -127,10 +128,12 @@ class ServedJudge(Asking):
         Raises DataError for other media, ServerError where the server fails as a whole (`ChatClient.ask`).
         """
         media = [check_media(side, prompts, self) for side in (first, second)]  # type: ignore[arg-type]
-        ones, others = ([self._shown(row) for row in side] for side in media)
+        ones, others = ([self._media_parts(row) for row in side] for side in media)
         forward = [self._request(*row) for row in zip(ones, others, prompts, strict=True)]
         backward = [self._request(*row) for row in zip(others, ones, prompts, strict=True)]
-        replies = self.client.ask(forward + backward, label=self.name)
+        # A short answer must match as a whole, so a reply cut off after it is no worse; a longer text may go on.
+        is_short = not self.question.within
+        replies = self.client.ask(forward + backward, label=self.name, allow_cut_off=is_short)
         verdicts = [self._verdict(*pair) for pair in zip(replies, replies[len(forward) :], strict=False)]
         self._abstentions.update(reason for _, reason in verdicts if reason)
         return [verdict for verdict, _ in verdicts]
@@ -144,28 +147,30 @@ class ServedJudge(Asking):
         """(verdict, reason of an abstention)."""
         if forward is None or backward is None:
             return 0, "failed"
-        said, swapped = self.question.read(forward.text), self.question.read(backward.text)
-        if said is None or swapped is None:
+        if self.question.within and (forward.is_cut_off or backward.is_cut_off):
+            return 0, "cut off"
+        verdict, swapped = self.question.read(forward.text), self.question.read(backward.text)
+        if verdict is None or swapped is None:
             return 0, "malformed"
-        if said != -swapped:
+        if verdict != -swapped:
             return 0, "disagreed"
-        if said == 0:
+        if verdict == 0:
             return 0, "tie"
-        return (said, "") if self._is_sure(said, forward, backward) else (0, "unsure")
+        return (verdict, "") if self._is_sure(verdict, forward, backward) else (0, "unsure")
 
-    def _is_sure(self, said: int, forward: Reply, backward: Reply) -> bool:
+    def _is_sure(self, verdict: int, forward: Reply, backward: Reply) -> bool:
         if self.least_margin is None:
             return True
         sides = self.question.meaning(1), self.question.meaning(-1)
-        margins = said * forward.margin(*sides), -said * backward.margin(*sides)
+        margins = verdict * forward.margin(*sides), -verdict * backward.margin(*sides)
         return all(margin >= self.least_margin for margin in margins)  # False for NaN
 
 
 class RewardJudge:
     """Any reward as `alignkit.protocols.Judge`: the sign of the difference of two scores of one prompt.
 
-    It abstains where the scores differ by no more than `least_difference`, or one is not finite. There is no order to
-    be biased by, for each is judged alone.
+    It abstains where the scores differ by no more than `least_difference`, or one is not finite. Each item is scored
+    alone, so there is no bias towards a position.
     """
 
     def __init__(self, reward: Reward, *, least_difference: float = 0.0) -> None:

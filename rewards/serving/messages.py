@@ -1,4 +1,4 @@
-"""Pictures and clips as parts of a chat message: PNG data URLs, which lose nothing but the rounding to 8 bits.
+"""Images and videos as parts of a chat message: PNG data URLs, which lose nothing but the rounding to 8 bits.
 
 Parts have the form of the OpenAI chat API (`image_url`), or vLLM's `video_url` with the frames as one list, which
 reaches a model's video path: https://docs.vllm.ai/en/latest/features/multimodal_inputs.html. Not here: files, sound.
@@ -25,21 +25,21 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 def media_parts(media: Tensor, *, frames: int = 8, clips: ClipForm = "frames") -> list[dict[str, Any]]:
-    """Parts of one picture [3, H, W] or clip [F, 3, H, W] in [0, 1]; at most `frames` frames, evenly from the first on.
+    """Parts of one image [3, H, W] or video [F, 3, H, W] in [0, 1]; at most `frames` frames, evenly from the first on.
 
-    clips: `frames` sends each as a picture of its own, which every server takes; `video` sends them as one video, of
-    which the server does not know the frame rate (vLLM takes it for one a second; its --media-io-kwargs says another).
-    ConfigError for another form or no frame.
+    clips: `frames` sends each as an image of its own, which every server takes; `video` sends them as one video, of
+    which the server does not know the frame rate (vLLM assumes one a second; its --media-io-kwargs sets another).
+    Raises ConfigError for another form, or fewer than one frame.
     """
     if clips not in ("frames", "video") or frames < 1:
         raise ConfigError(f"clips must be 'frames' or 'video' and frames at least 1, got {clips!r} and {frames}")
     if media.dim() == 3:
         return [_part("image_url", f"data:image/png;base64,{_png(media)}")]
     count = min(frames, len(media))
-    shown = [_png(media[i * len(media) // count]) for i in range(count)]
-    if clips == "video":  # the server decodes each frame by its own header, so PNG may stand where the name says JPEG
-        return [_part("video_url", f"data:video/jpeg;base64,{','.join(shown)}")]
-    return [_part("image_url", f"data:image/png;base64,{frame}") for frame in shown]
+    encoded = [_png(media[i * len(media) // count]) for i in range(count)]
+    if clips == "video":  # the server decodes each frame by its own header, so PNG data may have the type of JPEG
+        return [_part("video_url", f"data:video/jpeg;base64,{','.join(encoded)}")]
+    return [_part("image_url", f"data:image/png;base64,{frame}") for frame in encoded]
 
 
 def _part(kind: str, url: str) -> dict[str, Any]:

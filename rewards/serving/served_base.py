@@ -1,4 +1,4 @@
-"""What every judge and reward behind a server has: a client, a way to show media, a count of rows without an answer."""
+"""Base of judges and rewards behind a server: a client, media as message parts, counts of abstentions by reason."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Asking:
-    """Base of what asks a served model.
+class ServedBase:
+    """Base of judges and rewards whose model is served.
 
-    modality: "image", or "video" for clips of which up to `frames` frames are shown (`clips`: `media_parts`).
+    modality: "image", or "video", of which up to `frames` frames are sent (`clips`: see `media_parts`).
     client: options of `ChatClient` (cache, concurrency, timeout, api_key_env ...); ConfigError for unknown ones.
     """
 
@@ -38,9 +38,9 @@ class Asking:
         self._abstentions: Counter[str] = Counter()
 
     def report(self) -> Report:
-        """Cost so far, and rows without an answer by reason."""
+        """Cost so far, and abstentions by reason."""
         return self.client.report(+self._abstentions)
 
-    def _shown(self, media: Tensor) -> list[dict[str, Any]]:
-        """Message parts of one picture or clip."""
+    def _media_parts(self, media: Tensor) -> list[dict[str, Any]]:
+        """Message parts of one image or video."""
         return media_parts(media, frames=self._frames, clips=self._clips)

@@ -20,7 +20,7 @@ from rewards.served_yes_no import ServedYesNo
 from rewards.serving.judge import QUESTIONS, PairQuestion, RewardJudge, ServedJudge
 from rewards.serving.messages import media_parts
 
-QUICK = {"timeout": 5.0, "backoff": 0.01, "retries": 1}
+QUICK = {"timeout": 60.0, "backoff": 0.01, "retries": 1}
 
 
 def prompts(count):
@@ -112,6 +112,19 @@ def test_unified_rewards_conclusions_are_found_in_text():
         judge = ServedJudge(server.url, "tiny", question="unified_reward", **QUICK)
         assert judge.compare(grey(0.1), grey(0.9), prompts(1)) == [0]
     assert judge.report().abstentions == {"tie": 1}
+
+
+def test_a_long_answer_that_is_cut_off_abstains(tmp_path):
+    """What follows might contradict it; a short answer must match as a whole, so nothing that matters can follow."""
+    with ChatServer(lambda *_: said("Image 1 is better", finish="length")) as server:
+        judge = ServedJudge(server.url, "tiny", question="unified_reward", cache=tmp_path, **QUICK)
+        assert judge.compare(grey(0.1), grey(0.9), prompts(1)) == [0]
+        assert judge.report().abstentions == {"cut off": 1}
+    assert not list(tmp_path.rglob("*.json"))
+    with ChatServer(lambda *_: said("first\n\n", finish="length")) as server:
+        judge = ServedJudge(server.url, "tiny", **QUICK)
+        judge.compare(grey(0.1), grey(0.9), prompts(1))
+    assert judge.report().abstentions == {"disagreed": 1}
 
 
 def test_labels_stand_before_their_media():
@@ -218,6 +231,15 @@ def test_yes_no_without_yes_or_no_is_nan():
     assert reward.report().abstentions == {"malformed": 1}
     with ChatServer(lambda *_: said("Yes")) as server, pytest.raises(ServerError, match="no log-probabilities"):
         ServedYesNo(server.url, "tiny", **QUICK)(grey(0.4), prompts(1))
+
+
+def test_yes_no_is_complete_at_its_one_token(tmp_path):
+    with ChatServer(lambda *_: said("Yes", {"Yes": -0.1, "No": -2.0}, finish="length")) as server:
+        for _ in range(2):
+            reward = ServedYesNo(server.url, "tiny", cache=tmp_path, **QUICK)
+            assert reward(grey(0.4), prompts(1)).parts["margin"].tolist() == pytest.approx([1.9])
+    assert len(server.requests) == 1
+    assert reward.report().abstentions == {}
 
 
 def test_words_of_a_belief_are_lists():

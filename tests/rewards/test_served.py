@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import random
 import socket
+import threading
 import time
+from email.utils import formatdate
 
 import pytest
 from chat_server import Answer, ChatServer, failed, said
 
 from alignkit.errors import ConfigError, ServerError, StorageError
 from rewards.serving.chat_client import ChatClient
+from rewards.serving.http_exchange import requested_wait
 from rewards.serving.reply_cache import Reply, ReplyCache, content_key
+
+FAIL_SAFE = 60.0  # seconds; no test waits so long unless something is broken
 
 
 def client(url, **options):
-    return ChatClient(url, "tiny", **{"timeout": 5.0, "backoff": 0.01, "rng": random.Random(0)} | options)
+    return ChatClient(url, "tiny", **{"timeout": FAIL_SAFE, "backoff": 0.01, "rng": random.Random(0)} | options)
 
 
 def question(text="is it red?"):
@@ -102,41 +108,189 @@ def test_an_answer_between_failures_keeps_the_run():
 def test_nobody_listens():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    asked = client(f"http://127.0.0.1:{port}", retries=2)
+    asked = client(f"http://127.0.0.1:{port}", retries=2, concurrency=1)
     with pytest.raises(ServerError, match=f"127.0.0.1:{port}/v1 .*no server answers there .*refused"):
         asked.ask([question(str(n)) for n in range(50)])
-    assert asked.report().attempts < 3 * 50  # what waits for a thread does not begin
+    report = asked.report()
+    assert (report.attempts, report.failures) == (3, 1)  # requests that wait for a thread are not sent
 
 
-@pytest.mark.parametrize("slow", [Answer(said("yes").body, drip=0.02), None], ids=["drips", "hangs"])
-def test_the_time_limit_is_for_the_whole_answer(slow, caplog):
-    def script(request, number):
-        if number == 0 and slow is None:
-            time.sleep(1.0)
-        return slow if number == 0 and slow else said("yes")
+HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+BLOCK = b"x" * 60_000
 
-    with ChatServer(script) as server:  # no byte is further than 0.02 s from the next, all take over 2 s
+
+def endless(first, block=BLOCK, pause=0.0):
+    """`first`, then `block` for as long as the client reads, or until the fail-safe."""
+    yield first
+    for _ in range(int(FAIL_SAFE / pause) if pause else 10**6):
+        time.sleep(pause)
+        yield block
+
+
+SLOW = {
+    "silent": None,
+    "a byte of the headers at a time": lambda: endless(HEAD + b"X: ", b"x", 0.02),
+    "a byte of the body at a time": lambda: endless(HEAD + b"Content-Length: 100000\r\n\r\n", b" ", 0.02),
+    "a byte of a body without length": lambda: endless(HEAD + b"\r\n" + said("yes").body, b" ", 0.02),
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_the_time_limit_is_for_the_whole_answer(kind, caplog):
+    """The server sends for a minute, so that the client returns at all is due to its limit."""
+
+    def script(*_):
+        if SLOW[kind] is None:
+            server.stopped.wait(FAIL_SAFE)
+        return Answer(raw=SLOW[kind]() if SLOW[kind] else iter([b""]))
+
+    with ChatServer(script) as server:
         start = time.monotonic()
-        (reply,) = client(server.url, timeout=0.3).ask([question()])
-        assert reply.text == "yes"
-        assert 0.3 <= time.monotonic() - start < 1.0
-    with ChatServer(lambda *_: slow or time.sleep(1.0)) as server:
         assert client(server.url, timeout=0.2, retries=0).ask([question()]) == [None]
-    assert "within 0.2 s" in caplog.text
+        assert time.monotonic() - start >= 0.2
+    assert "no answer within 0.2 s" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["seconds", "date"])
-def test_retry_after_is_honoured(kind):
-    from email.utils import formatdate
+def test_the_time_limit_holds_for_a_tls_handshake(caplog):
+    def serve(listener):
+        sock, _ = listener.accept()
+        with sock, contextlib.suppress(OSError):
+            for block in endless(b"\x16\x03\x03\x40\x00", b"\0", 0.02):  # a record of 16 KiB
+                sock.sendall(block)
 
-    wait = "1" if kind == "seconds" else formatdate(time.time() + 2, usegmt=True)  # dates have whole seconds
-    with ChatServer(in_turn(failed(429, Retry_After=wait), said("yes"))) as server:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        assert client(url, timeout=0.2, retries=0).ask([question()]) == [None]
+        thread.join()
+    assert "no answer within 0.2 s" in caplog.text
+
+
+def test_an_answer_that_is_late_is_requested_again(monkeypatch):
+    """The first timer acts when the server has the request, later ones never."""
+    arrived = threading.Event()
+
+    class TimerOfFirstRequest:
+        def __init__(self, seconds, action, arguments):
+            assert seconds == FAIL_SAFE
+            self._thread = threading.Thread(target=lambda: arrived.wait(FAIL_SAFE) and action(*arguments), daemon=True)
+
+        def start(self):
+            if not arrived.is_set():
+                self._thread.start()
+
+        def cancel(self):
+            pass
+
+    def script(_, number):
+        if number == 0:
+            arrived.set()
+            server.stopped.wait(FAIL_SAFE)
+        return said("yes")
+
+    monkeypatch.setattr("rewards.serving.http_exchange.Timer", TimerOfFirstRequest)
+    with ChatServer(script) as server:
+        asked = client(server.url)
+        assert [reply.text for reply in asked.ask([question()])] == ["yes"]
+    report = asked.report()
+    assert (report.attempts, report.retries, report.failures, len(server.requests)) == (2, 1, 0, 2)
+
+
+ENDLESS = {
+    "header lines": lambda: endless(HEAD, b"X: " + BLOCK + b"\r\n"),
+    "one header line": lambda: endless(HEAD + b"X: "),
+    "a status line": lambda: endless(b"HTTP/1.1 200 "),
+    "interim answers": lambda: endless(b"", b"HTTP/1.1 100 Continue\r\nX: " + BLOCK + b"\r\n\r\n"),
+    "a body": lambda: endless(HEAD + b"\r\n"),
+    "a body with a length": lambda: endless(HEAD + b"Content-Length: 2400000000\r\n\r\n"),
+    "a body with an impossible length": lambda: endless(HEAD + b"Content-Length: " + b"9" * 400 + b"\r\n\r\n"),
+    "chunks": lambda: endless(CHUNKED, b"ea60\r\n" + BLOCK + b"\r\n"),
+    "a chunk": lambda: endless(CHUNKED + b"f" * 400 + b"\r\n"),
+    "chunk extensions": lambda: endless(CHUNKED, b"1;" + BLOCK + b"\r\nx\r\n"),
+    "trailers": lambda: endless(CHUNKED + b"0\r\n", b"X: " + BLOCK + b"\r\n"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_answers_without_end_are_not_read_to_the_end(kind, caplog):
+    """4 MiB are read; buffers of the system may hold some more of what was sent."""
+    with ChatServer(lambda *_: Answer(raw=ENDLESS[kind]())) as server:
+        assert client(server.url, retries=0).ask([question()]) == [None]
+    assert server.sent < 40 << 20
+    assert "the answer could not be read" in caplog.text
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_a_long_error_is_read_and_quoted_in_part(status, caplog):
+    head = f"HTTP/1.1 {status} no\r\n\r\n".encode()
+    with ChatServer(lambda *_: Answer(raw=endless(head, b"a\x1b[31m\r\n" * 9000))) as server:
+        try:
+            assert client(server.url).ask([question()]) == [None]
+            text = caplog.text
+        except ServerError as error:
+            text = str(error)
+    assert len(server.requests) == 1
+    assert f"it answered {status}: a [31m  a [31m" in text
+    assert "\x1b" not in text
+    assert len(text) < 1000
+
+
+MALFORMED = {
+    "no size of a chunk": CHUNKED + b"zz\r\n",
+    "a negative chunk": CHUNKED + b"-5\r\n",
+    "a chunk that breaks off": CHUNKED + b"5\r\nx",
+    "no HTTP": b"hello",
+    "a status that is no number": b"HTTP/1.1 abc\r\n\r\n",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_http_is_retried(kind):
+    answers = Answer(raw=iter([MALFORMED[kind]])), said("yes")
+    with ChatServer(in_turn(*answers)) as server:
+        asked = client(server.url)
+        assert [reply.text for reply in asked.ask([question()])] == ["yes"]
+    assert asked.report().attempts == 2
+
+
+def test_redirects_are_not_followed(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    with ChatServer(in_turn(said("yes"))) as other:
+        moved = failed(307, "moved", Location=f"{other.url}/chat/completions")
+        with ChatServer(in_turn(moved)) as server, pytest.raises(ServerError, match=r"307: moved .*not followed"):
+            client(server.url, api_key_env="MY_KEY").ask([question()])
+    assert (len(server.requests), other.requests, other.listings) == (1, [], 0)
+
+
+def test_retry_after_is_honoured():
+    with ChatServer(in_turn(failed(429, Retry_After="1"), said("yes"))) as server:
         start = time.monotonic()
         client(server.url).ask([question()])
-    assert time.monotonic() - start >= 0.95
+    assert time.monotonic() - start >= 1.0
     tomorrow = failed(429, Retry_After="86400")
     with ChatServer(in_turn(tomorrow)) as server, pytest.raises(ServerError, match="wants no request for 86400 s"):
         client(server.url).ask([question()])
+
+
+@pytest.mark.parametrize(
+    ("value", "wait"),
+    [
+        ("", 0.0),
+        ("7", 7.0),
+        ("-7", 0.0),
+        ("9" * 400, float("inf")),
+        ("\u00b2", 0.0),
+        ("soon", 0.0),
+        ("Mon, 01 Jan 99999999999 00:00:00 GMT", 0.0),
+        (formatdate(1_000_002, usegmt=True), 2.0),
+        (formatdate(999_998, usegmt=True), 0.0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value, wait):
+    assert requested_wait(value, now=1_000_000.0) == wait
 
 
 def test_waits_are_drawn_from_doubling_ranges(monkeypatch):
@@ -170,21 +324,26 @@ def test_a_server_that_breaks_down_ends_the_call(tmp_path):
     with ChatServer(lambda _, number: said("yes") if number < 5 else failed(500)) as server:
         with pytest.raises(ServerError, match="answered 500"):
             client(server.url, concurrency=1, retries=0, **options).ask([question(str(n)) for n in range(99)])
-        assert len(server.requests) < 99
+        assert len(server.requests) == 5 + 10  # the thread that saw the tenth failure sends nothing more
     with ChatServer(in_turn(said("no"))) as server:
         replies = client(server.url, **options).ask([question(str(n)) for n in range(99)])
     assert sum(reply.text == "yes" for reply in replies) == 5  # what was told before the end is kept
 
 
 def test_as_many_at_once_as_allowed():
-    def script(*_):
-        time.sleep(0.05)
+    """Three requests meet at the server, and while they wait there, no fourth comes."""
+    meeting, fourth = threading.Barrier(3, timeout=FAIL_SAFE), threading.Event()
+
+    def script(_, number):
+        if number < 3:
+            meeting.wait()
+            fourth.wait(0.2)
+        else:
+            fourth.set()
         return said("yes")
 
     with ChatServer(script) as server:
-        start = time.monotonic()
         client(server.url, concurrency=3).ask([question(str(n)) for n in range(12)])
-        assert time.monotonic() - start < 12 * 0.05
     assert server.most == 3
 
 
@@ -251,9 +410,9 @@ def test_a_cached_reply_that_cannot_be_opened_is_asked_for_again(tmp_path, caplo
 )
 def test_the_key_is_the_content(change):
     request = {"model": "tiny", **question()}
-    identity = change.pop("identity", "")
+    body = {name: value for name, value in change.items() if name != "identity"}
     assert content_key(request) == content_key(dict(reversed(request.items())))
-    assert content_key(request) != content_key(request | change, identity)
+    assert content_key(request) != content_key(request | body, change.get("identity", ""))
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"reply": {}, "sha256": ""}', b"[]", b"\xff\xfe", "yes->no"])
@@ -297,8 +456,9 @@ def test_the_key_stays_secret(tmp_path, monkeypatch, caplog):
     """Also where the server says it: in an answer, in an error, in what is no HTTP at all."""
     monkeypatch.setenv("MY_KEY", "s3cret")
     options = {"api_key_env": "MY_KEY", "cache": tmp_path, "retries": 0}
-    with ChatServer(in_turn(said("your key is s3cret"), failed(401, "bad s3cret"), Answer(b"s3cret"))) as server:
-        assert client(server.url, **options).ask([question()])[0].text == "your key is ***"
+    escaped = said("your key is s3cret", {"s3cret": -0.5}).body.replace(b"s3cret", b"s3\\u0063ret")
+    with ChatServer(in_turn(Answer(escaped), failed(401, "bad s3cret"), Answer(b"s3cret"))) as server:
+        assert client(server.url, **options).ask([question()]) == [Reply("your key is ***", (("***", -0.5),), (100, 2))]
         with pytest.raises(ServerError) as raised:
             client(server.url, **options).ask([question("a")])
         assert client(server.url, **options).ask([question("b")]) == [None]
@@ -329,7 +489,7 @@ def test_log_probabilities_that_are_missing_are_the_servers_fault(tmp_path):
 
 
 def test_an_answer_without_a_token_is_no_fault_of_the_server():
-    choice = {"message": {"content": ""}, "logprobs": {"content": []}}
+    choice = {"message": {"content": ""}, "logprobs": {"content": []}, "finish_reason": "stop"}
     silent = Answer(json.dumps({"choices": [choice]}).encode())
     with ChatServer(lambda _, number: silent if number == 1 else said("yes", {"yes": -0.5})) as server:
         requests = [question(str(n)) | {"logprobs": True} for n in range(3)]
@@ -342,6 +502,8 @@ def test_settings_that_cannot_work(monkeypatch):
     monkeypatch.setenv("BAD_KEY", "two\nlines")
     secret = ("http://me:pass@host/v1", "http://:pass@host", "http://host/v1?key=pass", "http://host/v1#pass")
     ports = ("http://host:99999", "http://host:0/v1", "http://host:pass/v1", "http://[::1/v1")
+    with pytest.raises(ServerError, match="no server answers there"):  # a host name that cannot be encoded
+        client("http://host..name", retries=0).ask([question()])
     for url in ("127.0.0.1:8000", "ftp://host", "http://", *secret, *ports):
         with pytest.raises(ConfigError) as raised:
             client(url)
@@ -362,4 +524,5 @@ def test_margins_sum_over_the_ways_to_write_a_word():
     assert reply.margin(["yes"], ["no"]) == pytest.approx(math.log(0.6 / 0.25))
     assert reply.margin(["no"], ["never"]) == pytest.approx(math.log(0.25 / 0.05))  # unlisted: as the last that is
     assert math.isnan(reply.margin(["blue"], ["green"]))
-    assert Reply.from_body(json.dumps({"choices": [{"message": {"content": "x"}}]})) == Reply("x")
+    choice = {"message": {"content": "x"}, "finish_reason": "stop"}
+    assert Reply.from_body(json.dumps({"choices": [choice]})) == Reply("x")

@@ -11,7 +11,7 @@ from alignkit.protocols import Reward
 from alignkit.records import Prompt
 from rewards.unified_reward import FORMS, UnifiedReward
 
-QUICK = {"timeout": 5.0, "backoff": 0.01, "retries": 1}
+QUICK = {"timeout": 60.0, "backoff": 0.01, "retries": 1}
 PROMPTS = [Prompt.from_text("a red fox"), Prompt.from_text("a blue car")]
 V1 = "fox (animal): 1\nred (attribute): 1\nFinal Score: 4.5"
 V1_CLIP = """visual quality: 4
@@ -123,6 +123,17 @@ def test_malformed_answers_are_asked_for_again_then_nan(tmp_path):
         again = UnifiedReward(server.url, "UnifiedReward", attempts=3, cache=tmp_path, **QUICK)(pictures, PROMPTS)
     assert torch.equal(again.total[1], scores.total[1])
     assert len(server.requests) == 5
+
+
+def test_scores_cut_off_are_not_scores(tmp_path):
+    """`4` may be the beginning of `4.5`."""
+    texts = ["hm", "Final Score: 4"]
+    with ChatServer(lambda _, number: said(texts[number], finish=("stop", "length")[number])) as server:
+        options = {"version": 1, "attempts": 2, "cache": tmp_path}
+        reward = UnifiedReward(server.url, "UnifiedReward", **options, **QUICK)
+        assert reward(media("image")[:1], PROMPTS[:1]).total.isnan().all()
+    assert reward.report().abstentions == {"cut off": 1}
+    assert len(list(tmp_path.rglob("*.json"))) == 1
 
 
 def test_a_dead_server_is_an_error_not_a_nan():
