@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError, nearest
-from data_pipelines.storage import atomic_file
+from alignkit.storage import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow as pa

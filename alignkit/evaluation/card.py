@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from alignkit.evaluation.files import write_generated, write_whole
 from alignkit.evaluation.gallery import Shown, choose, lead_reward, load
+from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.report import bounds, sampling_text, verdict
 from alignkit.evaluation.results import Evaluation, read_evaluation, read_pairs
 from alignkit.evaluation.svg import compact
+from alignkit.storage import write_atomic
 
 _USE_ADAPTER = """## Use
 
@@ -71,9 +72,9 @@ def write_card(card: CardInputs, folder: Path) -> Path:
     evaluation = read_evaluation(card.evaluation) if card.evaluation else None
     shown = _examples(card, evaluation)
     for name, png in _files(shown):
-        write_whole(folder / "examples" / name, png)
+        write_atomic(folder / "examples" / name, png)
     if card.grid is not None:
-        write_whole(folder / "examples" / _GRID, card.grid.read_bytes())
+        write_atomic(folder / "examples" / _GRID, card.grid.read_bytes())
     path = folder / "README.md"
     if path.exists() and "[More Information Needed]" in path.read_text(encoding="utf-8"):
         path.unlink()  # the empty form that peft writes; nothing of a user's is in it

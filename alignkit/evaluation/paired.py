@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,12 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, UnknownNameError, nearest
-from alignkit.evaluation.files import read_json, write_json, write_whole
+from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
 from alignkit.evaluation.results import (
     SCORE,
     Evaluation,
@@ -33,19 +29,18 @@ from alignkit.evaluation.results import (
     RewardResult,
     part_files,
     read_pairs,
-    read_part,
     write_evaluation,
 )
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
 from alignkit.protocols import ImageSource, Reward, require_independent
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
+from alignkit.storage import claim, finished_part, read_table, to_json, write_part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_NOT_FINITE = 0.05  # share of a side's pictures a reward may fail on before the evaluation stops
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +63,6 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class BaseCache:
-    """A folder where base sides are kept for later evaluations with equal base, prompts, seeds, sampling and rewards.
-
-    `identity` must change when the base's weights or a reward's do: see `alignkit.provenance.fingerprint`.
-    """
-
-    folder: Path
-    identity: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Item:
     prompt: Prompt
     seed: int
@@ -93,27 +77,31 @@ def evaluate(
     *,
     rewards: Mapping[str, Reward],
     gold: str | None,
-    base_cache: BaseCache | None = None,
-    tuned_identity: str = "",
+    inputs: Mapping[str, str] | None = None,
+    base_cache: Path | None = None,
 ) -> Evaluation:
     """Draw, score and compare both sides; writes `out_dir` (layout in `results`) and returns its statistics.
 
     `gold` names the held-out judge among `rewards`. Run again after a kill, it continues; over a folder of another
-    evaluation it raises ResumeError with the difference. Names identify the models unless `base_cache.identity` and
-    `tuned_identity` (an adapter's `fingerprint`) say more; give them when a folder may be evaluated again after
-    retraining. Raises DataError for empty or duplicate prompts, ConfigError for rewards, NumericsError when a reward
-    is not finite on more than 5% of a side (fewer are dropped from the statistics and counted).
+    evaluation it raises ResumeError with the difference. `inputs` identifies the weights: "base", "tuned" and
+    "reward NAME", each with a `provenance.fingerprint`; without it the names alone stand for the models. `base_cache`
+    is a folder that keeps base sides for later evaluations with equal base, prompts, seeds, sampling and rewards.
+
+    Raises DataError for empty or duplicate prompts, ConfigError for rewards or a cache without the identity of the
+    base, NumericsError when a reward is not finite on more than 5% of a side (fewer are dropped from the statistics
+    and counted).
     """
     _check(prompts, rewards, gold)
-    shared = _settings(prompts, config, rewards)
-    base_side = shared | {"base": base.name, "base_identity": base_cache.identity if base_cache else ""}
-    _claim(out_dir / "settings.json", base_side | {"tuned": tuned.name, "tuned_identity": tuned_identity})
+    inputs = dict(inputs or {})
+    settings = _settings(prompts, config, rewards) | {"base": base.name}
+    claim(out_dir, {"inputs": inputs, "evaluation": settings | {"tuned": tuned.name}})
+    base_side = {"inputs": {name: inputs[name] for name in inputs if name != "tuned"}, "evaluation": settings}
+    cached = _cache_folder(base_cache, base_side)
     items = [
         _Item(prompt, derive_seed(config.run_seed, prompt.id, index))
         for prompt in prompts
         for index in range(config.seeds_per_prompt)
     ]
-    cached = _cache_folder(base_cache, base_side)
     _draw(cached or out_dir / "base", base, items, config, rewards)
     if cached:
         _adopt(cached, out_dir / "base")
@@ -157,34 +145,24 @@ def category(prompt: Prompt) -> str:
     return str(prompt.metadata.get("category", "all"))
 
 
-def _claim(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a fresh folder; in a used one they must be equal."""
-    if not path.exists():
-        write_json(path, settings)
-        return
-    before = read_json(path)
-    changed = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
-    if changed:
-        lines = "".join(f"\n  {key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in changed)
-        raise ResumeError(f"{path.parent} holds another evaluation; choose another folder. It differs in:{lines}")
-
-
-def _cache_folder(cache: BaseCache | None, settings: Mapping[str, Any]) -> Path | None:
+def _cache_folder(cache: Path | None, base_side: Mapping[str, Any]) -> Path | None:
+    """The folder in `cache` of one base side, claimed; None without a cache."""
     if cache is None:
         return None
-    if not cache.identity:
-        raise ConfigError("evaluate: a base cache needs the identity of the base's weights, e.g. fingerprint(folder).")
-    text = json.dumps(settings, sort_keys=True)
-    folder = cache.folder / hashlib.sha256(text.encode()).hexdigest()[:24]
-    _claim(folder / "settings.json", settings)
+    if not base_side["inputs"].get("base"):
+        raise ConfigError(
+            "evaluate: a base cache needs the identity of the base's weights: give inputs={'base': fingerprint(folder)}"
+        )
+    folder = cache / hashlib.sha256(to_json(base_side).encode()).hexdigest()[:24]
+    claim(folder, base_side)
     return folder
 
 
 def _adopt(cached: Path, side: Path) -> None:
     """Make the evaluation folder whole: hard links (parts never change) or, across disks, copies."""
-    side.mkdir(parents=True, exist_ok=True)
-    for part in part_files(cached):
-        target = side / part.name
+    for part in (*part_files(cached), *(cached / "parts").glob("*.json")):
+        target = side / part.relative_to(cached)
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
             os.link(part, target)
@@ -200,26 +178,14 @@ def _draw(
     with tqdm(total=len(items), desc=f"evaluate {source.name}", unit="picture") as bar:
         for number, start in enumerate(range(0, len(items), config.batch_size)):
             batch = items[start : start + config.batch_size]
-            path = folder / f"{number:05d}.parquet"
-            table = _whole_part(path)
-            if table is None:
+            name = f"{number:05d}"
+            file = f"{name}.parquet"
+            if finished_part(folder, name) is None:
                 table = _draw_part(source, batch, config.sampling, rewards)
-                sink = io.BytesIO()
-                pq.write_table(table, sink, write_page_checksum=True)
-                write_whole(path, sink.getvalue())
+                write_part(folder, name, {file: table}, page_checksums=True)
+            table = read_table(folder / file, [SCORE + reward for reward in rewards] + ["prompt"])
             _count_failures(table, failures, MOST_NOT_FINITE * len(items))
             bar.update(len(batch))
-
-
-def _whole_part(path: Path) -> pa.Table | None:
-    """The part if it is there and sound; a damaged one is named and will be drawn again."""
-    if not path.exists():
-        return None
-    try:
-        return read_part(path)
-    except DataError as error:
-        logger.warning("%s; redrawing it", error)
-        return None
 
 
 def _draw_part(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.evaluation import page
-from alignkit.evaluation.files import write_generated
 from alignkit.evaluation.gallery import Shown, choose, lead_reward, load
+from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.health import hacking_warning
 from alignkit.evaluation.report_data import data_section
 from alignkit.evaluation.report_training import health_section, training_section

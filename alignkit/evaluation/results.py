@@ -1,8 +1,9 @@
 """What an evaluation folder holds, as records, and how it is read back without torch.
 
-    OUT/settings.json            what determines the pictures and scores; another evaluation is refused here
+    OUT/run.json                 what determines the images and scores; another evaluation is refused here
     OUT/base/00000.parquet ...   prompt_id, prompt, category, seed, image (PNG bytes), score/<reward>
     OUT/tuned/00000.parquet ...  the same rows, in the same order
+    OUT/base/parts/00000.json .. the record of each finished part, with its checksum
     OUT/evaluation.json          the statistics, each with its sampler settings
 
 Deliberately not here: drawing and scoring (`paired`).
@@ -21,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignkit.errors import DataError, MissingFileError
-from alignkit.evaluation.files import read_json, write_json
 from alignkit.evaluation.statistics import Comparison, Floats, Interval
 from alignkit.records import Prompt, Sampling
+from alignkit.storage import read_json, read_table, write_json
 
 SCORE = "score/"
 _INTERVALS = ("base", "tuned", "gain", "win_rate")
@@ -89,7 +90,7 @@ class Pairs:
             size = pq.read_metadata(part).num_rows
             wanted = [row for row in rows if start <= row < start + size]
             if wanted:
-                images = read_part(part, columns=["image"])["image"]
+                images = read_table(part, columns=["image"])["image"]
                 found |= {row: images[row - start].as_py() for row in wanted}
             start += size
         return found
@@ -100,17 +101,8 @@ def part_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.parquet"))
 
 
-def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """One part with its page checksums verified; DataError names a damaged file."""
-    try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it and evaluate again: only it is redone.") from error
-
-
 def read_pairs(folder: Path) -> Pairs:
     """All prompts, seeds and scores of an evaluation folder; pictures stay on disk."""
-    settings = read_json(folder / "settings.json")
     base, tuned = (_read_side(folder / side) for side in ("base", "tuned"))
     if base["prompt_id"] != tuned["prompt_id"] or base["seed"] != tuned["seed"]:
         raise DataError(
@@ -121,7 +113,8 @@ def read_pairs(folder: Path) -> Pairs:
         for id_, text, category in zip(base["prompt_id"], base["prompt"], base["category"], strict=True)
     )
     scores = [_scores(side) for side in (base, tuned)]
-    return Pairs(folder, prompts, tuple(base["seed"]), settings["seeds_per_prompt"], *scores)
+    seeds_per_prompt = len(prompts) // len(set(base["prompt_id"]))  # the prompts of an evaluation are distinct
+    return Pairs(folder, prompts, tuple(base["seed"]), seeds_per_prompt, *scores)
 
 
 def _read_side(folder: Path) -> dict[str, list[Any]]:
@@ -129,7 +122,7 @@ def _read_side(folder: Path) -> dict[str, list[Any]]:
     if not parts:
         raise MissingFileError(f"{folder} holds no pictures; run `alignkit evaluate` first.")
     columns = [name for name in pq.read_schema(parts[0]).names if name != "image"]
-    table = pa.concat_tables([read_part(part, columns) for part in parts])
+    table = pa.concat_tables([read_table(part, columns) for part in parts])
     return {name: table[name].to_pylist() for name in columns}
 
 

@@ -32,10 +32,10 @@ from transformers import set_seed
 
 from alignkit.adapters import lora
 from alignkit.generators import load_generator
-from alignkit.provenance import write_text
 from alignkit.sandbox import models
 from alignkit.sandbox.scenes import HARD, POLICY_NOISE, WEB_NOISE
 from alignkit.sandbox.worlds import Captioned
+from alignkit.storage import write_text
 from alignkit.trainers.sft import SFTConfig, SFTTrainer
 
 

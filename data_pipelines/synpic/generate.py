@@ -21,9 +21,18 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.protocols import ImageSource, Reward
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
+from alignkit.storage import (
+    STAGE_FILES,
+    Part,
+    StageResult,
+    claim,
+    finish_run,
+    finished_part,
+    part_name,
+    write_part,
+)
 from data_pipelines.images import encode_png, quantise
 from data_pipelines.prompts import drop_duplicates
-from data_pipelines.storage import Part, StageResult, finish_run, finished_part, open_run, part_name, write_part
 from data_pipelines.synpic.score import (
     ScoreConfig,
     Scorer,
@@ -98,21 +107,8 @@ def generate_candidates(
 
     Raises UnknownNameError for a source without a builder, DataError without prompts, ResumeError, StorageError.
     """
-    prompts, duplicates = drop_duplicates(prompts)
-    if not prompts:
-        raise DataError("no prompts to draw candidates for; give at least one")
-    check_names((source.name for source in config.sources), build_sources, kind="generator")
-    folder = Path(out_dir)
-    open_run(folder, _settings(prompts, config, identities))
-    names = [part_name(index) for index in range(-(-len(prompts) // config.part_size))]
-    parts = {name: part for name in names if (part := finished_part(folder, name))}
-    missing = [name for name in names if name not in parts]
-    sources = build_all((source.name for source in config.sources), build_sources) if missing else {}
-    for part in parts.values():
-        on_part(part)
-    parts |= _draw_parts(_Artist(config, sources, folder), prompts, missing, on_part)
-    counts = {"duplicate_prompts": duplicates, "pictures": len(prompts) * config.candidates}
-    return finish_run(folder, "generate", [parts[name] for name in names], rows=len(prompts), counts=counts)
+    opened = _Candidates.open(Path(out_dir), config, prompts, build_sources, identities)
+    return opened.generate(build_sources, on_part)
 
 
 def generate_and_score(
@@ -131,13 +127,10 @@ def generate_and_score(
     The two folders hold the bytes that `generate_candidates` and then `score_candidates` would have written.
     The identities are what those two take.
     """
-    unique, _ = drop_duplicates(prompts)
-    check_names((source.name for source in generate.sources), build_sources, kind="generator")
     candidates_dir, scores_dir = map(Path, out_dirs)
-    open_run(candidates_dir, _settings(unique, generate, source_identities))
-    scorer = Scorer.open(
-        scores_dir, score, candidates_dir, build_rewards, rows=len(unique), identities=reward_identities
-    )
+    opened = _Candidates.open(candidates_dir, generate, prompts, build_sources, source_identities)
+    rows = len(opened.prompts)
+    scorer = Scorer.open(scores_dir, score, candidates_dir, build_rewards, rows=rows, identities=reward_identities)
     if not (scores_dir / "manifest.json").exists():
         scorer.rewards()  # here, for loading a model in one thread disturbs drawing in another (the default dtype)
     pending: list[Future[None]] = []
@@ -150,14 +143,7 @@ def generate_and_score(
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="score")
     try:
-        generated = generate_candidates(
-            prompts,
-            generate,
-            candidates_dir,
-            build_sources=build_sources,
-            identities=source_identities,
-            on_part=score_later,
-        )
+        generated = opened.generate(build_sources, score_later)
         for future in pending:
             future.result()
         return generated, scorer.finish()
@@ -166,16 +152,52 @@ def generate_and_score(
         scorer.bar.close()
 
 
-def _settings(
-    prompts: Sequence[Prompt], config: GenerateConfig, identities: Mapping[str, str] | None
-) -> dict[str, Any]:
-    """All that decides the stage's bytes; the prompts by their number and hash."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(f"{prompt.id}\x1f{prompt.text}\x1f{_metadata(prompt)}\x1e".encode())
-    inputs = {"prompts": len(prompts), "prompts_sha256": digest.hexdigest()}
-    inputs |= named_identities((source.name for source in config.sources), identities)
-    return {"stage": "generate", "config": asdict(config), "inputs": inputs}
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """A claimed candidates folder, its distinct prompts, and how many duplicates were dropped."""
+
+    folder: Path
+    config: GenerateConfig
+    prompts: Sequence[Prompt]
+    duplicates: int
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        config: GenerateConfig,
+        prompts: Sequence[Prompt],
+        build_sources: Mapping[str, Callable[[], ImageSource]],
+        identities: Mapping[str, str] | None,
+    ) -> _Candidates:
+        """Begin or resume: what decides the stage's bytes is claimed, the prompts by their number and hash."""
+        unique, duplicates = drop_duplicates(prompts)
+        if not unique:
+            raise DataError("no prompts to generate candidates for; give at least one")
+        names = [source.name for source in config.sources]
+        check_names(names, build_sources, kind="generator")
+        digest = hashlib.sha256()
+        for prompt in unique:
+            digest.update(f"{prompt.id}\x1f{prompt.text}\x1f{_metadata(prompt)}\x1e".encode())
+        inputs = {"prompts": len(unique), "prompts_sha256": digest.hexdigest()}
+        inputs |= named_identities(names, identities)
+        claim(folder, {"stage": "generate", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
+        return cls(folder, config, unique, duplicates)
+
+    def generate(
+        self, build_sources: Mapping[str, Callable[[], ImageSource]], on_part: Callable[[Part], None]
+    ) -> StageResult:
+        """Generate the missing parts and write the manifest."""
+        names = [part_name(index) for index in range(-(-len(self.prompts) // self.config.part_size))]
+        parts = {name: part for name in names if (part := finished_part(self.folder, name))}
+        missing = [name for name in names if name not in parts]
+        sources = build_all((source.name for source in self.config.sources), build_sources) if missing else {}
+        for part in parts.values():
+            on_part(part)
+        parts |= _draw_parts(_Artist(self.config, sources, self.folder), self.prompts, missing, on_part)
+        counts = {"duplicate_prompts": self.duplicates, "pictures": len(self.prompts) * self.config.candidates}
+        ordered = [parts[name] for name in names]
+        return finish_run(self.folder, "generate", ordered, rows=len(self.prompts), counts=counts)
 
 
 def _metadata(prompt: Prompt) -> str:

@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, DataError
-from data_pipelines import ranking
-from data_pipelines.prompts import split_of
-from data_pipelines.storage import (
+from alignkit.storage import (
+    STAGE_FILES,
     Part,
     StageResult,
     checksum,
+    claim,
     finish_run,
     finished_part,
-    open_run,
     read_table,
     recorded_parts,
     require_intact,
-    write_atomic,
     write_json,
     write_part,
+    write_text,
 )
+from data_pipelines import ranking
+from data_pipelines.prompts import split_of
 from data_pipelines.synpic.card import card_text
 from data_pipelines.synpic.pixel_statistics import describe, load_columns
 
@@ -88,7 +89,7 @@ def rank_candidates(
         "candidates_sha256": checksum(candidates_dir / "manifest.json"),
         "scores_sha256": checksum(scores_dir / "manifest.json"),
     }
-    open_run(folder, {"stage": "rank", "config": asdict(config), "inputs": inputs})
+    claim(folder, {"stage": "rank", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
     scale = None if config.temperature is None else _scale(scores_dir, scores)
     parts = []
     for candidate, score in tqdm(list(zip(candidates, scores, strict=True)), desc="rank", unit="part"):
@@ -213,5 +214,5 @@ def _finish(folder: Path, config: RankConfig, parts: Sequence[Part], counts: Map
     statistics: dict[str, Any] = {"counts": dict(counts), **describe(*load_columns(paths))}
     write_json(folder / "statistics.json", statistics)
     splits = [split for split in SPLITS if counts[split]]
-    write_atomic(folder / "README.md", card_text(asdict(config), statistics, splits).encode())
+    write_text(folder / "README.md", card_text(asdict(config), statistics, splits))
     return finish_run(folder, "rank", parts, rows=kept, counts=counts)

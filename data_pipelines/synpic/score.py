@@ -19,19 +19,21 @@ from tqdm import tqdm
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
 from alignkit.protocols import Reward, require_independent
 from alignkit.records import Prompt
-from data_pipelines.images import decode, image_size
-from data_pipelines.storage import (
+from alignkit.storage import (
+    RUN,
+    STAGE_FILES,
     Part,
     StageResult,
     checksum,
+    claim,
     finish_run,
     finished_part,
-    open_run,
     read_table,
     recorded_parts,
-    write_atomic,
     write_part,
+    write_text,
 )
+from data_pipelines.images import decode, image_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,9 +141,9 @@ class Scorer:
     ) -> Scorer:
         """Begin or resume in `folder`; `candidates_dir` is at least begun and will have `rows` rows."""
         check_names(config.rewards, build_rewards, kind="reward")
-        inputs = {"candidates_config_sha256": checksum(candidates_dir / "config.json")}
+        inputs = {"candidates_run_sha256": checksum(candidates_dir / RUN)}
         inputs |= named_identities(config.rewards, identities)
-        open_run(folder, {"stage": "score", "config": asdict(config), "inputs": inputs})
+        claim(folder, {"stage": "score", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
         rewards = functools.cache(functools.partial(_build_independent, config.rewards, build_rewards))
         return cls(folder, config, candidates_dir, rows, rewards, {}, tqdm(total=rows, desc="score", unit="prompt"))
 
@@ -186,7 +188,7 @@ class Scorer:
     def _write_quarantine(self) -> Path:
         lines = [json.dumps(fault, sort_keys=True, ensure_ascii=False) + "\n" for fault in self._quarantined()]
         path = self.folder / "quarantine.jsonl"
-        write_atomic(path, "".join(lines).encode())
+        write_text(path, "".join(lines))
         return path
 
 

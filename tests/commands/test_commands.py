@@ -26,7 +26,7 @@ def test_another_model_under_the_same_name_is_refused(work, capsys):
     assert cli.main(["generate", "--config", "generate.yaml"]) == 0
     again = ["generate", "--config", "generate.yaml", "--generators.painter.model", "mine_for_commands:Other"]
     assert cli.main(again) == 2
-    assert "'mine_for_commands:Painter' -> 'mine_for_commands:Other'" in capsys.readouterr().err
+    assert '"mine_for_commands:Painter" -> "mine_for_commands:Other"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_reading_a_folder_that_is_none_or_damaged_names_the_file(tmp_path):
     with pytest.raises(MissingFileError, match=r"evaluation\.json"):
         render(ReportInputs("x", tmp_path))
     (tmp_path / "evaluation.json").write_text("{")
-    with pytest.raises(DataError, match=r"evaluation\.json is not JSON"):
+    with pytest.raises(DataError, match=r"evaluation\.json' is not JSON"):
         render(ReportInputs("x", tmp_path))
     (tmp_path / "evaluation.json").write_text(json.dumps({"results": []}))
     with pytest.raises(DataError, match="other keys"):
