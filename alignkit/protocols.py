@@ -119,6 +119,16 @@ def require_independent(rewards: Mapping[str, object]) -> None:
             raise ConfigError(f"reward '{name}': {reason}")
 
 
+def require_modality(rewards: Mapping[str, object], modality: str) -> None:
+    """ConfigError naming the first reward of `rewards` that does not score media of `modality`, "image" or "video"."""
+    for name, reward in rewards.items():
+        if isinstance(reward, Reward) and reward.modality != modality:
+            raise ConfigError(
+                f"reward '{name}' scores {reward.modality}s, but here are {modality}s; leave it out, or name a "
+                f"reward of modality {modality}"
+            )
+
+
 @runtime_checkable
 class Reporting(Protocol):
     """Something that costs while it works: a served reward or judge."""

@@ -68,7 +68,7 @@ class CardInputs:
 
 
 def write_card(card: CardInputs, folder: Path) -> Path:
-    """Write `folder/README.md` and `folder/examples/*.png`; returns the card's path. Hand edits are set aside."""
+    """Write `folder/README.md` and `folder/examples`; returns the card's path. Hand edits are set aside."""
     evaluation = read_evaluation(card.evaluation) if card.evaluation else None
     shown = _examples(card, evaluation)
     for name, png in _files(shown):
@@ -138,26 +138,31 @@ def _examples(card: CardInputs, evaluation: Evaluation | None) -> dict[str, list
     if evaluation is None or card.evaluation is None:
         return {}
     pairs, lead = read_pairs(card.evaluation), lead_reward(evaluation)
-    return {group: load(pairs, rows, lead) for group, rows in choose(pairs, lead, card.examples).items()}
+    return {group: load(pairs, rows, evaluation) for group, rows in choose(pairs, lead, card.examples).items()}
 
 
 def _files(shown: Mapping[str, list[Shown]]) -> Iterable[tuple[str, bytes]]:
     for group, pairs in shown.items():
         for number, pair in enumerate(pairs):
-            yield f"{group}-{number}-base.png", pair.base
-            yield f"{group}-{number}-tuned.png", pair.tuned
+            for side, data in pair.previews().items():
+                yield f"{group}-{number}-{side}.{_suffix(pair)}", data
+
+
+def _suffix(pair: Shown) -> str:
+    return "png" if pair.fps is None else "webp"
 
 
 def _pictures(shown: Mapping[str, list[Shown]]) -> str:
     rows = [
-        f"| {group} | {_cell(pair.prompt.text)} | ![base](examples/{group}-{number}-base.png) | "
-        f"![tuned](examples/{group}-{number}-tuned.png) |"
+        f"| {group} | {_cell(pair.prompt.text)} | "
+        f"![base](examples/{group}-{number}-base.{_suffix(pair)}) | "
+        f"![tuned](examples/{group}-{number}-tuned.{_suffix(pair)}) |"
         for group, pairs in shown.items()
         for number, pair in enumerate(pairs)
     ]
     if not rows:
         return ""
-    note = "The biggest gains, the biggest losses and pairs drawn blindly; one prompt and one seed a row."
+    note = "The biggest gains, the biggest losses and pairs chosen at random; one prompt and one seed a row."
     head = "| chosen as | prompt | base | tuned |\n|---|---|---|---|"
     return "\n".join(["## Examples", "", note, "", head, *rows])
 

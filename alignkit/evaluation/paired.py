@@ -1,24 +1,22 @@
-"""Paired evaluation: base and tuned draw the same prompts with the same seeds, every reward sees every picture.
+"""Paired evaluation: base and tuned generate for the same prompts and seeds, every reward scores every image or video.
 
-Pictures are scored as they are stored (8 bits a channel), so every number can be recomputed from the folder. One
-batch is one part, written whole: a killed evaluation run again draws the missing parts only. Deliberately not here:
-loading models (callers pass sources) and statistics (`statistics`).
+Media are scored as they are stored (8 bits a channel), so every number can be recomputed from the folder. One batch is
+one part (`storage`): a killed evaluation run again generates the missing parts only. Deliberately not here: loading
+models (callers pass sources) and statistics (`statistics`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
@@ -32,13 +30,11 @@ from alignkit.evaluation.results import (
     write_evaluation,
 )
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
-from alignkit.protocols import ImageSource, Reward, require_independent
+from alignkit.media import encode_medium, quantise, to_pixels
+from alignkit.protocols import ImageSource, Reward, require_independent, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
 from alignkit.storage import claim, finished_part, read_table, to_json, write_part
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MOST_NOT_FINITE = 0.05  # share of a side's pictures a reward may fail on before the evaluation stops
 
@@ -91,7 +87,7 @@ def evaluate(
     base, NumericsError when a reward is not finite on more than 5% of a side (fewer are dropped from the statistics
     and counted).
     """
-    _check(prompts, rewards, gold)
+    _check(prompts, rewards, gold, config.sampling)
     inputs = dict(inputs or {})
     settings = _settings(prompts, config, rewards) | {"base": base.name}
     claim(out_dir, {"inputs": inputs, "evaluation": settings | {"tuned": tuned.name}})
@@ -111,12 +107,14 @@ def evaluate(
     return evaluation
 
 
-def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str | None) -> None:
+def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str | None, sampling: Sampling) -> None:
     if not prompts:
         raise DataError("evaluate: no prompts; give a file with at least one held-out prompt.")
     if not rewards:
         raise ConfigError("evaluate: no rewards; name at least one.")
     require_independent(rewards)
+    if sampling.num_frames > 1:
+        require_modality(rewards, "video")
     if gold is not None and gold not in rewards:
         raise UnknownNameError(f"evaluate: gold '{gold}' is not among the rewards.{nearest(gold, rewards)}")
     first: dict[str, int] = {}
@@ -196,30 +194,18 @@ def _draw_part(
     prompts = [item.prompt for item in batch]
     with torch.inference_mode():
         pixels = source.generate([prompt.text for prompt in prompts], [item.seed for item in batch], sampling)
-        if pixels.dim() != 4:
-            raise DataError(
-                f"'{source.name}' makes clips; evaluate compares pictures. Judge clips during training: `validation`"
-            )
-        stored = pixels.float().clamp(0, 1).mul(255).round().to(torch.uint8)
-        media = stored.float() / 255
+        stored = quantise(pixels)
+        require_modality(rewards, "image" if stored.ndim == 4 else "video")
+        media = to_pixels(stored).to(pixels.device)  # as it is stored, so that scores can be recomputed
         scores = {name: reward(media, prompts).total.double().cpu().tolist() for name, reward in rewards.items()}
     columns = {
         "prompt_id": [prompt.id for prompt in prompts],
         "prompt": [prompt.text for prompt in prompts],
         "category": [category(prompt) for prompt in prompts],
         "seed": [item.seed for item in batch],
-        "image": _encode(stored),
+        "image" if stored.ndim == 4 else "video": [encode_medium(medium, sampling.fps) for medium in stored],
     }
     return pa.table(columns | {SCORE + name: values for name, values in scores.items()})
-
-
-def _encode(stored_BCHW: Tensor) -> list[bytes]:
-    encoded = []
-    for picture in stored_BCHW.permute(0, 2, 3, 1).cpu().numpy():
-        sink = io.BytesIO()
-        Image.fromarray(picture).save(sink, format="PNG")
-        encoded.append(sink.getvalue())
-    return encoded
 
 
 def _count_failures(table: pa.Table, failures: dict[str, int], most: float) -> None:

@@ -1,7 +1,7 @@
 """What an evaluation folder holds, as records, and how it is read back without torch.
 
     OUT/run.json                 what determines the images and scores; another evaluation is refused here
-    OUT/base/00000.parquet ...   prompt_id, prompt, category, seed, image (PNG bytes), score/<reward>
+    OUT/base/00000.parquet ...   prompt_id, prompt, category, seed, image (PNG) or video (FFV1), score/<reward>
     OUT/tuned/00000.parquet ...  the same rows, in the same order
     OUT/base/parts/00000.json .. the record of each finished part, with its checksum
     OUT/evaluation.json          the statistics, each with its sampler settings
@@ -27,6 +27,7 @@ from alignkit.records import Prompt, Sampling
 from alignkit.storage import read_json, read_table, write_json
 
 SCORE = "score/"
+MEDIA = ("image", "video")
 _INTERVALS = ("base", "tuned", "gain", "win_rate")
 
 
@@ -82,18 +83,23 @@ class Pairs:
         """tuned - base [N]."""
         return self.tuned[reward] - self.base[reward]
 
-    def pictures(self, side: str, rows: Collection[int]) -> dict[int, bytes]:
-        """PNG bytes of the wanted rows of one side ("base" or "tuned"); only their parts are read."""
-        found: dict[int, bytes] = {}
-        start = 0
+    @property
+    def modality(self) -> str:
+        """What was generated, "image" or "video"; also the name of the column."""
+        return next(name for name in MEDIA if name in pq.read_schema(part_files(self.folder / "base")[0]).names)
+
+    def media(self, side: str, rows: Collection[int]) -> dict[int, bytes]:
+        """Encoded bytes of some rows of one side ("base" or "tuned"); only their parts are read."""
+        encoded: dict[int, bytes] = {}
+        start, column = 0, self.modality
         for part in part_files(self.folder / side):
             size = pq.read_metadata(part).num_rows
-            wanted = [row for row in rows if start <= row < start + size]
-            if wanted:
-                images = read_table(part, columns=["image"])["image"]
-                found |= {row: images[row - start].as_py() for row in wanted}
+            inside = [row for row in rows if start <= row < start + size]
+            if inside:
+                values = read_table(part, columns=[column])[column]
+                encoded |= {row: values[row - start].as_py() for row in inside}
             start += size
-        return found
+        return encoded
 
 
 def part_files(folder: Path) -> list[Path]:
@@ -102,7 +108,7 @@ def part_files(folder: Path) -> list[Path]:
 
 
 def read_pairs(folder: Path) -> Pairs:
-    """All prompts, seeds and scores of an evaluation folder; pictures stay on disk."""
+    """All prompts, seeds and scores of an evaluation folder; images and videos stay on disk."""
     base, tuned = (_read_side(folder / side) for side in ("base", "tuned"))
     if base["prompt_id"] != tuned["prompt_id"] or base["seed"] != tuned["seed"]:
         raise DataError(
@@ -120,8 +126,8 @@ def read_pairs(folder: Path) -> Pairs:
 def _read_side(folder: Path) -> dict[str, list[Any]]:
     parts = part_files(folder)
     if not parts:
-        raise MissingFileError(f"{folder} holds no pictures; run `alignkit evaluate` first.")
-    columns = [name for name in pq.read_schema(parts[0]).names if name != "image"]
+        raise MissingFileError(f"{folder} holds no results; run `alignkit evaluate` first.")
+    columns = [name for name in pq.read_schema(parts[0]).names if name not in MEDIA]
     table = pa.concat_tables([read_table(part, columns) for part in parts])
     return {name: table[name].to_pylist() for name in columns}
 
@@ -132,8 +138,9 @@ def _scores(side: Mapping[str, list[Any]]) -> dict[str, Floats]:
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write `evaluation.json`: NaN bounds become null, every result carries its sampler settings."""
-    plain = asdict(evaluation)
+    plain = asdict(evaluation) | {"sampling": evaluation.sampling.plain()}
     for result in plain["results"]:
+        result["sampling"] = plain["sampling"]
         for comparison in (result["overall"], *result["categories"].values()):
             comparison.update({name: _each(comparison[name], _to_null) for name in _INTERVALS})
     write_json(folder / "evaluation.json", plain)

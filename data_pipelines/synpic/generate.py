@@ -1,4 +1,6 @@
-"""The first stage of Syn-Pic: candidates of several generators and seeds, as PNG bytes in parquet parts.
+"""The first stage of Syn-Pic: candidates of several generators and seeds, as encoded bytes in parquet parts.
+
+Images are PNG in a column `images`, videos FFV1 in Matroska in a column `videos`.
 
 `generate_and_score` scores each finished part while the next one is generated. Models come in as picklable builders,
 called once and only when a part is missing. Importing this module loads no torch.
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, DataError
-from alignkit.protocols import ImageSource, Reward
+from alignkit.media import encode_medium, quantise
+from alignkit.protocols import ImageSource, Reward, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
 from alignkit.storage import (
@@ -31,8 +34,8 @@ from alignkit.storage import (
     part_name,
     write_part,
 )
-from data_pipelines.images import encode_png, quantise
 from data_pipelines.prompts import drop_duplicates
+from data_pipelines.synpic.media_columns import media_column, media_feature
 from data_pipelines.synpic.score import (
     ScoreConfig,
     Scorer,
@@ -42,9 +45,11 @@ from data_pipelines.synpic.score import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 ENCODERS = 2  # threads; PNG at level 1 keeps far ahead of any generator with two
+_NAMES = {4: "images", 5: "videos"}  # by the axes of a batch of pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +137,10 @@ def generate_and_score(
     rows = len(opened.prompts)
     scorer = Scorer.open(scores_dir, score, candidates_dir, build_rewards, rows=rows, identities=reward_identities)
     if not (scores_dir / "manifest.json").exists():
-        scorer.rewards()  # here, for loading a model in one thread disturbs drawing in another (the default dtype)
+        # Here, for loading a model in one thread disturbs generating in another (the default dtype).
+        rewards = scorer.rewards()
+        if any(source.sampling.num_frames > 1 for source in generate.sources):
+            require_modality(rewards, "video")
     pending: list[Future[None]] = []
 
     def score_later(part: Part) -> None:
@@ -181,7 +189,7 @@ class _Candidates:
             digest.update(f"{prompt.id}\x1f{prompt.text}\x1f{_metadata(prompt)}\x1e".encode())
         inputs = {"prompts": len(unique), "prompts_sha256": digest.hexdigest()}
         inputs |= named_identities(names, identities)
-        claim(folder, {"stage": "generate", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
+        claim(folder, {"stage": "generate", "config": _plain(config), "inputs": inputs}, writes=STAGE_FILES)
         return cls(folder, config, unique, duplicates)
 
     def generate(
@@ -194,36 +202,42 @@ class _Candidates:
         sources = build_all((source.name for source in self.config.sources), build_sources) if missing else {}
         for part in parts.values():
             on_part(part)
-        parts |= _draw_parts(_Artist(self.config, sources, self.folder), self.prompts, missing, on_part)
-        counts = {"duplicate_prompts": self.duplicates, "pictures": len(self.prompts) * self.config.candidates}
+        parts |= _write_parts(_Producer(self.config, sources, self.folder), self.prompts, missing, on_part)
         ordered = [parts[name] for name in names]
+        noun = "videos" if media_column(self.folder, ordered[0]) == "videos" else "pictures"
+        counts = {"duplicate_prompts": self.duplicates, noun: len(self.prompts) * self.config.candidates}
         return finish_run(self.folder, "generate", ordered, rows=len(self.prompts), counts=counts)
+
+
+def _plain(config: GenerateConfig) -> dict[str, Any]:
+    sources = [asdict(source) | {"sampling": source.sampling.plain()} for source in config.sources]
+    return asdict(config) | {"sources": sources}
 
 
 def _metadata(prompt: Prompt) -> str:
     return json.dumps(dict(prompt.metadata), sort_keys=True, default=str)
 
 
-def _draw_parts(
-    artist: _Artist, prompts: Sequence[Prompt], missing: Sequence[str], on_part: Callable[[Part], None]
+def _write_parts(
+    producer: _Producer, prompts: Sequence[Prompt], missing: Sequence[str], on_part: Callable[[Part], None]
 ) -> dict[str, Part]:
     """Draw and write the missing parts; while one is written the next is drawn, and no more than that is held."""
-    size = artist.config.part_size
+    size = producer.config.part_size
     rows_of = {name: prompts[int(name[5:]) * size :][:size] for name in missing}
     parts: dict[str, Part] = {}
 
     def write(name: str, cells: list[list[Future[bytes]]]) -> None:
-        parts[name] = artist.write(name, rows_of[name], cells)
+        parts[name] = producer.write(name, rows_of[name], cells)
         on_part(parts[name])
 
     with contextlib.ExitStack() as stack:
-        total = sum(map(len, rows_of.values())) * artist.config.candidates
+        total = sum(map(len, rows_of.values())) * producer.config.candidates
         bar = stack.enter_context(tqdm(total=total, desc="generate", unit="picture", disable=not missing))
         encoders = stack.enter_context(ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode"))
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
         writing: Future[None] | None = None
         for name in missing:
-            cells = artist.draw(rows_of[name], encoders, bar)
+            cells = producer.draw(rows_of[name], encoders, bar)
             if writing is not None:
                 writing.result()
             writing = writer.submit(write, name, cells)
@@ -233,12 +247,13 @@ def _draw_parts(
 
 
 @dataclass(frozen=True, slots=True)
-class _Artist:
-    """Draws and writes parts with sources that are built."""
+class _Producer:
+    """Generates and writes parts with sources that are built."""
 
     config: GenerateConfig
     sources: Mapping[str, ImageSource]
     folder: Path
+    ndim: dict[str, int] = field(default_factory=dict)  # of a batch, once the first one is generated
 
     def draw(self, rows: Sequence[Prompt], encoders: ThreadPoolExecutor, bar: tqdm[Any]) -> list[list[Future[bytes]]]:
         """PNG bytes to come, [rows][K]."""
@@ -248,40 +263,47 @@ class _Artist:
             jobs = [(row, k) for row in range(len(rows)) for k in range(first, first + source.seeds)]
             for start in range(0, len(jobs), self.config.batch_size):
                 batch = jobs[start : start + self.config.batch_size]
-                pictures = self._pictures(source, [(rows[row], k) for row, k in batch])
-                for (row, _), picture in zip(batch, pictures, strict=True):
-                    cells[row].append(encoders.submit(encode_png, picture))
+                media = self._media(source, [(rows[row], k) for row, k in batch])
+                if media.ndim != self.ndim.setdefault("media", media.ndim):
+                    raise DataError(
+                        f"generator '{source.name}' makes {_NAMES[media.ndim]}, an earlier source makes "
+                        f"{_NAMES[self.ndim['media']]}; rank images and videos apart, in two folders"
+                    )
+                for (row, _), medium in zip(batch, media, strict=True):
+                    cells[row].append(encoders.submit(encode_medium, medium, source.sampling.fps))
                 bar.update(len(batch))
             first += source.seeds
         return cells
 
-    def _pictures(self, source: SourceConfig, batch: Sequence[tuple[Prompt, int]]) -> Any:
+    def _media(self, source: SourceConfig, batch: Sequence[tuple[Prompt, int]]) -> np.ndarray:
+        """uint8 [B, H, W, 3], or [B, F, H, W, 3] of videos."""
         seeds = [derive_seed(self.config.seed, prompt.id, k) for prompt, k in batch]
         pixels = self.sources[source.name].generate([prompt.text for prompt, _ in batch], seeds, source.sampling)
-        if pixels.dim() != 4 or pixels.shape[:2] != (len(batch), 3):
-            expected = f"[{len(batch)}, 3, H, W]"
+        if pixels.dim() not in _NAMES or len(pixels) != len(batch) or pixels.shape[-3] != 3:
+            expected = f"[{len(batch)}, 3, H, W], or [{len(batch)}, F, 3, H, W] of videos"
             raise DataError(f"generator '{source.name}' returned pixels {list(pixels.shape)}, expected {expected}")
         return quantise(pixels)
 
     def write(self, name: str, rows: Sequence[Prompt], cells: list[list[Future[bytes]]]) -> Part:
-        """Wait for the encoded pictures and make them a finished part."""
+        """Wait for the encoded media and make them a finished part."""
         table = self._table(rows, [[cell.result() for cell in row] for row in cells])
         return write_part(self.folder, name, {f"data/{name}.parquet": table})
 
-    def _table(self, rows: Sequence[Prompt], images: list[list[bytes]]) -> pa.Table:
+    def _table(self, rows: Sequence[Prompt], media: list[list[bytes]]) -> pa.Table:
         import pyarrow as pa
-        from datasets import Features, Image, List, Value
+        from datasets import Features, List, Value
 
+        column = _NAMES[self.ndim["media"]]
         text, texts, whole = Value("string"), List(Value("string")), List(Value("int64"))
-        named = {"prompt_id": text, "prompt": text, "metadata": text, "images": List(Image())}
+        named = {"prompt_id": text, "prompt": text, "metadata": text, column: List(media_feature(column))}
         schema = Features({**named, "generators": texts, "seeds": whole, "sampling": text}).arrow_schema
         generators = [source.name for source in self.config.sources for _ in range(source.seeds)]
-        sampling = json.dumps({s.name: json.loads(s.sampling.to_json()) for s in self.config.sources}, sort_keys=True)
+        sampling = json.dumps({s.name: s.sampling.plain() for s in self.config.sources}, sort_keys=True)
         columns = {
             "prompt_id": [prompt.id for prompt in rows],
             "prompt": [prompt.text for prompt in rows],
             "metadata": [_metadata(prompt) for prompt in rows],
-            "images": [[{"bytes": data, "path": None} for data in row] for row in images],
+            column: [[{"bytes": data, "path": None} for data in row] for row in media],
             "generators": [generators] * len(rows),
             "seeds": [[derive_seed(self.config.seed, p.id, k) for k in range(len(generators))] for p in rows],
             "sampling": [sampling] * len(rows),

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
-from alignkit.protocols import Reward, require_independent
+from alignkit.media import clip_shape, decode_clip, decode_image, image_size, to_pixels
+from alignkit.protocols import Reward, require_independent, require_modality
 from alignkit.records import Prompt
 from alignkit.storage import (
     RUN,
@@ -33,7 +34,7 @@ from alignkit.storage import (
     write_part,
     write_text,
 )
-from data_pipelines.images import decode, image_size
+from data_pipelines.synpic.media_columns import MEDIA, media_column
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,9 +171,12 @@ class Scorer:
 
     def _score(self, part: Part) -> Part:
         (path,) = part.files
-        table = read_table(self.candidates_dir / path, columns=["prompt_id", "prompt", "metadata", "images"])
+        column = media_column(self.candidates_dir, part)
+        require_modality(self.rewards(), MEDIA[column])
+        table = read_table(self.candidates_dir / path, columns=["prompt_id", "prompt", "metadata", column])
         rows = table.to_pylist()
-        measured = _score_rows(rows, self.candidates_dir / path, self.rewards(), self.config.batch_size)
+        cells = _Cells(rows, column, self.candidates_dir / path)
+        measured = _score_rows(cells, self.rewards(), self.config.batch_size)
         totals = {name: columns[TOTAL] for name, columns in measured.items()}
         faults = [_fault(row, index, totals) for index, row in enumerate(rows)]
         parts = {name: {key: columns[key] for key in columns if key != TOTAL} for name, columns in measured.items()}
@@ -192,46 +196,68 @@ class Scorer:
         return path
 
 
-def _score_rows(
-    rows: Sequence[Mapping[str, Any]], path: Path, rewards: Mapping[str, Reward], batch_size: int
-) -> dict[str, dict[str, np.ndarray]]:
-    """float64 [rows, K] of every reward and its parts; pictures are decoded once and grouped by size."""
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """The media of some rows of candidates: `column` of `rows`, read from `path`."""
+
+    rows: Sequence[Mapping[str, Any]]
+    column: str
+    path: Path
+
+    @property
+    def candidates(self) -> int:
+        """K, the number of candidates a row."""
+        return len(self.rows[0][self.column])
+
+    def batches(self, size: int) -> Iterable[list[tuple[int, int]]]:
+        """(row, candidate) of media of one shape, at most `size` at a time, in order."""
+        by_shape: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        measure = image_size if self.column == "images" else clip_shape
+        for row in range(len(self.rows)):
+            for k in range(self.candidates):
+                by_shape.setdefault(measure(self._data(row, k), self._where(row, k)), []).append((row, k))
+        for cells in by_shape.values():
+            yield from (cells[start : start + size] for start in range(0, len(cells), size))
+
+    def pixels(self, cells: Sequence[tuple[int, int]]) -> Tensor:
+        """Float pixels [B, 3, H, W], or [B, F, 3, H, W] of videos, in [0, 1]."""
+        import numpy as np
+
+        decode = decode_image if self.column == "images" else decode_clip
+        return to_pixels(np.stack([decode(self._data(row, k), self._where(row, k)) for row, k in cells]))
+
+    def _data(self, row: int, candidate: int) -> Any:
+        return self.rows[row][self.column][candidate]
+
+    def _where(self, row: int, candidate: int) -> str:
+        return f"'{self.path}', row {row} (prompt {self.rows[row]['prompt_id']}), candidate {candidate}"
+
+
+def _score_rows(cells: _Cells, rewards: Mapping[str, Reward], batch_size: int) -> dict[str, dict[str, np.ndarray]]:
+    """float64 [rows, K] of every reward and its parts; media are decoded once and grouped by shape."""
     import numpy as np
     import torch
 
+    rows, shape = cells.rows, (len(cells.rows), cells.candidates)
     prompts = [Prompt(row["prompt_id"], row["prompt"], json.loads(row["metadata"])) for row in rows]
     measured: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
-    for cells in _batches(rows, path, batch_size):
-        pictures = [decode(rows[row]["images"][k]["bytes"], where=_where(path, rows, row, k)) for row, k in cells]
-        media = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().float().div_(255)
-        index = tuple(np.array(cells).T)
+    for batch in cells.batches(batch_size):
+        media = cells.pixels(batch)
+        index = tuple(np.array(batch).T)
         for name, reward in rewards.items():
             with torch.no_grad():  # a setting of this thread, so it cannot be made outside
-                found = reward(media, [prompts[row] for row, _ in cells])
-            for part, values in {TOTAL: found.total, **found.parts}.items():
-                column = measured[name].setdefault(part, np.full((len(rows), len(rows[0]["images"])), np.nan))
-                column[index] = _checked(values, f"{name}/{part}" if part else name, len(cells))
+                scores = reward(media, [prompts[row] for row, _ in batch])
+            for part, values in {TOTAL: scores.total, **scores.parts}.items():
+                column = measured[name].setdefault(part, np.full(shape, np.nan))
+                column[index] = _checked(values, f"{name}/{part}" if part else name, len(batch))
     return measured
-
-
-def _batches(rows: Sequence[Mapping[str, Any]], path: Path, batch_size: int) -> Iterable[list[tuple[int, int]]]:
-    """(row, candidate) of pictures of one size, at most `batch_size` at a time, in order."""
-    by_size: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for row, columns in enumerate(rows):
-        for k, image in enumerate(columns["images"]):
-            size = image_size(image["bytes"], where=_where(path, rows, row, k))
-            by_size.setdefault(size, []).append((row, k))
-    for cells in by_size.values():
-        yield from (cells[start : start + batch_size] for start in range(0, len(cells), batch_size))
-
-
-def _where(path: Path, rows: Sequence[Mapping[str, Any]], row: int, candidate: int) -> str:
-    return f"'{path}', row {row} (prompt {rows[row]['prompt_id']}), candidate {candidate}"
 
 
 def _checked(total: Tensor, name: str, batch: int) -> np.ndarray:
     if total.shape != (batch,):
-        raise DataError(f"reward '{name}' returned scores {list(total.shape)}, expected [{batch}], one a picture")
+        raise DataError(
+            f"reward '{name}' returned scores {list(total.shape)}, expected [{batch}], one for each image or video"
+        )
     return total.detach().double().cpu().numpy()
 
 

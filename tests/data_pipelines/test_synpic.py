@@ -185,7 +185,7 @@ def test_broken_picture_is_named(world: Any, tmp_path: Path, keep: int, message:
     folder = world.generate(tmp_path / "c")
     good = rows_of(folder)[5]["images"][2]["bytes"]
     replace_picture(folder, good[:keep])
-    with pytest.raises(DataError, match=rf"part-00001\.parquet', row 1 .*candidate 2: the picture is {message}"):
+    with pytest.raises(DataError, match=rf"part-00001\.parquet', row 1 .*candidate 2: the image .*{message}"):
         synpic.score_candidates(folder, world.score, tmp_path / "s", build_rewards=world.rewards)
 
 
@@ -306,7 +306,11 @@ def test_wrong_shapes_and_broken_pixels_are_named(world: Any, tmp_path: Path) ->
         return dict.fromkeys(world.sources, lambda: Around(make, list))
 
     cases = (
-        (lambda p, s, q: torch.zeros(len(p), 8, 8, 3), DataError, r"pixels \[4, 8, 8, 3\], expected \[4, 3, H, W\]"),
+        (
+            lambda p, s, q: torch.zeros(len(p), 8, 8, 3),
+            DataError,
+            r"pixels \[4, 8, 8, 3\], expected \[4, 3, H, W\], or",
+        ),
         (lambda p, s, q: torch.full((len(p), 3, 8, 8), torch.nan), NumericsError, "NaN or infinite pixels"),
     )
     for make, error, message in cases:

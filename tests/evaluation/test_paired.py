@@ -114,7 +114,7 @@ def test_the_folder_is_whole_without_the_cache(world, tmp_path):
     evaluate(base, tuned, world.prompts, world.config, out, rewards=world.rewards(), gold="gold", **cache)
     for path in sorted((tmp_path / "cache").rglob("*.parquet")):
         path.unlink()
-    assert len(read_pairs(out).pictures("base", [0, 23])) == 2
+    assert len(read_pairs(out).media("base", [0, 23])) == 2
 
 
 def test_another_evaluation_in_the_same_folder_is_refused_with_the_difference(world, tmp_path):
@@ -140,7 +140,7 @@ def test_other_intervals_need_no_new_pictures(world, tmp_path):
 def test_scores_are_those_of_the_stored_picture(world, finished):
     pairs = read_pairs(finished)
     for side, scores in (("base", pairs.base), ("tuned", pairs.tuned)):
-        for row, png in pairs.pictures(side, range(24)).items():
+        for row, png in pairs.media(side, range(24)).items():
             with Image.open(io.BytesIO(png)) as image:
                 assert np.asarray(image).mean() == scores["grey"][row]
 

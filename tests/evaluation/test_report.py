@@ -96,7 +96,7 @@ def test_tiny_pictures_are_shown_pixel_by_pixel_and_are_the_stored_ones(full, fi
     pairs = read_pairs(finished)
     row = choose(pairs, "gold", 6)["gains"][0]
     for side in ("base", "tuned"):
-        png = pairs.pictures(side, [row])[row]
+        png = pairs.media(side, [row])[row]
         assert f"data:image/png;base64,{base64.b64encode(png).decode()}" in full
     assert all(attrs["class"] == "tiny" for tag, attrs in parse(full).tags if tag == "img")
 
