@@ -68,7 +68,11 @@ def image_size(data: Encoded, where: str) -> tuple[int, int]:
     source = _source(data, where)
     try:
         with Image.open(_opened(source)) as image:
-            is_turned = _may_have_orientation(image, source) and image.getexif().get(0x0112) in _TURNED
+            # PIL decodes all of a PNG to look for metadata behind its pixels: only where there can be some.
+            may_be_turned = True
+            if image.format == "PNG" and isinstance(source, bytes):
+                may_be_turned = any(mark in source for mark in (b"eXIf", b"exif", b"xmp"))
+            is_turned = may_be_turned and image.getexif().get(0x0112) in _TURNED
             return (image.width, image.height) if is_turned else (image.height, image.width)
     except _DAMAGE as error:
         raise _damaged(source, where, error) from error
@@ -119,12 +123,6 @@ def _from_deep_grey(image: Image.Image, where: str, background: str) -> np.ndarr
     if isinstance(image.info.get("transparency"), int):
         rgb[grey == image.info["transparency"]] = ImageColor.getrgb(background)[:3]
     return rgb
-
-
-def _may_have_orientation(image: Image.Image, source: bytes | str | Path) -> bool:
-    """False for a PNG in memory without metadata: PIL would decode all of it to look for them."""
-    is_plain = image.format == "PNG" and isinstance(source, bytes)
-    return not (is_plain and not any(mark in source for mark in (b"eXIf", b"exif", b"xmp")))
 
 
 def _source(data: Encoded, where: str) -> bytes | str | Path:

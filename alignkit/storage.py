@@ -246,18 +246,18 @@ def claim(folder: Path, record: Mapping[str, Any], *, free: Collection[str] = ()
     known = claimed(folder)
     if not known:
         _require_unused(folder, writes)
-    record = json.loads(to_json(record))
+    sections: dict[str, Any] = json.loads(to_json(record))  # as it will be read back
     changed = [
         line
-        for section in sorted(record.keys() & known.keys())
-        for line in differences(known[section], record[section], section, free=free)
+        for section in sorted(sections.keys() & known.keys())
+        for line in differences(known[section], sections[section], section, free=free)
     ]
     if changed:
         lines = "\n  ".join(changed)
         advice = "Use the old values to continue it, or another folder."
         raise ResumeError(f"'{folder}' was made with another config or other inputs:\n  {lines}\n{advice}")
-    if known != known | record:
-        write_json(path, known | record)
+    if known != known | sections:
+        write_json(path, known | sections)
     _note_versions(folder / "versions.json")
 
 

@@ -75,7 +75,7 @@ def sampling_text(sampling: Sampling) -> str:
     """`16 steps, guidance 3, 64×64` and whatever else was set."""
     size = f"{sampling.width}\N{MULTIPLICATION SIGN}{sampling.height}"
     if sampling.num_frames > 1:
-        size += f", {sampling.num_frames} frames at {sampling.fps:g} a second"
+        size += f", {sampling.num_frames} frames at {sampling.fps:g} fps"
     text = f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {size}"
     if sampling.negative_prompt:
         text += (

@@ -189,7 +189,9 @@ class _Candidates:
             digest.update(f"{prompt.id}\x1f{prompt.text}\x1f{_metadata(prompt)}\x1e".encode())
         inputs = {"prompts": len(unique), "prompts_sha256": digest.hexdigest()}
         inputs |= named_identities(names, identities)
-        claim(folder, {"stage": "generate", "config": _plain(config), "inputs": inputs}, writes=STAGE_FILES)
+        sources = [asdict(source) | {"sampling": source.sampling.plain()} for source in config.sources]
+        settings = asdict(config) | {"sources": sources}
+        claim(folder, {"stage": "generate", "config": settings, "inputs": inputs}, writes=STAGE_FILES)
         return cls(folder, config, unique, duplicates)
 
     def generate(
@@ -207,11 +209,6 @@ class _Candidates:
         noun = "videos" if media_column(self.folder, ordered[0]) == "videos" else "pictures"
         counts = {"duplicate_prompts": self.duplicates, noun: len(self.prompts) * self.config.candidates}
         return finish_run(self.folder, "generate", ordered, rows=len(self.prompts), counts=counts)
-
-
-def _plain(config: GenerateConfig) -> dict[str, Any]:
-    sources = [asdict(source) | {"sampling": source.sampling.plain()} for source in config.sources]
-    return asdict(config) | {"sources": sources}
 
 
 def _metadata(prompt: Prompt) -> str:

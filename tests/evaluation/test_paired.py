@@ -48,7 +48,7 @@ def test_gold_comes_first_and_categories_are_told_apart(world, finished):
 
 def test_sampler_settings_stand_beside_every_number(world, finished):
     plain = json.loads((finished / "evaluation.json").read_text())
-    assert plain["sampling"] == dataclasses.asdict(world.config.sampling)
+    assert plain["sampling"] == world.config.sampling.plain()
     assert all(result["sampling"] == plain["sampling"] for result in plain["results"])
 
 
