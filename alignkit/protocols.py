@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """The one ability Syn-Pic and evaluation need of a generator: draw pictures."""
+    """The one ability Syn-Pic and evaluation need of a generator: generate images or videos."""
 
     name: str
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        """Float pixels [B, 3, H, W] in [0, 1]; row i depends on prompts[i], seeds[i] and sampling alone."""
+        """Float pixels [B, 3, H, W], or [B, F, 3, H, W] of videos, in [0, 1].
+
+        Row i depends on prompts[i], seeds[i] and sampling alone.
+        """
         ...
 
 

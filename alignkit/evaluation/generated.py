@@ -17,18 +17,12 @@ def write_generated(path: Path, text: str) -> None:
     Its new name is `NAME.kept-1.EXT` (2, 3, ...), so that writing a page again loses nothing.
     """
     body = text.encode()
-    if path.exists() and not _is_unedited(path.read_bytes()):
-        path.rename(_free_name(path))
+    if path.exists():
+        data = path.read_bytes()
+        mark = _MARK.search(data)
+        if mark is None or hashlib.sha256(data[: mark.start()]).hexdigest().encode() != mark.group(1):
+            number = 1
+            while (renamed := path.with_name(f"{path.stem}.kept-{number}{path.suffix}")).exists():
+                number += 1
+            path.rename(renamed)
     write_atomic(path, body + f"\n<!-- written by alignkit, sha256 {hashlib.sha256(body).hexdigest()} -->\n".encode())
-
-
-def _is_unedited(data: bytes) -> bool:
-    mark = _MARK.search(data)
-    return mark is not None and hashlib.sha256(data[: mark.start()]).hexdigest().encode() == mark.group(1)
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (renamed := path.with_name(f"{path.stem}.kept-{number}{path.suffix}")).exists():
-        number += 1
-    return renamed

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
-from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
+from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, UnknownNameError, nearest
 from alignkit.media import clip_shape, decode_clip, decode_image, image_size, to_pixels
 from alignkit.protocols import Reward, require_independent, require_modality
 from alignkit.records import Prompt
@@ -142,6 +142,11 @@ class Scorer:
     ) -> Scorer:
         """Begin or resume in `folder`; `candidates_dir` is at least begun and will have `rows` rows."""
         check_names(config.rewards, build_rewards, kind="reward")
+        if not (candidates_dir / RUN).is_file():
+            raise MissingFileError(
+                f"'{candidates_dir}' has no {RUN}: an earlier version made it; generate the candidates again, into "
+                "another folder"
+            )
         inputs = {"candidates_run_sha256": checksum(candidates_dir / RUN)}
         inputs |= named_identities(config.rewards, identities)
         claim(folder, {"stage": "score", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)

@@ -140,6 +140,17 @@ def test_resume_with_other_settings_is_refused(world: Any, tmp_path: Path) -> No
         world.generate(folder, count=9)
 
 
+def test_candidates_of_an_earlier_version_are_not_continued_but_ranked(world: Any, tmp_path: Path) -> None:
+    candidates, scores = world.scored(tmp_path)
+    for folder in (candidates, scores):
+        (folder / "run.json").rename(folder / "config.json")
+    with pytest.raises(ResumeError, match=r"holds data, parts, manifest\.json but no run\.json"):
+        world.generate(candidates)
+    with pytest.raises(DataError, match=r"has no run\.json: an earlier version made it"):
+        synpic.score_candidates(candidates, world.score, tmp_path / "again", build_rewards=world.rewards)
+    assert synpic.rank_candidates(candidates, scores, synpic.RankConfig(drop_ties=False), tmp_path / "r").rows == 10
+
+
 def test_one_candidate_is_refused_with_the_fix(world: Any) -> None:
     with pytest.raises(ConfigError, match=r"dull x 1.*seeds: 2.*second source"):
         world.config(sources=[synpic.SourceConfig(name="dull")])
