@@ -287,7 +287,11 @@ def differences(old: Any, new: Any, key: str = "", *, free: Collection[str] = ()
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         inner = [(f"{key}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
     else:
-        return [] if old == new else [f"{key}: {json.dumps(old)} -> {json.dumps(new)}"]
+        return (
+            []
+            if old == new
+            else [f"{key}: {json.dumps(old, ensure_ascii=False)} -> {json.dumps(new, ensure_ascii=False)}"]
+        )
     return [line for name, before, now in inner for line in differences(before, now, name, free=free)]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class CardInputs:
 
     `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last pictures.
     `component` is the trained part of the pipeline, `loading` what `load_lora_weights` is told beside the folder,
-    `modality` image or video.
+    `modality` "image" or "video", where there is no evaluation that shows which.
     """
 
     title: str
@@ -70,9 +70,11 @@ class CardInputs:
 def write_card(card: CardInputs, folder: Path) -> Path:
     """Write `folder/README.md` and `folder/examples`; returns the card's path. Hand edits are set aside."""
     evaluation = read_evaluation(card.evaluation) if card.evaluation else None
+    if card.evaluation:
+        card = replace(card, modality=read_pairs(card.evaluation).modality)
     shown = _examples(card, evaluation)
-    for name, png in _files(shown):
-        write_atomic(folder / "examples" / name, png)
+    for name, data in _files(shown):
+        write_atomic(folder / "examples" / name, data)
     if card.grid is not None:
         write_atomic(folder / "examples" / _GRID, card.grid.read_bytes())
     path = folder / "README.md"

@@ -18,8 +18,8 @@ from PIL import Image
 from alignkit.evaluation.style import CSS
 from alignkit.evaluation.svg import compact
 
-LARGEST_SIDE = 384  # pixels of an embedded picture; bigger ones are shown smaller, the folder keeps them whole
-TINY_SIDE = 128  # pictures up to this side are enlarged pixel by pixel
+LARGEST_SIDE = 384  # pixels of an embedded image; larger ones are made smaller, the folder has them whole
+TINY_SIDE = 128  # images up to this side are enlarged pixel by pixel
 
 
 def document(title: str, body: str) -> str:

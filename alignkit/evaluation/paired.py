@@ -36,12 +36,12 @@ from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
 from alignkit.storage import claim, finished_part, read_table, to_json, write_part
 
-MOST_NOT_FINITE = 0.05  # share of a side's pictures a reward may fail on before the evaluation stops
+MOST_NOT_FINITE = 0.05  # share of a side's images or videos that a reward may fail on before the evaluation stops
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateConfig:
-    """How an evaluation is drawn. Seed k of a prompt is `derive_seed(run_seed, prompt.id, k)`, for both sides."""
+    """How an evaluation is generated. Seed k of a prompt is `derive_seed(run_seed, prompt.id, k)`, for both sides."""
 
     seeds_per_prompt: int = 4
     run_seed: int = 0
@@ -76,7 +76,7 @@ def evaluate(
     inputs: Mapping[str, str] | None = None,
     base_cache: Path | None = None,
 ) -> Evaluation:
-    """Draw, score and compare both sides; writes `out_dir` (layout in `results`) and returns its statistics.
+    """Generate, score and compare both sides; writes `out_dir` (layout in `results`) and returns its statistics.
 
     `gold` names the held-out judge among `rewards`. Run again after a kill, it continues; over a folder of another
     evaluation it raises ResumeError with the difference. `inputs` identifies the weights: "base", "tuned" and
@@ -98,10 +98,10 @@ def evaluate(
         for prompt in prompts
         for index in range(config.seeds_per_prompt)
     ]
-    _draw(cached or out_dir / "base", base, items, config, rewards)
+    _write_side(cached or out_dir / "base", base, items, config, rewards)
     if cached:
         _adopt(cached, out_dir / "base")
-    _draw(out_dir / "tuned", tuned, items, config, rewards)
+    _write_side(out_dir / "tuned", tuned, items, config, rewards)
     evaluation = _summarise(read_pairs(out_dir), (base.name, tuned.name), config, gold)
     write_evaluation(out_dir, evaluation)
     return evaluation
@@ -125,7 +125,7 @@ def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str |
 
 
 def _settings(prompts: Sequence[Prompt], config: EvaluateConfig, rewards: Mapping[str, Reward]) -> dict[str, Any]:
-    """All that pictures and scores of a side depend on, beside the model; batch size moves their last bits."""
+    """All that media and scores of a side depend on, beside the model; batch size moves their last bits."""
     listed = "\n".join(f"{prompt.id} {category(prompt)}" for prompt in prompts)
     return {
         "prompts": len(prompts),
@@ -168,25 +168,25 @@ def _adopt(cached: Path, side: Path) -> None:
             shutil.copyfile(part, target)
 
 
-def _draw(
+def _write_side(
     folder: Path, source: ImageSource, items: Sequence[_Item], config: EvaluateConfig, rewards: Mapping[str, Reward]
 ) -> None:
     """Write the parts of one side that are not there whole, one batch a part."""
     failures = dict.fromkeys(rewards, 0)
-    with tqdm(total=len(items), desc=f"evaluate {source.name}", unit="picture") as bar:
+    with tqdm(total=len(items), desc=f"evaluate {source.name}", unit="item") as bar:
         for number, start in enumerate(range(0, len(items), config.batch_size)):
             batch = items[start : start + config.batch_size]
             name = f"{number:05d}"
             file = f"{name}.parquet"
             if finished_part(folder, name) is None:
-                table = _draw_part(source, batch, config.sampling, rewards)
+                table = _generate_part(source, batch, config.sampling, rewards)
                 write_part(folder, name, {file: table}, page_checksums=True)
             table = read_table(folder / file, [SCORE + reward for reward in rewards] + ["prompt"])
             _count_failures(table, failures, MOST_NOT_FINITE * len(items))
             bar.update(len(batch))
 
 
-def _draw_part(
+def _generate_part(
     source: ImageSource, batch: Sequence[_Item], sampling: Sampling, rewards: Mapping[str, Reward]
 ) -> pa.Table:
     import torch
@@ -215,7 +215,7 @@ def _count_failures(table: pa.Table, failures: dict[str, int], most: float) -> N
         if failures[name] > most:
             prompt = table["prompt"][int(np.argmax(bad))].as_py()
             raise NumericsError(
-                f"reward '{name}' is NaN or infinite on {failures[name]} pictures, more than {MOST_NOT_FINITE:.0%} of "
+                f"reward '{name}' is NaN or infinite on {failures[name]} items, more than {MOST_NOT_FINITE:.0%} of "
                 f"this side; the last for prompt {prompt!r}. Mend the reward or leave it out, into a new folder."
             )
 

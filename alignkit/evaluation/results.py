@@ -6,7 +6,7 @@
     OUT/base/parts/00000.json .. the record of each finished part, with its checksum
     OUT/evaluation.json          the statistics, each with its sampler settings
 
-Deliberately not here: drawing and scoring (`paired`).
+Deliberately not here: generating and scoring (`paired`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _INTERVALS = ("base", "tuned", "gain", "win_rate")
 
 @dataclass(frozen=True, slots=True)
 class RewardResult:
-    """One reward over all pairs and per category; `sampling` says how the pictures behind the numbers were drawn."""
+    """One reward over all pairs and per category; `sampling` is what the images or videos were made with."""
 
     reward: str
     is_gold: bool

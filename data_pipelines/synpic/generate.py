@@ -54,7 +54,7 @@ _NAMES = {4: "images", 5: "videos"}  # by the axes of a batch of pixels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """One generator: its name among the builders, pictures a prompt, and how they are sampled."""
+    """One generator: its name among the builders, candidates for each prompt, and how they are sampled."""
 
     name: str
     seeds: int = 1
@@ -63,10 +63,10 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
-    """Which candidates to draw. K, the candidates a prompt, is the sum of the sources' `seeds`.
+    """Which candidates to generate. K, the candidates of a prompt, is the sum of the sources' `seeds`.
 
-    `part_size` prompts make one file; `batch_size` pictures go into one call of a generator, never across parts.
-    The paper draws one picture from each of four generators.
+    `part_size` prompts make one file; `batch_size` candidates go into one call of a generator, never across parts.
+    The paper takes one image from each of four generators.
     """
 
     sources: Sequence[SourceConfig]
@@ -82,7 +82,7 @@ class GenerateConfig:
             if value < 1:
                 raise ConfigError(f"{key} must be at least 1, got {value}")
         if any(source.seeds < 1 for source in self.sources):
-            raise ConfigError("every source needs `seeds` of at least 1; leave out a source that draws nothing")
+            raise ConfigError("every source needs `seeds` of at least 1; leave out a source that makes no candidate")
         if self.candidates < 2:
             has = f"{names[0]} x {self.candidates}" if names else "no source"
             raise ConfigError(f"one candidate a prompt cannot be ranked ({has}); set `seeds: 2` or add a second source")
@@ -102,11 +102,12 @@ def generate_candidates(
     identities: Mapping[str, str] | None = None,
     on_part: Callable[[Part], None] = lambda _part: None,
 ) -> StageResult:
-    """Draw K candidates for every prompt into `out_dir/data/part-*.parquet`, one row a prompt.
+    """Generate K candidates for every prompt into `out_dir/data/part-*.parquet`, one row a prompt.
 
-    Columns: prompt_id, prompt, metadata (JSON), images [K], generators [K], seeds [K], sampling (JSON by source).
-    Candidate k of a prompt is drawn with `derive_seed(config.seed, prompt.id, k)`, whatever the batch. Encoding and
-    writing happen in threads while the next batch is drawn. `on_part` is called, from the writing thread, with each
+    Columns: prompt_id, prompt, metadata (JSON), images [K] or videos [K], generators [K], seeds [K], sampling (JSON by
+    source).
+    Candidate k of a prompt has the seed `derive_seed(config.seed, prompt.id, k)`, whatever the batch. Encoding and
+    writing happen in threads while the next batch is generated. `on_part` is called, from the writing thread, with each
     part that is safely on disk (parts of an earlier, interrupted run first). `identities` says what stands for the
     weights of each source: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
@@ -127,7 +128,7 @@ def generate_and_score(
     source_identities: Mapping[str, str] | None = None,
     reward_identities: Mapping[str, str] | None = None,
 ) -> tuple[StageResult, StageResult]:
-    """Both stages at once, into `out_dirs` (candidates, scores): each part is scored while the next one is drawn.
+    """Both stages at once, into `out_dirs` (candidates, scores): each part is scored while the next one is generated.
 
     The two folders hold the bytes that `generate_candidates` and then `score_candidates` would have written.
     The identities are what those two take.
@@ -146,7 +147,7 @@ def generate_and_score(
     def score_later(part: Part) -> None:
         for future in pending:
             if future.done():
-                future.result()  # a reward that failed stops the drawing too
+                future.result()  # a reward that failed stops the generation too
         pending.append(pool.submit(scorer.score, part))
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="score")
@@ -218,7 +219,7 @@ def _metadata(prompt: Prompt) -> str:
 def _write_parts(
     producer: _Producer, prompts: Sequence[Prompt], missing: Sequence[str], on_part: Callable[[Part], None]
 ) -> dict[str, Part]:
-    """Draw and write the missing parts; while one is written the next is drawn, and no more than that is held."""
+    """Generate and write the missing parts; while one is written the next is generated, and no more is held."""
     size = producer.config.part_size
     rows_of = {name: prompts[int(name[5:]) * size :][:size] for name in missing}
     parts: dict[str, Part] = {}
@@ -229,12 +230,12 @@ def _write_parts(
 
     with contextlib.ExitStack() as stack:
         total = sum(map(len, rows_of.values())) * producer.config.candidates
-        bar = stack.enter_context(tqdm(total=total, desc="generate", unit="picture", disable=not missing))
+        bar = stack.enter_context(tqdm(total=total, desc="generate", unit="candidate", disable=not missing))
         encoders = stack.enter_context(ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode"))
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
         writing: Future[None] | None = None
         for name in missing:
-            cells = producer.draw(rows_of[name], encoders, bar)
+            cells = producer.generate(rows_of[name], encoders, bar)
             if writing is not None:
                 writing.result()
             writing = writer.submit(write, name, cells)
@@ -252,8 +253,10 @@ class _Producer:
     folder: Path
     ndim: dict[str, int] = field(default_factory=dict)  # of a batch, once the first one is generated
 
-    def draw(self, rows: Sequence[Prompt], encoders: ThreadPoolExecutor, bar: tqdm[Any]) -> list[list[Future[bytes]]]:
-        """PNG bytes to come, [rows][K]."""
+    def generate(
+        self, rows: Sequence[Prompt], encoders: ThreadPoolExecutor, bar: tqdm[Any]
+    ) -> list[list[Future[bytes]]]:
+        """Encoded bytes to come, [rows][K]."""
         cells: list[list[Future[bytes]]] = [[] for _ in rows]
         first = 0
         for source in self.config.sources:

@@ -52,8 +52,8 @@ class RankConfig:
 
     `temperature` None counts strict wins as the paper does; a number gives the calibrated soft form. `held_out` is the
     share of prompts, chosen by hash, in the held-out split. A row is dropped (and counted under the first that applies)
-    when two of its pictures are identical (`dedup`), all its phi tie (`drop_ties`), its rewards' mean concordance is
-    below `min_agreement` (0.5 is chance), or best minus worst phi is below `min_margin`.
+    when two of its images or videos are identical (`dedup`), all its phi tie (`drop_ties`), its rewards' mean
+    concordance is below `min_agreement` (0.5 is chance), or best minus worst phi is below `min_margin`.
     """
 
     temperature: float | None = None

@@ -49,7 +49,7 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
-    """Which rewards score the candidates; `batch_size` pictures of one size go into one call."""
+    """Which rewards score the candidates; `batch_size` candidates of one shape go into one call."""
 
     rewards: Sequence[str]
     batch_size: int = 32
@@ -76,7 +76,7 @@ def build_all(names: Iterable[str], builders: Mapping[str, Callable[[], Built]])
 
 
 def _build_independent(names: Iterable[str], builders: Mapping[str, Callable[[], Reward]]) -> dict[str, Reward]:
-    """Rewards that score each picture alone, for parts and batches cut the candidates anywhere."""
+    """Rewards that score each candidate alone, for parts and batches cut the candidates anywhere."""
     rewards = build_all(names, builders)
     require_independent(rewards)
     return rewards
@@ -103,7 +103,7 @@ def score_candidates(
     of each reward: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
     Raises UnknownNameError for a reward without a builder, ConfigError for one whose rows depend on each other
-    (`alignkit.protocols.Dependent`), DataError naming file, row and candidate of a picture that
+    (`alignkit.protocols.Dependent`), DataError naming file, row and candidate of an image or video that
     cannot be read, NumericsError over the quarantine limit, MissingFileError when generation is not finished.
     """
     candidates_dir = Path(candidates_dir)
@@ -286,10 +286,10 @@ def _table(
     numbers = List(Value("float64"))
     features: dict[str, Any] = {"prompt_id": Value("string"), "scores": dict.fromkeys(totals, numbers)}
     columns: dict[str, Any] = {"prompt_id": prompt_ids, "scores": _rows(totals)}
-    if told := {name: columns for name, columns in parts.items() if columns}:
-        features["parts"] = {name: dict.fromkeys(columns, numbers) for name, columns in told.items()}
-        split = {name: _rows(columns) for name, columns in told.items()}
-        columns["parts"] = [{name: split[name][row] for name in told} for row in range(len(prompt_ids))]
+    if named := {name: columns for name, columns in parts.items() if columns}:
+        features["parts"] = {name: dict.fromkeys(columns, numbers) for name, columns in named.items()}
+        split = {name: _rows(columns) for name, columns in named.items()}
+        columns["parts"] = [{name: split[name][row] for name in named} for row in range(len(prompt_ids))]
     return pa.table(columns, schema=Features(features).arrow_schema)
 
 

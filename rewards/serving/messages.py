@@ -1,4 +1,4 @@
-"""Pictures and clips as parts of a chat message: PNG data URLs, which lose nothing but the rounding to 8 bits.
+"""Images and clips as parts of a chat message: PNG data URLs, which lose nothing but the rounding to 8 bits.
 
 Parts have the form of the OpenAI chat API (`image_url`), or vLLM's `video_url` with the frames as one list, which
 reaches a model's video path: https://docs.vllm.ai/en/latest/features/multimodal_inputs.html. Not here: files, sound.
@@ -25,9 +25,9 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 def media_parts(media: Tensor, *, frames: int = 8, clips: ClipForm = "frames") -> list[dict[str, Any]]:
-    """Parts of one picture [3, H, W] or clip [F, 3, H, W] in [0, 1]; at most `frames` frames, evenly from the first on.
+    """Parts of one image [3, H, W] or clip [F, 3, H, W] in [0, 1]; at most `frames` frames, evenly from the first on.
 
-    clips: `frames` sends each as a picture of its own, which every server takes; `video` sends them as one video, of
+    clips: `frames` sends each as an image of its own, which every server takes; `video` sends them as one video, of
     which the server does not know the frame rate (vLLM takes it for one a second; its --media-io-kwargs says another).
     ConfigError for another form or no frame.
     """

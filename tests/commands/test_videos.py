@@ -232,5 +232,7 @@ def test_the_whole_job_with_a_video_policy(tmp_path, model_folders, monkeypatch,
     assert cli.main(["run", "--config", "run.yaml"]) == 0, capsys.readouterr().err
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert set(previews(page)) == {5}
-    assert "webp" in (tmp_path / "run" / "train" / "adapter" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "run" / "train" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert ".webp" in card
+    assert "pipeline_tag: text-to-video" in card
     assert cli.main(["run", "--config", "run.yaml"]) == 0

@@ -162,7 +162,7 @@ def test_a_few_scores_that_are_not_finite_are_dropped_and_counted_many_stop(worl
     few = evaluate(*sources, prompts, config, tmp_path / "few", rewards={"broken": broken({"p 3"})}, gold=None)
     assert (few.results[0].overall.dropped, few.results[0].overall.pairs) == (1, 39)
     many = {"broken": broken({"p 3", "p 9", "p 11"})}
-    with pytest.raises(NumericsError, match=r"'broken' is NaN or infinite on 3 pictures"):
+    with pytest.raises(NumericsError, match=r"'broken' is NaN or infinite on 3 items"):
         evaluate(*sources, prompts, config, tmp_path / "many", rewards=many, gold=None)
 
 
