@@ -287,12 +287,9 @@ def differences(old: Any, new: Any, key: str = "", *, free: Collection[str] = ()
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         inner = [(f"{key}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
     else:
-        return (
-            []
-            if old == new
-            else [f"{key}: {json.dumps(old, ensure_ascii=False)} -> {json.dumps(new, ensure_ascii=False)}"]
-        )
-    return [line for name, before, now in inner for line in differences(before, now, name, free=free)]
+        before, now = (json.dumps(value, ensure_ascii=False) for value in (old, new))
+        return [] if old == new else [f"{key}: {before} -> {now}"]
+    return [line for name, *pair in inner for line in differences(*pair, name, free=free)]
 
 
 def versions() -> dict[str, str]:
