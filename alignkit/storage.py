@@ -289,7 +289,7 @@ def differences(old: Any, new: Any, key: str = "", *, free: Collection[str] = ()
     else:
         before, now = (json.dumps(value, ensure_ascii=False) for value in (old, new))
         return [] if old == new else [f"{key}: {before} -> {now}"]
-    return [line for name, *pair in inner for line in differences(*pair, name, free=free)]
+    return [line for name, first, second in inner for line in differences(first, second, name, free=free)]
 
 
 def versions() -> dict[str, str]:
