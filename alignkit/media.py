@@ -26,7 +26,7 @@ Encoded = bytes | str | Path | Mapping[str, Any]
 GREY_16 = 65535  # white in the modes I and I;16, which hold 16-bit images
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _DAMAGE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-PREVIEW_SIDE = 384  # pixels; larger videos are made smaller for a preview
+PREVIEW_SIDE = 256  # pixels; larger videos are made smaller for a preview: a report shows dozens
 PREVIEW_LOSSLESS_SIDE = 128  # previews up to this side lose nothing
 
 
@@ -185,7 +185,7 @@ def clip_shape(data: Encoded, where: str) -> tuple[int, int, int]:
 
 
 def clip_preview(frames: np.ndarray, fps: float) -> bytes:
-    """uint8 [F, H, W, 3] -> an animated WebP of at most 384 pixels a side, which an `<img>` plays in a loop."""
+    """uint8 [F, H, W, 3] -> an animated WebP of at most 256 pixels a side, which an `<img>` plays in a loop."""
     height, width = frames.shape[1:3]
     scale = min(1.0, PREVIEW_SIDE / max(height, width))
     images = [Image.fromarray(frame) for frame in frames]
@@ -200,7 +200,7 @@ def clip_preview(frames: np.ndarray, fps: float) -> bytes:
         duration=round(1000 / fps),
         loop=0,
         lossless=max(height, width) <= PREVIEW_LOSSLESS_SIDE,
-        quality=80,
+        quality=75,
     )
     return buffer.getvalue()
 

@@ -272,7 +272,7 @@ def test_a_preview_plays(size):
     data = media.clip_preview(array, 8)
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.n_frames, image.info["loop"]) == ("WEBP", 4, 0)
-        assert max(image.size) <= 384
+        assert max(image.size) <= 256
         for number in range(4):
             image.seek(number)
             image.load()
