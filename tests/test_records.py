@@ -26,5 +26,5 @@ def test_settings_of_videos_are_stored_with_it():
 
 @pytest.mark.parametrize("fps", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_frame_rate_must_be_positive(fps):
-    with pytest.raises(ConfigError, match="sampling: fps is .*; it must be positive"):
+    with pytest.raises(ConfigError, match=r"sampling: fps is .*; it must be positive"):
         Sampling(fps=fps)
