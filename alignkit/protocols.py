@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """The one ability Syn-Pic and evaluation need of a generator: draw pictures."""
+    """The one ability Syn-Pic and evaluation need of a generator: generate images or videos."""
 
     name: str
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        """Float pixels [B, 3, H, W] in [0, 1]; row i depends on prompts[i], seeds[i] and sampling alone."""
+        """Float pixels [B, 3, H, W], or [B, F, 3, H, W] of videos, in [0, 1].
+
+        Row i depends on prompts[i], seeds[i] and sampling alone.
+        """
         ...
 
 
@@ -117,6 +120,16 @@ def require_independent(rewards: Mapping[str, object]) -> None:
         reason = reward.dependence() if isinstance(reward, Dependent) else ""
         if reason:
             raise ConfigError(f"reward '{name}': {reason}")
+
+
+def require_modality(rewards: Mapping[str, object], modality: str) -> None:
+    """ConfigError naming the first reward of `rewards` that does not score media of `modality`, "image" or "video"."""
+    for name, reward in rewards.items():
+        if isinstance(reward, Reward) and reward.modality != modality:
+            raise ConfigError(
+                f"reward '{name}' scores {reward.modality}s, but here are {modality}s; leave it out, or name a "
+                f"reward of modality {modality}"
+            )
 
 
 @runtime_checkable

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from alignkit.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -35,7 +37,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How pictures (or clips of `num_frames`) are drawn; `extra` goes to the pipeline call as it is."""
+    """How images, or videos of `num_frames` at `fps`, are generated; `extra` goes to the pipeline call as it is.
+
+    `fps` is the frame rate that videos are stored and shown with; the network is not given it.
+    """
 
     steps: int = 30
     guidance_scale: float = 5.0
@@ -44,10 +49,22 @@ class Sampling:
     num_frames: int = 1
     negative_prompt: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    fps: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps < float("inf"):
+            raise ConfigError(f"sampling: fps is {self.fps}; it must be positive, e.g. 8")
+
+    def plain(self) -> dict[str, Any]:
+        """All settings as JSON values; `fps` for videos only, so that those of images are as they always were."""
+        settings = asdict(self)
+        if self.num_frames == 1:
+            del settings["fps"]
+        return settings
 
     def to_json(self) -> str:
-        """Canonical JSON (sorted keys), the form stored beside every picture."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Canonical JSON (sorted keys) of `plain`, the form stored beside every image or video."""
+        return json.dumps(self.plain(), sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)

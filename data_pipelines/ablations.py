@@ -38,11 +38,12 @@ def own_candidates(rows: datasets.Dataset, generator: str) -> datasets.Dataset:
     fewest = min(names.count(generator) for names in rows["generators"])
     if fewest < 2:
         raise DataError(f"'{generator}' has {fewest} candidates in some rows; ranking needs 2: raise its seeds")
-    columns = [name for name in ("images", "generators", "seeds", "phi") if name in rows.column_names]
+    columns = [name for name in ("images", "videos", "generators", "seeds", "phi") if name in rows.column_names]
 
     def keep(row: dict[str, Any]) -> dict[str, Any]:
         own = [index for index, name in enumerate(row["generators"]) if name == generator]
         return {name: [row[name][index] for index in own] for name in columns}
 
-    encoded = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
-    return encoded.map(keep, desc=f"candidates of {generator}")
+    if "images" in columns:
+        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    return rows.map(keep, desc=f"candidates of {generator}")

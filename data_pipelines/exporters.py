@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError, nearest
-from data_pipelines.storage import atomic_file
+from alignkit.storage import atomic_file
+from data_pipelines.synpic.media_columns import find_column, media_feature
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,7 +25,7 @@ def export_pairs(ranked: Dataset, path: str | Path, *, layout: str = "pickapic",
     """Write one parquet file of pairs and return their number; rows whose phi all tie give none.
 
     `layout` is "pickapic" (jpg_0, jpg_1, label_0, caption; the two keep their order) or "trl" (prompt, chosen,
-    rejected). `pairs` is "best_vs_worst" (one a row) or "all" (every pair with different phi).
+    rejected; the only one for videos). `pairs` is "best_vs_worst" (one a row) or "all" (every pair with different phi).
 
     Raises ConfigError for another layout or choice of pairs, DataError when `path` exists or no pair is left.
     """
@@ -37,11 +38,14 @@ def export_pairs(ranked: Dataset, path: str | Path, *, layout: str = "pickapic",
             raise ConfigError(f"{key}: unknown '{value}'.{nearest(value, known)}")
     if path.exists():
         raise DataError(f"'{path}' exists and is not overwritten; name another file")
-    encoded = ranked.cast_column("images", List(Image(decode=False)))
-    count, schema = 0, _schema(layout)
+    column = find_column(ranked.column_names, "the ranked rows")
+    if column == "videos" and layout == "pickapic":
+        raise ConfigError("layout: Pick-a-Pic holds images only; export videos with layout 'trl'")
+    encoded = ranked if column == "videos" else ranked.cast_column(column, List(Image(decode=False)))
+    count, schema = 0, _schema(layout, column)
     with atomic_file(path) as handle, pq.ParquetWriter(handle, schema, compression="none") as writer:
         for batch in encoded.iter(BATCH):
-            rows = list(_batch_pairs(batch, layout, pairs))
+            rows = list(_batch_pairs(batch, layout, pairs, column))
             count += len(rows)
             writer.write_table(_table(rows, schema))
         if not count:
@@ -49,10 +53,10 @@ def export_pairs(ranked: Dataset, path: str | Path, *, layout: str = "pickapic",
     return count
 
 
-def _batch_pairs(batch: Mapping[str, Sequence[Any]], layout: str, pairs: str) -> Iterator[dict[str, Any]]:
-    for prompt, images, phi in zip(batch["prompt"], batch["images"], batch["phi"], strict=True):
+def _batch_pairs(batch: Mapping[str, Sequence[Any]], layout: str, pairs: str, column: str) -> Iterator[dict[str, Any]]:
+    for prompt, media, phi in zip(batch["prompt"], batch[column], batch["phi"], strict=True):
         for i, j in _PAIRS[pairs](phi):
-            yield _LAYOUTS[layout](prompt, (images[i], images[j]), first_is_better=phi[i] > phi[j])
+            yield _LAYOUTS[layout](prompt, (media[i], media[j]), first_is_better=phi[i] > phi[j])
 
 
 def _best_vs_worst(phi: Sequence[float]) -> list[tuple[int, int]]:
@@ -79,11 +83,12 @@ def _bytes(image: Mapping[str, Any]) -> bytes:
     return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
-def _schema(layout: str) -> pa.Schema:
-    from datasets import Features, Image, Value
+def _schema(layout: str, column: str) -> pa.Schema:
+    from datasets import Features, Value
 
     if layout == "trl":
-        return Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()}).arrow_schema
+        sides = {side: media_feature(column) for side in ("chosen", "rejected")}
+        return Features({"prompt": Value("string"), **sides}).arrow_schema
     binary = Value("binary")
     return Features(
         {"jpg_0": binary, "jpg_1": binary, "label_0": Value("float64"), "caption": Value("string")}

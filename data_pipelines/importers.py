@@ -1,14 +1,14 @@
 """Preference data of any known layout -> a `datasets.Dataset` with the ranked columns, so that it trains directly.
 
-    ranked       what the rank stage writes
+    ranked       what the rank stage writes, of images or of videos
     Pick-a-Pic   jpg_0, jpg_1, label_0, caption      label_0 = 1: the first is better, 0: the second, else a tie
-    TRL          prompt, chosen, rejected
+    TRL          prompt, chosen, rejected            images, or videos where these columns are `Video`
     folders      w/NAME.png and l/NAME.png, caption in w/NAME.txt
     captioned    image, and text, caption or prompt (what `imagefolder` with a metadata.jsonl gives): for SFT
     clips        video, or videos [K] and perhaps phi [K], and text, caption or prompt (what `videofolder` gives)
 
-Pairs become rows with K = 2 in the order they stand in, phi 1 for the better picture and 0 for the other; captioned
-pictures rows with K = 1 and phi 0. Clips stay as they are, encoded: training decodes them.
+Pairs become rows with K = 2 in the order they stand in, phi 1 for the better one and 0 for the other; captioned
+images rows with K = 1 and phi 0. Videos stay encoded, for `alignkit.media.decode_clip`: training decodes them.
 Not here: downloading, and the way back (exporters.py).
 """
 
@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError, MissingFileError
+from alignkit.media import clip_shape, image_size
 from alignkit.records import Prompt
-from data_pipelines.images import image_size
 from data_pipelines.prompts import split_of
-from data_pipelines.synpic.rank import COLUMNS, SPLITS, ranked_features
+from data_pipelines.synpic.media_columns import media_feature
+from data_pipelines.synpic.rank import COLUMNS, SPLITS, VIDEO_COLUMNS, ranked_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,10 +40,13 @@ CAPTIONS = ("text", "caption", "prompt")  # columns that hold the text of a capt
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 Row = dict[str, Any]
+Read = Callable[[Any, str], Row]  # a cell and where it stands -> {bytes, path}
+Convert = Callable[[Row, str, Read], Row | None]
 
 
 def load_ranked(path: str | Path, split: str, *, held_out: float = 0.1) -> Dataset:
-    """The "train" or "heldout" rows of any layout above, with the ranked columns; pictures open as PIL images.
+    """The "train" or "heldout" rows of any layout above, with the ranked columns; images open as PIL images, videos as
+    {"bytes", "path"}.
 
     `path` is a folder or a parquet file. Data without a held-out split of its own is split by `split_of(prompt_id,
     held_out)`. Ties are dropped and their number is logged.
@@ -102,24 +106,27 @@ def _cache_of(path: Path) -> str:
 
 def _to_ranked(raw: Dataset, path: Path) -> Dataset:
     """Recognise the layout by its columns and convert; ranked data passes as it is."""
-    from datasets import Image
+    from datasets import Image, List, Video
 
     if set(COLUMNS) <= set(raw.column_names):
         return raw.select_columns(list(COLUMNS))
+    if set(VIDEO_COLUMNS) <= set(raw.column_names):
+        return raw.cast_column("videos", List(media_feature("videos"))).select_columns(list(VIDEO_COLUMNS))
     if {"video", "videos"}.intersection(raw.column_names):
         return _clips(raw, path)
     for columns, convert in LAYOUTS.items():
         if set(columns) <= set(raw.column_names):
             for name in columns:
-                if isinstance(raw.features[name], Image):
-                    raw = raw.cast_column(name, Image(decode=False))
+                if isinstance(raw.features[name], Image | Video):
+                    raw = raw.cast_column(name, type(raw.features[name])(decode=False))
+            media = "videos" if isinstance(raw.features[columns[1]], Video) else "images"
             ranked = raw.map(
-                partial(_convert_batch, convert=convert, path=str(path)),
+                partial(_convert_batch, convert=convert, path=str(path), column=media),
                 batched=True,
                 batch_size=64,
                 with_indices=True,
                 remove_columns=raw.column_names,
-                features=ranked_features([LABEL]),
+                features=ranked_features([LABEL], media),
                 desc="import",
             )
             if len(ranked) < len(raw):
@@ -144,43 +151,50 @@ def _clips(raw: Dataset, path: Path) -> Dataset:
 
 
 def _convert_batch(
-    batch: Mapping[str, Sequence[Any]], indices: Sequence[int], *, convert: Callable[[Row, str], Row | None], path: str
+    batch: Mapping[str, Sequence[Any]],
+    indices: Sequence[int],
+    *,
+    convert: Convert,
+    path: str,
+    column: str,
 ) -> dict[str, list[Any]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    pairs = [convert(row, f"'{path}', row {index}") for index, row in zip(indices, rows, strict=True)]
-    return {name: [pair[name] for pair in pairs if pair is not None] for name in COLUMNS}
+    read = partial(_medium, column=column)
+    pairs = [convert(row, f"'{path}', row {index}", read) for index, row in zip(indices, rows, strict=True)]
+    columns = {name: [pair[name] for pair in pairs if pair is not None] for name in COLUMNS}
+    return {column if name == "images" else name: values for name, values in columns.items()}
 
 
-def _from_pickapic(row: Row, where: str) -> Row | None:
+def _from_pickapic(row: Row, where: str, read: Read) -> Row | None:
     if row["label_0"] not in (0, 1):
         return None
-    pictures = [_picture(row[name], f"{where}, {name}") for name in ("jpg_0", "jpg_1")]
+    pictures = [read(row[name], f"{where}, {name}") for name in ("jpg_0", "jpg_1")]
     return _row(row["caption"], pictures, (float(row["label_0"]), 1.0 - row["label_0"]), where)
 
 
-def _from_trl(row: Row, where: str) -> Row:
-    pictures = [_picture(row[name], f"{where}, {name}") for name in ("chosen", "rejected")]
+def _from_trl(row: Row, where: str, read: Read) -> Row:
+    pictures = [read(row[name], f"{where}, {name}") for name in ("chosen", "rejected")]
     return _row(row["prompt"], pictures, (1.0, 0.0), where)
 
 
-def _from_captioned(row: Row, where: str, *, column: str) -> Row:
-    return _row(row[column], [_picture(row["image"], f"{where}, image")], (0.0,), where)
+def _from_captioned(row: Row, where: str, read: Read, *, column: str) -> Row:
+    return _row(row[column], [read(row["image"], f"{where}, image")], (0.0,), where)
 
 
-LAYOUTS: dict[tuple[str, ...], Callable[[Row, str], Row | None]] = {
+LAYOUTS: dict[tuple[str, ...], Convert] = {
     ("jpg_0", "jpg_1", "label_0", "caption"): _from_pickapic,
     ("prompt", "chosen", "rejected"): _from_trl,
     **{("image", column): partial(_from_captioned, column=column) for column in CAPTIONS},
 }
 
 
-def _picture(cell: Any, where: str) -> Row:
-    """A cell of an `Image` column, or plain bytes -> {bytes, path}; DataError when it is no picture."""
-    picture = {"bytes": cell, "path": None} if isinstance(cell, bytes) else cell
-    if not isinstance(picture, dict):
-        raise DataError(f"{where}: expected an encoded picture, got {type(cell).__name__}")
-    data = picture["bytes"] if picture["path"] is None else picture["bytes"] or Path(picture["path"]).read_bytes()
-    image_size(data or b"", where=where)
+def _medium(cell: Any, where: str, *, column: str) -> Row:
+    """A cell of an `Image` or `Video` column, or plain bytes -> {bytes, path}; DataError when it cannot be read."""
+    medium = {"bytes": cell, "path": None} if isinstance(cell, bytes) else cell
+    if not isinstance(medium, dict):
+        raise DataError(f"{where}: expected encoded {column}, got {type(cell).__name__}")
+    data = medium["bytes"] if medium["path"] is None else medium["bytes"] or Path(medium["path"]).read_bytes()
+    (image_size if column == "images" else clip_shape)(data or b"", where)
     return {"bytes": data, "path": None}
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignkit.errors import DataError, MissingFileError
+from alignkit.media import quantise
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import resolve
-from rewards.models.media import check_media, quantised, scores_beside
+from rewards.models.media import check_media, scores_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,9 +71,9 @@ class TextRendering:
         self._recognise: Recogniser = resolve(recogniser, RECOGNISERS, kind="recogniser")(**(options or {}))
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        pictures = quantised(check_media(media, prompts, self)).double().mul(255).round().byte().permute(0, 2, 3, 1)
+        images = quantise(check_media(media, prompts, self))
         wanted = [quoted(prompt.text) for prompt in prompts]
-        read = [self._recognise(picture) for picture in pictures.cpu().numpy()]
+        read = [self._recognise(image) for image in images]
         each = [[likeness(text, found) for text in texts] for texts, found in zip(wanted, read, strict=True)]
         total = scores_beside(media, [sum(scores) / len(scores) for scores in each])
         return Scores(total, {"exact": (total == 1).to(total.dtype)})

@@ -93,7 +93,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load(model_folders: dict[str, Path]) -> Callable[..., PipelineGenerator]:
     """Loads a fresh generator of a family, which tests may change."""
     import tiny_families

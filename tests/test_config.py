@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from alignkit.config import load
 from alignkit.errors import ConfigError, MissingFileError, ResumeError
-from alignkit.provenance import claim, dump, vars_of, write_resolved
+from alignkit.provenance import dump, vars_of, write_resolved
 from alignkit.records import Sampling
 
 
@@ -194,8 +194,8 @@ def test_what_is_saved_loads_to_an_equal_config(tmp_path_factory, rate, name, se
 def test_a_folder_keeps_the_config_it_was_made_with(tmp_path):
     spec = {"s": Spec(folder=Path("a"))}
     write_resolved(tmp_path / "out", Job(specs=spec))
-    claim(tmp_path / "out", Job(specs=spec))
-    with pytest.raises(ResumeError, match=r"rate: 0\.0001 -> 0\.5\n  sampling\.steps: 30 -> 4"):
-        claim(tmp_path / "out", Job(specs=spec, rate=0.5, sampling=Sampling(steps=4)))
+    write_resolved(tmp_path / "out", Job(specs=spec))
+    with pytest.raises(ResumeError, match=r"rate: 0\.0001 -> 0\.5\n  config\.sampling\.steps: 30 -> 4"):
+        write_resolved(tmp_path / "out", Job(specs=spec, rate=0.5, sampling=Sampling(steps=4)))
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text(encoding="utf-8"))["rate"] == 1e-4
     assert "torch" in (tmp_path / "out" / "versions.json").read_text(encoding="utf-8")

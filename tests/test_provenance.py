@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alignkit.errors import ResumeError, StorageError
-from alignkit.provenance import claim, claim_inputs, differences, dump, fingerprint, write_text
+from alignkit.errors import ResumeError
+from alignkit.provenance import dump, fingerprint, write_resolved
 
 
 @dataclass
@@ -26,32 +26,25 @@ class Job:
 
 
 def test_a_folder_keeps_the_config_it_was_made_with(tmp_path):
-    claim(tmp_path / "run", Job())
-    claim(tmp_path / "run", Job())
+    write_resolved(tmp_path / "run", Job())
+    write_resolved(tmp_path / "run", Job())
     with pytest.raises(ResumeError, match=r"train\.rate: 0\.1 -> 0\.2"):
-        claim(tmp_path / "run", Job(train=Section(rate=0.2)))
+        write_resolved(tmp_path / "run", Job(train=Section(rate=0.2)))
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert stored == {"out": "runs", "train": {"rate": 0.1}, "names": ["a", "b"]}
 
 
 def test_sections_that_nothing_was_made_with_may_change(tmp_path):
-    claim(tmp_path, Job())
-    claim(tmp_path, Job(train=Section(rate=0.2)), free={"train"})
+    write_resolved(tmp_path, Job())
+    write_resolved(tmp_path, Job(train=Section(rate=0.2)), free={"train"})
     assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))["train"]["rate"] == 0.2
     with pytest.raises(ResumeError, match="names"):
-        claim(tmp_path, Job(names=("a",)), free={"train"})
+        write_resolved(tmp_path, Job(names=("a",)), free={"train"})
     assert "rate: 0.2" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
 
 
 def test_secrets_are_never_written():
     assert "token" not in dump(Job(train=Section(hub_token="hf_secret")))
-
-
-def test_other_models_or_data_are_named(tmp_path):
-    claim_inputs(tmp_path / "run", {"policy": "m 1", "data": "d"})
-    claim_inputs(tmp_path / "run", {"data": "d", "policy": "m 1"})
-    with pytest.raises(ResumeError, match=r"policy: 'm 1' -> 'm 2'"):
-        claim_inputs(tmp_path / "run", {"policy": "m 2", "data": "d"})
 
 
 def test_a_fingerprint_leaves_out_the_card(tmp_path):
@@ -63,14 +56,3 @@ def test_a_fingerprint_leaves_out_the_card(tmp_path):
     assert fingerprint(tmp_path) == first
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert fingerprint(tmp_path) != first
-
-
-def test_differences_name_leaves():
-    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
-    assert differences(old, new) == ["a.c: 2 -> 4", "d: 3 -> None", "e: None -> 5"]
-
-
-def test_text_that_cannot_be_written_leaves_the_old(tmp_path):
-    target = tmp_path / "folder-not-there" / "x.txt"
-    with pytest.raises(StorageError, match="cannot write"):
-        write_text(target, "text")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,12 @@ from alignkit.commands.specs import (
 )
 from alignkit.commands.verb import Tree, Verb, execute
 from alignkit.errors import ConfigError
-from alignkit.evaluation.paired import BaseCache, EvaluateConfig, evaluate
+from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.evaluation.results import Evaluation, read_evaluation
 from alignkit.evaluation.terminal import before_after
-from alignkit.provenance import claim_inputs, write_resolved
+from alignkit.provenance import write_resolved
 from alignkit.records import Prompt, Sampling
+from alignkit.storage import claim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,15 +91,13 @@ def compare(
     `base_cache` keeps the base side for other evaluations of the same base.
     """
     models, judges = identities(sides), identities(rewards)
-    claim_inputs(out, models | {f"reward {name}": judges[name] for name in judges})
+    inputs = models | {f"reward {name}": judges[name] for name in judges}
+    claim(out, {"inputs": inputs})
     if (out / "evaluation.json").is_file():
         return read_evaluation(out)
     base, tuned = _sources(sides["base"], sides["tuned"])
     loaded = {name: builder() for name, builder in RewardBuilders(rewards).items()}
-    cache = BaseCache(base_cache, json.dumps([models["base"], judges], sort_keys=True)) if base_cache else None
-    return evaluate(
-        base, tuned, prompts, config, out, rewards=loaded, gold=gold, base_cache=cache, tuned_identity=models["tuned"]
-    )
+    return evaluate(base, tuned, prompts, config, out, rewards=loaded, gold=gold, inputs=inputs, base_cache=base_cache)
 
 
 def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, ImageSource]:

@@ -15,7 +15,7 @@ from alignkit.commands.specs import (
     require_names,
 )
 from alignkit.commands.verb import Verb, execute
-from alignkit.provenance import claim
+from alignkit.provenance import write_config
 from data_pipelines.synpic import GenerateConfig, generate_candidates
 
 
@@ -47,10 +47,10 @@ def _plan(job: GenerateJob) -> list[str]:
 
 def _work(job: GenerateJob) -> None:
     prompts = job.prompts.read()
-    claim(job.out, job)
     build_sources = generator_builders(job.generators)
     known = identities(job.generators)
     result = generate_candidates(prompts, job.generate, job.out, build_sources=build_sources, identities=known)
+    write_config(job.out, job)
     print(f"{result.rows} prompts, {result.counts['pictures']} pictures in {result.folder}")
     print(f"next: alignkit score --candidates {job.out} --out {job.out.with_name('scores')} ...")
 

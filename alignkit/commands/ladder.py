@@ -33,8 +33,9 @@ from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError
 from alignkit.evaluation.ladder import read_arm, table
 from alignkit.evaluation.paired import EvaluateConfig
-from alignkit.provenance import write_resolved, write_text
+from alignkit.provenance import write_resolved
 from alignkit.records import Prompt
+from alignkit.storage import write_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

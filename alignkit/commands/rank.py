@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignkit.commands.verb import Verb, counts_line, execute
-from alignkit.provenance import claim
+from alignkit.provenance import write_config
 from data_pipelines.synpic import RankConfig, rank_candidates
 
 
@@ -32,8 +32,8 @@ def _plan(job: RankJob) -> list[str]:
 
 
 def _work(job: RankJob) -> None:
-    claim(job.out, job)
     result = rank_candidates(job.candidates, job.scores, job.rank, job.out)
+    write_config(job.out, job)
     print(f"{result.rows} ranked rows in {result.folder}: {counts_line(result.counts)}")
     print(f"next: alignkit train rankdpo --data {job.out} --model MODEL --output_dir {job.out.with_name('rankdpo')}")
 

@@ -39,6 +39,7 @@ from alignkit.evaluation.report import write_report
 from alignkit.evaluation.terminal import before_after
 from alignkit.provenance import plain, write_resolved
 from alignkit.records import Prompt
+from alignkit.storage import claimed
 from data_pipelines.synpic import GenerateConfig, RankConfig, ScoreConfig, generate_and_score, rank_candidates
 
 
@@ -172,9 +173,9 @@ def _work(job: Any) -> None:
 def _free(out: Path) -> set[str]:
     """Sections that may still change: nothing has been made with them."""
     free = {"report"}
-    if not (out / "train" / "inputs.json").exists():
+    if not claimed(out / "train"):
         free |= {"method", "train", "validation"}
-    if not (out / "evaluation" / "inputs.json").exists():
+    if not claimed(out / "evaluation"):
         free |= {"evaluate", "evaluate_prompts"}
     return free
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alignkit.commands.specs import RewardBuilders, RewardSpec, identities, require_names
 from alignkit.commands.verb import Verb, counts_line, execute
-from alignkit.provenance import claim
+from alignkit.provenance import write_config
 from data_pipelines.synpic import ScoreConfig, score_candidates
 
 
@@ -36,9 +36,9 @@ def _plan(job: ScoreJob) -> list[str]:
 
 
 def _work(job: ScoreJob) -> None:
-    claim(job.out, job)
     build_rewards, known = RewardBuilders(job.rewards), identities(job.rewards)
     result = score_candidates(job.candidates, job.score, job.out, build_rewards=build_rewards, identities=known)
+    write_config(job.out, job)
     print(f"{result.rows} rows scored in {result.folder}: {counts_line(result.counts)}")
     for line in build_rewards.reports():
         print(line)

@@ -25,9 +25,10 @@ from alignkit.commands.verb import Tree, Verb, execute, finished, mark_finished
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
 from alignkit.protocols import require_independent
-from alignkit.provenance import claim_inputs, fingerprint, write_resolved
+from alignkit.provenance import fingerprint, write_resolved
 from alignkit.records import Prompt, Sampling
 from alignkit.resolve import resolve
+from alignkit.storage import claim
 from data_pipelines.importers import load_ranked
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def fit(
     inputs = {"policy": policy[1].identity, "data": fingerprint(data)}
     result = folder / ("model" if args.full_finetune else "adapter")
     if finished(folder):
-        claim_inputs(folder, inputs)
+        claim(folder, {"inputs": inputs})
         return result
     train = select(load_ranked(data, "train", held_out=held_out))
     is_judged = held_out > 0 and args.eval_strategy != "no"
@@ -165,7 +166,7 @@ def fit(
     trainer_class = resolve(method, {name: trainer for name, (_, trainer) in METHODS.items()}, kind="method")
     built = validation() if validation else None
     trainer = trainer_class(load_policy(*policy), args, train, heldout, validation=built)
-    claim_inputs(folder, inputs)
+    claim(folder, {"inputs": inputs})
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)
     trainer.save_state()
     trainer.export(result)

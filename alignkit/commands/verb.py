@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar
 
 from alignkit.config import Located, build, describe, init_fields, read_tree
 from alignkit.errors import ConfigError
-from alignkit.provenance import dump, plain, without_defaults, write_text
+from alignkit.provenance import dump, plain, without_defaults
+from alignkit.storage import write_text
 
 Job = TypeVar("Job")
 Tree = dict[str, Located]

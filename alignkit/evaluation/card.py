@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from alignkit.evaluation.files import write_generated, write_whole
 from alignkit.evaluation.gallery import Shown, choose, lead_reward, load
+from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.report import bounds, sampling_text, verdict
 from alignkit.evaluation.results import Evaluation, read_evaluation, read_pairs
 from alignkit.evaluation.svg import compact
+from alignkit.storage import write_atomic
 
 _USE_ADAPTER = """## Use
 
@@ -47,7 +48,7 @@ class CardInputs:
 
     `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last pictures.
     `component` is the trained part of the pipeline, `loading` what `load_lora_weights` is told beside the folder,
-    `modality` image or video.
+    `modality` "image" or "video", where there is no evaluation that shows which.
     """
 
     title: str
@@ -67,13 +68,15 @@ class CardInputs:
 
 
 def write_card(card: CardInputs, folder: Path) -> Path:
-    """Write `folder/README.md` and `folder/examples/*.png`; returns the card's path. Hand edits are set aside."""
+    """Write `folder/README.md` and `folder/examples`; returns the card's path. Hand edits are set aside."""
     evaluation = read_evaluation(card.evaluation) if card.evaluation else None
+    if card.evaluation:
+        card = replace(card, modality=read_pairs(card.evaluation).modality)
     shown = _examples(card, evaluation)
-    for name, png in _files(shown):
-        write_whole(folder / "examples" / name, png)
+    for name, data in _files(shown):
+        write_atomic(folder / "examples" / name, data)
     if card.grid is not None:
-        write_whole(folder / "examples" / _GRID, card.grid.read_bytes())
+        write_atomic(folder / "examples" / _GRID, card.grid.read_bytes())
     path = folder / "README.md"
     if path.exists() and "[More Information Needed]" in path.read_text(encoding="utf-8"):
         path.unlink()  # the empty form that peft writes; nothing of a user's is in it
@@ -137,26 +140,31 @@ def _examples(card: CardInputs, evaluation: Evaluation | None) -> dict[str, list
     if evaluation is None or card.evaluation is None:
         return {}
     pairs, lead = read_pairs(card.evaluation), lead_reward(evaluation)
-    return {group: load(pairs, rows, lead) for group, rows in choose(pairs, lead, card.examples).items()}
+    return {group: load(pairs, rows, evaluation) for group, rows in choose(pairs, lead, card.examples).items()}
 
 
 def _files(shown: Mapping[str, list[Shown]]) -> Iterable[tuple[str, bytes]]:
     for group, pairs in shown.items():
         for number, pair in enumerate(pairs):
-            yield f"{group}-{number}-base.png", pair.base
-            yield f"{group}-{number}-tuned.png", pair.tuned
+            for side, data in pair.previews().items():
+                yield f"{group}-{number}-{side}.{_suffix(pair)}", data
+
+
+def _suffix(pair: Shown) -> str:
+    return "png" if pair.fps is None else "webp"
 
 
 def _pictures(shown: Mapping[str, list[Shown]]) -> str:
     rows = [
-        f"| {group} | {_cell(pair.prompt.text)} | ![base](examples/{group}-{number}-base.png) | "
-        f"![tuned](examples/{group}-{number}-tuned.png) |"
+        f"| {group} | {_cell(pair.prompt.text)} | "
+        f"![base](examples/{group}-{number}-base.{_suffix(pair)}) | "
+        f"![tuned](examples/{group}-{number}-tuned.{_suffix(pair)}) |"
         for group, pairs in shown.items()
         for number, pair in enumerate(pairs)
     ]
     if not rows:
         return ""
-    note = "The biggest gains, the biggest losses and pairs drawn blindly; one prompt and one seed a row."
+    note = "The biggest gains, the biggest losses and pairs chosen at random; one prompt and one seed a row."
     head = "| chosen as | prompt | base | tuned |\n|---|---|---|---|"
     return "\n".join(["## Examples", "", note, "", head, *rows])
 

@@ -1,4 +1,4 @@
-"""Which pairs are worth looking at: the biggest gains, the biggest losses, and some drawn blindly.
+"""Which pairs are worth looking at: the biggest gains, the biggest losses, and some chosen at random.
 
 Deliberately not here: cherry-picking; the rule below is all there is, and the captions state it.
 """
@@ -12,18 +12,31 @@ import numpy as np
 
 from alignkit.evaluation.results import Evaluation, Pairs
 from alignkit.evaluation.statistics import Floats
+from alignkit.media import clip_preview, decode_clip
 from alignkit.records import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One pair to show: PNG bytes of both sides and (base, tuned) of every reward, the lead first."""
+    """One pair to show: encoded bytes of both sides and (base, tuned) of every reward, the lead first.
+
+    `fps` is the frame rate of videos, None for images.
+    """
 
     prompt: Prompt
     seed: int
     base: bytes
     tuned: bytes
     scores: Mapping[str, tuple[float, float]]
+    fps: float | None = None
+
+    def previews(self) -> dict[str, bytes]:
+        """What a page shows of "base" and "tuned": an image as it is stored, a video as an animated WebP."""
+        sides = {"base": self.base, "tuned": self.tuned}
+        if self.fps is None:
+            return sides
+        frames = {side: decode_clip(data, f"{side} video of seed {self.seed}") for side, data in sides.items()}
+        return {side: clip_preview(clip, self.fps) for side, clip in frames.items()}
 
 
 def lead_reward(evaluation: Evaluation) -> str:
@@ -46,10 +59,11 @@ def choose(pairs: Pairs, lead: str, count: int, *, seed: int = 0) -> dict[str, l
     return {"gains": gains, "losses": losses, "random": _one_a_prompt(pairs, (int(row) for row in rest), count)}
 
 
-def load(pairs: Pairs, rows: Iterable[int], lead: str) -> list[Shown]:
-    """The chosen rows with their pictures."""
-    rows = list(rows)
-    base, tuned = pairs.pictures("base", rows), pairs.pictures("tuned", rows)
+def load(pairs: Pairs, rows: Iterable[int], evaluation: Evaluation) -> list[Shown]:
+    """The chosen rows with their images or videos."""
+    rows, lead = list(rows), lead_reward(evaluation)
+    base, tuned = pairs.media("base", rows), pairs.media("tuned", rows)
+    fps = evaluation.sampling.fps if pairs.modality == "video" else None
     rewards = sorted(pairs.base, key=lambda reward: reward != lead)
     return [
         Shown(
@@ -58,6 +72,7 @@ def load(pairs: Pairs, rows: Iterable[int], lead: str) -> list[Shown]:
             base[row],
             tuned[row],
             {name: (float(pairs.base[name][row]), float(pairs.tuned[name][row])) for name in rewards},
+            fps,
         )
         for row in rows
     ]

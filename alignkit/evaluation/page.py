@@ -18,8 +18,8 @@ from PIL import Image
 from alignkit.evaluation.style import CSS
 from alignkit.evaluation.svg import compact
 
-LARGEST_SIDE = 384  # pixels of an embedded picture; bigger ones are shown smaller, the folder keeps them whole
-TINY_SIDE = 128  # pictures up to this side are enlarged pixel by pixel
+LARGEST_SIDE = 384  # pixels of an embedded image; larger ones are made smaller, the folder has them whole
+TINY_SIDE = 128  # images up to this side are enlarged pixel by pixel
 
 
 def document(title: str, body: str) -> str:
@@ -76,20 +76,19 @@ def missing(sentence: str) -> str:
     return f'<p class="missing">{escape(sentence)}</p>'
 
 
-def picture(png: bytes, alt: str) -> str:
-    """An embedded PNG, at most LARGEST_SIDE a side; tiny ones keep their hard pixels when enlarged."""
-    with Image.open(io.BytesIO(png)) as image:
-        side = max(image.size)
-        if side > LARGEST_SIDE:
+def picture(data: bytes, alt: str) -> str:
+    """An embedded PNG or animated WebP. A PNG is made smaller to LARGEST_SIDE; small ones keep hard pixel edges."""
+    with Image.open(io.BytesIO(data)) as image:
+        kind, side = str(image.format).lower(), max(image.size)
+        if side > LARGEST_SIDE and kind == "png":
             image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
             sink = io.BytesIO()
             image.save(sink, format="PNG", optimize=True)
-            png = sink.getvalue()
+            data = sink.getvalue()
         width, height = image.size
     css = ' class="tiny"' if side <= TINY_SIDE else ""
-    data = base64.b64encode(png).decode()
-    size = f'width="{width}" height="{height}"'
-    return f'<img{css} {size} alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<img{css} width="{width}" height="{height}" alt="{escape(alt, quote=True)}" src="{source}">'
 
 
 def tree(value: Mapping[str, Any]) -> str:

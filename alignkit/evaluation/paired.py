@@ -1,31 +1,25 @@
-"""Paired evaluation: base and tuned draw the same prompts with the same seeds, every reward sees every picture.
+"""Paired evaluation: base and tuned generate for the same prompts and seeds, every reward scores every image or video.
 
-Pictures are scored as they are stored (8 bits a channel), so every number can be recomputed from the folder. One
-batch is one part, written whole: a killed evaluation run again draws the missing parts only. Deliberately not here:
-loading models (callers pass sources) and statistics (`statistics`).
+Media are scored as they are stored (8 bits a channel), so every number can be recomputed from the folder. One batch is
+one part (`storage`): a killed evaluation run again generates the missing parts only. Deliberately not here: loading
+models (callers pass sources) and statistics (`statistics`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 from tqdm import tqdm
 
-from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, UnknownNameError, nearest
-from alignkit.evaluation.files import read_json, write_json, write_whole
+from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
 from alignkit.evaluation.results import (
     SCORE,
     Evaluation,
@@ -33,24 +27,21 @@ from alignkit.evaluation.results import (
     RewardResult,
     part_files,
     read_pairs,
-    read_part,
     write_evaluation,
 )
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
-from alignkit.protocols import ImageSource, Reward, require_independent
+from alignkit.media import encode_medium, quantise, to_pixels
+from alignkit.protocols import ImageSource, Reward, require_independent, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
+from alignkit.storage import claim, finished_part, read_table, to_json, write_part
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-MOST_NOT_FINITE = 0.05  # share of a side's pictures a reward may fail on before the evaluation stops
-logger = logging.getLogger(__name__)
+MOST_NOT_FINITE = 0.05  # share of a side's images or videos that a reward may fail on before the evaluation stops
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateConfig:
-    """How an evaluation is drawn. Seed k of a prompt is `derive_seed(run_seed, prompt.id, k)`, for both sides."""
+    """How an evaluation is generated. Seed k of a prompt is `derive_seed(run_seed, prompt.id, k)`, for both sides."""
 
     seeds_per_prompt: int = 4
     run_seed: int = 0
@@ -68,17 +59,6 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class BaseCache:
-    """A folder where base sides are kept for later evaluations with equal base, prompts, seeds, sampling and rewards.
-
-    `identity` must change when the base's weights or a reward's do: see `alignkit.provenance.fingerprint`.
-    """
-
-    folder: Path
-    identity: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Item:
     prompt: Prompt
     seed: int
@@ -93,42 +73,48 @@ def evaluate(
     *,
     rewards: Mapping[str, Reward],
     gold: str | None,
-    base_cache: BaseCache | None = None,
-    tuned_identity: str = "",
+    inputs: Mapping[str, str] | None = None,
+    base_cache: Path | None = None,
 ) -> Evaluation:
-    """Draw, score and compare both sides; writes `out_dir` (layout in `results`) and returns its statistics.
+    """Generate, score and compare both sides; writes `out_dir` (layout in `results`) and returns its statistics.
 
     `gold` names the held-out judge among `rewards`. Run again after a kill, it continues; over a folder of another
-    evaluation it raises ResumeError with the difference. Names identify the models unless `base_cache.identity` and
-    `tuned_identity` (an adapter's `fingerprint`) say more; give them when a folder may be evaluated again after
-    retraining. Raises DataError for empty or duplicate prompts, ConfigError for rewards, NumericsError when a reward
-    is not finite on more than 5% of a side (fewer are dropped from the statistics and counted).
+    evaluation it raises ResumeError with the difference. `inputs` identifies the weights: "base", "tuned" and
+    "reward NAME", each with a `provenance.fingerprint`; without it the names alone stand for the models. `base_cache`
+    is a folder that keeps base sides for later evaluations with equal base, prompts, seeds, sampling and rewards.
+
+    Raises DataError for empty or duplicate prompts, ConfigError for rewards or a cache without the identity of the
+    base, NumericsError when a reward is not finite on more than 5% of a side (fewer are dropped from the statistics
+    and counted).
     """
-    _check(prompts, rewards, gold)
-    shared = _settings(prompts, config, rewards)
-    base_side = shared | {"base": base.name, "base_identity": base_cache.identity if base_cache else ""}
-    _claim(out_dir / "settings.json", base_side | {"tuned": tuned.name, "tuned_identity": tuned_identity})
+    _check(prompts, rewards, gold, config.sampling)
+    inputs = dict(inputs or {})
+    settings = _settings(prompts, config, rewards) | {"base": base.name}
+    claim(out_dir, {"inputs": inputs, "evaluation": settings | {"tuned": tuned.name}})
+    base_side = {"inputs": {name: inputs[name] for name in inputs if name != "tuned"}, "evaluation": settings}
+    cached = _cache_folder(base_cache, base_side)
     items = [
         _Item(prompt, derive_seed(config.run_seed, prompt.id, index))
         for prompt in prompts
         for index in range(config.seeds_per_prompt)
     ]
-    cached = _cache_folder(base_cache, base_side)
-    _draw(cached or out_dir / "base", base, items, config, rewards)
+    _write_side(cached or out_dir / "base", base, items, config, rewards)
     if cached:
         _adopt(cached, out_dir / "base")
-    _draw(out_dir / "tuned", tuned, items, config, rewards)
+    _write_side(out_dir / "tuned", tuned, items, config, rewards)
     evaluation = _summarise(read_pairs(out_dir), (base.name, tuned.name), config, gold)
     write_evaluation(out_dir, evaluation)
     return evaluation
 
 
-def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str | None) -> None:
+def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str | None, sampling: Sampling) -> None:
     if not prompts:
         raise DataError("evaluate: no prompts; give a file with at least one held-out prompt.")
     if not rewards:
         raise ConfigError("evaluate: no rewards; name at least one.")
     require_independent(rewards)
+    if sampling.num_frames > 1:
+        require_modality(rewards, "video")
     if gold is not None and gold not in rewards:
         raise UnknownNameError(f"evaluate: gold '{gold}' is not among the rewards.{nearest(gold, rewards)}")
     first: dict[str, int] = {}
@@ -139,7 +125,7 @@ def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str |
 
 
 def _settings(prompts: Sequence[Prompt], config: EvaluateConfig, rewards: Mapping[str, Reward]) -> dict[str, Any]:
-    """All that pictures and scores of a side depend on, beside the model; batch size moves their last bits."""
+    """All that media and scores of a side depend on, beside the model; batch size moves their last bits."""
     listed = "\n".join(f"{prompt.id} {category(prompt)}" for prompt in prompts)
     return {
         "prompts": len(prompts),
@@ -157,34 +143,24 @@ def category(prompt: Prompt) -> str:
     return str(prompt.metadata.get("category", "all"))
 
 
-def _claim(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a fresh folder; in a used one they must be equal."""
-    if not path.exists():
-        write_json(path, settings)
-        return
-    before = read_json(path)
-    changed = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
-    if changed:
-        lines = "".join(f"\n  {key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in changed)
-        raise ResumeError(f"{path.parent} holds another evaluation; choose another folder. It differs in:{lines}")
-
-
-def _cache_folder(cache: BaseCache | None, settings: Mapping[str, Any]) -> Path | None:
+def _cache_folder(cache: Path | None, base_side: Mapping[str, Any]) -> Path | None:
+    """The folder in `cache` of one base side, claimed; None without a cache."""
     if cache is None:
         return None
-    if not cache.identity:
-        raise ConfigError("evaluate: a base cache needs the identity of the base's weights, e.g. fingerprint(folder).")
-    text = json.dumps(settings, sort_keys=True)
-    folder = cache.folder / hashlib.sha256(text.encode()).hexdigest()[:24]
-    _claim(folder / "settings.json", settings)
+    if not base_side["inputs"].get("base"):
+        raise ConfigError(
+            "evaluate: a base cache needs the identity of the base's weights: give inputs={'base': fingerprint(folder)}"
+        )
+    folder = cache / hashlib.sha256(to_json(base_side).encode()).hexdigest()[:24]
+    claim(folder, base_side)
     return folder
 
 
 def _adopt(cached: Path, side: Path) -> None:
     """Make the evaluation folder whole: hard links (parts never change) or, across disks, copies."""
-    side.mkdir(parents=True, exist_ok=True)
-    for part in part_files(cached):
-        target = side / part.name
+    for part in (*part_files(cached), *(cached / "parts").glob("*.json")):
+        target = side / part.relative_to(cached)
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
             os.link(part, target)
@@ -192,37 +168,25 @@ def _adopt(cached: Path, side: Path) -> None:
             shutil.copyfile(part, target)
 
 
-def _draw(
+def _write_side(
     folder: Path, source: ImageSource, items: Sequence[_Item], config: EvaluateConfig, rewards: Mapping[str, Reward]
 ) -> None:
     """Write the parts of one side that are not there whole, one batch a part."""
     failures = dict.fromkeys(rewards, 0)
-    with tqdm(total=len(items), desc=f"evaluate {source.name}", unit="picture") as bar:
+    with tqdm(total=len(items), desc=f"evaluate {source.name}", unit="item") as bar:
         for number, start in enumerate(range(0, len(items), config.batch_size)):
             batch = items[start : start + config.batch_size]
-            path = folder / f"{number:05d}.parquet"
-            table = _whole_part(path)
-            if table is None:
-                table = _draw_part(source, batch, config.sampling, rewards)
-                sink = io.BytesIO()
-                pq.write_table(table, sink, write_page_checksum=True)
-                write_whole(path, sink.getvalue())
+            name = f"{number:05d}"
+            file = f"{name}.parquet"
+            if finished_part(folder, name) is None:
+                table = _generate_part(source, batch, config.sampling, rewards)
+                write_part(folder, name, {file: table}, page_checksums=True)
+            table = read_table(folder / file, [SCORE + reward for reward in rewards] + ["prompt"])
             _count_failures(table, failures, MOST_NOT_FINITE * len(items))
             bar.update(len(batch))
 
 
-def _whole_part(path: Path) -> pa.Table | None:
-    """The part if it is there and sound; a damaged one is named and will be drawn again."""
-    if not path.exists():
-        return None
-    try:
-        return read_part(path)
-    except DataError as error:
-        logger.warning("%s; redrawing it", error)
-        return None
-
-
-def _draw_part(
+def _generate_part(
     source: ImageSource, batch: Sequence[_Item], sampling: Sampling, rewards: Mapping[str, Reward]
 ) -> pa.Table:
     import torch
@@ -230,30 +194,18 @@ def _draw_part(
     prompts = [item.prompt for item in batch]
     with torch.inference_mode():
         pixels = source.generate([prompt.text for prompt in prompts], [item.seed for item in batch], sampling)
-        if pixels.dim() != 4:
-            raise DataError(
-                f"'{source.name}' makes clips; evaluate compares pictures. Judge clips during training: `validation`"
-            )
-        stored = pixels.float().clamp(0, 1).mul(255).round().to(torch.uint8)
-        media = stored.float() / 255
+        stored = quantise(pixels)
+        require_modality(rewards, "image" if stored.ndim == 4 else "video")
+        media = to_pixels(stored).to(pixels.device)  # as it is stored, so that scores can be recomputed
         scores = {name: reward(media, prompts).total.double().cpu().tolist() for name, reward in rewards.items()}
     columns = {
         "prompt_id": [prompt.id for prompt in prompts],
         "prompt": [prompt.text for prompt in prompts],
         "category": [category(prompt) for prompt in prompts],
         "seed": [item.seed for item in batch],
-        "image": _encode(stored),
+        "image" if stored.ndim == 4 else "video": [encode_medium(medium, sampling.fps) for medium in stored],
     }
     return pa.table(columns | {SCORE + name: values for name, values in scores.items()})
-
-
-def _encode(stored_BCHW: Tensor) -> list[bytes]:
-    encoded = []
-    for picture in stored_BCHW.permute(0, 2, 3, 1).cpu().numpy():
-        sink = io.BytesIO()
-        Image.fromarray(picture).save(sink, format="PNG")
-        encoded.append(sink.getvalue())
-    return encoded
 
 
 def _count_failures(table: pa.Table, failures: dict[str, int], most: float) -> None:
@@ -263,7 +215,7 @@ def _count_failures(table: pa.Table, failures: dict[str, int], most: float) -> N
         if failures[name] > most:
             prompt = table["prompt"][int(np.argmax(bad))].as_py()
             raise NumericsError(
-                f"reward '{name}' is NaN or infinite on {failures[name]} pictures, more than {MOST_NOT_FINITE:.0%} of "
+                f"reward '{name}' is NaN or infinite on {failures[name]} items, more than {MOST_NOT_FINITE:.0%} of "
                 f"this side; the last for prompt {prompt!r}. Mend the reward or leave it out, into a new folder."
             )
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.evaluation import page
-from alignkit.evaluation.files import write_generated
 from alignkit.evaluation.gallery import Shown, choose, lead_reward, load
+from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.health import hacking_warning
 from alignkit.evaluation.report_data import data_section
 from alignkit.evaluation.report_training import health_section, training_section
@@ -26,9 +26,9 @@ from alignkit.records import Sampling
 
 _FILM = 8  # pairs under the headline
 _GROUPS = {
-    "gains": ("Biggest gains", "Where the tuned model improved most, one picture a prompt."),
+    "gains": ("Biggest gains", "Where the tuned model improved most, one seed a prompt."),
     "losses": ("Biggest losses", "Where it got worse most. Read these as closely as the gains."),
-    "random": ("Drawn blindly", "Chosen by a fixed seed from all other pairs."),
+    "random": ("Chosen at random", "Chosen by a fixed seed from all other pairs."),
 }
 
 
@@ -74,6 +74,8 @@ def render(run: ReportInputs) -> str:
 def sampling_text(sampling: Sampling) -> str:
     """`16 steps, guidance 3, 64×64` and whatever else was set."""
     size = f"{sampling.width}\N{MULTIPLICATION SIGN}{sampling.height}"
+    if sampling.num_frames > 1:
+        size += f", {sampling.num_frames} frames at {sampling.fps:g} fps"
     text = f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}, {size}"
     if sampling.negative_prompt:
         text += (
@@ -104,7 +106,7 @@ def _header(run: ReportInputs, evaluation: Evaluation | None) -> str:
         for anchor, name in {
             "result": "Result",
             "categories": "Categories",
-            "pictures": "Pictures",
+            "pictures": "Gallery",
             "training": "Training",
             "health": "Health",
             "data": "Data",
@@ -140,20 +142,23 @@ def _hero(evaluation: Evaluation) -> str:
 
 
 def _filmstrip(run: ReportInputs, evaluation: Evaluation | None) -> str:
-    """A first look: pairs drawn blindly, base above tuned."""
+    """A first look: pairs chosen at random, base above tuned."""
     if evaluation is None or run.evaluation is None:
         return ""
     pairs, lead = read_pairs(run.evaluation), lead_reward(evaluation)
     rows = choose(pairs, lead, _FILM, seed=1)["random"]
-    frames = "".join(f"<div>{_two(shown)}</div>" for shown in load(pairs, rows, lead))
-    note = "Prompts drawn blindly, one seed each: base above, tuned below."
+    frames = "".join(f"<div>{_two(shown)}</div>" for shown in load(pairs, rows, evaluation))
+    note = "Prompts drawn at random, one seed each: base above, tuned below."
     caption = f'<figcaption class="note">{note}</figcaption>'
     return f'<figure class="film"><div class="frames">{frames}</div>{caption}</figure>\n'
 
 
 def _two(shown: Shown) -> str:
-    sides = {"base": shown.base, "tuned": shown.tuned}
-    return "".join(page.picture(png, f"{side} picture for: {shown.prompt.text}") for side, png in sides.items())
+    return "".join(page.picture(data, _alt(side, shown)) for side, data in shown.previews().items())
+
+
+def _alt(side: str, shown: Shown) -> str:
+    return f"{side} {'image' if shown.fps is None else 'video'} for: {shown.prompt.text}"
 
 
 def _result_section(evaluation: Evaluation | None) -> str:
@@ -226,14 +231,15 @@ def _starts_at_zero(result: RewardResult) -> bool:
 
 
 def _gallery_section(run: ReportInputs, evaluation: Evaluation | None) -> str:
-    title = "Pictures, before and after"
     if evaluation is None or run.evaluation is None:
-        return page.section("pictures", title, "", page.missing("No evaluated pictures in this run."))
+        missing = page.missing("No evaluated images or videos in this run.")
+        return page.section("pictures", "Images, before and after", "", missing)
     pairs, lead = read_pairs(run.evaluation), lead_reward(evaluation)
+    title = f"{pairs.modality.capitalize()}s, before and after"
     groups = []
     for group, rows in choose(pairs, lead, run.gallery).items():
         name, note = _GROUPS[group]
-        cards = "".join(_card(shown) for shown in load(pairs, rows, lead))
+        cards = "".join(_card(shown) for shown in load(pairs, rows, evaluation))
         content = f'<div class="gallery">{cards}</div>' if rows else page.missing("None in this evaluation.")
         groups.append(f'<h3>{name}</h3><p class="lead">{note}</p>{content}')
     intro = f"One prompt and one seed a pair, ordered by the change in {lead}, then by the mean change of the others."
@@ -242,8 +248,8 @@ def _gallery_section(run: ReportInputs, evaluation: Evaluation | None) -> str:
 
 def _card(shown: Shown) -> str:
     sides = "".join(
-        f"<div><span>{side}</span>{page.picture(png, f'{side} picture for: {shown.prompt.text}')}</div>"
-        for side, png in (("base", shown.base), ("tuned", shown.tuned))
+        f"<div><span>{side}</span>{page.picture(data, _alt(side, shown))}</div>"
+        for side, data in shown.previews().items()
     )
     chips = "".join(
         f'<li class="{_direction(before, after)}">{escape(name)} {page.change(before, after)}</li>'

@@ -1,11 +1,12 @@
 """What an evaluation folder holds, as records, and how it is read back without torch.
 
-    OUT/settings.json            what determines the pictures and scores; another evaluation is refused here
-    OUT/base/00000.parquet ...   prompt_id, prompt, category, seed, image (PNG bytes), score/<reward>
+    OUT/run.json                 what determines the images and scores; another evaluation is refused here
+    OUT/base/00000.parquet ...   prompt_id, prompt, category, seed, image (PNG) or video (FFV1), score/<reward>
     OUT/tuned/00000.parquet ...  the same rows, in the same order
+    OUT/base/parts/00000.json .. the record of each finished part, with its checksum
     OUT/evaluation.json          the statistics, each with its sampler settings
 
-Deliberately not here: drawing and scoring (`paired`).
+Deliberately not here: generating and scoring (`paired`).
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignkit.errors import DataError, MissingFileError
-from alignkit.evaluation.files import read_json, write_json
 from alignkit.evaluation.statistics import Comparison, Floats, Interval
 from alignkit.records import Prompt, Sampling
+from alignkit.storage import read_json, read_table, write_json
 
 SCORE = "score/"
+MEDIA = ("image", "video")
 _INTERVALS = ("base", "tuned", "gain", "win_rate")
 
 
 @dataclass(frozen=True, slots=True)
 class RewardResult:
-    """One reward over all pairs and per category; `sampling` says how the pictures behind the numbers were drawn."""
+    """One reward over all pairs and per category; `sampling` is what the images or videos were made with."""
 
     reward: str
     is_gold: bool
@@ -81,18 +83,23 @@ class Pairs:
         """tuned - base [N]."""
         return self.tuned[reward] - self.base[reward]
 
-    def pictures(self, side: str, rows: Collection[int]) -> dict[int, bytes]:
-        """PNG bytes of the wanted rows of one side ("base" or "tuned"); only their parts are read."""
-        found: dict[int, bytes] = {}
-        start = 0
+    @property
+    def modality(self) -> str:
+        """What was generated, "image" or "video"; also the name of the column."""
+        return next(name for name in MEDIA if name in pq.read_schema(part_files(self.folder / "base")[0]).names)
+
+    def media(self, side: str, rows: Collection[int]) -> dict[int, bytes]:
+        """Encoded bytes of some rows of one side ("base" or "tuned"); only their parts are read."""
+        encoded: dict[int, bytes] = {}
+        start, column = 0, self.modality
         for part in part_files(self.folder / side):
             size = pq.read_metadata(part).num_rows
-            wanted = [row for row in rows if start <= row < start + size]
-            if wanted:
-                images = read_part(part, columns=["image"])["image"]
-                found |= {row: images[row - start].as_py() for row in wanted}
+            inside = [row for row in rows if start <= row < start + size]
+            if inside:
+                values = read_table(part, columns=[column])[column]
+                encoded |= {row: values[row - start].as_py() for row in inside}
             start += size
-        return found
+        return encoded
 
 
 def part_files(folder: Path) -> list[Path]:
@@ -100,17 +107,8 @@ def part_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.parquet"))
 
 
-def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """One part with its page checksums verified; DataError names a damaged file."""
-    try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it and evaluate again: only it is redone.") from error
-
-
 def read_pairs(folder: Path) -> Pairs:
-    """All prompts, seeds and scores of an evaluation folder; pictures stay on disk."""
-    settings = read_json(folder / "settings.json")
+    """All prompts, seeds and scores of an evaluation folder; images and videos stay on disk."""
     base, tuned = (_read_side(folder / side) for side in ("base", "tuned"))
     if base["prompt_id"] != tuned["prompt_id"] or base["seed"] != tuned["seed"]:
         raise DataError(
@@ -121,15 +119,16 @@ def read_pairs(folder: Path) -> Pairs:
         for id_, text, category in zip(base["prompt_id"], base["prompt"], base["category"], strict=True)
     )
     scores = [_scores(side) for side in (base, tuned)]
-    return Pairs(folder, prompts, tuple(base["seed"]), settings["seeds_per_prompt"], *scores)
+    seeds_per_prompt = len(prompts) // len(set(base["prompt_id"]))  # the prompts of an evaluation are distinct
+    return Pairs(folder, prompts, tuple(base["seed"]), seeds_per_prompt, *scores)
 
 
 def _read_side(folder: Path) -> dict[str, list[Any]]:
     parts = part_files(folder)
     if not parts:
-        raise MissingFileError(f"{folder} holds no pictures; run `alignkit evaluate` first.")
-    columns = [name for name in pq.read_schema(parts[0]).names if name != "image"]
-    table = pa.concat_tables([read_part(part, columns) for part in parts])
+        raise MissingFileError(f"{folder} holds no results; run `alignkit evaluate` first.")
+    columns = [name for name in pq.read_schema(parts[0]).names if name not in MEDIA]
+    table = pa.concat_tables([read_table(part, columns) for part in parts])
     return {name: table[name].to_pylist() for name in columns}
 
 
@@ -139,8 +138,9 @@ def _scores(side: Mapping[str, list[Any]]) -> dict[str, Floats]:
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write `evaluation.json`: NaN bounds become null, every result carries its sampler settings."""
-    plain = asdict(evaluation)
+    plain = asdict(evaluation) | {"sampling": evaluation.sampling.plain()}
     for result in plain["results"]:
+        result["sampling"] = plain["sampling"]
         for comparison in (result["overall"], *result["categories"].values()):
             comparison.update({name: _each(comparison[name], _to_null) for name in _INTERVALS})
     write_json(folder / "evaluation.json", plain)

@@ -9,7 +9,6 @@ result is `unet`, the policy, which can draw what it often gets wrong. The same 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,15 +25,15 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
-from PIL import Image
 from transformers import set_seed
 
 from alignkit.adapters import lora
 from alignkit.generators import load_generator
-from alignkit.provenance import write_text
+from alignkit.media import encode_image, quantise
 from alignkit.sandbox import models
 from alignkit.sandbox.scenes import HARD, POLICY_NOISE, WEB_NOISE
 from alignkit.sandbox.worlds import Captioned
+from alignkit.storage import write_text
 from alignkit.trainers.sft import SFTConfig, SFTTrainer
 
 
@@ -107,10 +105,8 @@ def build_flow(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 def _scenes(world: Captioned) -> Iterator[dict[str, Any]]:
     for index in range(len(world)):
         scene = world[index]
-        buffer = io.BytesIO()
-        array = (scene["pixels"].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-        Image.fromarray(array).save(buffer, "PNG", compress_level=1)
-        yield {"prompt": scene["prompt"], "images": [{"bytes": buffer.getvalue(), "path": None}]}
+        data = encode_image(quantise(scene["pixels"]))
+        yield {"prompt": scene["prompt"], "images": [{"bytes": data, "path": None}]}
 
 
 def dataset(recipe: GeneratorRecipe, work: Path) -> datasets.Dataset:

@@ -7,25 +7,20 @@ from such a folder silently and with other weights.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 
 from alignkit.errors import ResumeError
+from alignkit.storage import write_json
 
 MARK = "complete.json"
 
 
 def mark_complete(folder: Path) -> None:
-    """List the folder's files in `complete.json` (written to a temporary name, fsynced, renamed)."""
+    """List the folder's files in `complete.json` (atomically)."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MARK]
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-    temporary = folder / f".{MARK}.tmp"
-    with temporary.open("w", encoding="utf-8") as opened:
-        json.dump(sizes, opened, indent=2)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(folder / MARK)
+    write_json(folder / MARK, sizes)
 
 
 def mark_incomplete(folder: Path) -> None:

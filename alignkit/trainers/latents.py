@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from alignkit.errors import DataError
+from alignkit.media import decode_clip, decode_image, fit, to_pixels
 from alignkit.records import Captions, Conditioning, Prompt
 from alignkit.seeds import derive_seed
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
-from alignkit.trainers.media import fit, read_clip, read_picture, to_pixels
 
 if TYPE_CHECKING:
     import datasets
-    from PIL.Image import Image
+    import numpy as np
 
     from alignkit.generators.pipeline import PipelineGenerator
 
@@ -211,23 +211,21 @@ class Encoder:
                 f"row {row}: {len(cells)} candidates, row 0 has {self.count}; give all rows the same number"
             )
         media = self._read(row, cells)
-        first, multiple = media[0][0], self.generator.pixel_multiple
-        size = self.sizes.bucket(first.height, first.width, multiple)
+        (height, width), multiple = media[0].shape[1:3], self.generator.pixel_multiple
+        size = self.sizes.bucket(height, width, multiple)
         if not all(size):
-            raise DataError(
-                f"row {row}: {first.width} x {first.height} pixels, below the {multiple} that the model needs"
-            )
-        pixels = [to_pixels([fit(frame, size, multiple) for frame in frames]) for frames in media]
-        changed = sum((frames[0].height, frames[0].width) != size for frames in media)
+            raise DataError(f"row {row}: {width} x {height} pixels, below the {multiple} that the model needs")
+        pixels = [to_pixels(fit(frames, size, multiple)) for frames in media]
+        changed = sum(frames.shape[1:3] != size for frames in media)
         return torch.stack([frames if self.is_video else frames[0] for frames in pixels]), changed
 
-    def _read(self, row: int, cells: Sequence[Any]) -> list[list[Image]]:
-        """The frames of each medium, of a picture one."""
+    def _read(self, row: int, cells: Sequence[Any]) -> list[np.ndarray]:
+        """The frames [F, H, W, 3] of each medium; of an image one."""
         where = [f"row {row}, candidate {k}" for k in range(len(cells))]
         if not self.is_video:
-            return [[read_picture(*pair)] for pair in zip(cells, where, strict=True)]
+            return [decode_image(*pair)[None] for pair in zip(cells, where, strict=True)]
         wished, fps = self.sizes.num_frames, self.sizes.fps
-        clips = [read_clip(*pair, count=wished, fps=fps) for pair in zip(cells, where, strict=True)]
+        clips = [decode_clip(*pair, count=wished, fps=fps) for pair in zip(cells, where, strict=True)]
         shortest = min(len(frames) for frames in clips)
         frames = self.sizes.frames(shortest, self.generator.temporal_ratio)
         if shortest < frames:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from alignkit.storage import write_atomic
 from alignkit.trainers.buckets import BucketBatches
 from alignkit.trainers.latents import PROMPT, LatentDataset, collate
 
@@ -59,10 +59,7 @@ def precompute(trainer: RankDPOTrainer, dataset: LatentDataset, cache: Path) -> 
     file = cache / f"reference-{_key(trainer, dataset, epochs)}.safetensors"
     if not file.is_file():
         table = torch.stack([_one_epoch(trainer, dataset, epoch, epochs) for epoch in range(epochs)])
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # runs that share a cache may get here together
-        save_file({"errors": table}, temporary)
-        temporary.replace(file)
+        write_atomic(file, save({"errors": table}))  # runs that share a cache may get here together
     return load_file(file)["errors"]
 
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from alignkit.media import clip_preview, decode_clip
+from alignkit.storage import read_table, write_atomic
 
 _CARD = """\
 ---
 license: other
 task_categories:
-- text-to-image
+- text-to-{modality}
 tags:
 - preference
 - rankdpo
@@ -24,19 +28,17 @@ configs:
 {data_files}
 ---
 
-# Ranked pictures
+# Ranked {modality}s
 
-{rows} prompts with {candidates} candidate pictures each, ranked by {reward_names}.
+{rows} prompts with {candidates} candidate {modality}s each, ranked by {reward_names}.
 
 ```python
-from datasets import load_dataset
-
-ranked = load_dataset("path/to/this/folder", split="train")
+{loading}
 ```
-
+{previews}
 ## How it was made
 
-Several generators drew candidates for each prompt; every reward scored every picture; `phi` is the share of
+Several generators made candidates for each prompt; every reward scored every {modality}; `phi` is the share of
 (reward, opponent) duels a candidate wins within its prompt, as in RankDPO (arXiv 2410.18013). {form}
 Prompts were split by a hash of their text. The ranking's settings:
 
@@ -49,8 +51,8 @@ Prompts were split by a hash of their text. The ranking's settings:
 | column | what |
 |---|---|
 | `prompt_id`, `prompt` | hash of the text, and the text |
-| `images` [K] | candidates, PNG |
-| `generators` [K], `seeds` [K] | which model drew each, and its seed |
+| `{column}` [K] | {medium} |
+| `generators` [K], `seeds` [K] | which model made each, and its seed |
 | `sampling` | sampler settings by generator, JSON |
 | `scores` {{reward: [K]}} | raw scores, higher is better |
 | `phi` [K] | win rate in [0, 1] |
@@ -61,7 +63,7 @@ Prompts were split by a hash of their text. The ranking's settings:
 |---|---|
 {counts}
 
-| generator | pictures | mean phi | pairs won |
+| generator | {modality}s | mean phi | pairs won |
 |---|---|---|---|
 {generators}
 
@@ -75,16 +77,55 @@ More in `statistics.json`; file checksums in `manifest.json`.
 
 ## Licence
 
-The pictures fall under the licences of the generators that drew them, the scores under those of the rewards, the
+The {modality}s fall under the licences of the generators that made them, the scores under those of the rewards, the
 prompts under that of their source. Look at all three before you share this dataset.
 """
 
 
-def card_text(config: Mapping[str, Any], statistics: Mapping[str, Any], splits: Sequence[str]) -> str:
-    """Markdown with a YAML head; `splits` are those that have files."""
+_LOADING = """\
+from datasets import load_dataset
+
+ranked = load_dataset("path/to/this/folder", split="train")"""
+_LOADING_VIDEOS = """\
+from alignkit.media import decode_clip
+from datasets import load_dataset
+
+ranked = load_dataset("path/to/this/folder", split="train")
+frames = decode_clip(ranked[0]["videos"][0], "row 0")  # uint8 [F, H, W, 3]"""
+_PREVIEWS = "examples"
+
+
+def write_previews(folder: Path, data: Path) -> list[tuple[str, float, str]]:
+    """Previews of the candidates in the first row of `data`, best first: (prompt, phi, file in the folder)."""
+    row = read_table(data, columns=["prompt", "videos", "generators", "sampling", "phi"]).slice(0, 1).to_pylist()[0]
+    sampling = json.loads(row["sampling"])
+    order = sorted(range(len(row["phi"])), key=lambda k: (-row["phi"][k], k))
+    previews = []
+    for place, k in enumerate(order):
+        frames = decode_clip(row["videos"][k], f"'{data}', row 0, candidate {k}")
+        name = f"{_PREVIEWS}/{place}.webp"
+        write_atomic(folder / name, clip_preview(frames, sampling[row["generators"][k]]["fps"]))
+        previews.append((row["prompt"], row["phi"][k], name))
+    return previews
+
+
+def card_text(
+    config: Mapping[str, Any],
+    statistics: Mapping[str, Any],
+    splits: Sequence[str],
+    *,
+    previews: Sequence[tuple[str, float, str]] = (),
+) -> str:
+    """Markdown with a YAML head; `splits` are those that have files, `previews` (of videos) see `write_previews`."""
     bias = statistics["generator_bias"]
     strict = config["temperature"] is None
+    is_video = bool(previews)
     return _CARD.format(
+        modality="video" if is_video else "image",
+        column="videos" if is_video else "images",
+        medium="candidates, FFV1 in Matroska, lossless" if is_video else "candidates, PNG",
+        loading=_LOADING_VIDEOS if is_video else _LOADING,
+        previews=_previews_table(previews) if is_video else "",
         data_files="\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in splits),
         rows=statistics["rows"],
         candidates=statistics["candidates"],
@@ -96,6 +137,14 @@ def card_text(config: Mapping[str, Any], statistics: Mapping[str, Any], splits: 
         bias=bias_sentence(bias),
         agreement=_agreement_table(statistics["agreement"]),
     )
+
+
+def _previews_table(previews: Sequence[tuple[str, float, str]]) -> str:
+    """The candidates of one prompt as moving images, best first."""
+    prompt = " ".join(previews[0][0].split()).replace("<", "&lt;").replace("`", "'")
+    head = "| " + " | ".join(f"phi {phi:.2f}" for _, phi, _ in previews) + " |\n" + "|---" * len(previews) + "|"
+    cells = "| " + " | ".join(f"![candidate]({name})" for *_, name in previews) + " |"
+    return f"\n`{prompt}`, best candidate first:\n\n{head}\n{cells}\n"
 
 
 def bias_sentence(bias: Mapping[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""The first stage of Syn-Pic: candidates of several generators and seeds, as PNG bytes in parquet parts.
+"""The first stage of Syn-Pic: candidates of several generators and seeds, as encoded bytes in parquet parts.
+
+Images are PNG in a column `images`, videos FFV1 in Matroska in a column `videos`.
 
 `generate_and_score` scores each finished part while the next one is generated. Models come in as picklable builders,
 called once and only when a part is missing. Importing this module loads no torch.
@@ -18,12 +20,22 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, DataError
-from alignkit.protocols import ImageSource, Reward
+from alignkit.media import encode_medium, quantise
+from alignkit.protocols import ImageSource, Reward, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
-from data_pipelines.images import encode_png, quantise
+from alignkit.storage import (
+    STAGE_FILES,
+    Part,
+    StageResult,
+    claim,
+    finish_run,
+    finished_part,
+    part_name,
+    write_part,
+)
 from data_pipelines.prompts import drop_duplicates
-from data_pipelines.storage import Part, StageResult, finish_run, finished_part, open_run, part_name, write_part
+from data_pipelines.synpic.media_columns import media_column, media_feature
 from data_pipelines.synpic.score import (
     ScoreConfig,
     Scorer,
@@ -33,14 +45,16 @@ from data_pipelines.synpic.score import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 ENCODERS = 2  # threads; PNG at level 1 keeps far ahead of any generator with two
+_NAMES = {4: "images", 5: "videos"}  # by the axes of a batch of pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """One generator: its name among the builders, pictures a prompt, and how they are sampled."""
+    """One generator: its name among the builders, candidates for each prompt, and how they are sampled."""
 
     name: str
     seeds: int = 1
@@ -49,10 +63,10 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
-    """Which candidates to draw. K, the candidates a prompt, is the sum of the sources' `seeds`.
+    """Which candidates to generate. K, the candidates of a prompt, is the sum of the sources' `seeds`.
 
-    `part_size` prompts make one file; `batch_size` pictures go into one call of a generator, never across parts.
-    The paper draws one picture from each of four generators.
+    `part_size` prompts make one file; `batch_size` candidates go into one call of a generator, never across parts.
+    The paper takes one image from each of four generators.
     """
 
     sources: Sequence[SourceConfig]
@@ -68,7 +82,7 @@ class GenerateConfig:
             if value < 1:
                 raise ConfigError(f"{key} must be at least 1, got {value}")
         if any(source.seeds < 1 for source in self.sources):
-            raise ConfigError("every source needs `seeds` of at least 1; leave out a source that draws nothing")
+            raise ConfigError("every source needs `seeds` of at least 1; leave out a source that makes no candidate")
         if self.candidates < 2:
             has = f"{names[0]} x {self.candidates}" if names else "no source"
             raise ConfigError(f"one candidate a prompt cannot be ranked ({has}); set `seeds: 2` or add a second source")
@@ -88,31 +102,19 @@ def generate_candidates(
     identities: Mapping[str, str] | None = None,
     on_part: Callable[[Part], None] = lambda _part: None,
 ) -> StageResult:
-    """Draw K candidates for every prompt into `out_dir/data/part-*.parquet`, one row a prompt.
+    """Generate K candidates for every prompt into `out_dir/data/part-*.parquet`, one row a prompt.
 
-    Columns: prompt_id, prompt, metadata (JSON), images [K], generators [K], seeds [K], sampling (JSON by source).
-    Candidate k of a prompt is drawn with `derive_seed(config.seed, prompt.id, k)`, whatever the batch. Encoding and
-    writing happen in threads while the next batch is drawn. `on_part` is called, from the writing thread, with each
+    Columns: prompt_id, prompt, metadata (JSON), images [K] or videos [K], generators [K], seeds [K], sampling (JSON by
+    source).
+    Candidate k of a prompt has the seed `derive_seed(config.seed, prompt.id, k)`, whatever the batch. Encoding and
+    writing happen in threads while the next batch is generated. `on_part` is called, from the writing thread, with each
     part that is safely on disk (parts of an earlier, interrupted run first). `identities` says what stands for the
     weights of each source: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
     Raises UnknownNameError for a source without a builder, DataError without prompts, ResumeError, StorageError.
     """
-    prompts, duplicates = drop_duplicates(prompts)
-    if not prompts:
-        raise DataError("no prompts to draw candidates for; give at least one")
-    check_names((source.name for source in config.sources), build_sources, kind="generator")
-    folder = Path(out_dir)
-    open_run(folder, _settings(prompts, config, identities))
-    names = [part_name(index) for index in range(-(-len(prompts) // config.part_size))]
-    parts = {name: part for name in names if (part := finished_part(folder, name))}
-    missing = [name for name in names if name not in parts]
-    sources = build_all((source.name for source in config.sources), build_sources) if missing else {}
-    for part in parts.values():
-        on_part(part)
-    parts |= _draw_parts(_Artist(config, sources, folder), prompts, missing, on_part)
-    counts = {"duplicate_prompts": duplicates, "pictures": len(prompts) * config.candidates}
-    return finish_run(folder, "generate", [parts[name] for name in names], rows=len(prompts), counts=counts)
+    opened = _Candidates.open(Path(out_dir), config, prompts, build_sources, identities)
+    return opened.generate(build_sources, on_part)
 
 
 def generate_and_score(
@@ -126,38 +128,31 @@ def generate_and_score(
     source_identities: Mapping[str, str] | None = None,
     reward_identities: Mapping[str, str] | None = None,
 ) -> tuple[StageResult, StageResult]:
-    """Both stages at once, into `out_dirs` (candidates, scores): each part is scored while the next one is drawn.
+    """Both stages at once, into `out_dirs` (candidates, scores): each part is scored while the next one is generated.
 
     The two folders hold the bytes that `generate_candidates` and then `score_candidates` would have written.
     The identities are what those two take.
     """
-    unique, _ = drop_duplicates(prompts)
-    check_names((source.name for source in generate.sources), build_sources, kind="generator")
     candidates_dir, scores_dir = map(Path, out_dirs)
-    open_run(candidates_dir, _settings(unique, generate, source_identities))
-    scorer = Scorer.open(
-        scores_dir, score, candidates_dir, build_rewards, rows=len(unique), identities=reward_identities
-    )
+    opened = _Candidates.open(candidates_dir, generate, prompts, build_sources, source_identities)
+    rows = len(opened.prompts)
+    scorer = Scorer.open(scores_dir, score, candidates_dir, build_rewards, rows=rows, identities=reward_identities)
     if not (scores_dir / "manifest.json").exists():
-        scorer.rewards()  # here, for loading a model in one thread disturbs drawing in another (the default dtype)
+        # Here, for loading a model in one thread disturbs generating in another (the default dtype).
+        rewards = scorer.rewards()
+        if any(source.sampling.num_frames > 1 for source in generate.sources):
+            require_modality(rewards, "video")
     pending: list[Future[None]] = []
 
     def score_later(part: Part) -> None:
         for future in pending:
             if future.done():
-                future.result()  # a reward that failed stops the drawing too
+                future.result()  # a reward that failed stops the generation too
         pending.append(pool.submit(scorer.score, part))
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="score")
     try:
-        generated = generate_candidates(
-            prompts,
-            generate,
-            candidates_dir,
-            build_sources=build_sources,
-            identities=source_identities,
-            on_part=score_later,
-        )
+        generated = opened.generate(build_sources, score_later)
         for future in pending:
             future.result()
         return generated, scorer.finish()
@@ -166,42 +161,81 @@ def generate_and_score(
         scorer.bar.close()
 
 
-def _settings(
-    prompts: Sequence[Prompt], config: GenerateConfig, identities: Mapping[str, str] | None
-) -> dict[str, Any]:
-    """All that decides the stage's bytes; the prompts by their number and hash."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(f"{prompt.id}\x1f{prompt.text}\x1f{_metadata(prompt)}\x1e".encode())
-    inputs = {"prompts": len(prompts), "prompts_sha256": digest.hexdigest()}
-    inputs |= named_identities((source.name for source in config.sources), identities)
-    return {"stage": "generate", "config": asdict(config), "inputs": inputs}
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """A claimed candidates folder, its distinct prompts, and how many duplicates were dropped."""
+
+    folder: Path
+    config: GenerateConfig
+    prompts: Sequence[Prompt]
+    duplicates: int
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        config: GenerateConfig,
+        prompts: Sequence[Prompt],
+        build_sources: Mapping[str, Callable[[], ImageSource]],
+        identities: Mapping[str, str] | None,
+    ) -> _Candidates:
+        """Begin or resume: what decides the stage's bytes is claimed, the prompts by their number and hash."""
+        unique, duplicates = drop_duplicates(prompts)
+        if not unique:
+            raise DataError("no prompts to generate candidates for; give at least one")
+        names = [source.name for source in config.sources]
+        check_names(names, build_sources, kind="generator")
+        digest = hashlib.sha256()
+        for prompt in unique:
+            digest.update(f"{prompt.id}\x1f{prompt.text}\x1f{_metadata(prompt)}\x1e".encode())
+        inputs = {"prompts": len(unique), "prompts_sha256": digest.hexdigest()}
+        inputs |= named_identities(names, identities)
+        sources = [asdict(source) | {"sampling": source.sampling.plain()} for source in config.sources]
+        settings = asdict(config) | {"sources": sources}
+        claim(folder, {"stage": "generate", "config": settings, "inputs": inputs}, writes=STAGE_FILES)
+        return cls(folder, config, unique, duplicates)
+
+    def generate(
+        self, build_sources: Mapping[str, Callable[[], ImageSource]], on_part: Callable[[Part], None]
+    ) -> StageResult:
+        """Generate the missing parts and write the manifest."""
+        names = [part_name(index) for index in range(-(-len(self.prompts) // self.config.part_size))]
+        parts = {name: part for name in names if (part := finished_part(self.folder, name))}
+        missing = [name for name in names if name not in parts]
+        sources = build_all((source.name for source in self.config.sources), build_sources) if missing else {}
+        for part in parts.values():
+            on_part(part)
+        parts |= _write_parts(_Producer(self.config, sources, self.folder), self.prompts, missing, on_part)
+        ordered = [parts[name] for name in names]
+        noun = "videos" if media_column(self.folder, ordered[0]) == "videos" else "pictures"
+        counts = {"duplicate_prompts": self.duplicates, noun: len(self.prompts) * self.config.candidates}
+        return finish_run(self.folder, "generate", ordered, rows=len(self.prompts), counts=counts)
 
 
 def _metadata(prompt: Prompt) -> str:
     return json.dumps(dict(prompt.metadata), sort_keys=True, default=str)
 
 
-def _draw_parts(
-    artist: _Artist, prompts: Sequence[Prompt], missing: Sequence[str], on_part: Callable[[Part], None]
+def _write_parts(
+    producer: _Producer, prompts: Sequence[Prompt], missing: Sequence[str], on_part: Callable[[Part], None]
 ) -> dict[str, Part]:
-    """Draw and write the missing parts; while one is written the next is drawn, and no more than that is held."""
-    size = artist.config.part_size
+    """Generate and write the missing parts; while one is written the next is generated, and no more is held."""
+    size = producer.config.part_size
     rows_of = {name: prompts[int(name[5:]) * size :][:size] for name in missing}
     parts: dict[str, Part] = {}
 
     def write(name: str, cells: list[list[Future[bytes]]]) -> None:
-        parts[name] = artist.write(name, rows_of[name], cells)
+        parts[name] = producer.write(name, rows_of[name], cells)
         on_part(parts[name])
 
     with contextlib.ExitStack() as stack:
-        total = sum(map(len, rows_of.values())) * artist.config.candidates
-        bar = stack.enter_context(tqdm(total=total, desc="generate", unit="picture", disable=not missing))
+        total = sum(map(len, rows_of.values())) * producer.config.candidates
+        bar = stack.enter_context(tqdm(total=total, desc="generate", unit="candidate", disable=not missing))
         encoders = stack.enter_context(ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode"))
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
         writing: Future[None] | None = None
         for name in missing:
-            cells = artist.draw(rows_of[name], encoders, bar)
+            cells = producer.generate(rows_of[name], encoders, bar)
             if writing is not None:
                 writing.result()
             writing = writer.submit(write, name, cells)
@@ -211,55 +245,65 @@ def _draw_parts(
 
 
 @dataclass(frozen=True, slots=True)
-class _Artist:
-    """Draws and writes parts with sources that are built."""
+class _Producer:
+    """Generates and writes parts with sources that are built."""
 
     config: GenerateConfig
     sources: Mapping[str, ImageSource]
     folder: Path
+    ndim: dict[str, int] = field(default_factory=dict)  # of a batch, once the first one is generated
 
-    def draw(self, rows: Sequence[Prompt], encoders: ThreadPoolExecutor, bar: tqdm[Any]) -> list[list[Future[bytes]]]:
-        """PNG bytes to come, [rows][K]."""
+    def generate(
+        self, rows: Sequence[Prompt], encoders: ThreadPoolExecutor, bar: tqdm[Any]
+    ) -> list[list[Future[bytes]]]:
+        """Encoded bytes to come, [rows][K]."""
         cells: list[list[Future[bytes]]] = [[] for _ in rows]
         first = 0
         for source in self.config.sources:
             jobs = [(row, k) for row in range(len(rows)) for k in range(first, first + source.seeds)]
             for start in range(0, len(jobs), self.config.batch_size):
                 batch = jobs[start : start + self.config.batch_size]
-                pictures = self._pictures(source, [(rows[row], k) for row, k in batch])
-                for (row, _), picture in zip(batch, pictures, strict=True):
-                    cells[row].append(encoders.submit(encode_png, picture))
+                media = self._media(source, [(rows[row], k) for row, k in batch])
+                if media.ndim != self.ndim.setdefault("media", media.ndim):
+                    raise DataError(
+                        f"generator '{source.name}' makes {_NAMES[media.ndim]}, an earlier source makes "
+                        f"{_NAMES[self.ndim['media']]}; rank images and videos apart, in two folders"
+                    )
+                for (row, _), medium in zip(batch, media, strict=True):
+                    cells[row].append(encoders.submit(encode_medium, medium, source.sampling.fps))
                 bar.update(len(batch))
             first += source.seeds
         return cells
 
-    def _pictures(self, source: SourceConfig, batch: Sequence[tuple[Prompt, int]]) -> Any:
+    def _media(self, source: SourceConfig, batch: Sequence[tuple[Prompt, int]]) -> np.ndarray:
+        """uint8 [B, H, W, 3], or [B, F, H, W, 3] of videos."""
         seeds = [derive_seed(self.config.seed, prompt.id, k) for prompt, k in batch]
         pixels = self.sources[source.name].generate([prompt.text for prompt, _ in batch], seeds, source.sampling)
-        if pixels.dim() != 4 or pixels.shape[:2] != (len(batch), 3):
-            expected = f"[{len(batch)}, 3, H, W]"
+        if pixels.dim() not in _NAMES or len(pixels) != len(batch) or pixels.shape[-3] != 3:
+            expected = f"[{len(batch)}, 3, H, W], or [{len(batch)}, F, 3, H, W] of videos"
             raise DataError(f"generator '{source.name}' returned pixels {list(pixels.shape)}, expected {expected}")
         return quantise(pixels)
 
     def write(self, name: str, rows: Sequence[Prompt], cells: list[list[Future[bytes]]]) -> Part:
-        """Wait for the encoded pictures and make them a finished part."""
+        """Wait for the encoded media and make them a finished part."""
         table = self._table(rows, [[cell.result() for cell in row] for row in cells])
         return write_part(self.folder, name, {f"data/{name}.parquet": table})
 
-    def _table(self, rows: Sequence[Prompt], images: list[list[bytes]]) -> pa.Table:
+    def _table(self, rows: Sequence[Prompt], media: list[list[bytes]]) -> pa.Table:
         import pyarrow as pa
-        from datasets import Features, Image, List, Value
+        from datasets import Features, List, Value
 
+        column = _NAMES[self.ndim["media"]]
         text, texts, whole = Value("string"), List(Value("string")), List(Value("int64"))
-        named = {"prompt_id": text, "prompt": text, "metadata": text, "images": List(Image())}
+        named = {"prompt_id": text, "prompt": text, "metadata": text, column: List(media_feature(column))}
         schema = Features({**named, "generators": texts, "seeds": whole, "sampling": text}).arrow_schema
         generators = [source.name for source in self.config.sources for _ in range(source.seeds)]
-        sampling = json.dumps({s.name: json.loads(s.sampling.to_json()) for s in self.config.sources}, sort_keys=True)
+        sampling = json.dumps({s.name: s.sampling.plain() for s in self.config.sources}, sort_keys=True)
         columns = {
             "prompt_id": [prompt.id for prompt in rows],
             "prompt": [prompt.text for prompt in rows],
             "metadata": [_metadata(prompt) for prompt in rows],
-            "images": [[{"bytes": data, "path": None} for data in row] for row in images],
+            column: [[{"bytes": data, "path": None} for data in row] for row in media],
             "generators": [generators] * len(rows),
             "seeds": [[derive_seed(self.config.seed, p.id, k) for k in range(len(generators))] for p in rows],
             "sampling": [sampling] * len(rows),

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from alignkit.storage import read_table
 from data_pipelines.ranking import concordance
-from data_pipelines.storage import read_table
 
 CHUNK = 4096  # prompts at a time: [R, R, P, K, K] would not stay small
 BINS = 10

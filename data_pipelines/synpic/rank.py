@@ -14,23 +14,25 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, DataError
-from data_pipelines import ranking
-from data_pipelines.prompts import split_of
-from data_pipelines.storage import (
+from alignkit.storage import (
+    STAGE_FILES,
     Part,
     StageResult,
     checksum,
+    claim,
     finish_run,
     finished_part,
-    open_run,
     read_table,
     recorded_parts,
     require_intact,
-    write_atomic,
     write_json,
     write_part,
+    write_text,
 )
-from data_pipelines.synpic.card import card_text
+from data_pipelines import ranking
+from data_pipelines.prompts import split_of
+from data_pipelines.synpic.card import card_text, write_previews
+from data_pipelines.synpic.media_columns import find_column, media_column, media_feature
 from data_pipelines.synpic.pixel_statistics import describe, load_columns
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "heldout")
 COLUMNS = ("prompt_id", "prompt", "images", "generators", "seeds", "sampling", "scores", "phi")
-DROPPED = ("quarantined", "identical_images", "all_tied", "low_agreement", "low_margin")
+VIDEO_COLUMNS = tuple("videos" if name == "images" else name for name in COLUMNS)
 TIE = 1e-12  # soft win rates of tied candidates may differ in their last bits
 
 
@@ -50,8 +52,8 @@ class RankConfig:
 
     `temperature` None counts strict wins as the paper does; a number gives the calibrated soft form. `held_out` is the
     share of prompts, chosen by hash, in the held-out split. A row is dropped (and counted under the first that applies)
-    when two of its pictures are identical (`dedup`), all its phi tie (`drop_ties`), its rewards' mean concordance is
-    below `min_agreement` (0.5 is chance), or best minus worst phi is below `min_margin`.
+    when two of its images or videos are identical (`dedup`), all its phi tie (`drop_ties`), its rewards' mean
+    concordance is below `min_agreement` (0.5 is chance), or best minus worst phi is below `min_margin`.
     """
 
     temperature: float | None = None
@@ -88,7 +90,7 @@ def rank_candidates(
         "candidates_sha256": checksum(candidates_dir / "manifest.json"),
         "scores_sha256": checksum(scores_dir / "manifest.json"),
     }
-    open_run(folder, {"stage": "rank", "config": asdict(config), "inputs": inputs})
+    claim(folder, {"stage": "rank", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
     scale = None if config.temperature is None else _scale(scores_dir, scores)
     parts = []
     for candidate, score in tqdm(list(zip(candidates, scores, strict=True)), desc="rank", unit="part"):
@@ -100,18 +102,32 @@ def rank_candidates(
             done = _rank_part(folder, candidate.name, joined, config, scale)
         parts.append(done)
     counts = Counter({"duplicate_prompts": generated["counts"]["duplicate_prompts"]})
-    counts.update(dict.fromkeys((*DROPPED, *SPLITS), 0))
+    column = media_column(candidates_dir, candidates[0])
+    counts.update(dict.fromkeys((*_reasons_for(column), *SPLITS), 0))
     for part in parts:
         counts.update(part.notes)
-    return _finish(folder, config, parts, counts)
+    return _finish(folder, config, parts, counts, column)
 
 
-def ranked_features(rewards: Iterable[str]) -> Features:
-    """The `datasets` features of a ranked dataset with these rewards, columns in their order on disk."""
-    from datasets import Features, Image, List, Value
+def _reasons_for(column: str) -> tuple[str, ...]:
+    """Why rows may be dropped, in the order in which it is checked."""
+    return ("quarantined", f"identical_{column}", "all_tied", "low_agreement", "low_margin")
+
+
+def ranked_features(rewards: Iterable[str], column: str = "images") -> Features:
+    """The `datasets` features of a ranked dataset with these rewards, columns in their order on disk.
+
+    `column` is "images" or "videos".
+    """
+    from datasets import Features, List, Value
 
     text, numbers = Value("string"), List(Value("float64"))
-    named = {"prompt_id": text, "prompt": text, "images": List(Image()), "generators": List(Value("string"))}
+    named = {
+        "prompt_id": text,
+        "prompt": text,
+        column: List(media_feature(column)),
+        "generators": List(Value("string")),
+    }
     measured = {"scores": dict.fromkeys(rewards, numbers), "phi": numbers}
     return Features({**named, "seeds": List(Value("int64")), "sampling": text, **measured})
 
@@ -174,13 +190,13 @@ def _rank_part(
 
 def _reasons(candidates: pa.Table, scores_RPK: Tensor, phi_PK: Tensor, config: RankConfig) -> Iterator[str | None]:
     """Why each row is dropped, or None."""
-    images = candidates["images"].to_pylist()
+    column = find_column(candidates.column_names, "candidates")
     agreement = ranking.agreement(scores_RPK).tolist()
     margin = ranking.margin(phi_PK).tolist()
-    for row, pictures in enumerate(images):
-        distinct = {picture["bytes"] for picture in pictures}
+    for row, media in enumerate(candidates[column].to_pylist()):
+        distinct = {medium["bytes"] for medium in media}
         checks = {
-            "identical_images": config.dedup and len(distinct) < len(pictures),
+            f"identical_{column}": config.dedup and len(distinct) < len(media),
             "all_tied": config.drop_ties and margin[row] <= TIE,
             "low_agreement": agreement[row] < config.min_agreement,
             "low_margin": margin[row] < config.min_margin,
@@ -192,8 +208,10 @@ def _ranked_table(candidates: pa.Table, scores: pa.Table, phi_PK: Tensor) -> pa.
     import pyarrow as pa
 
     rewards = [field.name for field in scores.schema.field("scores").type]
-    schema = ranked_features(rewards).arrow_schema
-    columns = {name: candidates[name] for name in COLUMNS[:6]}
+    column = find_column(candidates.column_names, "candidates")
+    schema = ranked_features(rewards, column).arrow_schema
+    names = COLUMNS if column == "images" else VIDEO_COLUMNS
+    columns = {name: candidates[name] for name in names[:6]}
     columns |= {"scores": scores["scores"], "phi": pa.array(phi_PK.tolist())}
     return pa.table(columns).cast(schema)
 
@@ -204,14 +222,17 @@ def _split(prompt_ids: Sequence[str], reasons: Sequence[str | None], held_out: f
     return {split: [row for row in kept if sides[row] == split] for split in SPLITS}
 
 
-def _finish(folder: Path, config: RankConfig, parts: Sequence[Part], counts: Mapping[str, int]) -> StageResult:
+def _finish(
+    folder: Path, config: RankConfig, parts: Sequence[Part], counts: Mapping[str, int], column: str
+) -> StageResult:
     kept = sum(counts[split] for split in SPLITS)
     if not kept:
-        told = ", ".join(f"{reason} {counts[reason]}" for reason in DROPPED if counts[reason])
-        raise DataError(f"no row is left to rank: {told}; loosen the filters or look at the rewards")
+        reasons = ", ".join(f"{reason} {counts[reason]}" for reason in _reasons_for(column) if counts[reason])
+        raise DataError(f"no row is left to rank: {reasons}; loosen the filters or look at the rewards")
     paths = [folder / path for part in parts for path in part.files]
     statistics: dict[str, Any] = {"counts": dict(counts), **describe(*load_columns(paths))}
     write_json(folder / "statistics.json", statistics)
     splits = [split for split in SPLITS if counts[split]]
-    write_atomic(folder / "README.md", card_text(asdict(config), statistics, splits).encode())
+    previews = write_previews(folder, paths[0]) if column == "videos" else []
+    write_text(folder / "README.md", card_text(asdict(config), statistics, splits, previews=previews))
     return finish_run(folder, "rank", parts, rows=kept, counts=counts)

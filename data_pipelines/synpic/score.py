@@ -16,22 +16,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
-from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
-from alignkit.protocols import Reward, require_independent
+from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, UnknownNameError, nearest
+from alignkit.media import clip_shape, decode_clip, decode_image, image_size, to_pixels
+from alignkit.protocols import Reward, require_independent, require_modality
 from alignkit.records import Prompt
-from data_pipelines.images import decode, image_size
-from data_pipelines.storage import (
+from alignkit.storage import (
+    RUN,
+    STAGE_FILES,
     Part,
     StageResult,
     checksum,
+    claim,
     finish_run,
     finished_part,
-    open_run,
     read_table,
     recorded_parts,
-    write_atomic,
     write_part,
+    write_text,
 )
+from data_pipelines.synpic.media_columns import MEDIA, media_column
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +49,7 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
-    """Which rewards score the candidates; `batch_size` pictures of one size go into one call."""
+    """Which rewards score the candidates; `batch_size` candidates of one shape go into one call."""
 
     rewards: Sequence[str]
     batch_size: int = 32
@@ -73,7 +76,7 @@ def build_all(names: Iterable[str], builders: Mapping[str, Callable[[], Built]])
 
 
 def _build_independent(names: Iterable[str], builders: Mapping[str, Callable[[], Reward]]) -> dict[str, Reward]:
-    """Rewards that score each picture alone, for parts and batches cut the candidates anywhere."""
+    """Rewards that score each candidate alone, for parts and batches cut the candidates anywhere."""
     rewards = build_all(names, builders)
     require_independent(rewards)
     return rewards
@@ -100,7 +103,7 @@ def score_candidates(
     of each reward: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
     Raises UnknownNameError for a reward without a builder, ConfigError for one whose rows depend on each other
-    (`alignkit.protocols.Dependent`), DataError naming file, row and candidate of a picture that
+    (`alignkit.protocols.Dependent`), DataError naming file, row and candidate of an image or video that
     cannot be read, NumericsError over the quarantine limit, MissingFileError when generation is not finished.
     """
     candidates_dir = Path(candidates_dir)
@@ -139,9 +142,14 @@ class Scorer:
     ) -> Scorer:
         """Begin or resume in `folder`; `candidates_dir` is at least begun and will have `rows` rows."""
         check_names(config.rewards, build_rewards, kind="reward")
-        inputs = {"candidates_config_sha256": checksum(candidates_dir / "config.json")}
+        if not (candidates_dir / RUN).is_file():
+            raise MissingFileError(
+                f"'{candidates_dir}' has no {RUN}: an earlier version made it; generate the candidates again, into "
+                "another folder"
+            )
+        inputs = {"candidates_run_sha256": checksum(candidates_dir / RUN)}
         inputs |= named_identities(config.rewards, identities)
-        open_run(folder, {"stage": "score", "config": asdict(config), "inputs": inputs})
+        claim(folder, {"stage": "score", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
         rewards = functools.cache(functools.partial(_build_independent, config.rewards, build_rewards))
         return cls(folder, config, candidates_dir, rows, rewards, {}, tqdm(total=rows, desc="score", unit="prompt"))
 
@@ -168,9 +176,12 @@ class Scorer:
 
     def _score(self, part: Part) -> Part:
         (path,) = part.files
-        table = read_table(self.candidates_dir / path, columns=["prompt_id", "prompt", "metadata", "images"])
+        column = media_column(self.candidates_dir, part)
+        require_modality(self.rewards(), MEDIA[column])
+        table = read_table(self.candidates_dir / path, columns=["prompt_id", "prompt", "metadata", column])
         rows = table.to_pylist()
-        measured = _score_rows(rows, self.candidates_dir / path, self.rewards(), self.config.batch_size)
+        cells = _Cells(rows, column, self.candidates_dir / path)
+        measured = _score_rows(cells, self.rewards(), self.config.batch_size)
         totals = {name: columns[TOTAL] for name, columns in measured.items()}
         faults = [_fault(row, index, totals) for index, row in enumerate(rows)]
         parts = {name: {key: columns[key] for key in columns if key != TOTAL} for name, columns in measured.items()}
@@ -186,50 +197,72 @@ class Scorer:
     def _write_quarantine(self) -> Path:
         lines = [json.dumps(fault, sort_keys=True, ensure_ascii=False) + "\n" for fault in self._quarantined()]
         path = self.folder / "quarantine.jsonl"
-        write_atomic(path, "".join(lines).encode())
+        write_text(path, "".join(lines))
         return path
 
 
-def _score_rows(
-    rows: Sequence[Mapping[str, Any]], path: Path, rewards: Mapping[str, Reward], batch_size: int
-) -> dict[str, dict[str, np.ndarray]]:
-    """float64 [rows, K] of every reward and its parts; pictures are decoded once and grouped by size."""
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """The media of some rows of candidates: `column` of `rows`, read from `path`."""
+
+    rows: Sequence[Mapping[str, Any]]
+    column: str
+    path: Path
+
+    @property
+    def candidates(self) -> int:
+        """K, the number of candidates a row."""
+        return len(self.rows[0][self.column])
+
+    def batches(self, size: int) -> Iterable[list[tuple[int, int]]]:
+        """(row, candidate) of media of one shape, at most `size` at a time, in order."""
+        by_shape: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        measure = image_size if self.column == "images" else clip_shape
+        for row in range(len(self.rows)):
+            for k in range(self.candidates):
+                by_shape.setdefault(measure(self._data(row, k), self._where(row, k)), []).append((row, k))
+        for cells in by_shape.values():
+            yield from (cells[start : start + size] for start in range(0, len(cells), size))
+
+    def pixels(self, cells: Sequence[tuple[int, int]]) -> Tensor:
+        """Float pixels [B, 3, H, W], or [B, F, 3, H, W] of videos, in [0, 1]."""
+        import numpy as np
+
+        decode = decode_image if self.column == "images" else decode_clip
+        return to_pixels(np.stack([decode(self._data(row, k), self._where(row, k)) for row, k in cells]))
+
+    def _data(self, row: int, candidate: int) -> Any:
+        return self.rows[row][self.column][candidate]
+
+    def _where(self, row: int, candidate: int) -> str:
+        return f"'{self.path}', row {row} (prompt {self.rows[row]['prompt_id']}), candidate {candidate}"
+
+
+def _score_rows(cells: _Cells, rewards: Mapping[str, Reward], batch_size: int) -> dict[str, dict[str, np.ndarray]]:
+    """float64 [rows, K] of every reward and its parts; media are decoded once and grouped by shape."""
     import numpy as np
     import torch
 
+    rows, shape = cells.rows, (len(cells.rows), cells.candidates)
     prompts = [Prompt(row["prompt_id"], row["prompt"], json.loads(row["metadata"])) for row in rows]
     measured: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
-    for cells in _batches(rows, path, batch_size):
-        pictures = [decode(rows[row]["images"][k]["bytes"], where=_where(path, rows, row, k)) for row, k in cells]
-        media = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().float().div_(255)
-        index = tuple(np.array(cells).T)
+    for batch in cells.batches(batch_size):
+        media = cells.pixels(batch)
+        index = tuple(np.array(batch).T)
         for name, reward in rewards.items():
             with torch.no_grad():  # a setting of this thread, so it cannot be made outside
-                found = reward(media, [prompts[row] for row, _ in cells])
-            for part, values in {TOTAL: found.total, **found.parts}.items():
-                column = measured[name].setdefault(part, np.full((len(rows), len(rows[0]["images"])), np.nan))
-                column[index] = _checked(values, f"{name}/{part}" if part else name, len(cells))
+                scores = reward(media, [prompts[row] for row, _ in batch])
+            for part, values in {TOTAL: scores.total, **scores.parts}.items():
+                column = measured[name].setdefault(part, np.full(shape, np.nan))
+                column[index] = _checked(values, f"{name}/{part}" if part else name, len(batch))
     return measured
-
-
-def _batches(rows: Sequence[Mapping[str, Any]], path: Path, batch_size: int) -> Iterable[list[tuple[int, int]]]:
-    """(row, candidate) of pictures of one size, at most `batch_size` at a time, in order."""
-    by_size: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for row, columns in enumerate(rows):
-        for k, image in enumerate(columns["images"]):
-            size = image_size(image["bytes"], where=_where(path, rows, row, k))
-            by_size.setdefault(size, []).append((row, k))
-    for cells in by_size.values():
-        yield from (cells[start : start + batch_size] for start in range(0, len(cells), batch_size))
-
-
-def _where(path: Path, rows: Sequence[Mapping[str, Any]], row: int, candidate: int) -> str:
-    return f"'{path}', row {row} (prompt {rows[row]['prompt_id']}), candidate {candidate}"
 
 
 def _checked(total: Tensor, name: str, batch: int) -> np.ndarray:
     if total.shape != (batch,):
-        raise DataError(f"reward '{name}' returned scores {list(total.shape)}, expected [{batch}], one a picture")
+        raise DataError(
+            f"reward '{name}' returned scores {list(total.shape)}, expected [{batch}], one for each image or video"
+        )
     return total.detach().double().cpu().numpy()
 
 
@@ -253,10 +286,10 @@ def _table(
     numbers = List(Value("float64"))
     features: dict[str, Any] = {"prompt_id": Value("string"), "scores": dict.fromkeys(totals, numbers)}
     columns: dict[str, Any] = {"prompt_id": prompt_ids, "scores": _rows(totals)}
-    if told := {name: columns for name, columns in parts.items() if columns}:
-        features["parts"] = {name: dict.fromkeys(columns, numbers) for name, columns in told.items()}
-        split = {name: _rows(columns) for name, columns in told.items()}
-        columns["parts"] = [{name: split[name][row] for name in told} for row in range(len(prompt_ids))]
+    if named := {name: columns for name, columns in parts.items() if columns}:
+        features["parts"] = {name: dict.fromkeys(columns, numbers) for name, columns in named.items()}
+        split = {name: _rows(columns) for name, columns in named.items()}
+        columns["parts"] = [{name: split[name][row] for name in named} for row in range(len(prompt_ids))]
     return pa.table(columns, schema=Features(features).arrow_schema)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from alignkit.errors import MissingFileError
-from rewards.models.media import Preparation, quantised
+from alignkit.media import quantise
+from rewards.models.media import Preparation
 from rewards.models.weights import load_whole
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ class TransformersDetector:
     def __call__(self, media: Tensor) -> list[Detections]:
         import torch
 
-        pictures = quantised(media).double().mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        inputs = self._processor(images=list(pictures), return_tensors="pt").to(self._model.device)
+        inputs = self._processor(images=list(quantise(media)), return_tensors="pt").to(self._model.device)
         with torch.no_grad():
             output = self._model(**inputs)
         sizes = [tuple(media.shape[-2:])] * len(media)

@@ -7,11 +7,11 @@ reaches a model's video path: https://docs.vllm.ai/en/latest/features/multimodal
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.errors import ConfigError
+from alignkit.media import encode_image, quantise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,13 +47,7 @@ def _part(kind: str, url: str) -> dict[str, Any]:
 
 
 def _png(pixels: Tensor) -> str:
-    import torch
-    from PIL import Image
-
-    scaled = pixels.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
-    buffer = io.BytesIO()
-    Image.fromarray(scaled.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG", compress_level=1)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(encode_image(quantise(pixels))).decode()
 
 
 def user(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

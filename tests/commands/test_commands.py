@@ -26,7 +26,7 @@ def test_another_model_under_the_same_name_is_refused(work, capsys):
     assert cli.main(["generate", "--config", "generate.yaml"]) == 0
     again = ["generate", "--config", "generate.yaml", "--generators.painter.model", "mine_for_commands:Other"]
     assert cli.main(again) == 2
-    assert "'mine_for_commands:Painter' -> 'mine_for_commands:Other'" in capsys.readouterr().err
+    assert '"mine_for_commands:Painter" -> "mine_for_commands:Other"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_training_pushes_its_result_with_the_card(work, model_folders, uploads):
 
 
 def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, capsys):
-    """A strip of frames and the export lie there; pictures' evaluation says that it is none of clips."""
+    """The strip of frames and the export are there; an evaluation refuses a reward of images."""
     (work / "clips").mkdir()
     names = [f"{number}.mkv" for number in range(3)]
     for number, name in enumerate(names):
@@ -94,4 +94,4 @@ def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, c
     (work / "evaluate.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
     capsys.readouterr()
     assert cli.main(["evaluate", "--config=evaluate.yaml"]) == 2
-    assert "makes clips; evaluate compares pictures" in capsys.readouterr().err
+    assert "reward 'red' scores images, but here are videos" in capsys.readouterr().err

@@ -166,7 +166,7 @@ def test_bad_rows_are_named(world: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "x", "chosen": picture(1), "rejected": picture(2)}, {"prompt": "y", "chosen": b""}]
     schema = pa.schema([("prompt", pa.string()), ("chosen", pa.binary()), ("rejected", pa.binary())])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "p.parquet")
-    with pytest.raises(DataError, match="row 1, chosen: the picture is empty"):
+    with pytest.raises(DataError, match="row 1, chosen: the image or video is empty"):
         load_ranked(tmp_path / "p.parquet", "train")
 
 

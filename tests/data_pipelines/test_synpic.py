@@ -21,10 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
+from alignkit import storage
 from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, StorageError, UnknownNameError
 from alignkit.records import Sampling, Scores
 from alignkit.seeds import derive_seed
-from data_pipelines import storage, synpic
+from data_pipelines import synpic
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -139,6 +140,17 @@ def test_resume_with_other_settings_is_refused(world: Any, tmp_path: Path) -> No
         world.generate(folder, count=9)
 
 
+def test_candidates_of_an_earlier_version_are_not_continued_but_ranked(world: Any, tmp_path: Path) -> None:
+    candidates, scores = world.scored(tmp_path)
+    for folder in (candidates, scores):
+        (folder / "run.json").rename(folder / "config.json")
+    with pytest.raises(ResumeError, match=r"holds data, parts, manifest\.json but no run\.json"):
+        world.generate(candidates)
+    with pytest.raises(DataError, match=r"has no run\.json: an earlier version made it"):
+        synpic.score_candidates(candidates, world.score, tmp_path / "again", build_rewards=world.rewards)
+    assert synpic.rank_candidates(candidates, scores, synpic.RankConfig(drop_ties=False), tmp_path / "r").rows == 10
+
+
 def test_one_candidate_is_refused_with_the_fix(world: Any) -> None:
     with pytest.raises(ConfigError, match=r"dull x 1.*seeds: 2.*second source"):
         world.config(sources=[synpic.SourceConfig(name="dull")])
@@ -184,7 +196,7 @@ def test_broken_picture_is_named(world: Any, tmp_path: Path, keep: int, message:
     folder = world.generate(tmp_path / "c")
     good = rows_of(folder)[5]["images"][2]["bytes"]
     replace_picture(folder, good[:keep])
-    with pytest.raises(DataError, match=rf"part-00001\.parquet', row 1 .*candidate 2: the picture is {message}"):
+    with pytest.raises(DataError, match=rf"part-00001\.parquet', row 1 .*candidate 2: the image .*{message}"):
         synpic.score_candidates(folder, world.score, tmp_path / "s", build_rewards=world.rewards)
 
 
@@ -305,7 +317,11 @@ def test_wrong_shapes_and_broken_pixels_are_named(world: Any, tmp_path: Path) ->
         return dict.fromkeys(world.sources, lambda: Around(make, list))
 
     cases = (
-        (lambda p, s, q: torch.zeros(len(p), 8, 8, 3), DataError, r"pixels \[4, 8, 8, 3\], expected \[4, 3, H, W\]"),
+        (
+            lambda p, s, q: torch.zeros(len(p), 8, 8, 3),
+            DataError,
+            r"pixels \[4, 8, 8, 3\], expected \[4, 3, H, W\], or",
+        ),
         (lambda p, s, q: torch.full((len(p), 3, 8, 8), torch.nan), NumericsError, "NaN or infinite pixels"),
     )
     for make, error, message in cases:

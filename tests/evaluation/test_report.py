@@ -96,7 +96,7 @@ def test_tiny_pictures_are_shown_pixel_by_pixel_and_are_the_stored_ones(full, fi
     pairs = read_pairs(finished)
     row = choose(pairs, "gold", 6)["gains"][0]
     for side in ("base", "tuned"):
-        png = pairs.pictures(side, [row])[row]
+        png = pairs.media(side, [row])[row]
         assert f"data:image/png;base64,{base64.b64encode(png).decode()}" in full
     assert all(attrs["class"] == "tiny" for tag, attrs in parse(full).tags if tag == "img")
 
@@ -272,7 +272,7 @@ def test_reading_a_folder_that_is_none_or_damaged_names_the_file(tmp_path):
     with pytest.raises(MissingFileError, match=r"evaluation\.json"):
         render(ReportInputs("x", tmp_path))
     (tmp_path / "evaluation.json").write_text("{")
-    with pytest.raises(DataError, match=r"evaluation\.json is not JSON"):
+    with pytest.raises(DataError, match=r"evaluation\.json' is not JSON"):
         render(ReportInputs("x", tmp_path))
     (tmp_path / "evaluation.json").write_text(json.dumps({"results": []}))
     with pytest.raises(DataError, match="other keys"):

@@ -12,8 +12,8 @@ from PIL import Image
 from tiny_families import IMAGES
 
 from alignkit.errors import ConfigError
+from alignkit.media import fit, to_pixels
 from alignkit.trainers.buckets import BucketBatches, Sizes, buckets
-from alignkit.trainers.media import fit, to_pixels
 
 # --- which size -----------------------------------------------------------------------------------------------------
 
@@ -52,21 +52,21 @@ def test_steps_are_multiples_of_what_the_network_takes():
 
 def test_a_little_too_much_is_cut_off_at_the_edges():
     pixels = np.arange(3 * 19 * 21, dtype=np.uint8).reshape(19, 21, 3)
-    cut = fit(Image.fromarray(pixels), (16, 16), 8)
-    assert np.array_equal(np.asarray(cut), pixels[1:17, 2:18])
+    assert np.array_equal(fit(pixels[None], (16, 16), 8)[0], pixels[1:17, 2:18])
 
 
 def test_other_sizes_are_resampled_to_cover_the_bucket():
     """A step edge in the middle stays in the middle; a fine checkerboard becomes grey, not stripes."""
     edge = np.zeros((40, 80, 3), np.uint8)
     edge[:, 40:] = 255
-    halves = to_pixels([fit(Image.fromarray(edge), (16, 16), 8)])[0]
+    halves = to_pixels(fit(edge[None], (16, 16), 8))[0]
     assert halves[:, :, :7].max() < 0.1
     assert halves[:, :, 9:].min() > 0.9
     board = np.indices((64, 64)).sum(0)[..., None].repeat(3, -1) % 2 * 255
-    grey = to_pixels([fit(Image.fromarray(board.astype(np.uint8)), (16, 16), 8)])
+    board = board.astype(np.uint8)[None]
+    grey = to_pixels(fit(board, (16, 16), 8))
     assert (grey[..., 2:-2, 2:-2] - 0.5).abs().max() < 0.05
-    assert fit(Image.fromarray(board.astype(np.uint8)), (96, 128), 8).size == (128, 96)
+    assert fit(board, (96, 128), 8).shape == (1, 96, 128, 3)
 
 
 def test_rows_of_all_sizes_are_encoded_each_at_its_own(make, mixed, random_png, caplog):
@@ -81,7 +81,7 @@ def test_rows_of_all_sizes_are_encoded_each_at_its_own(make, mixed, random_png, 
     decoded[2] = decoded[2].crop((1, 0, 17, 16))
     decoded[3] = decoded[3].resize((16, 24), Image.Resampling.LANCZOS)
     for row, image in enumerate(decoded):
-        expected = generator.encode(to_pixels([image]))[0]
+        expected = generator.encode(to_pixels(np.asarray(image)[None]))[0]
         torch.testing.assert_close(dataset[row]["latents"][2], expected, rtol=0, atol=1e-5)
     assert "16 images or clips in 3 size buckets, 5 of them resized or cropped; rows in buckets smaller" in caplog.text
     assert caplog.text.count("size buckets") == 1

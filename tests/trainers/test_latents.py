@@ -6,15 +6,16 @@ import io
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from alignkit.errors import DataError
+from alignkit.media import decode_image, to_pixels
 from alignkit.trainers import latents
 from alignkit.trainers.latents import DrawPlan, collate, conditioning, encode_rows
-from alignkit.trainers.media import read_picture, to_pixels
 
 
 def plan(**changes):
@@ -148,7 +149,7 @@ def test_cached_values_are_the_codecs(dataset, load, ranked_rows):
     generator, rows = load("flow"), ranked_rows(6)
     with torch.no_grad():
         for index in (0, 5):
-            pixels = to_pixels([read_picture(image, "here") for image in rows[index]["images"]])
+            pixels = to_pixels(np.stack([decode_image(image, "here") for image in rows[index]["images"]]))
             item = dataset[index]
             torch.testing.assert_close(item["latents"], generator.encode(pixels), rtol=0, atol=1e-5)
             cond = generator.encode_prompts([rows[index]["prompt"]])
@@ -223,9 +224,9 @@ def _set_image(k, data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set_image(2, picture()[:60]), "row 19, candidate 2: the picture cannot be decoded"),
-        (_set_image(1, b""), "row 19, candidate 1: there is nothing"),
-        (_set_image(3, b"no picture at all"), "row 19, candidate 3: the picture cannot be decoded"),
+        (_set_image(2, picture()[:60]), "row 19, candidate 2: the image cannot be decoded"),
+        (_set_image(1, b""), "row 19, candidate 1: the image or video is empty"),
+        (_set_image(3, b"no picture at all"), "row 19, candidate 3: the image cannot be decoded"),
         (_set_image(0, picture((24, 3))), "row 19: 24 x 3 pixels, below the 4 that the model needs"),
         (lambda item: item["images"].pop(), "row 19: 3 candidates, row 0 has 4"),
         (lambda item: item["phi"].pop(), r"row 19: phi is .*; it must be 4 finite numbers"),
@@ -253,8 +254,8 @@ def test_pictures_come_in_many_forms(tmp_path):
     file = tmp_path / "p.png"
     file.write_bytes(picture())
     for form in (picture(), {"bytes": picture(), "path": None}, {"bytes": None, "path": str(file)}, Image.open(file)):
-        assert torch.equal(to_pixels([read_picture(form, "here")]), expected)
+        assert torch.equal(to_pixels(decode_image(form, "here"))[None], expected)
     grey = Image.new("L", (4, 4), 128)
-    assert to_pixels([read_picture(grey, "here")]).shape == (1, 3, 4, 4)
-    with pytest.raises(DataError, match="here: the picture cannot be decoded"):
-        read_picture({"bytes": None, "path": str(Path(tmp_path) / "gone.png")}, "here")
+    assert to_pixels(decode_image(grey, "here")).shape == (3, 4, 4)
+    with pytest.raises(DataError, match="here: the image cannot be decoded"):
+        decode_image({"bytes": None, "path": str(Path(tmp_path) / "gone.png")}, "here")

@@ -9,7 +9,7 @@ import torch
 from clips import encoded, frames
 
 from alignkit.errors import ConfigError, DataError
-from alignkit.trainers.media import read_clip, to_pixels
+from alignkit.media import decode_clip, to_pixels
 from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer
 from alignkit.trainers.sft import SFTConfig, SFTTrainer
 
@@ -43,22 +43,21 @@ def test_a_clip_is_decoded_exactly(tmp_path):
     file.write_bytes(encoded(pictures))
     expected = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
     for clip in (file.read_bytes(), str(file), {"bytes": None, "path": str(file)}):
-        assert torch.equal(to_pixels(read_clip(clip, "here")), expected)
-    assert torch.equal(to_pixels(read_clip(str(file), "here", count=3)), expected[:3])
+        assert torch.equal(to_pixels(decode_clip(clip, "here")), expected)
+    assert torch.equal(to_pixels(decode_clip(str(file), "here", count=3)), expected[:3])
 
 
 @pytest.mark.parametrize(("fps", "kept"), [(8, [0, 1, 2, 3, 4]), (4, [0, 2, 4]), (16, [0, 0, 1, 2, 2, 2, 3, 4, 4, 4])])
 def test_frames_of_another_rate_are_the_nearest_in_time(fps, kept):
     """Halves round to the even one."""
     pictures = frames()
-    found = read_clip(encoded(pictures), "here", fps=fps)
-    assert np.array_equal(np.stack([np.asarray(frame) for frame in found]), pictures[kept])
+    assert np.array_equal(decode_clip(encoded(pictures), "here", fps=fps), pictures[kept])
 
 
 @pytest.mark.parametrize(
     ("clip", "message"),
     [
-        (b"", "row 1, candidate 0: there is nothing"),
+        (b"", "row 1, candidate 0: the image or video is empty"),
         (encoded(frames())[:300], "row 1, candidate 0: the clip cannot be decoded"),
         (b"no clip at all", "row 1, candidate 0: the clip cannot be decoded .Invalid data"),
         (encoded(frames(2)), "row 1: a clip has 2 frames, num_frames asks for 5"),

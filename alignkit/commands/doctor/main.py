@@ -17,7 +17,7 @@ from alignkit.commands.doctor.model_shapes import Model, read_model
 from alignkit.commands.specs import RewardSpec
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
-from alignkit.provenance import versions
+from alignkit.storage import versions
 
 OPTIONAL = {
     "torchvision": "not needed",

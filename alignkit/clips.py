@@ -1,0 +1,121 @@
+"""Videos through PyAV, which is imported and called here only; callers use `media`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignkit.errors import DataError
+
+# bgr0 is RGB with 8 bits a channel in the form that FFV1 takes; `bitexact` leaves out versions and random numbers.
+_FORMAT, _PIXELS = "matroska", "bgr0"
+_CONTAINER_OPTIONS = {"fflags": "+bitexact"}
+_CODEC_OPTIONS = {"level": "3", "slicecrc": "1", "flags": "+bitexact"}
+_LARGEST_DENOMINATOR = 1001  # of a frame rate, as in 30000/1001
+
+
+def encode(frames: np.ndarray, fps: float) -> bytes:
+    """uint8 [F, H, W, 3] -> FFV1 in Matroska."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=_FORMAT, options=_CONTAINER_OPTIONS) as container:
+        rate = Fraction(fps).limit_denominator(_LARGEST_DENOMINATOR)
+        stream: Any = container.add_stream("ffv1", rate=rate, options=_CODEC_OPTIONS)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], _PIXELS
+        stream.codec_context.thread_count = 1  # the same bytes whatever the machine
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def decode(source: bytes | str | Path, where: str, *, count: int | None, fps: float | None) -> np.ndarray:
+    """uint8 [F, H, W, 3], upright; see `media.decode_clip`."""
+    with _opened(source, where) as (container, stream):
+        decoded = container.decode(stream)
+        if fps is not None:
+            decoded = _nearest(_timed(decoded, where), Fraction(fps))
+        frames = [_upright(frame, where) for frame in itertools.islice(decoded, count)]
+    if not frames:
+        raise DataError(f"{where}: the clip has no frame; remove or replace it")
+    if len({frame.shape for frame in frames}) > 1:
+        raise DataError(f"{where}: the clip changes its size on the way; encode it again with one size")
+    return np.stack(frames)
+
+
+def shape(source: bytes | str | Path, where: str) -> tuple[int, int, int]:
+    """(frames, height, width), upright: packets are counted and one frame is decoded."""
+    with _opened(source, where) as (container, stream):
+        frames = sum(1 for packet in container.demux(stream) if packet.size)
+    height, width = decode(source, where, count=1, fps=None).shape[1:3]
+    return frames, height, width
+
+
+@contextlib.contextmanager
+def _opened(source: bytes | str | Path, where: str) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream; DataError for what cannot be read, also while it is used."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+            if not container.streams.video:
+                raise DataError(f"{where}: the file holds no video; remove or replace it")
+            yield container, container.streams.video[0]
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"{where}: the clip cannot be decoded ({error.strerror}); remove or replace it") from error
+
+
+def _upright(frame: Any, where: str) -> np.ndarray:
+    """RGB pixels [H, W, 3] as a player shows them."""
+    turns, rest = divmod(frame.rotation, 90)  # degrees, counter-clockwise
+    if rest:
+        raise DataError(
+            f"{where}: the clip is to be shown rotated by {frame.rotation} degrees; only 90, 180 and 270 are "
+            "supported: encode it again, upright"
+        )
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+
+
+def _timed(frames: Iterable[Any], where: str) -> Iterator[tuple[Any, Fraction, Fraction]]:
+    """(frame, seconds since the first frame, seconds of one tick of the clip's clock)."""
+    start: Fraction | None = None
+    for frame in frames:
+        if frame.pts is None:
+            raise DataError(f"{where}: the clip has no presentation times; leave out `fps`, or encode the clip again")
+        time = frame.pts * frame.time_base
+        start = time if start is None else start
+        yield frame, time - start, frame.time_base
+
+
+def _nearest(timed: Iterable[tuple[Any, Fraction, Fraction]], fps: Fraction) -> Iterator[Any]:
+    """The frame nearest in time to 0, 1/fps, 2/fps, ... until the clip ends.
+
+    The last frame lasts as long as the one before it, less two ticks: times are rounded to ticks, and a clip must not
+    get a frame more by that.
+    """
+    number, position, gap = 0, -1, Fraction(0)
+    before: tuple[Any, Fraction, Fraction] | None = None
+    for position, (frame, time, tick) in enumerate(timed):
+        if before is not None:
+            gap = time - before[1]
+            while number / fps < time:
+                wait = time - number / fps
+                is_first = (gap - wait, (position - 1) % 2) < (wait, position % 2)
+                yield before[0] if is_first else frame
+                number += 1
+        before = (frame, time, tick)
+    if before is None:
+        return
+    frame, time, tick = before
+    end = time + max(gap - 2 * tick, Fraction(0))
+    while number == 0 or number / fps <= time or number / fps < end:
+        yield frame
+        number += 1

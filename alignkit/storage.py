@@ -1,0 +1,354 @@
+"""Files on disk: atomic writing, JSON, checksums, resumable parts, and one record of what a folder was made with.
+
+    FOLDER/run.json         what its results depend on, in named sections; claimed once, compared ever after
+    FOLDER/versions.json    library versions; informative, a difference is only warned of
+    FOLDER/parts/           one small record for each finished part, written after the part's files
+    FOLDER/manifest.json    written when a stage is finished: rows, counts, checksums
+
+Everything is written to a temporary name, fsynced and renamed. Nothing that is hashed holds a time, so a run that was
+killed and run again ends with the bytes of an unbroken one. Not here: what is in a part; locking a folder against a
+second process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import platform
+import socket
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from alignkit.errors import AlignKitError, DataError, MissingFileError, ResumeError, StorageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+RUN = "run.json"
+STAGE_FILES = ("data", "parts", "manifest.json", "README.md")  # what a data stage writes
+EARLIER_RECORDS = ("config.yaml", "inputs.json", "settings.json")  # of version 0.1.0 before run.json
+PACKAGES = (
+    "accelerate",
+    "alignkit",
+    "av",
+    "datasets",
+    "diffusers",
+    "numpy",
+    "peft",
+    "pillow",
+    "pyarrow",
+    "torch",
+    "transformers",
+    "trl",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A finished part: SHA-256 by file name, SHA-256 of what it was made from, and what its stage noted down."""
+
+    name: str
+    files: Mapping[str, str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """A finished stage: its folder, the rows it holds, and its counts (dropped, quarantined, ...)."""
+
+    folder: Path
+    rows: int
+    counts: Mapping[str, int]
+
+
+def part_name(index: int) -> str:
+    """`part-00007`."""
+    return f"part-{index:05d}"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write; only when the block ends without an error does it appear, whole and synced, as `path`.
+
+    Several processes may write the same `path`: the last one wins. Raises StorageError (disk full, no permission). No
+    temporary file is left after an error; what a killed process left is removed by the next `claim`.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)  # noqa: PTH105 - the atomic step, by the name that tests break
+        _sync_folder(path.parent)
+    except AlignKitError:
+        raise
+    except OSError as error:
+        advice = "what was finished before is unchanged; make room or fix the folder, then run the same command again"
+        raise StorageError(f"could not write '{path}': {error}; {advice}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove temporary files, up to two folders deep, whose process on this machine does not run any more."""
+    for pattern in ("", "*/", "*/*/"):
+        for entry in list(folder.glob(f"{pattern}.*.{socket.gethostname()}-*.tmp")):
+            process = entry.name.removesuffix(".tmp").rpartition("-")[2]
+            if process.isdecimal() and not _is_running(int(process)):
+                entry.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> str:
+    """Write `data` so that `path` holds all of it or what it held before; returns its SHA-256."""
+    with atomic_file(path) as handle:
+        handle.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_text(path: Path, text: str) -> str:
+    """Write UTF-8 text atomically; returns its SHA-256."""
+    return write_atomic(path, text.encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # without it a power cut may forget the rename
+    finally:
+        os.close(handle)
+
+
+def to_json(value: Any) -> str:
+    """Readable JSON with sorted keys and a final newline: equal values give equal bytes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n"
+
+
+def write_json(path: Path, value: Any) -> str:
+    """`to_json(value)`, written atomically; returns its SHA-256."""
+    return write_atomic(path, to_json(value).encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file; MissingFileError or DataError name the file."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise MissingFileError(f"'{path}' does not exist; '{path.parent}' is not a finished stage") from error
+    except ValueError as error:
+        raise DataError(f"'{path}' is not JSON: {error}; remove it and run the same command again") from error
+
+
+def write_part(
+    folder: Path,
+    name: str,
+    tables: Mapping[str, pa.Table],
+    *,
+    inputs: Mapping[str, str] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    page_checksums: bool = False,
+) -> Part:
+    """Write parquet files (`tables`, by path below `folder`), then the record that makes them a finished part.
+
+    With `page_checksums`, `read_table` notices damage without hashing the whole file.
+    """
+    # Sorted as in the record, so that a part just written and one read back are in the same order.
+    files = {
+        path: write_atomic(folder / path, _parquet(table, page_checksums=page_checksums))
+        for path, table in sorted(tables.items())
+    }
+    part = Part(name, files, inputs or {}, notes or {})
+    write_json(_record(folder, name), asdict(part))
+    return part
+
+
+def _parquet(table: pa.Table, *, page_checksums: bool) -> memoryview:
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    # The bulk is encoded images and videos, which do not shrink.
+    pq.write_table(table, buffer, compression="none", write_page_checksum=page_checksums)
+    return buffer.getbuffer()
+
+
+def _record(folder: Path, name: str) -> Path:
+    return folder / "parts" / f"{name}.json"
+
+
+def finished_part(folder: Path, name: str, *, inputs: Mapping[str, str] | None = None) -> Part | None:
+    """The part if all its files are undamaged and it was made from `inputs` (where not None); else None.
+
+    A part that was finished and is damaged now is named in a warning; the caller rebuilds it.
+    """
+    record = _record(folder, name)
+    if not record.is_file():
+        return None
+    try:
+        part = Part(**json.loads(record.read_bytes()))
+    except (ValueError, TypeError) as error:
+        logger.warning("'%s' is damaged (%s); %s is rebuilt", record, error, name)
+        return None
+    for path, expected in part.files.items():
+        fault = _fault(folder / path, expected)
+        if fault:
+            logger.warning("'%s' %s; %s is rebuilt", folder / path, fault, name)
+            return None
+    if inputs is not None and part.inputs != inputs:
+        logger.warning("%s of '%s' was made from other inputs; it is rebuilt", name, folder)
+        return None
+    return part
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _fault(path: Path, expected: str) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    return None if checksum(path) == expected else "is damaged (its checksum differs)"
+
+
+def claim(folder: Path, record: Mapping[str, Any], *, free: Collection[str] = (), writes: Collection[str] = ()) -> None:
+    """Begin or resume `folder`: `run.json` holds what its results depend on, `versions.json` the library versions.
+
+    `record` has named sections ("config", "inputs", ...). A section that `run.json` lacks is added; one that it has
+    must be equal, except for the keys in `free` (dotted, as "config.report"), which are replaced. `writes` are names
+    that the caller will write in `folder`: without a `run.json` none of them may exist.
+
+    Raises ResumeError with the differences, key by key, or when the files in `folder` are of another origin.
+    """
+    path = folder / RUN
+    _remove_abandoned(folder)
+    known = claimed(folder)
+    if not known:
+        _require_unused(folder, writes)
+    sections: dict[str, Any] = json.loads(to_json(record))  # as it will be read back
+    changed = [
+        line
+        for section in sorted(sections.keys() & known.keys())
+        for line in differences(known[section], sections[section], section, free=free)
+    ]
+    if changed:
+        lines = "\n  ".join(changed)
+        advice = "Use the old values to continue it, or another folder."
+        raise ResumeError(f"'{folder}' was made with another config or other inputs:\n  {lines}\n{advice}")
+    if known != known | sections:
+        write_json(path, known | sections)
+    _note_versions(folder / "versions.json")
+
+
+def claimed(folder: Path) -> dict[str, Any]:
+    """The sections of `run.json`; empty where nothing has been claimed yet."""
+    path = folder / RUN
+    record: dict[str, Any] = read_json(path) if path.exists() else {}
+    return record
+
+
+def _require_unused(folder: Path, writes: Collection[str]) -> None:
+    present = [name for name in (*writes, *EARLIER_RECORDS) if (folder / name).exists()]
+    if present:
+        raise ResumeError(
+            f"'{folder}' holds {', '.join(present)} but no {RUN}, so this version did not make it. Finished results of "
+            "an earlier version can be read, but not continued: use another folder"
+        )
+
+
+def differences(old: Any, new: Any, key: str = "", *, free: Collection[str] = ()) -> list[str]:
+    """Lines `key: old -> new` (values as JSON) for every leaf that differs, less the dotted keys in `free`."""
+    if key in free:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted({*old, *new})
+        inner = [(f"{key}.{name}" if key else name, old.get(name), new.get(name)) for name in names]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        inner = [(f"{key}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        before, now = (json.dumps(value, ensure_ascii=False) for value in (old, new))
+        return [] if old == new else [f"{key}: {before} -> {now}"]
+    return [line for name, first, second in inner for line in differences(first, second, name, free=free)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the libraries a result depends on; imports none of them."""
+    installed = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed[name] = "absent"
+    return installed
+
+
+def _note_versions(path: Path) -> None:
+    if not path.exists():
+        write_json(path, versions())
+        return
+    for line in differences(read_json(path), versions()):
+        logger.warning("'%s' was begun with other library versions (%s); new results may differ slightly", path, line)
+
+
+def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, counts: Mapping[str, int]) -> StageResult:
+    """Write `manifest.json`: rows, counts and the checksum of every file."""
+    files = {path: value for part in parts for path, value in part.files.items()}
+    manifest = {"stage": stage, "rows": rows, "counts": counts, "parts": len(parts), "files": files}
+    write_json(folder / "manifest.json", manifest)
+    return StageResult(folder, rows, dict(counts))
+
+
+def recorded_parts(folder: Path, stage: str) -> tuple[dict[str, Any], list[Part]]:
+    """The manifest and the parts of a finished stage, in order; their files are not read (see `require_intact`).
+
+    Raises MissingFileError when the stage is not finished, DataError for the folder of another stage.
+    """
+    manifest = read_json(folder / "manifest.json")
+    if manifest["stage"] != stage:
+        raise DataError(f"'{folder}' holds the stage '{manifest['stage']}', expected '{stage}'")
+    records = [read_json(_record(folder, part_name(index))) for index in range(manifest["parts"])]
+    return manifest, [Part(**record) for record in records]
+
+
+def require_intact(folder: Path, part: Part) -> None:
+    """DataError naming the first file of `part` that is missing or damaged."""
+    for path, expected in part.files.items():
+        fault = _fault(folder / path, expected)
+        if fault:
+            raise DataError(f"'{folder / path}' {fault}; run the stage that made it again, which rebuilds this part")
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A parquet file, or some columns of it; DataError naming the file when it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"'{path}' does not exist; run the stage that made it again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"'{path}' is damaged or not a parquet file ({error}); run the stage that made it again, which rebuilds it"
+        ) from error
