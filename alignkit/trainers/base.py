@@ -79,7 +79,7 @@ class AlignTrainer(Trainer):
 
     args: AlignConfig
     needs_reference = False
-    offloads = False  # whether text encoders and VAE leave the accelerator while `train` runs
+    parking: str | None = None  # device of text encoders and VAE while `train` runs; None: they stay
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class AlignTrainer(Trainer):
             resume_from_checkpoint = str(found) if found else None
         elif resume_from_checkpoint:
             require_whole(Path(resume_from_checkpoint))
-        with self.components_on("cpu" if self.offloads else self.args.device):
+        with self.components_on(self.parking or self.args.device):
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
     def _trainable(self) -> dict[str, Tensor]:

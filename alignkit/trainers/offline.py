@@ -40,7 +40,7 @@ class OfflineTrainer(AlignTrainer):
     """
 
     args: OfflineConfig
-    offloads = True
+    parking = "cpu"
 
     # --- model and data ---
 
@@ -186,7 +186,7 @@ class OfflineTrainer(AlignTrainer):
             with self.accelerator.autocast():
                 return self.reference_errors(model, self._prepare_inputs(batch), one_by_one=one_by_one)
 
-        with self.components_on("cpu"):
+        with self.components_on(self.parking):
             dataset.reference = precompute(
                 errors,
                 dataset,
