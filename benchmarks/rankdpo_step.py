@@ -234,8 +234,8 @@ def speed(model: Path, chosen: argparse.Namespace, work: Path) -> list[dict[str,
 def _others(trainer: RankDPOTrainer, *, ready: bool) -> dict[str, Callable[[], None]]:
     steps = {"bare": bare_step(trainer, reference=not ready)}
     if ready:
-        batch = first_batch(trainer)
-        steps["reference"] = lambda: (trainer.reference_errors(trainer.model_wrapped, batch), None)[1]
+        batch, low = first_batch(trainer), trainer.args.low_memory
+        steps["reference"] = lambda: (trainer.reference_errors(trainer.model_wrapped, batch, one_by_one=low), None)[1]
     return steps
 
 

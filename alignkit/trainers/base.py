@@ -16,7 +16,7 @@ One training step, in order:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_in
 from alignkit.trainers.config import AlignConfig
 from alignkit.trainers.data import EpochData, PromptData, collate
 from alignkit.trainers.means import WeightedMeans, mean_over
-from alignkit.trainers.preparation import as_generator, prepare
+from alignkit.trainers.preparation import as_generator, lora_settings, prepare
 from alignkit.trainers.sharding import Ranks, fill, gather, settle_layout, whole
 from alignkit.trainers.validation import Validation
 
@@ -242,7 +242,9 @@ class AlignTrainer(Trainer):
         own += batches[-1:] * (math.ceil(len(batches) / self.ranks.world) - counted)
         means = WeightedMeans()
         self.model.eval()
-        for number, inputs in enumerate(self._held_out_loader(dataset, own)):
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(dataset, batch_sampler=own, collate_fn=self.data_collator, num_workers=workers)
+        for number, inputs in enumerate(loader):
             with self.accelerator.autocast():
                 output = self.method_loss(self.model, self._prepare_inputs(inputs))
             weight = output.total_weight()
@@ -250,10 +252,6 @@ class AlignTrainer(Trainer):
             means.add({"loss": mean, **output.metrics}, weight if number < counted else 0.0)
         self.model.train()
         return means.reduce(self.accelerator)
-
-    def _held_out_loader(self, dataset: EpochData, batches: Sequence[list[int]]) -> DataLoader[Any]:
-        workers = self.args.dataloader_num_workers
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator, num_workers=workers)
 
     @contextmanager
     def components_on(self, device: torch.device | str) -> Iterator[None]:
@@ -368,7 +366,7 @@ class AlignTrainer(Trainer):
         grids = sorted((Path(self.args.output_dir) / "validation").glob("step-*.png"))
         config = without_defaults(self.args)
         if self._peft_config is not None:
-            config["peft_config"] = self._peft_config.to_dict()
+            config["peft_config"] = lora_settings(self._peft_config)
         return CardInputs(
             f"{self.generator.name} aligned with {method}",
             method,

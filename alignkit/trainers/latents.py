@@ -347,20 +347,18 @@ def cache_key(generator: PipelineGenerator, rows: datasets.Dataset, sizes: Sizes
     column = _media_column(generator, rows)
     for table in rows.select_columns(["prompt_id", "prompt", column]).with_format("arrow").iter(batch_size=1000):
         digest.update(json.dumps([table["prompt_id"].to_pylist(), table["prompt"].to_pylist()]).encode())
-        digest.update(_latents_digest(table.select([column])) if column == LATENTS else _media_digest(table[column]))
+        digest.update(_digest_of(table.select([column]), column))
     return digest.hexdigest()[:16]
 
 
-def _latents_digest(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return hashlib.sha256(sink.getvalue()).digest()
-
-
-def _media_digest(column: Any) -> bytes:
-    is_list = pa.types.is_list(column.type)
-    media = pa_compute.list_flatten(column) if is_list else column
+def _digest_of(table: pa.Table, column: str) -> bytes:
+    if column == LATENTS:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return hashlib.sha256(sink.getvalue()).digest()
+    is_list = pa.types.is_list(table[column].type)
+    media = pa_compute.list_flatten(table[column]) if is_list else table[column]
     encoded = pa_compute.struct_field(media, "bytes")
     paths = pa_compute.struct_field(media, "path").to_pylist()
     tails = pa_compute.binary_slice(encoded, -32).to_pylist()

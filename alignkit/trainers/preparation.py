@@ -65,6 +65,13 @@ def add_configured_lora(generator: PipelineGenerator, peft_config: LoraConfig) -
     lora.layer_weights(generator.net)  # the check is here, not in the export after the training
 
 
+def lora_settings(peft_config: LoraConfig) -> dict[str, Any]:
+    """What the model card reports of a PEFT config; without target modules they are the family's attention."""
+    targets, values = peft_config.target_modules, vars(peft_config)
+    settings = {name: values[name] for name in ("r", "lora_alpha", "lora_dropout", "init_lora_weights", "use_rslora")}
+    return settings | {"target_modules": sorted(targets) if isinstance(targets, set | list) else targets}
+
+
 def _require_consistent(generator: PipelineGenerator, args: AlignConfig, peft_config: LoraConfig | None) -> None:
     if generator.is_quantized and (args.full_finetune or args.save_merged):
         raise ConfigError("a quantised model is trained with a LoRA: no full_finetune, no save_merged")

@@ -30,7 +30,7 @@ class Validation:
 
     @torch.no_grad()
     def run(self, source: ImageSource, grid: Path | None, ranks: Ranks = Ranks()) -> dict[str, float]:  # noqa: B008
-        """Mean of every reward over the prompts, and the mean of those means as `mean` when there are several.
+        """Mean of every reward over the prompts, one image each from a seed of its own (run seed, prompt id), and the mean of those means as `mean` when there are several.
 
         Every process of `ranks` generates and scores each world-th prompt, batch by batch; only what the grid shows is
         kept. All processes return the same means (all pick the same best checkpoint); rank 0 writes the `grid`.
@@ -41,7 +41,8 @@ class Validation:
         for start in range(0, len(own), self.batch_size):
             numbers = own[start : start + self.batch_size]
             prompts = [self.prompts[number] for number in numbers]
-            media = self._generate(source, prompts)
+            seeds = [derive_seed(self.seed, prompt.id, 0) for prompt in prompts]
+            media = source.generate(texts(prompts), seeds, self.sampling).cpu()
             totals = {name: reward(media, prompts).total.tolist() for name, reward in self.rewards.items()}
             for row, number in enumerate(numbers):
                 scores.append((number, {name: values[row] for name, values in totals.items()}))
@@ -50,15 +51,9 @@ class Validation:
         scores, images = (sorted(ranks.gather(items), key=lambda item: item[0]) for items in (scores, images))
         if grid is not None and ranks.rank == 0:
             save_grid(torch.stack([image for _, image in images]), grid)
-        return self._means([values for _, values in scores])
-
-    def _generate(self, source: ImageSource, prompts: Sequence[Prompt]) -> Tensor:
-        """One image (or video) a prompt [B, 3, H, W] on the CPU, each from its own seed (run seed, prompt id)."""
-        seeds = [derive_seed(self.seed, prompt.id, 0) for prompt in prompts]
-        return source.generate(texts(prompts), seeds, self.sampling).cpu()
-
-    def _means(self, scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        means = {name: float(torch.tensor([values[name] for values in scores]).mean()) for name in self.rewards}
+        means: dict[str, float] = {}
+        for name in self.rewards:
+            means[name] = float(torch.tensor([values[name] for _, values in scores]).mean())
         return means | ({"mean": float(np.mean(list(means.values())))} if len(means) > 1 else {})
 
 

@@ -34,7 +34,9 @@ def test_paths_pipelines_and_generators_train_alike(args, model_folders, ranked_
     generator = alignkit.wrap(diffusers.StableDiffusionPipeline.from_pretrained(folder))
     models = [str(folder), folder, pipeline, generator]
     found = [losses(RankDPOTrainer(model, args(), ranked_rows(4))) for model in models]
-    assert all(other == found[0] for other in found[1:])
+    # Loaded from a folder, convolutions run in another memory layout, which rounds otherwise.
+    assert all(other == pytest.approx(found[0], rel=1e-4) for other in found[1:])
+    assert found[2] == found[3]
 
 
 def test_a_wrapped_pipeline_is_the_users_own(model_folders):
