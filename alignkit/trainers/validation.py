@@ -30,10 +30,11 @@ class Validation:
 
     @torch.no_grad()
     def run(self, source: ImageSource, grid: Path | None, ranks: Ranks = Ranks()) -> dict[str, float]:  # noqa: B008
-        """Mean of every reward over the prompts, one image each from a seed of its own (run seed, prompt id), and the mean of those means as `mean` when there are several.
+        """Mean of every reward over the prompts, and the mean of those means as `mean` when there are several.
 
-        Every process of `ranks` generates and scores each world-th prompt, batch by batch; only what the grid shows is
-        kept. All processes return the same means (all pick the same best checkpoint); rank 0 writes the `grid`.
+        Each prompt has one image, from a seed of its own (run seed, prompt id). Every process of `ranks` generates and
+        scores each world-th prompt, batch by batch; only what the grid shows is kept. All processes return the same
+        means, so that all pick the same best checkpoint; rank 0 writes the `grid`.
         """
         scores: list[tuple[int, dict[str, float]]] = []
         images: list[tuple[int, Tensor]] = []
