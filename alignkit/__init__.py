@@ -12,6 +12,11 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "load_generator": "alignkit.generators",
+    "wrap": "alignkit.generators",
+    "AlignTrainer": "alignkit.trainers.base",
+    "AlignConfig": "alignkit.trainers.config",
+    "OfflineTrainer": "alignkit.trainers.offline",
+    "OfflineConfig": "alignkit.trainers.config",
     "RankDPOTrainer": "alignkit.trainers.rankdpo",
     "RankDPOConfig": "alignkit.trainers.rankdpo",
     "SFTTrainer": "alignkit.trainers.sft",

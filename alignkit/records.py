@@ -77,10 +77,19 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """An unreduced loss and detached tensors worth logging."""
+    """An unreduced loss of any shape, already 0 where nothing counts, and detached scalars to log.
+
+    `weight` is the number of terms that count; None: all, `loss.numel()`. The loss of a training step is the sum of
+    all losses divided by the sum of all weights, over ranks and accumulated micro-batches.
+    """
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | float | None = None
+
+    def total_weight(self) -> float:
+        """`weight` as a number, or the number of terms."""
+        return float(self.loss.numel() if self.weight is None else self.weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,8 @@ from alignkit.commands.doctor.model_shapes import Model, blank, read_model
 from alignkit.generators.families.stable_diffusion3 import StableDiffusion3
 from alignkit.generators.families.stable_diffusion_xl import StableDiffusionXL
 from alignkit.records import Conditioning
-from alignkit.trainers.latents import COND, DrawPlan, LatentDataset
+from alignkit.trainers.draws import DrawPlan
+from alignkit.trainers.latents import COND, LATENTS, LatentDataset, pack
 from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "models"
@@ -141,11 +142,15 @@ def generator_of(case: Case, folder: Path, model: Model, cond: dict[str, tuple[i
 def cached_rows(generator: Any, cond: dict[str, tuple[int, ...]], chosen: argparse.Namespace) -> LatentDataset:
     """Random rows for all steps, as the latent cache holds them."""
     count, shape = chosen.prompts * (chosen.steps + WARM_UP), generator.latent_shape(chosen.side, chosen.side)
-    shapes = {"latents": (chosen.candidates, *shape), **{COND + name: size for name, size in cond.items()}}
-    row = {name: torch.randn(size).numpy().tobytes() for name, size in shapes.items()}
+    latents = (chosen.candidates, *shape)
+    cond_shapes = {COND + name: size for name, size in cond.items()}
+    row: dict[str, Any] = {"shape": latents, "dtypes": {}}
+    for name, size in {LATENTS: latents, **cond_shapes}.items():
+        row[name], row["dtypes"][name] = pack(torch.randn(size), torch.float32)
     rows = datasets.Dataset.from_list([{"prompt_id": str(i), **row} for i in range(count)])
     phi = torch.linspace(0, 1, chosen.candidates).expand(count, -1)
-    return LatentDataset(rows, phi, shapes, DrawPlan(generator.noise_schedule.sample_t, 0, 0.1))
+    plan = DrawPlan(generator.noise_schedule.sample_t, 0, 0.1)
+    return LatentDataset(rows, {"phi": phi}, cond_shapes, plan)
 
 
 class Clock(TrainerCallback):

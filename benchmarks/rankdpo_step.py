@@ -43,7 +43,8 @@ from typing_extensions import override
 
 from alignkit.generators import load_generator
 from alignkit.records import Conditioning
-from alignkit.trainers.latents import collate, conditioning
+from alignkit.trainers.data import collate
+from alignkit.trainers.latents import conditioning
 from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer
 
 Batch = dict[str, Tensor]
@@ -233,8 +234,8 @@ def speed(model: Path, chosen: argparse.Namespace, work: Path) -> list[dict[str,
 def _others(trainer: RankDPOTrainer, *, ready: bool) -> dict[str, Callable[[], None]]:
     steps = {"bare": bare_step(trainer, reference=not ready)}
     if ready:
-        batch = first_batch(trainer)
-        steps["reference"] = lambda: (trainer.reference_errors(trainer.model_wrapped, batch), None)[1]
+        batch, low = first_batch(trainer), trainer.args.low_memory
+        steps["reference"] = lambda: (trainer.reference_errors(trainer.model_wrapped, batch, one_by_one=low), None)[1]
     return steps
 
 
@@ -288,7 +289,7 @@ def memory(model: Path, chosen: argparse.Namespace, work: Path) -> dict[str, Any
 
 
 def _backward(trainer: RankDPOTrainer, batch: Batch) -> None:
-    loss, _ = trainer.method_loss(trainer.model, batch)
+    loss = trainer.method_loss(trainer.model, batch).loss
     loss.mean().backward()
     trainer.model.zero_grad()
 

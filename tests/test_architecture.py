@@ -44,27 +44,20 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+MODULES = {module_name(path) for path in SOURCES}
 
 
-def nodes(root: ast.AST, *, types_too: bool) -> Iterator[ast.AST]:
-    """All nodes, with or without the blocks that only type checkers read."""
-    for child in ast.iter_child_nodes(root):
-        if types_too or not is_type_checking(child):
-            yield child
-            yield from nodes(child, types_too=types_too)
-
-
-def imports(path: Path, *, types_too: bool = True) -> set[str]:
+def imports(path: Path) -> set[str]:
     """Modules (and module.attribute, for it may be a module) that a file imports."""
     found = set()
-    for node in nodes(tree(path), types_too=types_too):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # A module taken from its package is no import of what the package's own file defines.
+            found |= names if names <= MODULES else {*names, node.module or ""}
     return found
 
 
@@ -144,7 +137,7 @@ def test_rewards_and_data_know_only_the_seams(package):
 
 def test_no_import_cycles():
     modules = {module_name(path): path for path in SOURCES}
-    edges = {name: own(imports(path, types_too=False)) & set(modules) - {name} for name, path in modules.items()}
+    edges = {name: own(imports(path)) & set(modules) - {name} for name, path in modules.items()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

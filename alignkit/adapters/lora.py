@@ -47,7 +47,6 @@ def inject(net: Any, *, rank: int, targets: Sequence[str], alpha: float | None =
     alpha defaults to rank (scale 1), the start is gaussian / zero, so the first forward is the base model's.
     Raises AdapterError when no layer matches.
     """
-    net.requires_grad_(False)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -55,7 +54,16 @@ def inject(net: Any, *, rank: int, targets: Sequence[str], alpha: float | None =
         init_lora_weights="gaussian",
         target_modules=list(targets),
     )
-    _add(net, config)
+    inject_config(net, config)
+
+
+def inject_config(net: Any, config: LoraConfig) -> None:
+    """Freeze `net` and put the LoRA that `config` describes on it; `config` itself stays as it is.
+
+    Raises AdapterError when no layer matches.
+    """
+    net.requires_grad_(False)
+    _add(net, copy.deepcopy(config))
 
 
 def _add(net: Any, config: LoraConfig) -> None:
@@ -75,8 +83,7 @@ def _add(net: Any, config: LoraConfig) -> None:
 
 def inject_like(net: Any, other: Any) -> None:
     """Put an adapter of the kind that `other` carries on `net`, with weights of its own."""
-    net.requires_grad_(False)
-    _add(net, copy.deepcopy(other.peft_config[NAME]))
+    inject_config(net, other.peft_config[NAME])
 
 
 def adapter_state(net: nn.Module) -> dict[str, Tensor]:

@@ -98,6 +98,21 @@ def _missing(model: Path, name: str, entry: Any, *, weights: bool) -> list[str]:
     return missing if shards or any(folder.glob("*.safetensors")) else [*missing, f"{name}/*.safetensors"]
 
 
+def wrap(pipeline: Any, name: str | None = None) -> PipelineGenerator:
+    """A generator of a loaded diffusers `pipeline`, which stays on its device and keeps its dtype.
+
+    Raises UnknownNameError for a class that has no entry in GENERATORS.
+    """
+    class_name = type(pipeline).__name__
+    if class_name not in GENERATORS:
+        raise UnknownNameError(
+            f"'{class_name}' is no pipeline class with an adapter. Known: {', '.join(GENERATORS)}. "
+            "To add one see docs/add_a_generator.md"
+        )
+    family = resolve(class_name, GENERATORS, kind="generator")
+    return family(pipeline, name or Path(str(pipeline.name_or_path)).name or class_name)
+
+
 def load_generator(
     model: str | Path,
     *,

@@ -1,1 +1,39 @@
-"""Trainers: `AlignTrainer` on `transformers.Trainer`, and one thin file per method."""
+"""Trainers: `AlignTrainer` on `transformers.Trainer`, and one thin file per method; `METHODS` is their table.
+
+A new method is one file and one line here: see docs/add_a_method.md. Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Where a training method lives and what data it takes.
+
+    `config` and `trainer` are "module:attribute" of its config and trainer classes. `data` is the kind of its data:
+    "ranked" (rows of K ranked candidates), "dense" (pairs with labels per segment), "aspects" (prompts with questions)
+    or "prompts" (prompts alone). `summary` is the line of the command's help.
+    """
+
+    config: str
+    trainer: str
+    data: str
+    summary: str
+
+
+METHODS = {
+    "rankdpo": Method(
+        "alignkit.trainers.rankdpo:RankDPOConfig",
+        "alignkit.trainers.rankdpo:RankDPOTrainer",
+        "ranked",
+        "Align a generator with ranked candidates; run again, it continues from a checkpoint.",
+    ),
+    "sft": Method(
+        "alignkit.trainers.sft:SFTConfig",
+        "alignkit.trainers.sft:SFTTrainer",
+        "ranked",
+        "Train a generator with the plain denoising objective, on winners or on all candidates.",
+    ),
+}

@@ -1,21 +1,28 @@
-"""`AlignTrainer`: the one subclass of `transformers.Trainer`. A method adds its loss, nothing else.
+"""`AlignTrainer`: the integration with `transformers.Trainer`, for any method. A method adds its loss and its data.
 
-What it adds to Trainer: cached latents with keyed draws, checkpoints that know whether they are whole, a health panel,
-a stop before the optimizer sees a non-finite loss, validation pictures with held-out reward means, and adapter export.
-Deliberately not here: how a model card is worded (`evaluation.card`) and what the cache holds (`latents`).
+One training step, in order:
+ 1. Trainer takes the micro-batches of the step; `_get_num_items_in_batch` sums `loss_weight` over them and all ranks.
+ 2. For each micro-batch `Trainer.training_step` calls `compute_loss`, under autocast.
+ 3. `compute_loss` calls `method_loss(model, batch)`: an unreduced loss, its weight, metrics.
+ 4. `method_loss` calls `model`, which is `trained_module()` as wrapped by DDP or FSDP, never the inner module.
+ 5. The loss is summed and divided by the step's weight; DDP takes the mean over ranks, hence times their number.
+ 6. A loss that is NaN or infinite raises NumericsError before the backward pass.
+ 7. Backward; on the last micro-batch gradients are reduced over ranks, clipped, and their norm is checked too.
+ 8. The optimizer and the learning-rate schedule step.
+ 9. `log` adds the metrics' means since the last log as `health/...`.
+10. When due: `evaluate` (held-out loss, validation images), `_save_checkpoint`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, save_fsdp_optimizer
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,19 +32,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import SAFE_WEIGHTS_NAME
 from typing_extensions import override
 
-from alignkit.diffusion.schedules import expand
 from alignkit.errors import CheckpointMismatchError, ConfigError, NumericsError
 from alignkit.evaluation.card import CardInputs, write_card
-from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.provenance import without_defaults
-from alignkit.trainers.buckets import BucketBatches, report
+from alignkit.records import LossOutput
 from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_incomplete, require_whole
 from alignkit.trainers.config import AlignConfig
-from alignkit.trainers.latents import PROMPT, DrawPlan, LatentDataset, collate, conditioning, encode_rows
-from alignkit.trainers.sharding import fill, gather, settle_layout, whole
+from alignkit.trainers.data import EpochData, PromptData, collate
+from alignkit.trainers.means import WeightedMeans, mean_over
+from alignkit.trainers.preparation import as_generator, lora_settings, prepare
+from alignkit.trainers.sharding import Ranks, fill, gather, settle_layout, whole
 from alignkit.trainers.validation import Validation
 
-MAX_WEIGHT = 20.0
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def _is_metric(name: str) -> bool:
@@ -46,9 +54,9 @@ def _is_metric(name: str) -> bool:
 
 
 class _Epochs(TrainerCallback):
-    """Tells the data which epoch's draws to make; accelerate forgets to, with several processes or after a resume."""
+    """Sets the epoch of the data's draws; accelerate does not with several processes or after a resume."""
 
-    def __init__(self, dataset: LatentDataset) -> None:
+    def __init__(self, dataset: EpochData) -> None:
         self.dataset = dataset
 
     @override
@@ -57,137 +65,127 @@ class _Epochs(TrainerCallback):
 
 
 class AlignTrainer(Trainer):
-    """Trains `generator.model` on rows (prompt, images, phi).
+    """Trains a generator with a method's loss.
 
     Args:
-        generator: what is aligned; a LoRA is put on it unless it carries one or `args.full_finetune`.
+        model: a diffusers folder, a hub id, a loaded diffusers pipeline or a generator. A LoRA is put on it unless it
+            carries one or `args.full_finetune`.
         args: an AlignConfig.
-        train_dataset: a `datasets.Dataset` with columns prompt, images[K] (for a video model videos[K]) and, for
-            preference losses, phi[K]. Sizes may differ; a batch holds rows of one size.
-        eval_dataset: the same, held out; its preference loss is logged at evaluation steps.
-        validation: prompts, seeds, sampling and rewards drawn and judged at evaluation steps.
+        train_dataset: what `prepare_data` takes; here prompts (Prompt, str, or rows with a column prompt).
+        eval_dataset: the same, held out; its loss is logged at evaluation steps.
+        validation: prompts, seeds, sampling and rewards for images generated and scored at evaluation steps.
+        peft_config: a LoRA's rank, alpha, targets, dropout and initialisation, used instead of `args.lora_*`.
     """
 
     args: AlignConfig
     needs_reference = False
+    parking: str | None = None  # device of text encoders and VAE while `train` runs; None: they stay
 
     def __init__(
         self,
-        generator: PipelineGenerator,
+        model: Any,
         args: AlignConfig,
         train_dataset: Any,
         eval_dataset: Any = None,
         *,
         validation: Validation | None = None,
+        peft_config: LoraConfig | None = None,
         **trainer_options: Any,
     ) -> None:
-        self.generator, self.validation = generator, validation
-        generator.pipeline.to(args.device)
+        self.generator, self.validation = as_generator(model, args.device), validation
+        self.generator.pipeline.to(args.device)
         args._n_gpu = min(args.n_gpu, 1)  # noqa: SLF001 - no DataParallel: several GPUs are torchrun's or accelerate's
-        self._health: dict[str, list[Tensor]] = defaultdict(list)
-        self._prepare_model(args)
-        with torch.no_grad(), self._base_texts():
-            self.null = generator.encode_prompts([""]).null
-        train, held_out = (self._encode(rows, args) for rows in (train_dataset, eval_dataset))
-        # Trainer refuses eval_strategy without a dataset, also when pictures alone are judged.
+        self.ranks = Ranks(args.process_index, args.world_size)
+        self._health = WeightedMeans()
+        self._peft_config = peft_config
+        self.prepare_model(args)
+        train, held_out = (self.prepare_data(rows, args) for rows in (train_dataset, eval_dataset))
+        # Trainer refuses eval_strategy without a dataset, also when there is only validation.
         super().__init__(
-            generator.model,
+            self.trained_module(),
             args,
             collate,
             train,
             held_out if held_out is not None else (train if validation else None),
             **trainer_options,
         )
+        self.model_accepts_loss_kwargs = True  # Trainer then divides by no number of micro-batches: compute_loss does
         settle_layout(self.accelerator, asked=bool(args.fsdp))
         self._held_out = held_out
-        self.add_callback(_Epochs(train))
+        if train is not None:
+            self.add_callback(_Epochs(train))
 
-    # --- model and data ---
+    # --- what a method may change ---
 
-    def _prepare_model(self, args: AlignConfig) -> None:
-        if self.generator.is_quantized and (args.full_finetune or args.save_merged):
-            raise ConfigError("a quantised model is trained with a LoRA: no full_finetune, no save_merged")
-        if args.full_finetune:
-            if self.generator.adapted:
-                raise ConfigError("full_finetune on a model with an adapter: merge the adapter first, or train a LoRA")
-            self.generator.net.float().requires_grad_(True)  # half-precision weights lose small AdamW steps
-            if self.needs_reference:
-                self.generator.model.freeze_copy()
-        elif self.generator.component not in self.generator.adapted:
-            torch.manual_seed(args.seed)
-            self.generator.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
-        if args.train_text_encoder and not self.generator.model.towers:
-            torch.manual_seed(args.seed)
-            targets = args.text_encoder_targets
-            self.generator.add_text_lora(args.lora_rank, args.lora_alpha, targets, args.lora_dropout)
-        if args.fsdp and self.generator.model.towers:
-            raise ConfigError("the adapter trains text encoders, which fsdp does not shard here; train without fsdp")
-        for parameter in self.generator.model.parameters():
+    def trained_module(self) -> nn.Module:
+        """The module that Trainer wraps, optimises and passes to `method_loss`."""
+        return self.generator.model
+
+    def prepare_model(self, args: AlignConfig) -> None:
+        """Make weights of `trained_module()` trainable; those are kept in float32."""
+        prepare(self.generator, args, self._peft_config, needs_reference=self.needs_reference)
+        for parameter in self.trained_module().parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()
 
-    def draw_plan(self, args: AlignConfig) -> DrawPlan:
-        """How this method draws time, noise and caption dropout."""
-        sample_t = self.generator.noise_schedule.sample_t
-        return DrawPlan(sample_t, args.noise_seed, args.caption_dropout, t_min=args.t_min)
+    def prepare_data(self, rows: Any, args: AlignConfig) -> EpochData | None:
+        """The dataset of `rows`; its items are what `method_loss` gets, collated. Here `PromptData`."""
+        return rows if rows is None or isinstance(rows, EpochData) else PromptData(rows, args.noise_seed)
 
-    def _encode(self, rows: Any, args: AlignConfig) -> LatentDataset | None:
-        if rows is None or isinstance(rows, LatentDataset):
-            return rows
-        with args.main_process_first(desc="latents"), self._base_texts():
-            encoded = encode_rows(self.generator, rows, self.draw_plan(args), args.cache_folder, sizes=args.sizes)
-        if self.generator.model.towers:
-            encoded.rows = encoded.rows.add_column(PROMPT, list(rows[PROMPT]))
-        if args.process_index == 0:
-            self.generator.warn_of_cuts(rows["prompt"][:])
-            changed = sum(encoded.rows["changed"][:])
-            report(Counter(encoded.sizes), encoded.phi.numel(), changed, args.train_batch_size)
-        return encoded
+    def batches(self, dataset: EpochData, batch_size: int) -> list[list[int]]:
+        """Row numbers of the held-out batches, in order."""
+        numbers = list(range(len(dataset)))
+        return [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
 
-    def _base_texts(self) -> AbstractContextManager[None]:
-        """Within it prompts are encoded as the reference sees them: that is cached, what learns is encoded anew."""
-        return self.generator.reference() if self.generator.model.towers else nullcontext()
+    def method_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> LossOutput:
+        """The unreduced loss, its weight and the metrics of one batch; metrics have the same names in every batch."""
+        raise NotImplementedError
 
-    @override
-    def _get_dataloader(self, dataset: Any, **options: Any) -> Any:
-        if len(set(dataset.sizes)) == 1:
-            return super()._get_dataloader(dataset, **options)
-        args = self.args
-        is_shuffled = options.get("is_training") and args.train_sampling_strategy != "sequential"
-        loader = DataLoader(
-            dataset,
-            batch_sampler=BucketBatches(
-                dataset.sizes,
-                options["batch_size"],
-                epoch=lambda: dataset.epoch,
-                seed=(args.seed if args.data_seed is None else args.data_seed) if is_shuffled else None,
-                drop_last=args.dataloader_drop_last,
-            ),
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
+    def loss_weight(self, batch: Mapping[str, Any]) -> Tensor | float:
+        """The weight that `method_loss` will return for `batch`, known without the model; here the number of items.
+
+        The step's weight is needed before its first backward pass, hence this second place.
+        """
+        return len(next(iter(batch.values())))
+
+    def warn_of(self, health: Mapping[str, float]) -> None:
+        """A method's warnings about its logged metrics."""
 
     # --- the step ---
 
-    def method_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The method's unreduced loss and its health metrics, for one batch."""
-        raise NotImplementedError
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """The step's weight: over its micro-batches and all ranks."""
+        weights = [float(self.loss_weight(batch)) for batch in batch_samples]
+        return self.accelerator.reduce(torch.tensor(sum(weights), device=device), "sum")
 
     @override
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of `method_loss`; raises NumericsError on NaN or infinity, before any gradient or optimizer step."""
-        loss, health = self.method_loss(model, inputs)
-        loss = loss.mean()
+        """This batch's share of the step's loss, sum of losses / sum of weights over the whole step.
+
+        Without `num_items_in_batch` the batch counts as the whole step. Raises NumericsError on NaN or infinity, before
+        any gradient, and ConfigError where `loss_weight` differs from the loss's own weight.
+        """
+        output = self.method_loss(model, inputs)
+        weight = self._checked_weight(output, inputs)
+        if num_items_in_batch is None:
+            loss = mean_over(output.loss, weight)
+        else:
+            loss = mean_over(output.loss, num_items_in_batch) * self.accelerator.num_processes
         self._require_finite("loss", loss.detach())
-        for name, value in health.items():
-            self._health[name].append(value.detach())
+        self._health.add(output.metrics, weight)
         return (loss, None) if return_outputs else loss
+
+    def _checked_weight(self, output: LossOutput, batch: Mapping[str, Any]) -> float:
+        weight, expected = output.total_weight(), float(self.loss_weight(batch))
+        if not math.isclose(weight, expected, rel_tol=1e-6):
+            name = type(self).__name__
+            raise ConfigError(
+                f"{name}.method_loss returns weight {weight:g} for a loss of shape {tuple(output.loss.shape)}, but "
+                f"{name}.loss_weight(batch) is {expected:g}. Override loss_weight so that it counts the same terms"
+            )
+        return weight
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -202,89 +200,77 @@ class AlignTrainer(Trainer):
                 "they were before this step. Lower learning_rate or beta, or train in float32."
             )
 
-    def errors(self, model: nn.Module, batch: Mapping[str, Tensor], *, residuals: bool = False) -> Tensor:
-        """Per-candidate mean squared errors [P, K], or the residuals [P, K, D] they are made of.
-
-        One batched call for all candidates. The network may run in bf16; target and error are float32 at least.
-
-        With `error_space="velocity"` an eps network's squared error is divided by alpha(t)^2, which makes it that of
-        v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512, section 4): the plain eps error hardly weighs high
-        noise, where layouts are decided. The weight is held at MAX_WEIGHT; next to pure noise it would pass 200.
-        """
-        latents_PK = batch["latents"]
-        count = latents_PK.shape[1]
-        cond = conditioning(batch, self.null).repeat(count)
-        x0, noise, t = (batch[name].flatten(0, 1) for name in ("latents", "noise", "t"))
-        residual = self._residual(model, x0, noise, t, cond)
-        flat = residual.unflatten(0, latents_PK.shape[:2]).flatten(2)
-        return flat if residuals else flat.square().mean(-1)
-
-    def _residual(self, model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, cond: Any) -> Tensor:
-        x_t = self.generator.add_noise(x0, noise, t)
-        target = self.generator.target(x0, noise, t)
-        prediction = model(x_t, t, cond)
-        residual = prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - target
-        if self.args.error_space == "velocity" and self.generator.prediction == "epsilon":
-            alpha, _ = self.generator.noise_schedule.coefficients(t)
-            residual = residual * expand(alpha.reciprocal().clamp(max=MAX_WEIGHT**0.5), residual)
-        return residual
-
     # --- logging and evaluation ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with the health panel's means since the last one."""
+        """Trainer's log, with the metrics' means since the last one."""
         if "loss" in logs and self._health:
-            means = torch.stack([torch.stack(values).float().mean() for values in self._health.values()])
-            means = self.accelerator.reduce(means, "mean").tolist()
-            health = {f"health/{name}": mean for name, mean in zip(self._health, means, strict=True)}
-            self._health.clear()
+            means = self._health.reduce(self.accelerator)
+            health = {f"health/{name}": mean for name, mean in means.items()}
             self.warn_of(health)
             logs = {**logs, **health}
         super().log(logs, start_time)
-
-    def warn_of(self, health: Mapping[str, float]) -> None:
-        """A method's warnings about its health panel."""
 
     @override
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out loss on fixed draws and held-out reward means on fixed prompts and seeds, both logged."""
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._held_out_loss(eval_dataset).items()}
+        dataset = self._held_out if eval_dataset is None else self.prepare_data(eval_dataset, self.args)
+        metrics: dict[str, float] = {}
+        if dataset is not None:
+            metrics |= {f"{metric_key_prefix}_{name}": mean for name, mean in self._held_out_means(dataset).items()}
         if self.validation is not None:
-            # All processes draw the same (none would have anything else to do), one keeps the pictures; the means are
-            # made one process's, for each decides which checkpoint is the best.
-            name = f"step-{self.state.global_step:06d}.png"
-            grid = Path(self.args.output_dir) / "validation" / name if self.is_world_process_zero() else None
-            with whole(self.generator):
-                shared = [self.validation.run(self.generator, grid)]
-            broadcast_object_list(shared)
-            metrics |= {f"{metric_key_prefix}_reward/{name}": value for name, value in shared[0].items()}
+            grid = Path(self.args.output_dir) / "validation" / f"step-{self.state.global_step:06d}.png"
+            with whole(self.generator), self.components_on(self.args.device):
+                means = self.validation.run(self.generator, grid, self.ranks)
+            metrics |= {f"{metric_key_prefix}_reward/{name}": mean for name, mean in means.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def _held_out_loss(self, eval_dataset: Any) -> dict[str, float]:
-        dataset = self._held_out if eval_dataset is None else eval_dataset
-        if dataset is None:
-            return {}
-        names: list[str] = []
-        rows: list[Tensor] = []
-        numbers: list[Tensor] = []
+    def _held_out_means(self, dataset: EpochData) -> dict[str, float]:
+        """Loss and metrics over all rows, each counted once.
+
+        Every rank takes every world-th batch. FSDP needs the same number of forward passes on all ranks, so a rank
+        whose batches end earlier repeats the last one with weight 0.
+        """
+        batches = self.batches(dataset, self.args.eval_batch_size)
+        own = batches[self.ranks.rank :: self.ranks.world]
+        counted = len(own)
+        own += batches[-1:] * (math.ceil(len(batches) / self.ranks.world) - counted)
+        means = WeightedMeans()
         self.model.eval()
-        for inputs in self.get_eval_dataloader(dataset):
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(dataset, batch_sampler=own, collate_fn=self.data_collator, num_workers=workers)
+        for number, inputs in enumerate(loader):
             with self.accelerator.autocast():
-                loss_P, health = self.method_loss(self.model, self._prepare_inputs(inputs))
-            names = ["loss", *health]
-            columns = [loss_P, *(value.expand_as(loss_P) for value in health.values())]
-            rows.append(torch.stack([c.float() for c in columns], -1))
-            numbers.append(inputs["row"])
+                output = self.method_loss(self.model, self._prepare_inputs(inputs))
+            weight = output.total_weight()
+            mean = mean_over(output.loss, weight)
+            means.add({"loss": mean, **output.metrics}, weight if number < counted else 0.0)
         self.model.train()
-        # By row: with several processes accelerate gives some rows twice, so that all have as many batches.
-        judged = dict(gather_object(list(zip(torch.cat(numbers).tolist(), torch.cat(rows).tolist(), strict=True))))
-        table = torch.tensor([judged[row] for row in sorted(judged)])
-        return dict(zip(names, table.mean(0).tolist(), strict=True))
+        return means.reduce(self.accelerator)
+
+    @contextmanager
+    def components_on(self, device: torch.device | str) -> Iterator[None]:
+        """Within it the text encoders and VAE that are not trained are on `device`; then back where they were.
+
+        Denoisers stay: a second one (Wan 2.2) may be called in a step.
+        """
+        needed = {*self.trained_module().modules(), *self.generator.model.modules()}
+        modules = [part for part in self.generator.pipeline.components.values() if isinstance(part, nn.Module)]
+        others = [part for part in modules if part not in needed and type(part) is not type(self.generator.net)]
+        first = {part: next(part.parameters(), None) for part in others}
+        places = {part: parameter.device for part, parameter in first.items() if parameter is not None}
+        for part in places:
+            part.to(device)
+        try:
+            yield
+        finally:
+            for part, place in places.items():
+                part.to(place)
 
     # --- checkpoints and export ---
 
@@ -296,10 +282,11 @@ class AlignTrainer(Trainer):
             resume_from_checkpoint = str(found) if found else None
         elif resume_from_checkpoint:
             require_whole(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+        with self.components_on(self.parking or self.args.device):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
     def _trainable(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.generator.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.trained_module().named_parameters() if p.requires_grad}
 
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -373,16 +360,19 @@ class AlignTrainer(Trainer):
         """Nothing: `export`, which every push begins with, has written the card."""
 
     def card(self) -> CardInputs:
-        """What the model card tells of this training."""
+        """What the model card reports of this training."""
         method = type(self).__name__.removesuffix("Trainer")
         judged = {int(log["step"]): log for log in self.state.log_history if any(map(_is_metric, log))}
         grids = sorted((Path(self.args.output_dir) / "validation").glob("step-*.png"))
+        config = without_defaults(self.args)
+        if self._peft_config is not None:
+            config["peft_config"] = lora_settings(self._peft_config)
         return CardInputs(
             f"{self.generator.name} aligned with {method}",
             method,
             str(self.generator.pipeline.name_or_path),
-            config=without_defaults(self.args),
-            data={"prompts": len(self.train_dataset), "candidates a prompt": self.train_dataset.phi.shape[1]},
+            config=config,
+            data=self.data_summary(),
             is_adapter=not self.args.full_finetune,
             validation={s: {n: v for n, v in log.items() if _is_metric(n)} for s, log in judged.items()},
             grid=grids[-1] if grids else None,
@@ -390,3 +380,7 @@ class AlignTrainer(Trainer):
             loading=self.generator.lora_loading,
             modality=self.generator.modality,
         )
+
+    def data_summary(self) -> dict[str, Any]:
+        """What the model card reports of the training data."""
+        return {"prompts": len(self.train_dataset)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from alignkit.trainers.buckets import Sizes
 
 @dataclass
 class AlignConfig(TrainingArguments):
-    """Keys that every method shares. Defaults of TrainingArguments that would bite are changed where noted."""
+    """Keys that every method shares. Some defaults differ from those of TrainingArguments; their help says why."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning-rate schedule."})
@@ -34,7 +33,7 @@ class AlignConfig(TrainingArguments):
     )
 
     ddp_timeout: int = field(
-        default=86_400, metadata={"help": "Seconds; the first process encodes the pictures while the others wait."}
+        default=86_400, metadata={"help": "Seconds that processes wait for each other, e.g. while data are encoded."}
     )
     hub_strategy: HubStrategy | str = field(
         default="every_save", metadata={"help": "When push_to_hub uploads the result: end or every_save."}
@@ -67,46 +66,7 @@ class AlignConfig(TrainingArguments):
         default=False, metadata={"help": "Beside the adapter, write `merged`: the whole model with it folded in."}
     )
     full_finetune: bool = field(default=False, metadata={"help": "Train all weights of the network, no LoRA."})
-    caption_dropout: float = field(
-        default=0.1, metadata={"help": "Share of prompts replaced by the null prompt, one draw a prompt."}
-    )
-    error_space: str = field(
-        default="native",
-        metadata={"help": "native, or velocity: weigh an eps network's errors as a v network's, for layouts' sake."},
-    )
-    t_min: float = field(
-        default=0.0,
-        metadata={"help": "Train times in [t_min, 1] only (1 is noise): contents are decided high, textures low."},
-    )
     noise_seed: int = field(default=0, metadata={"help": "Seeds timestep, noise and caption draws of every item."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where latents, conditioning and reference errors are kept between runs."}
-    )
-
-    resolution: int | None = field(
-        default=None,
-        metadata={
-            "help": "Side of the square whose area pictures and clips are brought to, each near its own aspect; "
-            "default: each keeps its size, cropped to what the network takes."
-        },
-    )
-    bucket_step: int | None = field(
-        default=None, metadata={"help": "Pixels between neighbouring sizes; default: 64, less for small resolutions."}
-    )
-    num_frames: int | None = field(
-        default=None, metadata={"help": "First frames of each clip to train on; default: all that the codec can take."}
-    )
-    fps: float | None = field(default=None, metadata={"help": "Bring clips to this frame rate; default: their own."})
-
-    @property
-    def sizes(self) -> Sizes:
-        """What pictures and clips are brought to."""
-        return Sizes(self.resolution, self.bucket_step, self.num_frames, self.fps)
-
-    @property
-    def cache_folder(self) -> Path:
-        """`cache_dir`, else `output_dir/_cache`: names with an underscore stay out of `push_to_hub`."""
-        return Path(self.cache_dir or Path(self.output_dir) / "_cache")
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -116,13 +76,6 @@ class AlignConfig(TrainingArguments):
         super().__post_init__()
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ConfigError(f"hub_strategy is '{self.hub_strategy}': checkpoints hold pickles; use end or every_save")
-        if self.error_space not in ("native", "velocity"):
-            raise ConfigError(f"error_space is '{self.error_space}'; use native or velocity")
-        _require_positive(vars(self.sizes))
-        if not 0 <= self.t_min < 1:
-            raise ConfigError(f"t_min is {self.t_min}; it must lie in [0, 1)")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")
         if self.remove_unused_columns or self.logging_nan_inf_filter:
             raise ConfigError("remove_unused_columns and logging_nan_inf_filter must be false: see their help")
         self._check_adapter_keys()
@@ -138,7 +91,58 @@ class AlignConfig(TrainingArguments):
             raise ConfigError(f"lora_rank is {self.lora_rank}; give at least 1, or full_finetune: true")
 
 
-def _require_positive(values: Mapping[str, float | None]) -> None:
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise ConfigError(f"{name} is {value}; it must be positive")
+@dataclass
+class OfflineConfig(AlignConfig):
+    """Keys of the methods that train on given images or videos, whose latents are cached."""
+
+    caption_dropout: float = field(
+        default=0.1, metadata={"help": "Share of prompts replaced by the null prompt, one draw a prompt."}
+    )
+    error_space: str = field(
+        default="native",
+        metadata={"help": "native, or velocity: weigh an eps network's errors as those of a v network (high noise)."},
+    )
+    t_min: float = field(
+        default=0.0,
+        metadata={"help": "Train on times in [t_min, 1] only (1 is noise): layout is decided high, texture low."},
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where latents, conditioning and reference errors are stored between runs."}
+    )
+
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the square whose area images and videos are resized to, each near its own aspect; "
+            "default: each keeps its size, cropped to what the network takes."
+        },
+    )
+    bucket_step: int | None = field(
+        default=None, metadata={"help": "Pixels between neighbouring sizes; default: 64, less for small resolutions."}
+    )
+    num_frames: int | None = field(
+        default=None, metadata={"help": "First frames of each video to train on; default: all that the codec takes."}
+    )
+    fps: float | None = field(default=None, metadata={"help": "Frame rate that videos are brought to; default: own."})
+
+    @property
+    def sizes(self) -> Sizes:
+        """What images and videos are resized to."""
+        return Sizes(self.resolution, self.bucket_step, self.num_frames, self.fps)
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, else `output_dir/_cache`: names with an underscore stay out of `push_to_hub`."""
+        return Path(self.cache_dir or Path(self.output_dir) / "_cache")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.error_space not in ("native", "velocity"):
+            raise ConfigError(f"error_space is '{self.error_space}'; use native or velocity")
+        for name, value in vars(self.sizes).items():
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} is {value}; it must be positive")
+        if not 0 <= self.t_min < 1:
+            raise ConfigError(f"t_min is {self.t_min}; it must lie in [0, 1)")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"caption_dropout is {self.caption_dropout}; it must lie in [0, 1]")

@@ -1,8 +1,7 @@
-"""Pictures and prompts become cached latents and conditioning, and batches with their random draws.
+"""Media and prompts become cached latents and conditioning, and items with their random draws.
 
-The cache is an Arrow file (memory-mapped by `datasets`) outside the dataset, keyed by the codec's and encoder's weights
-and by the data, so that a second run, another seed or another loss starts at once. Every draw (time, noise, caption
-dropout) is keyed by (noise seed, prompt id, epoch): no result depends on batch size, order or worker count.
+The cache consists of Arrow files (memory-mapped by `datasets`) outside the dataset, keyed by the weights of codec and
+text encoders and by the data, so that a second run, another seed or another loss starts at once.
 """
 
 from __future__ import annotations
@@ -10,23 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pa_compute
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from alignkit.errors import DataError
 from alignkit.media import decode_clip, decode_image, fit, to_pixels
 from alignkit.records import Captions, Conditioning, Prompt
-from alignkit.seeds import derive_seed
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
+from alignkit.trainers.cache import encode_cached
+from alignkit.trainers.data import EpochData, draw_ids
+from alignkit.trainers.draws import DrawPlan
+from alignkit.trainers.sharding import Ranks
 
 if TYPE_CHECKING:
     import datasets
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 COND = "cond."  # prefix of conditioning columns and batch keys
 PROMPT = "prompt"  # column and batch key of the text itself
+LATENTS = "latents"  # column and batch key of latents; as a column of the data they are not encoded
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of cached tensors
+FORMAT = 2  # of the cache; another number makes old caches unused
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}  # of media, by modality
 
 
@@ -54,93 +59,63 @@ def fingerprint(*modules: nn.Module | None) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Draws:
-    """The random part of one prompt's item."""
-
-    t: Tensor  # [K], canonical times
-    noise: Tensor  # [K, C, H, W] or [K, C, T, H, W]
-    dropped: bool
-
-
-@dataclass(frozen=True)
-class DrawPlan:
-    """How an item's draws are made; `share_*` give all K candidates of a prompt one time / one noise.
-
-    Times are the family's density pressed into [t_min, 1].
-    """
-
-    sample_t: Callable[[int, torch.Generator], Tensor]
-    noise_seed: int
-    caption_dropout: float
-    share_noise: bool = True
-    share_timestep: bool = True
-    t_min: float = 0.0
-
-    def draw(self, prompt_id: str, epoch: int, shape: Sequence[int]) -> Draws:
-        """Draws of one item with latents of `shape` [K, C, H, W] or [K, C, T, H, W]."""
-        source = torch.Generator().manual_seed(derive_seed("draw", self.noise_seed, prompt_id, epoch))
-        count = shape[0]
-        t = self.sample_t(1 if self.share_timestep else count, source).expand(count)
-        t = self.t_min + (1 - self.t_min) * t
-        noise = torch.randn((1 if self.share_noise else count, *shape[1:]), generator=source).expand(*shape)
-        dropped = bool(torch.rand((), generator=source) < self.caption_dropout)
-        return Draws(t, noise, dropped)
-
-
-def _draw_ids(prompt_ids: Iterable[str]) -> list[str]:
-    """What draws are keyed by: the prompt, and from its second row on (pairs of one caption) the row's number too."""
-    seen: Counter[str] = Counter()
-    names = []
-    for prompt_id in prompt_ids:
-        names.append(f"{prompt_id}-{seen[prompt_id]}" if seen[prompt_id] else prompt_id)
-        seen[prompt_id] += 1
-    return names
-
-
-class LatentDataset(Dataset[dict[str, Any]]):
+class LatentDataset(EpochData):
     """Cached rows with draws of their own in each `epoch`, which the trainer sets.
 
-    `sizes` are the shapes of the rows' latents, all candidates together; `shapes` those of their conditioning.
+    Args:
+        rows: the cache's rows; columns prompt_id, latents and conditioning as bytes, `shape` (of the latents [K, ...])
+            and `dtypes`.
+        targets: per row what the loss compares with, by its batch key: phi [K], labels [T], ...
+        cond_shapes: shapes of one row's conditioning, by its column.
+        plan: how time, noise and caption dropout are drawn.
+        key: identifies the cached values; default: the fingerprint that `datasets` gives `rows`.
     """
 
     def __init__(
-        self, rows: datasets.Dataset, phi_NK: Tensor, shapes: Mapping[str, Sequence[int]], plan: DrawPlan
+        self,
+        rows: datasets.Dataset,
+        targets: Mapping[str, Sequence[Tensor] | Tensor],
+        cond_shapes: Mapping[str, Sequence[int]],
+        plan: DrawPlan,
+        key: str | None = None,
     ) -> None:
-        self.rows, self.phi, self.shapes, self.plan = rows, phi_NK, dict(shapes), plan
-        self.sizes = [tuple(size) for size in rows["shape"][:]]
-        self.draw_ids = _draw_ids(rows["prompt_id"])
-        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by loader workers that outlive an epoch
+        super().__init__()
+        self.rows, self.targets, self.cond_shapes, self.plan = rows, dict(targets), dict(cond_shapes), plan
+        self.key = key or rows._fingerprint  # noqa: SLF001 - the name `datasets` itself keys its cache with
+        self.latent_shapes = [tuple(shape) for shape in rows["shape"][:]]
+        self.draw_ids = draw_ids(rows["prompt_id"])
         self.picked: Tensor | None = None  # [rows, k] candidate numbers, where not all are used
         self.reference: Tensor | None = None  # [epochs, rows, k], once precomputed
 
-    @property
-    def epoch(self) -> int:
-        """Which epoch's draws items carry; 0 unless set, so held-out rows always meet the same draws."""
-        return int(self._epoch)
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows only; each keeps its draws."""
+        self.rows = self.rows.select(rows)
+        for name, values in self.targets.items():
+            self.targets[name] = values[torch.tensor(rows)] if torch.is_tensor(values) else [values[i] for i in rows]
+        self.latent_shapes = [self.latent_shapes[row] for row in rows]
+        self.draw_ids = [self.draw_ids[row] for row in rows]
 
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self._epoch.fill_(value)
-
-    def keep_best_and_worst(self) -> None:
-        """Only each row's best and worst candidate, best first; rows of ties go."""
-        kept = (self.phi.amax(-1) > self.phi.amin(-1)).nonzero().flatten()
-        self.rows, self.phi = self.rows.select(kept.tolist()), self.phi[kept]
-        self.sizes, self.draw_ids = ([every[row] for row in kept.tolist()] for every in (self.sizes, self.draw_ids))
-        self.picked = torch.stack([self.phi.argmax(-1), self.phi.argmin(-1)], -1)
+    def pick(self, candidates_Nk: Tensor, *, targets: Sequence[str]) -> None:
+        """Keep these candidates of each row, in this order; `targets` are those with one value a candidate."""
+        self.picked = candidates_Nk
+        for name in targets:
+            rows = zip(self.targets[name], candidates_Nk, strict=True)
+            self.targets[name] = torch.stack([values[candidates] for values, candidates in rows])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        item: dict[str, Any] = {key: _unpack(row[key], shape) for key, shape in self.shapes.items()}
-        item["latents"] = _unpack(row["latents"], self.sizes[index])
-        item |= {"phi": self.phi[index], "row": torch.tensor(index)}
+        shapes = {**self.cond_shapes, LATENTS: self.latent_shapes[index]}
+        item: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            item[name] = unpack(row[name], shape, row["dtypes"][name]).float()
         if self.picked is not None:
-            item |= {key: item[key][self.picked[index]] for key in ("latents", "phi")}
-        draws = self.plan.draw(self.draw_ids[index], self.epoch, item["latents"].shape)
+            item[LATENTS] = item[LATENTS][self.picked[index]]
+        item |= {name: values[index] for name, values in self.targets.items()}
+        item["row"] = torch.tensor(index)
+        draws = self.plan.draw(self.draw_ids[index], self.epoch, item[LATENTS].shape)
         item |= {"t": draws.t, "noise": draws.noise, "dropped": torch.tensor(draws.dropped)}
         if self.reference is not None:
             item["reference_err"] = self.reference[self.epoch, index]
@@ -149,18 +124,20 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return item
 
 
-def _unpack(raw: bytes, shape: Sequence[int]) -> Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=torch.float32).reshape(tuple(shape))
+def pack(tensor: Tensor, dtype: torch.dtype) -> tuple[bytes, str]:
+    """Bytes of a tensor and the name of their dtype: `dtype` (the encoder's) where that loses nothing, else float32.
+
+    The result of an encoder in half precision then takes half the space of float32.
+    """
+    wide = tensor.detach().float().cpu()
+    narrow = wide.to(dtype) if dtype in (torch.bfloat16, torch.float16) else wide
+    chosen = narrow if torch.equal(narrow.float(), wide) else wide
+    return chosen.reshape(-1).view(torch.uint8).numpy().tobytes(), str(chosen.dtype).removeprefix("torch.")
 
 
-def _pack(tensor: Tensor) -> bytes:
-    return tensor.detach().float().cpu().contiguous().numpy().tobytes()
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items; all rows of a batch have one size (see `buckets.BucketBatches`). Texts stay a list."""
-    columns = {key: [item[key] for item in items] for key in items[0]}
-    return {key: column if key == PROMPT else torch.stack(column) for key, column in columns.items()}
+def unpack(raw: bytes, shape: Sequence[int], dtype: str) -> Tensor:
+    """The tensor that `pack` stored, in the dtype that it was stored in."""
+    return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(tuple(shape))
 
 
 def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Conditioning:
@@ -174,7 +151,8 @@ def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Condit
 class Encoder:
     """Turns rows (prompt, media) into rows of bytes; batched by `datasets.map`.
 
-    Every row goes to the size of its first medium's bucket; `column` holds a medium or a list of `count` ones.
+    Every row goes to the size of its first medium's bucket; `column` holds a medium or a list of `count` ones, or
+    latents [K, ...], which are stored as they are.
     """
 
     def __init__(self, generator: PipelineGenerator, column: str, count: int, sizes: Sizes) -> None:
@@ -183,12 +161,35 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        rows = [self._row(*pair) for pair in zip(indices, batch[self.column], strict=True)]
-        latents = self._latents([pixels for pixels, _ in rows])
+        numbered = list(zip(indices, batch[self.column], strict=True))
+        if self.column == LATENTS:
+            latents, changed = [self._given_latents(*pair) for pair in numbered], [0] * len(numbered)
+        else:
+            rows = [self._row(*pair) for pair in numbered]
+            latents, changed = self._latents([pixels for pixels, _ in rows]), [number for _, number in rows]
         cond = self.generator.encode_prompts(batch["prompt"])
-        columns = {"latents": latents, **{COND + name: tensor for name, tensor in cond.tensors.items()}}
-        packed: dict[str, list[Any]] = {name: [_pack(row) for row in tensor] for name, tensor in columns.items()}
-        return packed | {"shape": [list(row.shape) for row in latents], "changed": [changed for _, changed in rows]}
+        columns = {LATENTS: (latents, self.generator.pipeline.vae.dtype)}
+        columns |= {COND + name: (list(tensor), tensor.dtype) for name, tensor in cond.tensors.items()}
+        result: dict[str, list[Any]] = {"shape": [list(row.shape) for row in latents], "changed": changed}
+        result["dtypes"] = [{} for _ in latents]
+        for name, (tensors, dtype) in columns.items():
+            packed = [pack(tensor, dtype) for tensor in tensors]
+            result[name] = [raw for raw, _ in packed]
+            for stored, (_, kind) in zip(result["dtypes"], packed, strict=True):
+                stored[name] = kind
+        return result
+
+    def _given_latents(self, row: int, cells: Any) -> Tensor:
+        latents = torch.from_numpy(np.asarray(cells, np.float32))
+        axes = 5 if self.is_video else 4
+        channels = self.generator.latent_channels
+        if latents.dim() != axes or len(latents) != self.count or latents.shape[1] != channels:
+            layout = "[K, C, T, H, W]" if self.is_video else "[K, C, H, W]"
+            raise DataError(
+                f"row {row}: latents of shape {list(latents.shape)}; the model takes {layout} with K = {self.count} as "
+                f"in row 0 and C = {channels}"
+            )
+        return latents
 
     def _latents(self, pixels: Sequence[Tensor]) -> list[Tensor]:
         """Latents [K, ...] of each row; rows of one size are encoded together, but clips each alone: they are large."""
@@ -235,6 +236,17 @@ class Encoder:
         return [clip[:frames] for clip in clips]
 
 
+def phi_targets(rows: datasets.Dataset, count: int) -> dict[str, Tensor]:
+    """{"phi": [N, K]} of ranked rows; 0 where the data has no phi. Raises DataError naming a row that does not fit."""
+    if "phi" not in rows.column_names:
+        return {"phi": torch.zeros(len(rows), count)}
+    phi = rows["phi"][:]
+    for row, values in enumerate(phi):
+        if len(values) != count or not all(math.isfinite(value) for value in values):
+            raise DataError(f"row {row}: phi is {values}; it must be {count} finite numbers, one a candidate")
+    return {"phi": torch.tensor(phi, dtype=torch.float32)}
+
+
 def encode_rows(
     generator: PipelineGenerator,
     rows: datasets.Dataset,
@@ -243,45 +255,46 @@ def encode_rows(
     *,
     sizes: Sizes = AS_THEY_ARE,
     batch_size: int = 16,
+    targets: Callable[[datasets.Dataset, int], Mapping[str, Sequence[Tensor] | Tensor]] = phi_targets,
+    ranks: Ranks = Ranks(),  # noqa: B008 - a frozen record
 ) -> LatentDataset:
-    """Encode `rows` (columns prompt, images or videos; phi and prompt_id optional) once, or reuse the cache.
+    """Encode `rows` (columns prompt, images or videos or latents; prompt_id optional) once, or reuse the cache.
 
-    A column `image` or `video` holds a medium instead of a list. Raises DataError for missing columns, no rows, and,
-    naming the row, for K that differs, a phi that is not K finite numbers, or a medium that cannot be decoded, is
-    smaller than the model's patch or shorter than `num_frames`.
+    A column `image` or `video` holds a medium instead of a list. `targets(rows, K)` reads what the loss compares with;
+    targets are not part of the cache, so the same media under other labels share one. All processes of a job call
+    this together; each encodes a part. Raises DataError for missing columns, no rows, and, naming the row, for K that
+    differs, targets that do not fit, or a medium that cannot be decoded, is smaller than the model's patch or shorter
+    than `num_frames`.
     """
     column = _media_column(generator, rows)
     if not len(rows):
         raise DataError("training data has no row")
-    rows = _with_defaults(_undecoded(rows, column), column)
+    rows = _with_ids(rows if column == LATENTS else _undecoded(rows, column))
     count = _count(rows[0][column])
     if not count:
-        raise DataError("row 0: no picture; remove the row")
-    phi_NK = _labels(rows["phi"][:], count)
+        raise DataError("row 0: no image; remove the row")
+    loaded = targets(rows, count)
     key = cache_key(generator, rows, sizes)
-    file = cache_dir / f"latents-{key}.arrow"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    # Labels stay outside: the same pictures under other rankings share one cache.
-    kept = [name for name in rows.column_names if name != "prompt_id"]
-    encoded = rows.map(
+    encoded = encode_cached(
+        rows,
         Encoder(generator, column, count, sizes),
-        batched=True,
-        with_indices=True,
+        cache_dir / f"latents-{key}.json",
+        removed=[name for name in rows.column_names if name != "prompt_id"],
         batch_size=batch_size if generator.modality == "image" else 1,
-        remove_columns=kept,
-        cache_file_name=str(file),
-        new_fingerprint=key,
-        desc="latents",
+        ranks=ranks,
     )
     with torch.no_grad():
         null = generator.encode_prompts([""])
     shapes = {COND + name: tuple(tensor.shape[1:]) for name, tensor in null.tensors.items()}
-    return LatentDataset(encoded, phi_NK, shapes, plan)
+    return LatentDataset(encoded, loaded, shapes, plan, key)
 
 
 def _media_column(generator: PipelineGenerator, rows: datasets.Dataset) -> str:
     """The column that holds what `generator` makes. Raises DataError for other media, or when a column is missing."""
     names = COLUMNS[generator.modality]
+    if {LATENTS, "prompt"} <= set(rows.column_names):
+        return LATENTS
     present = [name for name in names if name in rows.column_names]
     foreign = {name for both in COLUMNS.values() for name in both}.intersection(rows.column_names)
     if foreign and not present:
@@ -308,22 +321,13 @@ def _count(cells: Any) -> int:
     return len(cells) if isinstance(cells, list) else 1
 
 
-def _labels(phi: Sequence[Sequence[float]], count: int) -> Tensor:
-    for row, values in enumerate(phi):
-        if len(values) != count or not all(math.isfinite(value) for value in values):
-            raise DataError(f"row {row}: phi is {values}; it must be {count} finite numbers, one a picture")
-    return torch.tensor(phi, dtype=torch.float32)
-
-
-def _with_defaults(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """`prompt_id` from the text, `phi` zero, where the data has none (plain captioned pictures for SFT)."""
-    if "prompt_id" not in rows.column_names:
-        # The row number goes in too: the same caption may stand under several pictures, each with its own draws.
-        ids = [f"{Prompt.from_text(text).id}-{i}" for i, text in enumerate(rows["prompt"])]
-        rows = rows.add_column("prompt_id", ids)
-    if "phi" not in rows.column_names:
-        rows = rows.add_column("phi", [[0.0] * _count(rows[0][column])] * len(rows))
-    return rows
+def _with_ids(rows: datasets.Dataset) -> datasets.Dataset:
+    """`prompt_id` from the text where the data has none (plain captioned images for SFT)."""
+    if "prompt_id" in rows.column_names:
+        return rows
+    # The row number is part of it: the same caption may belong to several images, each with its own draws.
+    ids = [f"{Prompt.from_text(text).id}-{i}" for i, text in enumerate(rows["prompt"])]
+    return rows.add_column("prompt_id", ids)
 
 
 def cache_key(generator: PipelineGenerator, rows: datasets.Dataset, sizes: Sizes = AS_THEY_ARE) -> str:
@@ -337,19 +341,28 @@ def cache_key(generator: PipelineGenerator, rows: datasets.Dataset, sizes: Sizes
     codec = components["vae"].config
     digest = hashlib.sha256(f"{fingerprint(components['vae'])}{fingerprint(*encoders)}".encode())
     scales = [codec.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
-    digest.update(json.dumps([scales, astuple(sizes), generator.pixel_multiple]).encode())
+    digest.update(json.dumps([FORMAT, scales, astuple(sizes), generator.pixel_multiple]).encode())
     column = _media_column(generator, rows)
     for table in rows.select_columns(["prompt_id", "prompt", column]).with_format("arrow").iter(batch_size=1000):
         digest.update(json.dumps([table["prompt_id"].to_pylist(), table["prompt"].to_pylist()]).encode())
-        is_list = pa.types.is_list(table[column].type)
-        pictures = pa_compute.list_flatten(table[column]) if is_list else table[column]
-        encoded = pa_compute.struct_field(pictures, "bytes")
-        paths = pa_compute.struct_field(pictures, "path").to_pylist()
-        tails = pa_compute.binary_slice(encoded, -32).to_pylist()
-        lengths = pa_compute.binary_length(encoded).to_pylist()
-        files = [_stamp(path) if length is None else None for path, length in zip(paths, lengths, strict=True)]
-        digest.update(repr([lengths, tails, paths, files]).encode())
+        digest.update(_digest_of(table.select([column]), column))
     return digest.hexdigest()[:16]
+
+
+def _digest_of(table: pa.Table, column: str) -> bytes:
+    if column == LATENTS:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return hashlib.sha256(sink.getvalue()).digest()
+    is_list = pa.types.is_list(table[column].type)
+    media = pa_compute.list_flatten(table[column]) if is_list else table[column]
+    encoded = pa_compute.struct_field(media, "bytes")
+    paths = pa_compute.struct_field(media, "path").to_pylist()
+    tails = pa_compute.binary_slice(encoded, -32).to_pylist()
+    lengths = pa_compute.binary_length(encoded).to_pylist()
+    files = [_stamp(path) if length is None else None for path, length in zip(paths, lengths, strict=True)]
+    return repr([lengths, tails, paths, files]).encode()
 
 
 def _stamp(path: str | None) -> tuple[int, int] | None:

@@ -1,4 +1,16 @@
-"""RankDPO and its relatives on ranked rows: `loss` chooses the loss, the reference is the model without adapters."""
+"""RankDPO and other preference losses on ranked rows: `loss` chooses the loss, the reference has no adapters.
+
+Differences to the paper (RankDPO, arXiv 2410.18013):
+- Losses of prompts are averaged (`mean` over P); the paper states no reduction.
+- The candidates of a prompt share one noise and one timestep (`share_noise`, `share_timestep`); both can be switched
+  off. Shared noise lowers the variance of error differences.
+- The reference is the same network with its adapters off, not a second model (a frozen copy in full fine-tuning).
+- Errors are means, not sums, over pixels, so `beta` is on the scale of Diffusion-DPO's code (see its help).
+- `error_space="velocity"` weighs the errors of an eps network as those of a v network; the paper's are native.
+- `t_min` leaves low-noise times out; the paper trains on all.
+- `protect_winner` scales the losers' gradients (Diffusion-SDPO, arXiv 2511.03317), `sft_weight` adds the winner's
+  denoising error; the paper has neither, and both are off by default.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from alignkit.errors import ConfigError, DataError
 from alignkit.losses import LOSSES, loser_scale
 from alignkit.records import LossOutput
 from alignkit.resolve import resolve
-from alignkit.trainers.base import AlignTrainer
-from alignkit.trainers.config import AlignConfig
-from alignkit.trainers.latents import DrawPlan, LatentDataset, conditioning
-from alignkit.trainers.reference import precompute
+from alignkit.trainers.config import OfflineConfig
+from alignkit.trainers.draws import DrawPlan
+from alignkit.trainers.latents import LatentDataset
+from alignkit.trainers.offline import OfflineTrainer
 
 logger = logging.getLogger(__name__)
 WINDOW = 10  # logs in each half of the window that the drift warning compares
@@ -28,8 +39,8 @@ _CHOICES = {"rank_source": ("label", "model"), "weighting": ("rank_gain", "gain"
 
 
 @dataclass
-class RankDPOConfig(AlignConfig):
-    """Defaults: beta as in Diffusion-DPO's SDXL runs (mean-squared errors, factor 1/2); RankDPO's paper tells none."""
+class RankDPOConfig(OfflineConfig):
+    """Default beta: that of Diffusion-DPO's SDXL runs (mean squared errors, factor 1/2); RankDPO's paper gives none."""
 
     loss: str = field(
         default="rank_dpo", metadata={"help": "rank_dpo, diffusion_dpo (best against worst), plackett_luce, or yours."}
@@ -61,73 +72,53 @@ class RankDPOConfig(AlignConfig):
             raise ConfigError("protect_winner needs all candidates' outputs at once; switch off low_memory")
 
 
-class RankDPOTrainer(AlignTrainer):
-    """Ranked preference training; see `alignkit.losses.preference` for the equations."""
+class RankDPOTrainer(OfflineTrainer):
+    """Ranked preference training, loss [P]; see `alignkit.losses.preference` for the equations."""
 
     args: RankDPOConfig
     needs_reference = True
 
-    def __init__(self, generator: Any, args: RankDPOConfig, train_dataset: Any, *rest: Any, **options: Any) -> None:
-        super().__init__(generator, args, train_dataset, *rest, **options)
+    def __init__(self, model: Any, args: RankDPOConfig, train_dataset: Any, *rest: Any, **options: Any) -> None:
+        super().__init__(model, args, train_dataset, *rest, **options)
         self._objective = _objective(args)
         self._drift: deque[tuple[float, float]] = deque(maxlen=2 * WINDOW)
         if args.precompute_reference:
-            with args.main_process_first(desc="reference errors"):
-                self.train_dataset.reference = precompute(self, self.train_dataset, args.cache_folder)
+            self.precompute_reference(one_by_one=args.low_memory)
 
-    def draw_plan(self, args: AlignConfig) -> DrawPlan:
+    def draw_plan(self, args: Any) -> DrawPlan:
         return replace(super().draw_plan(args), share_noise=args.share_noise, share_timestep=args.share_timestep)
 
-    def _encode(self, rows: Any, args: RankDPOConfig) -> LatentDataset | None:
+    def prepare_data(self, rows: Any, args: Any) -> LatentDataset | None:
         if rows is not None and not isinstance(rows, LatentDataset):
             _require_ranked(rows)
-        dataset = super()._encode(rows, args)
+        dataset = super().prepare_data(rows, args)
         if dataset is None:
             return None
-        if not (dataset.phi.amax(-1) > dataset.phi.amin(-1)).any():
+        phi_NK = dataset.targets["phi"]
+        if not (phi_NK.amax(-1) > phi_NK.amin(-1)).any():
             raise DataError("every row is a tie (equal phi), so there is nothing to prefer; score with other rewards")
         if args.loss == "diffusion_dpo" and dataset.picked is None:
-            dataset.keep_best_and_worst()
+            keep_best_and_worst(dataset)
         return dataset
 
-    def method_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def method_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> LossOutput:
+        args = self.args
         reference_PK = batch.get("reference_err")
         if reference_PK is None:
-            reference_PK = self.reference_errors(model, batch)
+            reference_PK = self.reference_errors(model, batch, one_by_one=args.low_memory)
         protect: dict[str, Tensor] = {}
-        if self.args.protect_winner is not None:
-            residual_PKD = self.errors(model, batch, residuals=True)
-            policy_PK = residual_PKD.square().mean(-1)
-            protect["protect"] = loser_scale(residual_PKD, self.args.protect_winner)
-        elif self.args.low_memory:
-            policy_PK = self.errors_one_by_one(model, batch)
+        if args.protect_winner is None:
+            policy_PK = self.errors(model, batch, one_by_one=args.low_memory)
         else:
-            policy_PK = self.errors(model, batch)
+            residual_PKD = self.residuals(model, batch).flatten(2)
+            policy_PK = residual_PKD.square().mean(-1)
+            protect["protect"] = loser_scale(residual_PKD, args.protect_winner)
         output = self._objective(policy_PK, reference_PK, batch["phi"], **protect)
-        loss_P = output.loss
-        if self.args.sft_weight:
+        if args.sft_weight:
             best_P1 = batch["phi"].argmax(-1, keepdim=True)
-            loss_P = loss_P + self.args.sft_weight * policy_PK.gather(-1, best_P1).squeeze(-1)
-        return loss_P, output.metrics
-
-    @torch.no_grad()
-    def reference_errors(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Errors [P, K] of the frozen base model on the same draws."""
-        with self.generator.reference():
-            return self.errors_one_by_one(model, batch) if self.args.low_memory else self.errors(model, batch)
-
-    def errors_one_by_one(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """`errors` with the activations of one candidate alone in memory: each is checkpointed whole.
-
-        Exact: the backward repeats a candidate's forward and sums the same gradients.
-        """
-        cond = conditioning(batch, self.null)
-
-        def error(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-            return self._residual(model, x0, noise, t, cond).flatten(1).square().mean(-1)
-
-        columns = zip(*(batch[name].unbind(1) for name in ("latents", "noise", "t")), strict=True)
-        return torch.stack([checkpoint(error, *column, use_reentrant=False) for column in columns], -1)
+            winner_P = policy_PK.gather(-1, best_P1).squeeze(-1)
+            output = replace(output, loss=output.loss + args.sft_weight * winner_P)
+        return output
 
     def warn_of(self, health: Mapping[str, float]) -> None:
         """Warn when the winner's error rises while the margin grows: the loss is won by ruining both."""
@@ -142,7 +133,7 @@ class RankDPOTrainer(AlignTrainer):
             self._drift.clear()
             logger.warning(
                 "step %d: the winner's error against the reference rises (%.2e -> %.2e) while the margin grows "
-                "(%.3f -> %.3f). Pictures get worse on both sides; lower learning_rate, raise beta, or set "
+                "(%.3f -> %.3f). Winners and losers get worse; lower learning_rate, raise beta, or set "
                 "protect_winner or sft_weight.",
                 *(self.state.global_step, w0, w1, m0, m1),
             )
@@ -152,8 +143,16 @@ def _means(entries: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return sum(winner for winner, _ in entries) / WINDOW, sum(margin for _, margin in entries) / WINDOW
 
 
+def keep_best_and_worst(dataset: LatentDataset) -> None:
+    """Keep each row's best and worst candidate only, best first; rows of ties go."""
+    phi_NK = torch.as_tensor(dataset.targets["phi"])
+    dataset.select((phi_NK.amax(-1) > phi_NK.amin(-1)).nonzero().flatten().tolist())
+    phi_NK = torch.as_tensor(dataset.targets["phi"])
+    dataset.pick(torch.stack([phi_NK.argmax(-1), phi_NK.argmin(-1)], -1), targets=["phi"])
+
+
 def _require_ranked(rows: Any) -> None:
-    """What can be seen before anything is encoded."""
+    """Refuse, before anything is encoded, rows that cannot be ranked."""
     if "phi" not in rows.column_names:
         raise DataError(f"ranked rows need the column phi; these have {rows.column_names}. Run `alignkit rank` first")
     if len(rows) and len(rows[0]["phi"]) < 2:
@@ -164,7 +163,7 @@ def _objective(args: RankDPOConfig) -> Any:
     """The configured loss as f(policy_PK, reference_PK, phi_PK) -> LossOutput."""
     loss = resolve(args.loss, LOSSES, kind="loss")
     if args.loss == "diffusion_dpo":
-        # The dataset keeps best and worst, in this order: their phi is not needed.
+        # Rows hold the best and the worst candidate, in this order, so phi is not needed.
         def pairs(policy_B2: Tensor, reference_B2: Tensor, _: Tensor, **protect: Tensor) -> LossOutput:
             return loss(policy_B2, reference_B2, beta=args.beta, **protect)
 

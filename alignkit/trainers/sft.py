@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the plain denoising objective, on winners or on any captioned pictures."""
+"""Supervised fine-tuning: the plain denoising objective, on winners or on any captioned images or videos."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError
-from alignkit.trainers.base import AlignTrainer
-from alignkit.trainers.config import AlignConfig
+from alignkit.records import LossOutput
+from alignkit.trainers.config import OfflineConfig
+from alignkit.trainers.offline import OfflineTrainer
 
 
 @dataclass
-class SFTConfig(AlignConfig):
-    """`candidates` chooses which pictures of a ranked row are learnt from."""
+class SFTConfig(OfflineConfig):
+    """`candidates` chooses which candidates of a ranked row are trained on."""
 
     candidates: str = field(default="winner", metadata={"help": "winner (highest phi) or all."})
 
@@ -26,16 +27,16 @@ class SFTConfig(AlignConfig):
             raise ConfigError(f"candidates is '{self.candidates}'; use winner or all")
 
 
-class SFTTrainer(AlignTrainer):
+class SFTTrainer(OfflineTrainer):
     """Mean squared error of the native target (eps, v or velocity; see `error_space`); loss [P]."""
 
     args: SFTConfig
 
-    def method_loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def method_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> LossOutput:
         if self.args.candidates == "winner":
             batch = winners(batch)
         error_PK = self.errors(model, batch)
-        return error_PK.mean(-1), {"error": error_PK.mean()}
+        return LossOutput(error_PK.mean(-1), {"error": error_PK.mean().detach()})
 
 
 def winners(batch: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,18 +1,20 @@
-"""Weights that live in shards (FSDP2): whole tensors for files, a whole network for sampling and export.
+"""Work and weights over processes: who does which part of a job, and weights that live in shards (FSDP2).
 
-Everything here is collective: each process calls it, whoever writes the file. Left out: DeepSpeed ZeRO-3, which shards
-in a way of its own and is refused.
+For files whole tensors are put together, for sampling and export a whole network. What touches weights is collective:
+each process calls it, whoever writes the file. Left out: DeepSpeed ZeRO-3, which shards in a way of its own and is
+refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, DistributedType, init_empty_weights
+from accelerate import Accelerator, DistributedType, PartialState, init_empty_weights
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,6 +25,27 @@ FSDP2, ZERO3 = 2, 3
 
 if TYPE_CHECKING:
     from alignkit.generators.pipeline import PipelineGenerator
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a job; the default is a job of one process."""
+
+    rank: int = 0
+    world: int = 1
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.world > 1:
+            PartialState().wait_for_everyone()
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in the order of their ranks, on every process."""
+        return list(gather_object(items)) if self.world > 1 else items
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, on every process."""
+        return broadcast_object_list([value])[0] if self.world > 1 else value
 
 
 def settle_layout(accelerator: Accelerator, *, asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""Validation pictures during training: fixed prompts and seeds, a picture grid and held-out reward means."""
+"""Validation during training: images of fixed prompts and seeds, a grid of them and held-out reward means."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from alignkit.protocols import ImageSource, Reward
 from alignkit.records import Prompt, Sampling, texts
 from alignkit.seeds import derive_seed
+from alignkit.trainers.sharding import Ranks
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What is drawn and judged at each evaluation step; the first `shown` pictures make the grid."""
+    """What is generated and scored at each evaluation step; the first `shown` images make the grid."""
 
     prompts: Sequence[Prompt]
     sampling: Sampling
@@ -28,42 +29,53 @@ class Validation:
     shown: int = 16
 
     @torch.no_grad()
-    def run(self, source: ImageSource, grid: Path | None) -> dict[str, float]:
-        """Mean of every reward over the prompts, and the mean of those means as `mean` when there are several."""
-        pictures = draw(source, self.prompts, self.seed, self.sampling, self.batch_size)
-        if grid is not None:
-            save_grid(pictures[: self.shown], grid)
-        starts = range(0, len(pictures), self.batch_size)
-        batches = [(pictures[i : i + self.batch_size], self.prompts[i : i + self.batch_size]) for i in starts]
-        means = {
-            name: float(torch.cat([reward(*batch).total.cpu() for batch in batches]).mean())
-            for name, reward in self.rewards.items()
-        }
+    def run(self, source: ImageSource, grid: Path | None, ranks: Ranks = Ranks()) -> dict[str, float]:  # noqa: B008
+        """Mean of every reward over the prompts, and the mean of those means as `mean` when there are several.
+
+        Each prompt has one image, from a seed of its own (run seed, prompt id). Every process of `ranks` generates and
+        scores each world-th prompt, batch by batch; only what the grid shows is kept. All processes return the same
+        means, so that all pick the same best checkpoint; rank 0 writes the `grid`.
+        """
+        scores: list[tuple[int, dict[str, float]]] = []
+        images: list[tuple[int, Tensor]] = []
+        own = range(ranks.rank, len(self.prompts), ranks.world)
+        for start in range(0, len(own), self.batch_size):
+            numbers = own[start : start + self.batch_size]
+            prompts = [self.prompts[number] for number in numbers]
+            seeds = [derive_seed(self.seed, prompt.id, 0) for prompt in prompts]
+            media = source.generate(texts(prompts), seeds, self.sampling).cpu()
+            totals = {name: reward(media, prompts).total.tolist() for name, reward in self.rewards.items()}
+            for row, number in enumerate(numbers):
+                scores.append((number, {name: values[row] for name, values in totals.items()}))
+                if number < self.shown and grid is not None:
+                    images.append((number, grid_frames(media[row]).clone()))
+        scores, images = (sorted(ranks.gather(items), key=lambda item: item[0]) for items in (scores, images))
+        if grid is not None and ranks.rank == 0:
+            save_grid(torch.stack([image for _, image in images]), grid)
+        means: dict[str, float] = {}
+        for name in self.rewards:
+            means[name] = float(torch.tensor([values[name] for _, values in scores]).mean())
         return means | ({"mean": float(np.mean(list(means.values())))} if len(means) > 1 else {})
 
 
-def draw(source: ImageSource, prompts: Sequence[Prompt], seed: int, sampling: Sampling, batch_size: int) -> Tensor:
-    """One picture (or clip) a prompt [P, 3, H, W], each from its own seed (run seed, prompt id)."""
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    return torch.cat(
-        [
-            source.generate(texts(batch), [derive_seed(seed, prompt.id, 0) for prompt in batch], sampling).cpu()
-            for batch in batches
-        ]
-    )
+def grid_frames(medium: Tensor, columns: int = 8) -> Tensor:
+    """Of a video [F, 3, H, W] at most `columns` frames, equally far apart; an image [3, H, W] as it is."""
+    if medium.dim() == 3:
+        return medium
+    return medium[torch.linspace(0, len(medium) - 1, min(columns, len(medium))).round().long()]
 
 
-def save_grid(pictures: Tensor, file: Path, columns: int = 8) -> None:
-    """Pictures [B, 3, H, W] side by side in rows of `columns`, as a PNG; of clips [B, F, 3, H, W] a row each, with as
+def save_grid(media: Tensor, file: Path, columns: int = 8) -> None:
+    """Images [B, 3, H, W] side by side in rows of `columns`, as a PNG; of videos [B, F, 3, H, W] a row each, with as
     many of its frames, equally far apart.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    if pictures.dim() == 5:
-        frames = torch.linspace(0, pictures.shape[1] - 1, min(columns, pictures.shape[1])).round().long()
-        columns, pictures = len(frames), pictures[:, frames].flatten(0, 1)
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    padded = torch.zeros(rows * columns, *pictures.shape[1:])
-    padded[: len(pictures)] = pictures
+    if media.dim() == 5:
+        media = torch.stack([grid_frames(video, columns) for video in media])
+        columns, media = media.shape[1], media.flatten(0, 1)
+    columns = min(columns, len(media))
+    rows = -(-len(media) // columns)
+    padded = torch.zeros(rows * columns, *media.shape[1:])
+    padded[: len(media)] = media
     grid = padded.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     Image.fromarray((grid.numpy() * 255).round().astype(np.uint8)).save(file)

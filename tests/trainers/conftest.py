@@ -57,7 +57,7 @@ def make(load: Any, ranked_rows: Any, tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture
 def batch_of() -> Callable[..., dict[str, Tensor]]:
     """Collates the first rows of a trainer; floating values in float64 if asked."""
-    from alignkit.trainers.latents import collate
+    from alignkit.trainers.data import collate
 
     def collect(trainer: Any, count: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         batch = collate([trainer.train_dataset[i] for i in range(count)])

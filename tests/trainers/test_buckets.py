@@ -76,7 +76,7 @@ def test_rows_of_all_sizes_are_encoded_each_at_its_own(make, mixed, random_png, 
     items[3]["images"][2] = {"bytes": random_png(64, 96, 7), "path": None}
     trainer = make("flow", rows=datasets.Dataset.from_list(items, features=rows.features))
     dataset, generator = trainer.train_dataset, trainer.generator
-    assert [size[-2:] for size in dataset.sizes] == [(8, 8), (8, 12), (8, 8), (12, 8)]
+    assert [size[-2:] for size in dataset.latent_shapes] == [(8, 8), (8, 12), (8, 8), (12, 8)]
     decoded = [Image.open(io.BytesIO(item["images"][2]["bytes"])) for item in items]
     decoded[2] = decoded[2].crop((1, 0, 17, 16))
     decoded[3] = decoded[3].resize((16, 24), Image.Resampling.LANCZOS)
@@ -95,7 +95,7 @@ def test_data_of_one_size_says_nothing(make, caplog):
 def test_resolution_brings_all_to_its_area_and_has_a_cache_of_its_own(make, mixed, tmp_path):
     rows, cache = mixed((48, 48), (30, 30), (24, 16)), tmp_path / "cache"
     small = make("flow", rows=rows, resolution=16, cache_dir=str(cache))
-    assert [size[-2:] for size in small.train_dataset.sizes] == [(8, 8), (8, 8), (6, 10)]
+    assert [size[-2:] for size in small.train_dataset.latent_shapes] == [(8, 8), (8, 8), (6, 10)]
     make("flow", rows=rows, resolution=24, cache_dir=str(cache))
     assert len(list(cache.glob("latents-*.arrow"))) == 2
     with pytest.raises(ConfigError, match="resolution is 0; it must be positive"):
@@ -144,7 +144,7 @@ def test_every_family_trains_on_mixed_sizes(make, mixed, family):
     rows = mixed((2 * side, 3 * side), (3 * side, 2 * side))
     trainer = make(family, method="sft", max_steps=2, per_device_train_batch_size=1, rows=rows)
     trainer.train()
-    seen = {size[-2:] for size in trainer.train_dataset.sizes}
+    seen = {size[-2:] for size in trainer.train_dataset.latent_shapes}
     ratio = trainer.generator.spatial_ratio
     assert seen == {(3 * side // ratio, 2 * side // ratio), (2 * side // ratio, 3 * side // ratio)}
 
@@ -194,7 +194,7 @@ def test_held_out_loss_and_reference_errors_go_by_row(make, mixed):
     plain.train()
     with torch.no_grad():
         alone = [
-            plain.method_loss(plain.model, {name: value[None] for name, value in plain._held_out[row].items()})[0]
+            plain.method_loss(plain.model, {name: value[None] for name, value in plain._held_out[row].items()}).loss
             for row in range(5)
         ]
     assert plain.evaluate()["eval_loss"] == pytest.approx(torch.cat(alone).mean().item(), rel=1e-5)

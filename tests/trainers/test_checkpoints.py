@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer
+from two_processes import PATIENCE, run_two, start
 
 from alignkit.errors import CheckpointMismatchError, ResumeError
 from alignkit.trainers.checkpoint import MARK, damage, find_checkpoint
@@ -30,8 +26,6 @@ SETTINGS = {
     "lora_dropout": 0.1,
     "bf16": False,
 }
-PATIENCE = 900  # seconds; importing torch alone takes long on a busy machine
-WORKER = Path(__file__).parent / "worker.py"
 
 
 def job(tmp_path, model_folders, ranked_rows, name="run", family="flow", count=4, **changes):
@@ -42,18 +36,6 @@ def job(tmp_path, model_folders, ranked_rows, name="run", family="flow", count=4
     own = {key: changes.pop(key) for key in ("kill_at", "held_out", "validate", "resume", "export") if key in changes}
     settings = SETTINGS | {"output_dir": str(tmp_path / name)} | changes
     return {"model": str(model_folders[family]), "rows": str(rows), "settings": settings, **own}
-
-
-def start(tmp_path, told, rank=0, world=1, port=0):
-    """worker.py as a program of one thread, as one of `world` processes."""
-    file = tmp_path / f"job-{rank}.json"
-    file.write_text(json.dumps(told))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    if world > 1:
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with (tmp_path / f"out-{rank}.txt").open("w") as out:
-        return subprocess.Popen([sys.executable, str(WORKER), str(file)], env=environment, stdout=out, stderr=out)
 
 
 def logged(trainer_or_file):
@@ -200,7 +182,7 @@ def watched(tmp_path, model_folders, ranked_rows, **changes):
         "eval_strategy": "steps",
         "eval_steps": 2,
         "held_out": 2,
-        "validate": True,
+        "validate": 2,
         "metric_for_best_model": "reward/brightness",
         "load_best_model_at_end": True,
     }
@@ -263,21 +245,6 @@ def test_reporters_see_health_and_rewards(tmp_path, model_folders, ranked_rows, 
 # --- two processes --------------------------------------------------------------------------------------------------
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _run_two(tmp_path, told):
-    """The job in two processes; the logged history of the first."""
-    port = _free_port()
-    processes = [start(tmp_path, told, rank, 2, port) for rank in range(2)]
-    codes = [process.wait(timeout=PATIENCE) for process in processes]
-    assert codes == [0, 0], "".join((tmp_path / f"out-{rank}.txt").read_text()[-3000:] for rank in range(2))
-    return json.loads((tmp_path / "job-0.log").read_text())
-
-
 def _same(file, expected):
     found = load_file(file)
     for name, value in expected.items():
@@ -305,7 +272,7 @@ def test_two_processes_equal_one(tmp_path, model_folders, ranked_rows, worker, o
     }
     told = watched(tmp_path, model_folders, ranked_rows, name="two", export=str(tmp_path / "export"), **options)
     told["settings"] |= {"ddp_backend": "gloo", **layout}
-    history = _run_two(tmp_path, told)
+    history = run_two(tmp_path, told)
     one = worker["train"](watched(tmp_path, model_folders, ranked_rows, per_device_train_batch_size=2, **options))
     # Not the margin: it is a mean over pairs, and prompts with ties have fewer of them, so means of means differ.
     names = ("loss", "grad_norm", "health/winner_error_delta", "eval_loss", "eval_reward/brightness")
@@ -331,7 +298,7 @@ def test_two_processes_equal_one_on_mixed_sizes(tmp_path, model_folders, mixed, 
     options |= {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
     options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     two = job(tmp_path, model_folders, ranked_rows, name="two", ddp_backend="gloo", **options)
-    history = _run_two(tmp_path, two)
+    history = run_two(tmp_path, two)
     one = worker["train"](job(tmp_path, model_folders, ranked_rows, gradient_accumulation_steps=2, **options))
     for name in ("loss", "eval_loss"):
         ours, theirs = ([log[name] for log in logs if name in log] for logs in (one.state.log_history, history))
@@ -343,11 +310,11 @@ def test_two_processes_equal_one_on_mixed_sizes(tmp_path, model_folders, mixed, 
 def test_sharded_training_resumes(tmp_path, model_folders, ranked_rows, worker):
     """From the middle: the same losses and weights, and no copy of the frozen weights in a checkpoint."""
     told = job(tmp_path, model_folders, ranked_rows, max_steps=4, lora_dropout=0.0, ddp_backend="gloo", **FSDP)
-    whole = _run_two(tmp_path, told)
+    whole = run_two(tmp_path, told)
     expected = load_file(tmp_path / "job-0.safetensors")
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert not list(checkpoint.glob("pytorch_model*"))
-    resumed = _run_two(tmp_path, told | {"resume": str(checkpoint)})
+    resumed = run_two(tmp_path, told | {"resume": str(checkpoint)})
     assert logged(resumed) == logged(whole)
     _same(tmp_path / "job-0.safetensors", expected)
 

@@ -41,8 +41,9 @@ def test_an_untrained_pair_costs_log_two(make, batch_of, family, bf16):
     rows = None if family in IMAGES else clips_of(family, 2)
     trainer = make(family, loss="diffusion_dpo", bf16=bf16, rows=rows)
     with trainer.accelerator.autocast():
-        loss, health = trainer.method_loss(trainer.generator.model, batch_of(trainer))
-    assert loss.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-7)
+        output = trainer.method_loss(trainer.generator.model, batch_of(trainer))
+    health = output.metrics
+    assert output.loss.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-7)
     assert health["margin"].item() == 0
     assert health["implicit_accuracy"].item() == 0.5
 

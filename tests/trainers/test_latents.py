@@ -15,7 +15,10 @@ from torch.utils.data import DataLoader
 from alignkit.errors import DataError
 from alignkit.media import decode_image, to_pixels
 from alignkit.trainers import latents
-from alignkit.trainers.latents import DrawPlan, collate, conditioning, encode_rows
+from alignkit.trainers.data import collate
+from alignkit.trainers.draws import DrawPlan
+from alignkit.trainers.latents import conditioning, encode_rows
+from alignkit.trainers.rankdpo import keep_best_and_worst
 
 
 def plan(**changes):
@@ -105,7 +108,7 @@ def test_pairs_of_one_caption_have_their_own_draws(load, ranked_rows, tmp_path):
     noises = [encoded[index]["noise"][0] for index in range(3)]
     assert not torch.equal(noises[0], noises[2])
     assert torch.equal(noises[0], plan().draw("a", 0, encoded[0]["latents"].shape).noise[0])
-    encoded.keep_best_and_worst()
+    keep_best_and_worst(encoded)
     assert encoded.draw_ids == ["a", "b", "a-1"]
 
 
@@ -168,7 +171,7 @@ def test_a_second_run_encodes_nothing(load, ranked_rows, tmp_path, monkeypatch):
     encode_rows(generator, ranked_rows(4), plan(), tmp_path)
     monkeypatch.setattr(latents.Encoder, "__call__", None)
     again = encode_rows(generator, ranked_rows(4, [(0.1, 0.2, 0.3, 0.4)]), plan(noise_seed=5), tmp_path)
-    assert again.phi[0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert again.targets["phi"][0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert len(list(tmp_path.glob("latents-*.arrow"))) == 1
     key = latents.cache_key(generator, ranked_rows(4))
     generator.add_lora(2, None, None, 0.0)
@@ -189,7 +192,7 @@ def test_plain_captioned_pictures_need_no_labels(load, ranked_rows, tmp_path):
     """Equal captions still get draws of their own."""
     rows = ranked_rows(5).remove_columns(["phi", "prompt_id"])
     dataset = encode_rows(load("unet"), rows, plan(), tmp_path)
-    assert dataset.phi.shape == (5, 4)
+    assert dataset.targets["phi"].shape == (5, 4)
     assert rows[0]["prompt"] == rows[4]["prompt"]
     assert not torch.equal(dataset[0]["noise"], dataset[4]["noise"])
 
@@ -245,7 +248,7 @@ def test_other_unusable_data(load, ranked_rows, tmp_path):
         encode_rows(generator, rows.remove_columns("prompt"), plan(), tmp_path)
     with pytest.raises(DataError, match="has no row"):
         encode_rows(generator, rows.select([]), plan(), tmp_path)
-    with pytest.raises(DataError, match="row 0: no picture"):
+    with pytest.raises(DataError, match="row 0: no image"):
         encode_rows(generator, altered(rows, 0, lambda item: item.update(images=[])), plan(), tmp_path)
 
 

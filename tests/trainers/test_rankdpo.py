@@ -19,7 +19,7 @@ HEALTH = {"implicit_accuracy", "margin", "saturated", "winner_error_delta", "los
 
 
 def gradients(trainer, batch):
-    loss, _ = trainer.method_loss(trainer.model, batch)
+    loss = trainer.method_loss(trainer.model, batch).loss
     trained = {name: p for name, p in trainer.generator.net.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss.mean(), list(trained.values()), allow_unused=True, materialize_grads=True)
     return loss.detach(), dict(zip(trained, found, strict=True))
@@ -99,7 +99,7 @@ def test_training_logs_losses_and_health(make, family):
     first, *_, last = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert {f"health/{name}" for name in HEALTH} | {"loss", "grad_norm", "learning_rate"} <= set(first)
     assert (first["health/implicit_accuracy"], first["health/margin"]) == (0.5, 0.0)
-    rows = trainer.train_dataset.phi.double()
+    rows = trainer.train_dataset.targets["phi"].double()
     at_start = rank_dpo(torch.zeros_like(rows), torch.zeros_like(rows), rows, beta=1).loss
     assert at_start.min() <= first["loss"] <= at_start.max() + 1e-6
     assert last["health/margin"] != 0
@@ -234,11 +234,12 @@ def test_precomputing_spends_no_epoch_too_many(make, ranked_rows):
     """5 rows in batches of 2, accumulated twice: 2 steps an epoch (the last of one batch); 5 steps touch 3 epochs."""
     trainer = make("flow", rows=ranked_rows(5))
     trainer.args.gradient_accumulation_steps, trainer.args.max_steps = 2, 5
-    assert reference.epochs_needed(trainer) == 3
+    shapes = trainer.train_dataset.latent_shapes
+    assert reference.epochs_needed(trainer.args, shapes) == 3
     trainer.args.dataloader_drop_last = True
-    assert reference.epochs_needed(trainer) == 5
+    assert reference.epochs_needed(trainer.args, shapes) == 5
     trainer.args.max_steps, trainer.args.num_train_epochs = -1, 1.5
-    assert reference.epochs_needed(trainer) == 2
+    assert reference.epochs_needed(trainer.args, shapes) == 2
 
 
 def test_base_fingerprint_ignores_adapters_and_sees_training(make, load):
@@ -262,7 +263,7 @@ def test_the_velocity_space_weighs_policy_and_reference_alike(make, batch_of, st
     with torch.no_grad():
         plain_PK, errors_PK = (trainer.errors(trainer.model, batch) for trainer in (native, weighted))
         torch.testing.assert_close(errors_PK, plain_PK / alpha_PK.square())
-        torch.testing.assert_close(weighted.errors_one_by_one(weighted.model, batch), errors_PK)
+        torch.testing.assert_close(weighted.errors(weighted.model, batch, one_by_one=True), errors_PK)
         reference_PK = native.reference_errors(native.model, batch)
         torch.testing.assert_close(weighted.reference_errors(weighted.model, batch), reference_PK / alpha_PK.square())
 
@@ -290,9 +291,9 @@ def test_the_sft_term_is_the_winners_error(make, batch_of, stir):
     stir(trainer)
     batch = batch_of(trainer)
     with torch.no_grad():
-        plain, _ = trainer.method_loss(trainer.model, batch)
+        plain = trainer.method_loss(trainer.model, batch).loss
         trainer.args.sft_weight = 0.3
-        both, _ = trainer.method_loss(trainer.model, batch)
+        both = trainer.method_loss(trainer.model, batch).loss
         errors = trainer.errors(trainer.model, batch)
     best = batch["phi"].argmax(-1)
     torch.testing.assert_close(both - plain, 0.3 * errors[torch.arange(3), best])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
-from alignkit.trainers.base import MAX_WEIGHT
+from alignkit.trainers.offline import MAX_WEIGHT
 from alignkit.trainers.sft import SFTConfig, winners
 
 
@@ -16,11 +16,11 @@ def test_the_loss_is_the_denoising_error(make, batch_of, family, candidates):
     trainer = make(family, method="sft", candidates=candidates)
     batch = batch_of(trainer)
     with torch.no_grad():
-        loss, health = trainer.method_loss(trainer.model, batch)
+        output = trainer.method_loss(trainer.model, batch)
         errors = trainer.errors(trainer.model, batch)
     wanted = errors[torch.arange(3), batch["phi"].argmax(-1)] if candidates == "winner" else errors.mean(-1)
-    torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(health["error"], wanted.mean())
+    torch.testing.assert_close(output.loss, wanted)
+    torch.testing.assert_close(output.metrics["error"], wanted.mean())
 
 
 def test_winners_keep_their_own_draws(make, batch_of):
@@ -63,8 +63,8 @@ def test_velocity_space_is_the_v_networks_error(make, batch_of):
     batch["t"] = torch.tensor([0.1, 0.3, 0.6]).unsqueeze(1).expand(batch["t"].shape)
     alpha, sigma = (c[..., None] for c in trainer.generator.noise_schedule.coefficients(batch["t"]))
     with torch.no_grad():
-        loss, _ = trainer.method_loss(trainer.model, batch)
-        off = native.errors(native.model, batch, residuals=True)  # eps_hat - eps
+        loss = trainer.method_loss(trainer.model, batch).loss
+        off = native.residuals(native.model, batch).flatten(2)  # eps_hat - eps
     x0_off = -sigma / alpha * off  # of x0_hat = (x_t - sigma eps_hat) / alpha
     torch.testing.assert_close(loss, (alpha * off - sigma * x0_off).square().mean((-1, -2)))
 
@@ -75,12 +75,12 @@ def test_velocity_weights_are_held_and_flows_have_none(make, batch_of):
     batch["t"] = torch.ones_like(batch["t"])  # next to pure noise
     with torch.no_grad():
         torch.testing.assert_close(
-            weighted.method_loss(weighted.model, batch)[0], MAX_WEIGHT * plain.method_loss(plain.model, batch)[0]
+            weighted.method_loss(weighted.model, batch).loss, MAX_WEIGHT * plain.method_loss(plain.model, batch).loss
         )
     plain, weighted = (make("flow", method="sft", error_space=s) for s in ("native", "velocity"))
     batch = batch_of(plain)
     with torch.no_grad():
-        assert torch.equal(weighted.method_loss(weighted.model, batch)[0], plain.method_loss(plain.model, batch)[0])
+        assert torch.equal(weighted.method_loss(weighted.model, batch).loss, plain.method_loss(plain.model, batch).loss)
 
 
 def test_error_space_is_checked(tmp_path):

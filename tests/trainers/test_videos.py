@@ -75,7 +75,7 @@ def test_a_clip_that_cannot_be_used_is_named(make, clip, message):
 def test_clips_are_encoded_each_at_its_own_size_and_length(make, generator):
     pictures = [frames(5), frames(8, seed=1), frames(9, 24, 16), frames(5, 17, 25)]
     dataset = make(rows(*map(encoded, pictures), column="video")).train_dataset
-    assert dataset.sizes == [(1, 4, 2, 4, 6), (1, 4, 2, 4, 6), (1, 4, 3, 6, 4), (1, 4, 2, 4, 6)]
+    assert dataset.latent_shapes == [(1, 4, 2, 4, 6), (1, 4, 2, 4, 6), (1, 4, 3, 6, 4), (1, 4, 2, 4, 6)]
     cut = [pictures[0], pictures[1][:5], pictures[2], pictures[3][:, :16, :24]]
     with torch.no_grad():
         for row, clip in enumerate(cut):
@@ -85,15 +85,15 @@ def test_clips_are_encoded_each_at_its_own_size_and_length(make, generator):
 
 def test_number_of_frames_and_resolution(make):
     data = rows(encoded(frames(9, 40, 40)), encoded(frames(7, 40, 40)), column="video")
-    assert make(data, num_frames=5, resolution=16).train_dataset.sizes == [(1, 4, 2, 4, 4)] * 2
-    assert make(data, fps=4).train_dataset.sizes == [(1, 4, 2, 10, 10), (1, 4, 1, 10, 10)]
+    assert make(data, num_frames=5, resolution=16).train_dataset.latent_shapes == [(1, 4, 2, 4, 4)] * 2
+    assert make(data, fps=4).train_dataset.latent_shapes == [(1, 4, 2, 10, 10), (1, 4, 1, 10, 10)]
     with pytest.raises(ConfigError, match=r"num_frames is 6; this model takes 1 \+ 4 k: 5 or 9"):
         make(data, num_frames=6)
 
 
 def test_clips_of_a_row_share_the_shortest_length(make):
     pairs = [[encoded(frames(seed=row)), encoded(frames(9, seed=9 + row))] for row in range(2)]
-    assert make(rows(*pairs)).train_dataset.sizes == [(2, 4, 2, 4, 6)] * 2
+    assert make(rows(*pairs)).train_dataset.latent_shapes == [(2, 4, 2, 4, 6)] * 2
 
 
 def test_other_media_are_refused(make, load, ranked_rows, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,8 +42,8 @@ def broken(trainer, at, poison):
     real = trainer.method_loss
 
     def loss(model, batch):
-        value, health = real(model, batch)
-        return (poison(value) if trainer.state.global_step == at else value), health
+        output = real(model, batch)
+        return replace(output, loss=poison(output.loss)) if trainer.state.global_step == at else output
 
     trainer.method_loss = loss
     return trainer

@@ -1,7 +1,8 @@
 """One training run described by a job file; the kill and two-process tests run this as a program, others call `train`.
 
-A job: model, rows (a dataset saved to disk), settings of the config, and optionally held_out, kill_at (step), validate,
-resume (a checkpoint), export (a folder).
+A job: model, rows (a dataset saved to disk), settings of the config, and optionally held_out, kill_at (step), validate
+(a number of prompts), resume (a checkpoint), export (a folder), method (config and trainer as module:attribute), path
+(a folder to import them from).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from transformers import TrainerCallback
 
 from alignkit.generators import load_generator
 from alignkit.records import Prompt, Sampling, Scores
-from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer
+from alignkit.resolve import resolve
+from alignkit.trainers.rankdpo import RankDPOTrainer
 from alignkit.trainers.sharding import gather, is_sharded
 from alignkit.trainers.validation import Validation
 
@@ -60,23 +62,50 @@ class ShardedOnCPU(RankDPOTrainer):
         self.is_fsdp_enabled = True
 
 
-def build(job: dict[str, Any]) -> RankDPOTrainer:
+PROMPTS = ("a red circle", "a blue ring", "a green square", "a cross above a ring")
+RANKDPO = ["alignkit.trainers.rankdpo:RankDPOConfig", "alignkit.trainers.rankdpo:RankDPOTrainer"]
+COUNTS = {"encoded": 0, "generated": 0, "reference": 0}  # of this process
+
+
+def count_work(generator: Any) -> None:
+    """Note in COUNTS what the generator is asked to do."""
+    encode, generate = generator.encode, generator.generate
+
+    def counted_encode(pixels: Tensor) -> Tensor:
+        COUNTS["encoded"] += len(pixels)
+        return encode(pixels)
+
+    def counted_generate(prompts: Any, *rest: Any) -> Tensor:
+        COUNTS["generated"] += len(prompts)
+        return generate(prompts, *rest)
+
+    def count_reference(model: Any, inputs: Any) -> None:
+        COUNTS["reference"] += len(inputs[0]) if model._use_reference else 0
+
+    generator.encode, generator.generate = counted_encode, counted_generate
+    generator.model.register_forward_pre_hook(count_reference)
+
+
+def build(job: dict[str, Any]) -> Any:
+    sys.path[:0] = [job["path"]] if "path" in job else []
+    config, trainer = (resolve(name, {}, kind="class") for name in job.get("method", RANKDPO))
     generator = load_generator(job["model"], device="cpu")
+    count_work(generator)
     rows = datasets.load_from_disk(job["rows"])
     count = job.get("held_out", 0)
     train = rows.select(range(len(rows) - count))
     held_out = rows.select(range(len(rows) - count, len(rows))) if count else None
     validation = None
     if job.get("validate"):
-        prompts = [Prompt.from_text(text) for text in ("a red circle", "a blue ring")]
+        prompts = [Prompt.from_text(text) for text in PROMPTS[: job["validate"]]]
         validation = Validation(prompts, Sampling(2, 2.0, 16, 16), {"brightness": Brightness()})
-    arguments = RankDPOConfig(**job["settings"])
+    arguments = config(**job["settings"])
     options = {"callbacks": [Killed(job["kill_at"])]} if "kill_at" in job else {}
-    trainer = ShardedOnCPU if arguments.fsdp else RankDPOTrainer
+    trainer = ShardedOnCPU if arguments.fsdp else trainer
     return trainer(generator, arguments, train, held_out, validation=validation, **options)
 
 
-def train(job: dict[str, Any], *, resume: str | bool | None = None) -> RankDPOTrainer:
+def train(job: dict[str, Any], *, resume: str | bool | None = None) -> Any:
     trainer = build(job)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -94,6 +123,8 @@ def main(job_file: Path) -> None:
     if trainer.is_world_process_zero():
         save_file({k: v.contiguous() for k, v in weights.items()}, job_file.with_suffix(".safetensors"))
         job_file.with_suffix(".log").write_text(json.dumps(trainer.state.log_history))
+    print(f"\nbest {trainer.state.best_model_checkpoint}")
+    print(json.dumps(COUNTS))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
