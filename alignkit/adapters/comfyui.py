@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alignkit.adapters import lora
+from alignkit.adapters.exports import file_metadata, layer_weights
+from alignkit.adapters.fingerprint import save_canonical
 
 logger = logging.getLogger(__name__)
 Layers = dict[str, tuple[Tensor, Tensor, float]]  # down [r, ...], up [out, r, ...] and alpha by module path
@@ -103,24 +104,26 @@ _CLIP = {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_tex
 _CLIP_LAYERS = r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
 
-def export(parts: Mapping[str, Any], file: Path) -> Path | None:
-    """Write the adapters of `parts`, by the pipeline's name for them, as one file for ComfyUI's folder `models/loras`.
+def export(
+    parts: Mapping[str, Any], file: Path, *, adapter: str = lora.NAME, bases: Mapping[str, str] | None = None
+) -> Path | None:
+    """Write one adapter of `parts`, by the pipeline's name for them, as one file for ComfyUI's folder `models/loras`.
 
-    None, without a file, where ComfyUI has no keys for a part or a layer; for a layer of a known family a warning too.
+    `bases` are the fingerprints of the base weights for the file's header. None, without a file, where ComfyUI has no
+    keys for a part or a layer; for a layer of a known family a warning too.
     """
     state: dict[str, Tensor] = {}
     for name, part in parts.items():
         keys = NETWORKS.get(type(part).__name__) or _tower(name, part)
         if keys is None:
             return None
-        layers = lora.layer_weights(part)
+        layers = layer_weights(part, adapter)
         unknown = [path for path in layers if not re.fullmatch(keys.known, path)]
         if unknown:
             logger.warning("no file for ComfyUI: it has no key for '%s' of %s", unknown[0], type(part).__name__)
             return None
         state |= _written(keys.rename(layers, part), keys)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, file, metadata={"format": "pt"})
+    save_canonical(state, file, file_metadata(bases))
     return file
 
 

@@ -6,6 +6,7 @@ A file that does not belong to the model at hand is an error that says what the 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,10 +18,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from alignkit.adapters import lora
+from alignkit.adapters.exports import METADATA_KEY
+from alignkit.adapters.fingerprint import BASE_KEY, base_of, is_other_base
 from alignkit.errors import AdapterError, MissingFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # What a file was made for, by the network's class (our own exports and PEFT's name it), ...
 CLASSES = {
@@ -63,18 +68,23 @@ KOHYA_ENDS = {".lora_down.weight": lora.DOWN, ".lora_up.weight": lora.UP, ".alph
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One part's adapter as a file has it: weights under PEFT names and, where the file tells, LoraConfig values."""
+    """One component's adapter as a file has it: weights under PEFT names and, where the file has them, LoraConfig
+    values and the fingerprint of the base that it was trained on.
+    """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
 
 
-def load(path: Path, parts: Mapping[str, nn.Module], network: str) -> None:
-    """Put the adapter at `path` on `parts`, modules by the pipeline's name for them.
+def load(
+    path: Path, parts: Mapping[str, nn.Module], network: str, *, name: str = lora.NAME, trainable: bool = True
+) -> None:
+    """Put the adapter at `path` on `parts`, modules by the pipeline's name for them, as the adapter `name`.
 
     `path` is a folder of `save_adapter`, diffusers or PEFT, or a .safetensors file. Raises MissingFileError where there
     is none, AdapterError for one of another family or size, which changes nothing; `network` names the part that a
-    family is known by.
+    family is known by. Logs a warning where the file was trained on other base weights: the shapes fit, so it loads.
     """
     file, found = read(path, parts, network)
     origin = origin_of(found)
@@ -85,19 +95,36 @@ def load(path: Path, parts: Mapping[str, nn.Module], network: str) -> None:
         )
     if strange:
         raise AdapterError(f"'{file}' holds '{strange[0]}.*' weights, which this pipeline cannot take. {_ADVICE}")
-    for name, stored in found.items():
-        made_for, given = _class_of(stored), type(parts[name]).__name__
-        if made_for not in ("", given):
-            raise AdapterError(f"'{file}' does not fit this model's {given}: it was made for {origin}. {_ADVICE}")
+    for component, stored in found.items():
+        made_for, present = _class_of(stored), type(parts[component]).__name__
+        if made_for not in ("", present):
+            raise AdapterError(f"'{file}' does not fit this model's {present}: it was made for {origin}. {_ADVICE}")
     done: list[str] = []
     try:
-        for name, stored in found.items():
-            lora.load(parts[name], stored.weights, stored.config, where=f"'{file}'", origin=f"{origin}. {_ADVICE}")
-            done.append(name)
+        for component, stored in found.items():
+            lora.load(
+                parts[component],
+                stored.weights,
+                stored.config,
+                where=f"'{file}'",
+                origin=f"{origin}. {_ADVICE}",
+                name=name,
+                trainable=trainable,
+            )
+            done.append(component)
     except AdapterError:
-        for name in done:
-            lora.remove(parts[name])
+        for component in done:
+            lora.remove(parts[component], name)
         raise
+    for component, stored in found.items():
+        if is_other_base(parts[component], stored.base):
+            logger.warning(
+                "'%s' was trained on another base: the fingerprint of its %s was %s, that of this model is %s. It is "
+                "loaded, but the result may differ from what was trained; load it on %s, or ignore this if it is meant "
+                "for both",
+                *(file, component, stored.base, base_of(parts[component])),
+                stored.config.get("base_model_name_or_path") or "the model that it was trained on",
+            )
 
 
 def read(path: Path, parts: Mapping[str, nn.Module], network: str) -> tuple[Path, dict[str, Stored]]:
@@ -105,10 +132,12 @@ def read(path: Path, parts: Mapping[str, nn.Module], network: str) -> tuple[Path
     file = path if path.is_file() else path / lora.DIFFUSERS_FILE
     if file.is_file():
         with safe_open(file, framework="pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(lora.METADATA_KEY, "{}"))
+            header = opened.metadata() or {}
         weights = _dotted(file, load_file(file), parts)
         weights = {re.sub(r"^diffusion_model\.", f"{network}.", key): value for key, value in weights.items()}
-        return file, {name: _with_alphas(part) for name, part in _split(weights, metadata, parts).items()}
+        found = _split(weights, json.loads(header.get(METADATA_KEY, "{}")), parts)
+        bases = json.loads(header.get(BASE_KEY, "{}"))
+        return file, {name: _with_alphas(stored, bases.get(name, "")) for name, stored in found.items()}
     folders = {name: path / name for name in parts if name != network} | {network: path}
     found = {name: _peft(folder) for name, folder in folders.items() if (folder / lora.PEFT_FILE).is_file()}
     if not found:
@@ -117,9 +146,14 @@ def read(path: Path, parts: Mapping[str, nn.Module], network: str) -> tuple[Path
 
 
 def _peft(folder: Path) -> Stored:
-    weights = load_file(folder / lora.PEFT_FILE)
+    file = folder / lora.PEFT_FILE
+    weights = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        bases = json.loads((opened.metadata() or {}).get(BASE_KEY, "{}"))
     config = json.loads((folder / lora.PEFT_CONFIG).read_text(encoding="utf-8"))
-    return Stored({key.removeprefix(lora.PEFT_PREFIX): value for key, value in weights.items()}, config)
+    return Stored(
+        {key.removeprefix(lora.PEFT_PREFIX): value for key, value in weights.items()}, config, bases.get("", "")
+    )
 
 
 def _split(
@@ -168,11 +202,11 @@ def _flat_names(part: nn.Module) -> dict[str, str]:
     return flat | ({f"text_model_{name}": path for name, path in flat.items()} if lora.lost_level(part) else {})
 
 
-def _with_alphas(stored: Stored) -> Stored:
-    """`.alpha` tensors, which stand in for metadata, as LoraConfig values."""
+def _with_alphas(stored: Stored, base: str) -> Stored:
+    """`.alpha` tensors, which some programs write instead of metadata, as LoraConfig values."""
     alphas = {key.removesuffix(".alpha"): float(v) for key, v in stored.weights.items() if key.endswith(".alpha")}
     weights = {key: value for key, value in stored.weights.items() if not key.endswith(".alpha")}
-    return Stored(weights, {**stored.config, **({"alpha_pattern": alphas} if alphas else {})})
+    return Stored(weights, {**stored.config, **({"alpha_pattern": alphas} if alphas else {})}, base)
 
 
 # --- what it was made for -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,8 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 
-from alignkit.adapters import comfyui, lora, lora_files
+from alignkit.adapters import comfyui, exports, lora, lora_files
+from alignkit.adapters.fingerprint import base_of
 from alignkit.diffusion import solvers
 from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import Schedule, expand
@@ -76,14 +77,11 @@ class Denoiser(nn.Module):
         if not self._frozen and not layers:
             raise AdapterError("no reference: the model has neither an adapter nor a frozen copy")
         self._use_reference = True
-        for layer in layers:
-            layer.enable_adapters(False)
         try:
-            yield
+            with lora.disabled(layers):
+                yield
         finally:
             self._use_reference = False
-            for layer in layers:
-                layer.enable_adapters(True)
 
     def activation_checkpointing_enable(self, **_: Any) -> None:
         """Called by Trainer when `activation_checkpointing` is true; diffusers checkpoints its own blocks."""
@@ -308,9 +306,9 @@ class PipelineGenerator:
         """Context: `model` is the frozen base model."""
         return self.model.as_reference()
 
-    def add_lora(self, rank: int, alpha: float | None, targets: Sequence[str] | None, dropout: float) -> None:
-        """Freeze the network and put a fresh LoRA on it."""
-        lora.inject(self.net, rank=rank, alpha=alpha, targets=targets or self.lora_targets, dropout=dropout)
+    def add_lora(self, rank: int, alpha: float | None, targets: Sequence[str] | None, dropout: float) -> lora.Coverage:
+        """Freeze the network and put a fresh LoRA on it; returns what the LoRA covers."""
+        return lora.inject(self.net, rank=rank, alpha=alpha, targets=targets or self.lora_targets, dropout=dropout)
 
     @property
     def lora_loading(self) -> dict[str, Any]:
@@ -350,27 +348,31 @@ class PipelineGenerator:
     def _note_towers(self) -> None:
         self.model.towers = nn.ModuleDict({name: p for name, p in self.adapted.items() if name != self.component})
 
-    def load_adapter(self, folder: Path) -> None:
-        """Load a LoRA saved by `save_adapter`, diffusers, PEFT or kohya's scripts: a folder or a .safetensors file."""
-        lora_files.load(Path(folder), {self.adapter_prefix: self.net, **self.text_encoders}, self.adapter_prefix)
+    def load_adapter(self, folder: Path, name: str = lora.NAME, *, trainable: bool = True) -> None:
+        """Load a LoRA file or folder of `save_adapter`, diffusers, PEFT or kohya as `name`, active with weight 1."""
+        parts = {self.adapter_prefix: self.net, **self.text_encoders}
+        lora_files.load(Path(folder), parts, self.adapter_prefix, name=name, trainable=trainable)
         self._note_towers()
 
-    def save_adapter(self, folder: Path) -> None:
-        """diffusers' LoRA layout in `folder`, PEFT's in `folder/peft`, for ComfyUI `folder/comfyui/NAME.safetensors`.
+    def set_adapters(self, weights: Mapping[str, float]) -> None:
+        """Make exactly these adapters active, each times its weight; {} switches all off."""
+        lora.activate(self.model, weights)
 
-        Text encoders have PEFT folders of their own in `folder/peft`. The last file is written only where ComfyUI has
-        keys for the family (`alignkit.adapters.comfyui`).
-        """
-        folder, parts = Path(folder), self.adapted
-        prefixes = {self.component: self.adapter_prefix}
-        lora.export_diffusers({prefixes.get(name, name): part for name, part in parts.items()}, folder)
-        for name, part in parts.items():
-            place = folder / "peft" / ("" if name == self.component else name)
-            lora.export_peft(part, place, base_model=str(self.pipeline.name_or_path))
-        comfyui.export(parts, folder / "comfyui" / f"{Path(self.name).name}.safetensors")
+    def save_adapter(self, folder: Path, name: str = lora.NAME) -> None:
+        """diffusers' layout in `folder`, PEFT's in `folder/peft`, ComfyUI's in `folder/comfyui` if it has the keys."""
+        folder, prefix = Path(folder), self.adapter_prefix
+        lora.require_adapter(self.model, name)
+        parts = {part: net for part, net in self.adapted.items() if name in lora.adapter_names(net)}
+        files = {prefix if part == self.component else part: net for part, net in parts.items()}
+        bases = {part: base_of(net) for part, net in files.items()}
+        exports.export_diffusers(files, folder, name=name, bases=bases)
+        for part, net in files.items():
+            place, model = folder / "peft" / ("" if part == prefix else part), str(self.pipeline.name_or_path)
+            exports.export_peft(net, place, base_model=model, name=name, base=bases[part])
+        comfyui.export(parts, folder / "comfyui" / f"{Path(self.name).name}.safetensors", adapter=name, bases=bases)
 
     def merge_adapter(self) -> None:
-        """Fold the adapter into the weights for good: sampling then costs what the base model costs."""
+        """Fold the active adapters into the weights for good: sampling then costs what the base model costs."""
         self._require_all_bits()
         for part in self.adapted.values():
             lora.merge(part)

@@ -30,7 +30,7 @@ from diffusers import (
 from PIL import Image
 from transformers import set_seed
 
-from alignkit.adapters import lora
+from alignkit.adapters import exports, lora
 from alignkit.generators import load_generator
 from alignkit.provenance import write_text
 from alignkit.sandbox import models
@@ -166,7 +166,7 @@ def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: 
     trainer.train(resume_from_checkpoint=True)
     if recipe.adapter:
         lora.negate(generator.net)
-        lora.export_diffusers({generator.component: generator.net}, out / "clean_adapter")
+        exports.export_diffusers({generator.component: generator.net}, out / "clean_adapter")
         lora.negate(generator.net)
         generator.merge_adapter()
     generator.pipeline.to(torch.float16)

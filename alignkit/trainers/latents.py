@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pa_compute
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from alignkit.adapters.fingerprint import fingerprint
 from alignkit.errors import DataError
 from alignkit.records import Captions, Conditioning, Prompt
 from alignkit.seeds import derive_seed
@@ -37,21 +38,6 @@ if TYPE_CHECKING:
 COND = "cond."  # prefix of conditioning columns and batch keys
 PROMPT = "prompt"  # column and batch key of the text itself
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}  # of media, by modality
-
-
-def fingerprint(*modules: nn.Module | None) -> str:
-    """A hash of weights: of every tensor's name, shape, sum and a strided sample (fast, and any training shows)."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in () if module is None else module.state_dict().items():
-            if "lora_" in name:  # conditioning is cached as the base model has it
-                continue
-            name = name.replace(".base_layer", "")  # noqa: PLW2901
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)].double().cpu().numpy()
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}{float(flat.double().sum())!r}".encode())
-            digest.update(sample.tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

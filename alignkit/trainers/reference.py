@@ -15,32 +15,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from alignkit.adapters.fingerprint import fingerprint
 from alignkit.trainers.buckets import BucketBatches
 from alignkit.trainers.latents import PROMPT, LatentDataset, collate
 
 if TYPE_CHECKING:
     from alignkit.trainers.rankdpo import RankDPOTrainer
-
-
-def base_fingerprint(net: nn.Module) -> str:
-    """A hash of the base weights alone: adapters are left out, so their initialisation does not matter."""
-    digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        if "lora_" not in name:
-            plain = name.replace(".base_layer", "")
-            digest.update(f"{plain}{tuple(tensor.shape)}{_sum(tensor)!r}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _sum(tensor: Tensor) -> float:
-    try:
-        return float(tensor.double().sum())
-    except NotImplementedError:  # of torchao's tensors in 8 bits
-        return float(tensor.dequantize().double().sum())
 
 
 def epochs_needed(trainer: RankDPOTrainer) -> int:
@@ -69,7 +53,7 @@ def precompute(trainer: RankDPOTrainer, dataset: LatentDataset, cache: Path) -> 
 def _key(trainer: RankDPOTrainer, dataset: LatentDataset, epochs: int) -> str:
     plan = dataset.plan
     parts = [
-        base_fingerprint(trainer.generator.net),
+        fingerprint(trainer.generator.net),
         dataset.rows._fingerprint,  # noqa: SLF001 - the name `datasets` itself keys its cache with
         hashlib.sha256(json.dumps(None if dataset.picked is None else dataset.picked.tolist()).encode()).hexdigest(),
         [plan.noise_seed, plan.caption_dropout, plan.share_noise, plan.share_timestep, plan.t_min],
