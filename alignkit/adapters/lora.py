@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -276,14 +276,14 @@ def load(
     config: Mapping[str, Any],
     *,
     where: str,
-    origin: str,
+    origin: Callable[[], str],
     name: str = NAME,
     trainable: bool = True,
 ) -> None:
     """Inject the adapter of `state` (PEFT names) and `config` (LoraConfig values) as `name`, active with weight 1.
 
     Where `config` has no alpha, alpha is each layer's rank (scale 1). Raises AdapterError, naming the file `where` and
-    its `origin`, for weights without a layer, of another shape, NaN or infinite, and for what is no plain LoRA; `net`
+    its `origin()`, for weights without a layer, of another shape, NaN or infinite, and for what is no plain LoRA; `net`
     then stays as it was.
     """
     ranks = {key.removesuffix(DOWN): value.shape[0] for key, value in state.items() if key.endswith(DOWN)}
@@ -292,12 +292,14 @@ def load(
         raise AdapterError(f"{where} holds no '*{DOWN}'; only the diffusers, PEFT and kohya layouts load")
     missing = unmatched(net, sorted(ranks))
     if missing:
-        raise AdapterError(f"{where} does not fit this model: it has no layer '{missing[0]}'. It was made for {origin}")
+        raise AdapterError(
+            f"{where} does not fit this model: it has no layer '{missing[0]}'. It was made for {origin()}"
+        )
     _add(net, _stored_config(ranks, config), name, trainable=trainable)
     problem = _misfit(adapter_state(net, name), state)
     if problem:
         remove(net, name)
-        raise AdapterError(f"{where} does not fit this model: {problem}. It was made for {origin}")
+        raise AdapterError(f"{where} does not fit this model: {problem}. It was made for {origin()}")
     set_peft_model_state_dict(net, dict(state), adapter_name=name)
 
 

@@ -28,6 +28,8 @@ from alignkit.diffusion.schedules import Schedule, expand
 from alignkit.diffusion.solvers import Grid, ddim_step
 from alignkit.errors import AdapterError
 from alignkit.generators import prompt_length
+from alignkit.generators.description import FamilyDescription
+from alignkit.generators.table import origins
 from alignkit.records import Conditioning, Sampling
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -88,7 +90,7 @@ class Denoiser(nn.Module):
         self.net.enable_gradient_checkpointing()
 
 
-class PipelineGenerator:
+class PipelineGenerator(FamilyDescription):
     """Base of the families: codec, reference switch, sampling and adapters are the same for all of them."""
 
     modality = "image"  # or "video": pixels are then [B, F, 3, H, W] and latents [B, C, T, H, W]
@@ -164,7 +166,7 @@ class PipelineGenerator:
         return self.model.net
 
     def put_net(self, net: nn.Module) -> None:
-        """Put another network in the present one's place."""
+        """Replace the network."""
         self.model.net = net
         self.pipeline.register_modules(**{self.component: net})
 
@@ -321,10 +323,7 @@ class PipelineGenerator:
         return self.component
 
     def add_text_lora(self, rank: int, alpha: float | None, targets: Sequence[str] | None, dropout: float) -> None:
-        """Freeze the text encoders and put a fresh LoRA on them; `targets` default to CLIP's attention.
-
-        Raises AdapterError where the pipeline's own LoRA loader knows no text encoder.
-        """
+        """Freeze the text encoders, add a LoRA; AdapterError where the pipeline's LoRA loader knows no text encoder."""
         if not self.text_encoders:
             kind = type(self.pipeline).__name__
             raise AdapterError(f"the LoRA loader of a {kind} knows no text encoder; train the network alone")
@@ -351,7 +350,7 @@ class PipelineGenerator:
     def load_adapter(self, folder: Path, name: str = lora.NAME, *, trainable: bool = True) -> None:
         """Load a LoRA file or folder of `save_adapter`, diffusers, PEFT or kohya as `name`, active with weight 1."""
         parts = {self.adapter_prefix: self.net, **self.text_encoders}
-        lora_files.load(Path(folder), parts, self.adapter_prefix, name=name, trainable=trainable)
+        lora_files.load(Path(folder), parts, self.adapter_prefix, origins, name=name, trainable=trainable)
         self._note_towers()
 
     def set_adapters(self, weights: Mapping[str, float]) -> None:
@@ -367,9 +366,10 @@ class PipelineGenerator:
         bases = {part: base_of(net) for part, net in files.items()}
         exports.export_diffusers(files, folder, name=name, bases=bases)
         for part, net in files.items():
-            place, model = folder / "peft" / ("" if part == prefix else part), str(self.pipeline.name_or_path)
-            exports.export_peft(net, place, base_model=model, name=name, base=bases[part])
-        comfyui.export(parts, folder / "comfyui" / f"{Path(self.name).name}.safetensors", adapter=name, bases=bases)
+            place, base = folder / "peft" / ("" if part == prefix else part), str(self.pipeline.name_or_path)
+            exports.export_peft(net, place, base_model=base, name=name, base=bases[part])
+        file = folder / "comfyui" / f"{Path(self.name).name}.safetensors"
+        comfyui.export(parts, file, {self.component: self.comfyui}, adapter=name, bases=bases)
 
     def merge_adapter(self) -> None:
         """Fold the active adapters into the weights for good: sampling then costs what the base model costs."""

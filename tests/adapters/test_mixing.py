@@ -89,7 +89,7 @@ def test_a_soup_of_injected_adapters_matches_both_active(load):
     x = torch.randn(7, 5, dtype=torch.float64)
     expected = net(x)
     states = [with_alphas(lora.adapter_state(net, n), net.peft_config[n].to_dict()) for n in ("one", "two")]
-    lora.load(net, soup(states, [0.4, -0.6]), {}, where="the soup", origin="a test", name="soup")
+    lora.load(net, soup(states, [0.4, -0.6]), {}, where="the soup", origin=lambda: "a test", name="soup")
     net.double()
     lora.activate(net, {"soup": 1.0})
     assert (net(x) - expected).abs().max() <= 1e-12

@@ -236,7 +236,7 @@ def test_a_config_that_is_no_plain_lora_is_refused_and_changes_nothing(load, opt
         lora.inject_config(net, LoraConfig(target_modules=["to_q"], **options))
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     with pytest.raises(AdapterError, match=message):
-        lora.load(net, {}, options, where="'x'", origin="a test")
+        lora.load(net, {}, options, where="'x'", origin=lambda: "a test")
 
 
 def test_targets_that_match_nothing_are_named_with_the_nearest_names(load):

@@ -36,9 +36,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from alignkit.adapters import lora
-from alignkit.commands.doctor.denoiser_inputs import TEXT_TOKENS, Latents, denoiser_inputs
 from alignkit.commands.doctor.model_shapes import Model
 from alignkit.errors import ConfigError
+from alignkit.generators.description import FamilyDescription, LatentSize
 
 # What CUDA's autocast runs in bf16, and of what it runs in float32 the functions whose tensors are large.
 _BF16 = {linear, conv1d, conv2d, conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm}
@@ -79,18 +79,19 @@ class Cost:
 def dry_step(model: Model, run: Run) -> Cost:
     """The cost of `run` on the model's denoiser; a remembered one comes at once.
 
-    Raises ConfigError for a size that the network refuses, UnknownNameError for a class without a table of inputs.
+    Raises ConfigError for a size that the network refuses, UnknownNameError for a class without a family.
     """
+    family = model.family
     net = _network(model, run.dtype, run.lora_rank, run.lora_targets)
     if run.checkpointing:
-        net.enable_gradient_checkpointing(functools.partial(_checkpoint, run.bf16))
+        net.enable_gradient_checkpointing(functools.partial(_checkpoint, run.bf16, family.tokens))
     else:
         net.disable_gradient_checkpointing()
     frames = (run.frames - 1) // model.vae_frames + 1
     height, width = (side // model.vae_ratio for side in (run.height, run.width))
     with torch.device("meta"):
-        given = denoiser_inputs(net, Latents(1, frames, height, width))
-        card = _Card(run.bf16)
+        given = network_inputs(family, net, LatentSize(1, frames, height, width))
+        card = _Card(run.bf16, family.tokens)
         with Ledger([*net.parameters(), *net.buffers(), *tree_leaves(given)]) as ledger:
             with card:
                 prediction = _predict(net, given, run)
@@ -98,6 +99,17 @@ def dry_step(model: Model, run: Run) -> Cost:
             (prediction - torch.zeros_like(prediction)).square().mean().backward()
     shared = 0 if run.checkpointing else card.copied  # a checkpointed block lets go of its copies
     return Cost(forward, ledger.flops - forward, ledger.peak - shared, shared)
+
+
+def network_inputs(family: type[FamilyDescription], net: Any, size: LatentSize) -> dict[str, Any]:
+    """The family's `network_inputs` in the precision of `net`; times stay in float32, as the trainer passes them."""
+    times = ("timestep", "r_timestep", "t")
+    tensors = family.network_inputs(net.config, size)
+
+    def cast(value: Any) -> Any:
+        return value.to(net.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {key: value if key in times else tree_map(cast, value) for key, value in tensors.items()}
 
 
 def _predict(net: Any, given: dict[str, Any], run: Run) -> Tensor:
@@ -128,27 +140,27 @@ def _network(model: Model, dtype: str, rank: int, targets: tuple[str, ...]) -> A
     return net.train()
 
 
-def _checkpoint(bf16: bool, block: Any, *given: Any) -> Any:  # noqa: FBT001 - bound by partial
+def _checkpoint(bf16: bool, tokens: int, block: Any, *given: Any) -> Any:  # noqa: FBT001 - bound by partial
     """diffusers' own, less random states, which a meta device has not; `backward` runs outside of function modes."""
-    contexts = lambda: (nullcontext(), _Card(bf16))  # noqa: E731
+    contexts = lambda: (nullcontext(), _Card(bf16, tokens))  # noqa: E731
     return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 class _Card(TorchFunctionMode):
     """What a CUDA card does and the meta device does not: autocast, and attention as one fused kernel, masks or not.
 
-    `copied` counts the bytes of weights that autocast made a copy of. Besides: how many text tokens a mask leaves,
-    which Lumina's network asks and a meta tensor cannot tell (all).
+    `copied` counts the bytes of weights that autocast made a copy of. Lumina's network reads from a mask how many text
+    tokens are in use; a meta tensor has no values, so all `tokens` are.
     """
 
-    def __init__(self, bf16: bool) -> None:  # noqa: FBT001
+    def __init__(self, bf16: bool, tokens: int) -> None:  # noqa: FBT001
         super().__init__()
-        self.bf16, self.copied = bf16, 0
+        self.bf16, self.tokens, self.copied = bf16, tokens, 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is Tensor.tolist:
-            return [TEXT_TOKENS["Lumina2Transformer2DModel"]] * len(args[0])
+            return [self.tokens] * len(args[0])
         is_attention = function is scaled_dot_product_attention
         if self.bf16 and (is_attention or function in _BF16 or function in _FLOAT32):
             dtype = torch.float32 if function in _FLOAT32 else torch.bfloat16
