@@ -77,4 +77,4 @@ class Sana(PipelineGenerator):
 
     @classmethod
     def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
-        return 2 ** (len(vae["encoder_block_out_channels"]) - 1), 1
+        return super().vae_ratios({"block_out_channels": vae.get("encoder_block_out_channels")})
