@@ -128,7 +128,8 @@ def _network(model: Model, dtype: str, rank: int, targets: tuple[str, ...]) -> A
     net = model.blank_denoiser()
     with torch.device("meta"):
         if rank:
-            lora.inject(net, rank=rank, targets=targets)
+            missing = lora.unmatched(net, targets)  # a network cut to one block may lack a layer
+            lora.inject(net, rank=rank, targets=[target for target in targets if target not in missing])
         kept = set(net._keep_in_fp32_modules or ())  # noqa: SLF001 - what from_pretrained reads
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
             is_float = tensor.requires_grad or kept.intersection(name.split("."))
