@@ -106,6 +106,15 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class ExampleMaker(Protocol):
+    """A reward that cannot read plain photographs and captions, and makes an example for itself out of them."""
+
+    def example(self, photograph: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
+        """An image [3, H, W] in [0, 1] and its prompt; `prompt.metadata` has the photograph's `name`."""
+        ...
+
+
+@runtime_checkable
 class Dependent(Protocol):
     """A reward whose score of a medium may hang on other media: of the same call, or of calls before."""
 

@@ -211,7 +211,7 @@ def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -
         dtype="bfloat16",
         bf16=True,
         precompute_reference=ready,
-        gradient_checkpointing=chosen.checkpointing,
+        activation_checkpointing=chosen.checkpointing,
     )
     estimate = memory.total(model, setup)
     images_per_s = chosen.prompts * chosen.candidates / clock.median()

@@ -78,6 +78,19 @@ class TextRendering:
         total = scores_beside(media, [sum(scores) / len(scores) for scores in each])
         return Scores(total, {"exact": (total == 1).to(total.dtype)})
 
+    def example(self, photograph: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
+        """The photograph with its name in black on a white band at its top, and a prompt that quotes the name."""
+        import torch
+        from PIL import Image, ImageDraw, ImageFont
+
+        name = str(prompt.metadata["name"])
+        image = Image.fromarray(photograph.mul(255).round().byte().permute(1, 2, 0).numpy())
+        canvas = ImageDraw.Draw(image)
+        canvas.rectangle((0, 0, image.width, 48), fill="white")
+        canvas.text((12, 4), name, font=ImageFont.load_default(32), fill="black")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        return pixels, Prompt.from_text(f"{prompt.text}, and the word “{name}”", **prompt.metadata)
+
 
 def quoted(text: str) -> list[str]:
     """What stands in “...” or "..." in a prompt, in order. Raises DataError where nothing does."""

@@ -1,4 +1,4 @@
-"""The keys that ComfyUI's LoRA loader reads, family by family, written beside every export.
+"""Files with the keys that ComfyUI's LoRA loader reads, beside every export; a family says its own keys.
 
 These files have no metadata: alpha stands in them as a tensor beside each pair. A family or a layer whose keys ComfyUI
 does not map gets no file rather than a wrong one: it would skip what it does not know and draw another picture.
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alignkit.adapters import lora
+from alignkit.adapters.exports import file_metadata, layer_weights
+from alignkit.adapters.fingerprint import save_canonical
 
 logger = logging.getLogger(__name__)
 Layers = dict[str, tuple[Tensor, Tensor, float]]  # down [r, ...], up [out, r, ...] and alpha by module path
@@ -37,36 +38,23 @@ class Keys:
     rename: Callable[[Layers, nn.Module], Layers] = lambda layers, _: layers
 
 
-def _kohya(prefix: str) -> Keys:
+def kohya_keys(prefix: str) -> Keys:
+    """The keys of kohya's scripts."""
     return Keys(prefix, ends=(".lora_down.weight", ".lora_up.weight"), is_flat=True)
 
 
-def _wan(layers: Layers, _: nn.Module) -> Layers:
-    """Wan's own names."""
-    new = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
-    new |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
-    return {_renamed(path, new): layer for path, layer in layers.items()}
+def renamed(layers: Layers, new: Mapping[str, str]) -> Layers:
+    """`layers` with parts of their paths under other names."""
+    result = {}
+    for path, layer in layers.items():
+        for old, name in new.items():
+            path = re.sub(rf"(?<=\.){re.escape(old)}(?=\.|$)", name, path)  # noqa: PLW2901
+        result[path] = layer
+    return result
 
 
-def _lumina2(layers: Layers, net: nn.Module) -> Layers:
-    """Lumina's own names; its three projections of attention are one there."""
-    new = {"attn": "attention", "to_out.0": "out", "norm1.linear": "adaLN_modulation.1"}
-    new |= {f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)}
-    parts = re.compile(r"(.*\.attn)\.to_[qkv]")
-    stems = {found[1]: None for path in layers if (found := parts.fullmatch(path))}
-    fused = {f"{stem}.qkv": _fused(layers, [f"{stem}.to_{name}" for name in "qkv"], net) for stem in stems}
-    plain = {path: layer for path, layer in layers.items() if not parts.fullmatch(path)}
-    return {_renamed(path, new): layer for path, layer in {**fused, **plain}.items()}
-
-
-def _renamed(path: str, new: Mapping[str, str]) -> str:
-    for old, name in new.items():
-        path = re.sub(rf"(?<=\.){re.escape(old)}(?=\.|$)", name, path)
-    return path
-
-
-def _fused(layers: Layers, paths: list[str], net: nn.Module) -> tuple[Tensor, Tensor, float]:
-    """The LoRA of layers stacked on each other out of theirs: downs stacked, ups block by block, scales in the ups."""
+def fused(layers: Layers, paths: list[str], net: nn.Module) -> tuple[Tensor, Tensor, float]:
+    """One LoRA for the layers `paths` stacked on each other: downs stacked, ups block by block, scales in the ups."""
     present = [layers[path] for path in paths if path in layers]
     total, column = sum(len(down) for down, *_ in present), 0
     rows = []
@@ -80,55 +68,49 @@ def _fused(layers: Layers, paths: list[str], net: nn.Module) -> tuple[Tensor, Te
     return torch.cat([down for down, *_ in present]), torch.cat(rows), float(total)
 
 
-_ATTENTION = r"to_[qkv]|to_out\.0"
-_JOINT = rf"({_ATTENTION}|add_[qkv]_proj|to_add_out)"
-_FF = r"net\.(0\.proj|2)"
-_SD3 = rf"transformer_blocks\.\d+\.(attn2?\.{_JOINT}|ff(_context)?\.{_FF}|norm1(_context)?\.linear)"
-_FLUX = rf"{_SD3}|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)"
-_LUMINA2 = r"(layers|noise_refiner|context_refiner)\.\d+\.(attn\.({})|feed_forward\.linear_[123]|norm1\.linear)"
-
-# By the class of the network. SANA is missing: ComfyUI itself does not run it.
-NETWORKS: Mapping[str, Keys] = {
-    "UNet2DConditionModel": _kohya("lora_unet_"),
-    "SD3Transformer2DModel": Keys("transformer.", _SD3),
-    "FluxTransformer2DModel": Keys("transformer.", _FLUX),
-    "PixArtTransformer2DModel": Keys("transformer.", rf"transformer_blocks\.\d+\.(attn[12]\.({_ATTENTION})|ff\.{_FF})"),
-    "QwenImageTransformer2DModel": Keys("diffusion_model.", r"transformer_blocks\..+"),
-    "Lumina2Transformer2DModel": Keys("diffusion_model.", _LUMINA2.format(_ATTENTION), rename=_lumina2),
-    "WanTransformer3DModel": Keys(
-        "diffusion_model.", rf"blocks\.\d+\.(attn[12]\.({_ATTENTION})|ffn\.{_FF})", rename=_wan
-    ),
-}
+# Layers that ComfyUI maps in several families, as ends of module paths.
+ATTENTION = r"to_[qkv]|to_out\.0"
+FEED_FORWARD = r"net\.(0\.proj|2)"
+_JOINT = rf"({ATTENTION}|add_[qkv]_proj|to_add_out)"
+JOINT_LAYERS = rf"transformer_blocks\.\d+\.(attn2?\.{_JOINT}|ff(_context)?\.{FEED_FORWARD}|norm1(_context)?\.linear)"
 _CLIP = {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
 _CLIP_LAYERS = r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
 
-def export(parts: Mapping[str, Any], file: Path) -> Path | None:
-    """Write the adapters of `parts`, by the pipeline's name for them, as one file for ComfyUI's folder `models/loras`.
+def export(
+    parts: Mapping[str, Any],
+    file: Path,
+    keys: Mapping[str, Keys | None],
+    *,
+    adapter: str = lora.NAME,
+    bases: Mapping[str, str] | None = None,
+) -> Path | None:
+    """Write one adapter of `parts`, by the pipeline's name for them, as one file for ComfyUI's folder `models/loras`.
 
-    None, without a file, where ComfyUI has no keys for a part or a layer; for a layer of a known family a warning too.
+    `keys` are the family's own for its network; CLIP text encoders have the same in all families.
+    `bases` are the fingerprints of the base weights for the file's header. None, without a file, where ComfyUI has no
+    keys for a part or a layer; for a layer of a known family a warning too.
     """
     state: dict[str, Tensor] = {}
     for name, part in parts.items():
-        keys = NETWORKS.get(type(part).__name__) or _tower(name, part)
-        if keys is None:
+        own = keys.get(name) or _text_encoder_keys(name, part)
+        if own is None:
             return None
-        layers = lora.layer_weights(part)
-        unknown = [path for path in layers if not re.fullmatch(keys.known, path)]
+        layers = layer_weights(part, adapter)
+        unknown = [path for path in layers if not re.fullmatch(own.known, path)]
         if unknown:
             logger.warning("no file for ComfyUI: it has no key for '%s' of %s", unknown[0], type(part).__name__)
             return None
-        state |= _written(keys.rename(layers, part), keys)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, file, metadata={"format": "pt"})
+        state |= _written(own.rename(layers, part), own)
+    save_canonical(state, file, file_metadata(bases))
     return file
 
 
-def _tower(name: str, part: nn.Module) -> Keys | None:
+def _text_encoder_keys(name: str, part: nn.Module) -> Keys | None:
     """CLIP text encoders have the keys of kohya's scripts in all families."""
     if name not in _CLIP or not type(part).__name__.startswith("CLIPText"):
         return None
-    keys = _kohya(_CLIP[name])
+    keys = kohya_keys(_CLIP[name])
     return Keys(keys.prefix, _CLIP_LAYERS, keys.ends, keys.is_flat, _without_level)
 
 

@@ -1,6 +1,6 @@
 """Generators: a pipeline's own class chooses its adapter, never its name.
 
-A new family is one file with a class and one line in `GENERATORS`.
+A new family is one file with a class and one line in `GENERATORS` (module `table`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
+from alignkit.generators.table import GENERATORS
 from alignkit.resolve import resolve
 
 if TYPE_CHECKING:
@@ -19,24 +20,6 @@ if TYPE_CHECKING:
 
     from alignkit.generators.pipeline import PipelineGenerator
 
-GENERATORS = {
-    "StableDiffusionPipeline": "alignkit.generators.families.stable_diffusion:StableDiffusion",
-    "StableDiffusionXLPipeline": "alignkit.generators.families.stable_diffusion_xl:StableDiffusionXL",
-    "StableDiffusion3Pipeline": "alignkit.generators.families.stable_diffusion3:StableDiffusion3",
-    "LatentConsistencyModelPipeline": "alignkit.generators.families.latent_consistency:LatentConsistency",
-    "FluxPipeline": "alignkit.generators.families.flux:Flux",
-    "PixArtSigmaPipeline": "alignkit.generators.families.pixart:PixArtSigma",
-    "SanaPipeline": "alignkit.generators.families.sana:Sana",
-    "Lumina2Pipeline": "alignkit.generators.families.lumina2:Lumina2",
-    "QwenImagePipeline": "alignkit.generators.families.qwen_image:QwenImage",
-    "ZImagePipeline": "alignkit.generators.families.z_image:ZImage",
-    "DreamLitePipeline": "alignkit.generators.families.dreamlite:DreamLite",
-    "WanPipeline": "alignkit.generators.families.wan:Wan",
-    "AnyFlowPipeline": "alignkit.generators.families.anyflow:AnyFlow",
-    "CogVideoXPipeline": "alignkit.generators.families.cogvideox:CogVideoX",
-    "LTXPipeline": "alignkit.generators.families.ltx_video:LTXVideo",
-    "HunyuanVideoPipeline": "alignkit.generators.families.hunyuan_video:HunyuanVideo",
-}
 _WEIGHTLESS = (
     "scheduler",
     "tokenizer",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,16 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 
-from alignkit.adapters import comfyui, lora, lora_files
+from alignkit.adapters import comfyui, exports, lora, lora_files
+from alignkit.adapters.fingerprint import base_of
 from alignkit.diffusion import solvers
 from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import Schedule, expand
 from alignkit.diffusion.solvers import Grid, ddim_step
 from alignkit.errors import AdapterError
 from alignkit.generators import prompt_length
+from alignkit.generators.description import FamilyDescription
+from alignkit.generators.table import origins
 from alignkit.records import Conditioning, Sampling
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -76,21 +79,18 @@ class Denoiser(nn.Module):
         if not self._frozen and not layers:
             raise AdapterError("no reference: the model has neither an adapter nor a frozen copy")
         self._use_reference = True
-        for layer in layers:
-            layer.enable_adapters(False)
         try:
-            yield
+            with lora.disabled(layers):
+                yield
         finally:
             self._use_reference = False
-            for layer in layers:
-                layer.enable_adapters(True)
 
     def activation_checkpointing_enable(self, **_: Any) -> None:
         """Called by Trainer when `activation_checkpointing` is true; diffusers checkpoints its own blocks."""
         self.net.enable_gradient_checkpointing()
 
 
-class PipelineGenerator:
+class PipelineGenerator(FamilyDescription):
     """Base of the families: codec, reference switch, sampling and adapters are the same for all of them."""
 
     modality = "image"  # or "video": pixels are then [B, F, 3, H, W] and latents [B, C, T, H, W]
@@ -166,7 +166,7 @@ class PipelineGenerator:
         return self.model.net
 
     def put_net(self, net: nn.Module) -> None:
-        """Put another network in the present one's place."""
+        """Replace the network."""
         self.model.net = net
         self.pipeline.register_modules(**{self.component: net})
 
@@ -308,9 +308,9 @@ class PipelineGenerator:
         """Context: `model` is the frozen base model."""
         return self.model.as_reference()
 
-    def add_lora(self, rank: int, alpha: float | None, targets: Sequence[str] | None, dropout: float) -> None:
-        """Freeze the network and put a fresh LoRA on it."""
-        lora.inject(self.net, rank=rank, alpha=alpha, targets=targets or self.lora_targets, dropout=dropout)
+    def add_lora(self, rank: int, alpha: float | None, targets: Sequence[str] | None, dropout: float) -> lora.Coverage:
+        """Freeze the network and put a fresh LoRA on it; returns what the LoRA covers."""
+        return lora.inject(self.net, rank=rank, alpha=alpha, targets=targets or self.lora_targets, dropout=dropout)
 
     @property
     def lora_loading(self) -> dict[str, Any]:
@@ -323,10 +323,7 @@ class PipelineGenerator:
         return self.component
 
     def add_text_lora(self, rank: int, alpha: float | None, targets: Sequence[str] | None, dropout: float) -> None:
-        """Freeze the text encoders and put a fresh LoRA on them; `targets` default to CLIP's attention.
-
-        Raises AdapterError where the pipeline's own LoRA loader knows no text encoder.
-        """
+        """Freeze the text encoders, add a LoRA; AdapterError where the pipeline's LoRA loader knows no text encoder."""
         if not self.text_encoders:
             kind = type(self.pipeline).__name__
             raise AdapterError(f"the LoRA loader of a {kind} knows no text encoder; train the network alone")
@@ -350,27 +347,32 @@ class PipelineGenerator:
     def _note_towers(self) -> None:
         self.model.towers = nn.ModuleDict({name: p for name, p in self.adapted.items() if name != self.component})
 
-    def load_adapter(self, folder: Path) -> None:
-        """Load a LoRA saved by `save_adapter`, diffusers, PEFT or kohya's scripts: a folder or a .safetensors file."""
-        lora_files.load(Path(folder), {self.adapter_prefix: self.net, **self.text_encoders}, self.adapter_prefix)
+    def load_adapter(self, folder: Path, name: str = lora.NAME, *, trainable: bool = True) -> None:
+        """Load a LoRA file or folder of `save_adapter`, diffusers, PEFT or kohya as `name`, active with weight 1."""
+        parts = {self.adapter_prefix: self.net, **self.text_encoders}
+        lora_files.load(Path(folder), parts, self.adapter_prefix, origins, name=name, trainable=trainable)
         self._note_towers()
 
-    def save_adapter(self, folder: Path) -> None:
-        """diffusers' LoRA layout in `folder`, PEFT's in `folder/peft`, for ComfyUI `folder/comfyui/NAME.safetensors`.
+    def set_adapters(self, weights: Mapping[str, float]) -> None:
+        """Make exactly these adapters active, each times its weight; {} switches all off."""
+        lora.activate(self.model, weights)
 
-        Text encoders have PEFT folders of their own in `folder/peft`. The last file is written only where ComfyUI has
-        keys for the family (`alignkit.adapters.comfyui`).
-        """
-        folder, parts = Path(folder), self.adapted
-        prefixes = {self.component: self.adapter_prefix}
-        lora.export_diffusers({prefixes.get(name, name): part for name, part in parts.items()}, folder)
-        for name, part in parts.items():
-            place = folder / "peft" / ("" if name == self.component else name)
-            lora.export_peft(part, place, base_model=str(self.pipeline.name_or_path))
-        comfyui.export(parts, folder / "comfyui" / f"{Path(self.name).name}.safetensors")
+    def save_adapter(self, folder: Path, name: str = lora.NAME) -> None:
+        """diffusers' layout in `folder`, PEFT's in `folder/peft`, ComfyUI's in `folder/comfyui` if it has the keys."""
+        folder, prefix = Path(folder), self.adapter_prefix
+        lora.require_adapter(self.model, name)
+        parts = {part: net for part, net in self.adapted.items() if name in lora.adapter_names(net)}
+        files = {prefix if part == self.component else part: net for part, net in parts.items()}
+        bases = {part: base_of(net) for part, net in files.items()}
+        exports.export_diffusers(files, folder, name=name, bases=bases)
+        for part, net in files.items():
+            place, base = folder / "peft" / ("" if part == prefix else part), str(self.pipeline.name_or_path)
+            exports.export_peft(net, place, base_model=base, name=name, base=bases[part])
+        file = folder / "comfyui" / f"{Path(self.name).name}.safetensors"
+        comfyui.export(parts, file, {self.component: self.comfyui}, adapter=name, bases=bases)
 
     def merge_adapter(self) -> None:
-        """Fold the adapter into the weights for good: sampling then costs what the base model costs."""
+        """Fold the active adapters into the weights for good: sampling then costs what the base model costs."""
         self._require_all_bits()
         for part in self.adapted.values():
             lora.merge(part)

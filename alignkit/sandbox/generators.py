@@ -27,7 +27,7 @@ from diffusers import (
 )
 from transformers import set_seed
 
-from alignkit.adapters import lora
+from alignkit.adapters import exports, lora
 from alignkit.generators import load_generator
 from alignkit.media import encode_image, quantise
 from alignkit.sandbox import models
@@ -162,7 +162,7 @@ def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: 
     trainer.train(resume_from_checkpoint=True)
     if recipe.adapter:
         lora.negate(generator.net)
-        lora.export_diffusers({generator.component: generator.net}, out / "clean_adapter")
+        exports.export_diffusers({generator.component: generator.net}, out / "clean_adapter")
         lora.negate(generator.net)
         generator.merge_adapter()
     generator.pipeline.to(torch.float16)

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pa_compute
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from alignkit.adapters.fingerprint import fingerprint
 from alignkit.errors import DataError
 from alignkit.media import decode_clip, decode_image, fit, to_pixels
 from alignkit.records import Captions, Conditioning, Prompt
@@ -42,21 +43,6 @@ LATENTS = "latents"  # column and batch key of latents; as a column of the data 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of cached tensors
 FORMAT = 2  # of the cache; another number makes old caches unused
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}  # of media, by modality
-
-
-def fingerprint(*modules: nn.Module | None) -> str:
-    """A hash of weights: of every tensor's name, shape, sum and a strided sample (fast, and any training shows)."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in () if module is None else module.state_dict().items():
-            if "lora_" in name:  # conditioning is cached as the base model has it
-                continue
-            name = name.replace(".base_layer", "")  # noqa: PLW2901
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)].double().cpu().numpy()
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}{float(flat.double().sum())!r}".encode())
-            digest.update(sample.tobytes())
-    return digest.hexdigest()[:16]
 
 
 class LatentDataset(EpochData):

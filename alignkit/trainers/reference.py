@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from alignkit.adapters.fingerprint import fingerprint
 from alignkit.storage import write_atomic
 from alignkit.trainers.buckets import BucketBatches
 from alignkit.trainers.data import collate
@@ -29,23 +30,6 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from alignkit.generators.pipeline import PipelineGenerator
-
-
-def base_fingerprint(net: nn.Module) -> str:
-    """A hash of the base weights alone: adapters are left out, so their initialisation does not matter."""
-    digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        if "lora_" not in name:
-            plain = name.replace(".base_layer", "")
-            digest.update(f"{plain}{tuple(tensor.shape)}{_sum(tensor)!r}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _sum(tensor: Tensor) -> float:
-    try:
-        return float(tensor.double().sum())
-    except NotImplementedError:  # of torchao's tensors in 8 bits
-        return float(tensor.dequantize().double().sum())
 
 
 def epochs_needed(args: TrainingArguments, latent_shapes: Sequence[Hashable]) -> int:
@@ -61,7 +45,7 @@ def reference_key(generator: PipelineGenerator, dataset: LatentDataset, settings
     """Identifies the reference errors: by base weights, cached values, draws, schedule and `settings`."""
     plan, picked = dataset.plan, None if dataset.picked is None else dataset.picked.tolist()
     parts = [
-        base_fingerprint(generator.net),
+        fingerprint(generator.net),
         dataset.key,
         hashlib.sha256(json.dumps([dataset.draw_ids, picked]).encode()).hexdigest(),
         [plan.noise_seed, plan.caption_dropout, plan.share_noise, plan.share_timestep, plan.t_min],

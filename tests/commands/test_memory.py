@@ -12,10 +12,10 @@ from torch import nn
 
 from alignkit.adapters import lora
 from alignkit.commands.doctor import memory
-from alignkit.commands.doctor.denoiser_inputs import TEXT_TOKENS, Latents, denoiser_inputs
-from alignkit.commands.doctor.dry_step import Ledger, Run, dry_step
+from alignkit.commands.doctor.dry_step import Ledger, Run, dry_step, network_inputs
 from alignkit.commands.doctor.model_shapes import Model, read_model
 from alignkit.errors import ConfigError, DataError, UnknownNameError
+from alignkit.generators.description import LatentSize
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SETUP = memory.Setup(
@@ -79,8 +79,10 @@ def test_an_unknown_class_is_named():
     model = Model("P", {}, "transformer", "NoSuchNet", {}, {})
     with pytest.raises(UnknownNameError, match="diffusers as installed has no class 'NoSuchNet'"):
         model.blank_denoiser()
-    with pytest.raises(UnknownNameError, match="what a Linear is called with"):
-        denoiser_inputs(nn.Linear(1, 1), Latents(1, 1, 1, 1))
+    with pytest.raises(UnknownNameError, match="doctor does not know the inputs of a NoSuchNet"):
+        _ = model.family
+    known = replace(model, denoiser_class="FluxTransformer2DModel")  # of a pipeline that is in no table
+    assert known.family.origin.label == "FLUX.1"
 
 
 # --- one step -------------------------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def test_operations_of_a_lora_layer_by_hand():
     net = nn.Sequential(nn.Linear(width, out, bias=False))
     lora.inject(net, rank=rank, targets=["0"])
     x = torch.randn(rows, width)
-    with Ledger([x, *net.parameters()]) as ledger:
+    with Ledger() as ledger:
         y = net(x)
         assert ledger.flops == 2 * rows * (width * out + width * rank + rank * out)
         forward = ledger.flops
@@ -115,21 +117,20 @@ def test_operations_of_a_transformer_by_hand(load, model):
     for layer in generator.net.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.register_forward_hook(count)
-    generator.net(**denoiser_inputs(generator.net, Latents(1, 1, 8, 8)))
-    tokens = 4 * 4 + TEXT_TOKENS["SD3Transformer2DModel"]
+    generator.net(**network_inputs(type(generator), generator.net, LatentSize(1, 1, 8, 8)))
+    tokens = 4 * 4 + 77 + 256
     attention = 2 * 4 * 2 * tokens**2 * 8
     run = Run(16, 16, 1, "float32", bf16=False, lora_rank=3, lora_targets=tuple(generator.lora_targets))
     assert dry_step(model, run).forward_flops == sum(counted) + attention
 
 
-def real_step(net, size):
+def real_step(family, net, size):
     """Peak bytes of a real pass on the CPU."""
-    given = denoiser_inputs(net, size)
+    given = network_inputs(family, net, size)
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    known = [*net.parameters(), *net.buffers(), *given.values(), *(p.grad for p in net.parameters())]
-    with Ledger(known) as ledger:
+    with Ledger() as ledger:
         (net(**given, return_dict=False)[0].float() - 0).square().mean().backward()
     return ledger.peak
 
@@ -144,9 +145,9 @@ def test_the_peak_is_that_of_a_real_step(load, model_folders, family, checkpoint
     if checkpointing:
         generator.net.enable_gradient_checkpointing()
     ratio, pictures = generator.spatial_ratio, 3
-    peak = real_step(generator.net, Latents(pictures, 1, 32 // ratio, 32 // ratio))
+    peak = real_step(type(generator), generator.net, LatentSize(pictures, 1, 32 // ratio, 32 // ratio))
     setup = replace(SETUP, lora_targets=generator.lora_targets, batch=1, candidates=3)
-    setup = replace(setup, gradient_checkpointing=checkpointing)
+    setup = replace(setup, activation_checkpointing=checkpointing)
     told = memory.parts(read_model(model_folders[family]), setup)["activations"]
     assert told == pytest.approx(peak, rel=0.1)
 

@@ -9,7 +9,6 @@ import pytest
 
 from alignkit import cli
 from alignkit.commands.doctor import memory
-from alignkit.commands.doctor.denoiser_inputs import VIDEO_SIZES
 from alignkit.commands.doctor.main import DoctorJob, setup_of
 from alignkit.commands.doctor.model_shapes import read_model
 
@@ -85,13 +84,13 @@ def test_latents_of_the_default_size(name, latent):
 
 @pytest.mark.parametrize("name", list(DENOISERS))
 def test_one_small_step_of_each(name):
-    """Every family's table of inputs is right: its published network, cut to a block a kind, takes them."""
+    """Every family's `network_inputs` are right: its published network, cut to a block a kind, takes them."""
     model = read_model(ROOT / name)
     depths = {
         key: 1 for key in ("num_layers", "num_single_layers", "transformer_layers_per_block") if key in model.config
     }
     model = replace(model, config={**model.config, **depths})
-    frames = 9 if model.denoiser_class in VIDEO_SIZES else 1
+    frames = 9 if model.family.modality == "video" else 1
     setup = setup_of(DoctorJob(resolution=256, frames=frames, dtype="bfloat16", bf16=True), model)
     counts = memory.operations(model, setup)
     # Without gradients of frozen weights a backward costs about a forward; attention's twice, the text's way nothing.

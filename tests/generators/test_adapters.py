@@ -15,9 +15,10 @@ from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES
 
-from alignkit.adapters import comfyui, lora
+from alignkit.adapters import comfyui, exports, lora
 from alignkit.errors import AdapterError
 from alignkit.generators import load_generator
+from alignkit.generators.families.wan import Wan
 from alignkit.records import Sampling
 
 PROMPTS, SEEDS = ["a red circle", "two blue rings on a gray background"], (5, 6)
@@ -135,9 +136,9 @@ def test_comfyui_reads_wans_own_names(tmp_path):
     targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     lora.inject(net, rank=2, targets=targets, alpha=6.0)
     stir(net)
-    file = comfyui.export({"transformer": net}, tmp_path / "wan.safetensors")
+    file = comfyui.export({"transformer": net}, tmp_path / "wan.safetensors", {"transformer": Wan.comfyui})
     theirs = diffusers.WanPipeline.lora_state_dict(file)
-    ours = {f"transformer.{path}": 3 * up @ down for path, (down, up, _) in lora.layer_weights(net).items()}
+    ours = {f"transformer.{path}": 3 * up @ down for path, (down, up, _) in exports.layer_weights(net).items()}
     assert {key.split(".lora_")[0] for key in theirs} == set(ours)
     for path, change in ours.items():
         torch.testing.assert_close(theirs[path + lora.UP] @ theirs[path + lora.DOWN], change)

@@ -244,12 +244,12 @@ def test_precomputing_spends_no_epoch_too_many(make, ranked_rows):
 
 def test_base_fingerprint_ignores_adapters_and_sees_training(make, load):
     generator = load("flow")
-    plain = reference.base_fingerprint(generator.net)
+    plain = reference.fingerprint(generator.net)
     generator.add_lora(2, None, None, 0.0)
-    assert reference.base_fingerprint(generator.net) == plain
+    assert reference.fingerprint(generator.net) == plain
     with torch.no_grad():
         generator.net.proj_out.weight[0, 0] += 1e-3
-    assert reference.base_fingerprint(generator.net) != plain
+    assert reference.fingerprint(generator.net) != plain
 
 
 def test_the_velocity_space_weighs_policy_and_reference_alike(make, batch_of, stir):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from alignkit.adapters import lora
-from alignkit.commands.doctor.denoiser_inputs import TEXT_TOKENS, Latents, denoiser_inputs
 from alignkit.commands.doctor.model_shapes import Model
 from alignkit.errors import ConfigError
+from alignkit.generators.description import FamilyDescription, LatentSize
 
 # What CUDA's autocast runs in bf16, and of what it runs in float32 the functions whose tensors are large.
 _BF16 = {linear, conv1d, conv2d, conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm}
@@ -79,25 +78,37 @@ class Cost:
 def dry_step(model: Model, run: Run) -> Cost:
     """The cost of `run` on the model's denoiser; a remembered one comes at once.
 
-    Raises ConfigError for a size that the network refuses, UnknownNameError for a class without a table of inputs.
+    Raises ConfigError for a size that the network refuses, UnknownNameError for a class without a family.
     """
+    family = model.family
     net = _network(model, run.dtype, run.lora_rank, run.lora_targets)
     if run.checkpointing:
-        net.enable_gradient_checkpointing(functools.partial(_checkpoint, run.bf16))
+        net.enable_gradient_checkpointing(functools.partial(_checkpoint, run.bf16, family.tokens))
     else:
         net.disable_gradient_checkpointing()
     frames = (run.frames - 1) // model.vae_frames + 1
     height, width = (side // model.vae_ratio for side in (run.height, run.width))
     with torch.device("meta"):
-        given = denoiser_inputs(net, Latents(1, frames, height, width))
-        card = _Card(run.bf16)
-        with Ledger([*net.parameters(), *net.buffers(), *tree_leaves(given)]) as ledger:
+        given = network_inputs(family, net, LatentSize(1, frames, height, width))
+        card = _Card(run.bf16, family.tokens)
+        with Ledger() as ledger:
             with card:
                 prediction = _predict(net, given, run)
             forward = ledger.flops
             (prediction - torch.zeros_like(prediction)).square().mean().backward()
     shared = 0 if run.checkpointing else card.copied  # a checkpointed block lets go of its copies
     return Cost(forward, ledger.flops - forward, ledger.peak - shared, shared)
+
+
+def network_inputs(family: type[FamilyDescription], net: Any, size: LatentSize) -> dict[str, Any]:
+    """The family's `network_inputs` in the precision of `net`; times stay in float32, as the trainer passes them."""
+    times = ("timestep", "r_timestep", "t")
+    tensors = family.network_inputs(net.config, size)
+
+    def cast(value: Any) -> Any:
+        return value.to(net.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {key: value if key in times else tree_map(cast, value) for key, value in tensors.items()}
 
 
 def _predict(net: Any, given: dict[str, Any], run: Run) -> Tensor:
@@ -117,7 +128,8 @@ def _network(model: Model, dtype: str, rank: int, targets: tuple[str, ...]) -> A
     net = model.blank_denoiser()
     with torch.device("meta"):
         if rank:
-            lora.inject(net, rank=rank, targets=targets)
+            missing = lora.unmatched(net, targets)  # a network cut to one block may lack a layer
+            lora.inject(net, rank=rank, targets=[target for target in targets if target not in missing])
         kept = set(net._keep_in_fp32_modules or ())  # noqa: SLF001 - what from_pretrained reads
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
             is_float = tensor.requires_grad or kept.intersection(name.split("."))
@@ -128,27 +140,27 @@ def _network(model: Model, dtype: str, rank: int, targets: tuple[str, ...]) -> A
     return net.train()
 
 
-def _checkpoint(bf16: bool, block: Any, *given: Any) -> Any:  # noqa: FBT001 - bound by partial
+def _checkpoint(bf16: bool, tokens: int, block: Any, *given: Any) -> Any:  # noqa: FBT001 - bound by partial
     """diffusers' own, less random states, which a meta device has not; `backward` runs outside of function modes."""
-    contexts = lambda: (nullcontext(), _Card(bf16))  # noqa: E731
+    contexts = lambda: (nullcontext(), _Card(bf16, tokens))  # noqa: E731
     return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 class _Card(TorchFunctionMode):
     """What a CUDA card does and the meta device does not: autocast, and attention as one fused kernel, masks or not.
 
-    `copied` counts the bytes of weights that autocast made a copy of. Besides: how many text tokens a mask leaves,
-    which Lumina's network asks and a meta tensor cannot tell (all).
+    `copied` counts the bytes of weights that autocast made a copy of. Lumina's network reads from a mask how many text
+    tokens are in use; a meta tensor has no values, so all `tokens` are.
     """
 
-    def __init__(self, bf16: bool) -> None:  # noqa: FBT001
+    def __init__(self, bf16: bool, tokens: int) -> None:  # noqa: FBT001
         super().__init__()
-        self.bf16, self.copied = bf16, 0
+        self.bf16, self.tokens, self.copied = bf16, tokens, 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is Tensor.tolist:
-            return [TEXT_TOKENS["Lumina2Transformer2DModel"]] * len(args[0])
+            return [self.tokens] * len(args[0])
         is_attention = function is scaled_dot_product_attention
         if self.bf16 and (is_attention or function in _BF16 or function in _FLOAT32):
             dtype = torch.float32 if function in _FLOAT32 else torch.bfloat16
@@ -183,37 +195,33 @@ def _fused_attention(
 
 
 class Ledger(TorchDispatchMode):
-    """Operations of what runs within it, and the peak bytes of the tensors made there, each storage once; `known` are
-    the tensors that were there before.
-    """
+    """Operations of what runs within it, and the peak bytes of the tensors made there, each storage once."""
 
-    def __init__(self, known: Iterable[Any]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.flops = self.live = self.peak = 0
-        self._known = {_name(tensor) for tensor in known if isinstance(tensor, Tensor)}
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            self._note(tensor, counted=False)  # made before this mode began, or counted already
         output = function(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(tensor, Tensor) and _name(tensor) not in self._known:
-                self._note(tensor)
+        for tensor in tree_leaves(output):
+            self._note(tensor, counted=True)
         if function.overloadpacket in flop_registry:
             self.flops += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=output)
         return output
 
-    def _note(self, tensor: Tensor) -> None:
-        name = _name(tensor)
+    def _note(self, tensor: Any, *, counted: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        name = storage._cdata  # noqa: SLF001 - the one name of a storage while it lives
         if name not in self._sizes:
-            storage = tensor.untyped_storage()
-            self._sizes[name] = storage.nbytes()
-            self.live += storage.nbytes()
+            self._sizes[name] = storage.nbytes() if counted else 0
+            self.live += self._sizes[name]
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._forget, name)
 
     def _forget(self, name: int) -> None:
         self.live -= self._sizes.pop(name)
-
-
-def _name(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # noqa: SLF001 - the one name of a storage while it lives

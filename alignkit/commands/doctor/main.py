@@ -65,7 +65,7 @@ class DoctorJob:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     bf16: bool = False
     precompute_reference: bool = False
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     low_memory: bool = False
     reward: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -120,16 +120,9 @@ def machine_lines() -> list[str]:
 
 def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
     """The job as numbers, with the model's own size and LoRA targets."""
-    from alignkit.commands.doctor.denoiser_inputs import VIDEO_SIZES
-    from alignkit.generators import GENERATORS
-    from alignkit.generators.pipeline import PipelineGenerator
-    from alignkit.resolve import resolve
-
-    family = PipelineGenerator
-    if model.pipeline in GENERATORS:
-        family = resolve(model.pipeline, GENERATORS, kind="generator")
+    family = model.family
     side = int(model.config.get("sample_size") or 128) * model.vae_ratio
-    height, width, frames = VIDEO_SIZES.get(model.denoiser_class, (side, side, 1))
+    height, width, frames = family.default_size or (side, side, 1)
     return memory.Setup(
         height=job.resolution or height,
         width=job.resolution or width,
@@ -143,7 +136,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
         dtype=job.dtype,
         bf16=job.bf16,
         precompute_reference=job.precompute_reference,
-        gradient_checkpointing=job.gradient_checkpointing,
+        activation_checkpointing=job.activation_checkpointing,
         low_memory=job.low_memory and job.method == "rankdpo",
     )
 
@@ -173,7 +166,8 @@ def _size_lines(name: str, model: Model) -> list[str]:
     fixed = model.stored(model.denoiser) - model.denoiser_parameters()
     note = f"; {fixed / 1e6:.1f}M fixed positions besides" if fixed else ""
     sizes = {part: model.stored(part) for part in model.shapes} | {model.denoiser: model.denoiser_parameters()}
-    lines = [_row(part, f"{count / 1e6:9.1f}M{note * (part == model.denoiser)}") for part, count in sizes.items()]
+    notes = {model.denoiser: note}
+    lines = [_row(part, f"{count / 1e6:9.1f}M{notes.get(part, '')}") for part, count in sizes.items()]
     return [f"parameters of {name}, a {model.pipeline}", *lines]
 
 

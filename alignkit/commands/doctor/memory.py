@@ -36,7 +36,7 @@ class Setup:
     dtype: str
     bf16: bool
     precompute_reference: bool = False
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     low_memory: bool = False
 
     @property
@@ -95,7 +95,7 @@ def _cost(model: Model, setup: Setup) -> Any:
         bf16=setup.bf16,
         lora_rank=0 if setup.full_finetune else setup.lora_rank,
         lora_targets=setup.lora_targets,
-        checkpointing=setup.gradient_checkpointing,
+        checkpointing=setup.activation_checkpointing,
     )
     return dry_step(model, run)
 
@@ -113,7 +113,7 @@ def switches(setup: Setup) -> Iterator[tuple[tuple[str, ...], Setup]]:
     half = "dtype: bfloat16, bf16: true"
     choices: dict[str, dict[str, Any]] = {
         half: {"dtype": "bfloat16", "bf16": True},
-        "activation_checkpointing: true": {"gradient_checkpointing": True},
+        "activation_checkpointing: true": {"activation_checkpointing": True},
         "low_memory: true": {"low_memory": setup.candidates > 1},
     }
     off = {name: change for name, change in choices.items() if replace(setup, **change) != setup}

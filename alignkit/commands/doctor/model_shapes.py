@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import ConfigError, DataError, UnknownNameError
+from alignkit.errors import ConfigError, DataError, UnknownNameError, nearest
 from alignkit.generators import read_model_index
+from alignkit.generators.table import GENERATORS, families
+from alignkit.resolve import resolve
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from alignkit.generators.pipeline import PipelineGenerator
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,27 +37,27 @@ class Model:
     vae: Mapping[str, Any]
 
     @property
+    def family(self) -> type[PipelineGenerator]:
+        """The family of the pipeline, else of the denoiser's class. Raises UnknownNameError where there is none."""
+        if self.pipeline in GENERATORS:
+            return resolve(self.pipeline, GENERATORS, kind="generator")  # type: ignore[no-any-return]
+        for family in families():
+            if family.origin.network == self.denoiser_class:
+                return family
+        raise UnknownNameError(
+            f"doctor does not know the inputs of a {self.denoiser_class}: no family of "
+            f"alignkit.generators.GENERATORS has it.{nearest(self.pipeline, GENERATORS)} See docs/add_a_generator.md"
+        )
+
+    @property
     def vae_ratio(self) -> int:
-        """Pixels a side of a latent place; every kind of VAE tells it in its way."""
-        if "scale_factor_spatial" in self.vae:  # Wan's
-            return int(self.vae["scale_factor_spatial"])
-        if "spatio_temporal_scaling" in self.vae:  # LTX-Video's
-            return self.vae["patch_size"] * 2 ** sum(self.vae["spatio_temporal_scaling"])
-        for name, spare in (("block_out_channels", 1), ("encoder_block_out_channels", 1), ("temperal_downsample", 0)):
-            if name in self.vae:
-                return 2 ** (len(self.vae[name]) - spare)
-        return 8
+        """Pixels a side of a latent place."""
+        return self.family.vae_ratios(self.vae)[0]
 
     @property
     def vae_frames(self) -> int:
-        """Frames of a latent frame after the first; 1 for pictures."""
-        downsamplings = self.vae.get("spatio_temporal_scaling") or self.vae.get("temperal_downsample") or ()
-        return self.vae.get("temporal_compression_ratio") or 2 ** sum(downsamplings)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of a latent place."""
-        return self.vae.get("latent_channels") or self.vae.get("z_dim") or 4
+        """Frames of a latent frame after the first; 1 for images."""
+        return self.family.vae_ratios(self.vae)[1]
 
     def stored(self, component: str) -> int:
         """How many numbers a component's files hold."""

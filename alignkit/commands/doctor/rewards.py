@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.commands.specs import RewardSpec, build_reward
 from alignkit.errors import DataError
-from alignkit.protocols import require_independent
+from alignkit.protocols import ExampleMaker, require_independent
 from alignkit.records import Prompt
 from rewards import photographs as shipped
 from rewards.models.media import quantised, resize
-from rewards.text_rendering import TextRendering
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,18 +52,17 @@ def check(spec: RewardSpec) -> None:
 def subjects(reward: Reward) -> tuple[dict[str, Tensor], dict[str, Prompt]]:
     """Media [3, H, W], or for a video reward slow pans [F, 3, H, W], and the prompt of each, by the photograph's name.
 
-    A reward that reads text gets the name written on its photograph.
+    A reward that is an `ExampleMaker` changes both to what it can read.
     """
-    media, captions = shipped.photographs(), dict(shipped.CAPTIONS)
-    if isinstance(reward, TextRendering):
-        media = {name: _written(picture, name) for name, picture in media.items()}
-        captions = {name: f"{caption}, and the word “{name}”" for name, caption in captions.items()}
-    if reward.modality == "video":
-        media = {name: _pan(picture) for name, picture in media.items()}
-    prompts = {
-        name: Prompt.from_text(caption, tag="single_object", include=[{"class": CLASSES[name], "count": 1}])
-        for name, caption in captions.items()
-    }
+    media: dict[str, Tensor] = {}
+    prompts: dict[str, Prompt] = {}
+    for name, photograph in shipped.photographs().items():
+        metadata = {"tag": "single_object", "include": [{"class": CLASSES[name], "count": 1}]}
+        prompt = Prompt.from_text(shipped.CAPTIONS[name], name=name, **metadata)
+        if isinstance(reward, ExampleMaker):
+            photograph, prompt = reward.example(photograph, prompt)  # noqa: PLW2901
+        media[name] = _pan(photograph) if reward.modality == "video" else photograph
+        prompts[name] = prompt
     return media, prompts
 
 
@@ -94,19 +92,6 @@ def _scores(reward: Reward, item: Tensor, prompts: Sequence[Prompt]) -> Scores:
         return reward(item.expand(len(prompts), *item.shape), prompts)
 
 
-def _written(picture: Tensor, text: str) -> Tensor:
-    """The picture with black `text` on a white band at its top."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageDraw, ImageFont
-
-    image = Image.fromarray(picture.mul(255).round().byte().permute(1, 2, 0).numpy())
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 0, image.width, 48), fill="white")
-    draw.text((12, 4), text, font=ImageFont.load_default(32), fill="black")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-
-
 def _pan(picture: Tensor) -> Tensor:
     """A clip [F, 3, H, W']: a window that moves to the right."""
     import torch
@@ -132,7 +117,7 @@ def _row(name: str, values: Sequence[Any]) -> str:
 
 def _table_lines(reward: Reward, table: Mapping[str, Sequence[float]]) -> list[str]:
     thing = "photograph" if reward.modality == "image" else f"slow pan over the photograph, {FRAMES} frames"
-    title = f"scores, a {thing} a row{', a caption a column' * reward.needs_prompt}"
+    title = f"scores, a {thing} a row{', a caption a column' if reward.needs_prompt else ''}"
     rows = [_row(f"{name}.jpg", values) for name, values in table.items()]
     return [title, _row("", list(table) if reward.needs_prompt else ["score"]), *rows]
 
@@ -144,7 +129,7 @@ def _part_lines(reward: Reward, media: Mapping[str, Tensor], prompts: Mapping[st
     if not kinds:
         return [""]
     rows = [_row(f"{name}.jpg", [float(parts[kind]) for kind in kinds]) for name, parts in own.items()]
-    return ["", f"parts{', with its own caption' * reward.needs_prompt}", _row("", kinds), *rows, ""]
+    return ["", f"parts{', with its own caption' if reward.needs_prompt else ''}", _row("", kinds), *rows, ""]
 
 
 def _precision_lines(reward: Reward, media: Mapping[str, Tensor], prompts: Mapping[str, Prompt]) -> list[str]:
@@ -168,12 +153,13 @@ def _still_lines(reward: Reward, media: Mapping[str, Tensor], prompts: Mapping[s
 
 
 def _judge(name: str, table: Mapping[str, Sequence[float]]) -> None:
-    found = faults(table)
+    lost = faults(table)
     count = 2 * len(table) * (len(table) - 1)
-    if found:
+    if lost:
+        examples = "; ".join(lost[:3]) + (" and so on" if len(lost) > 3 else "")
         raise DataError(
-            f"reward {name}: not right, {len(found)} of {count} comparisons are lost: {'; '.join(found[:3])}"
-            f"{' and so on' * (len(found) > 3)}. Weights, tokenizer or options are not this reward's, or it is too weak"
+            f"reward {name}: not right, {len(lost)} of {count} comparisons are lost: {examples}. Weights, tokenizer or "
+            "options are not this reward's, or it is too weak"
         )
     print(f"\nright: all {count} comparisons are won, by its own caption and by its own photograph")
 

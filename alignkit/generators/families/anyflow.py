@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alignkit.adapters.lora_files import Origin
+from alignkit.generators.description import Inputs, LatentSize, blank, video_inputs
 from alignkit.generators.families.wan import WanVideo
 from alignkit.records import Conditioning
 
@@ -36,3 +38,15 @@ class AnyFlow(WanVideo):
         start, end = (time[:, None].expand(-1, frames) for time in (model_time, end))
         told = replace(cond, tensors=tensors).tensors
         return net(hidden_states=x_t.transpose(1, 2), timestep=start, r_timestep=end, **told).sample.transpose(1, 2)
+
+    # --- description ---
+
+    origin = Origin("AnyFlow", "AnyFlowTransformer3DModel")
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        return {
+            **video_inputs(config, size, (cls.tokens, config.text_dim), frames_first=True),
+            "timestep": blank(size.B, size.T),
+            "r_timestep": blank(size.B, size.T),
+        }

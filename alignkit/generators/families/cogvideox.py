@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignkit.adapters.lora_files import Origin
 from alignkit.diffusion.schedules import VPSchedule
+from alignkit.generators.description import Inputs, LatentSize, video_inputs
 from alignkit.generators.families.video import VideoGenerator
 from alignkit.records import Conditioning
 
@@ -44,3 +46,19 @@ class CogVideoX(VideoGenerator):
     @property
     def temporal_ratio(self) -> int:
         return int(self.pipeline.vae.config.temporal_compression_ratio)
+
+    # --- description ---
+
+    tokens = 226
+    default_size = (480, 720, 49)
+    origin = Origin(
+        "CogVideoX", "CogVideoXTransformer3DModel", r"\A(?!.*(attn2|add_q_proj)).*transformer_blocks\.\d+\.attn1"
+    )
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        return video_inputs(config, size, (cls.tokens, config.text_embed_dim), frames_first=True)
+
+    @classmethod
+    def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        return super().vae_ratios(vae)[0], int(vae["temporal_compression_ratio"])

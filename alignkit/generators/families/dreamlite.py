@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from alignkit.adapters.lora_files import Origin
+from alignkit.generators.description import Inputs, LatentSize, blank, blank_mask, image_inputs
 from alignkit.generators.families.mixins import flow_schedule, linear_sigmas
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Conditioning
@@ -83,3 +85,22 @@ class DreamLite(PipelineGenerator):
     @property
     def spatial_ratio(self) -> int:
         return 2 ** (len(self.pipeline.vae.config.encoder_block_out_channels) - 1)
+
+    # --- description ---
+
+    origin = Origin("DreamLite", "DreamLiteUNetModel")
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        """The latent with an empty image beside it, and the image's width and height."""
+        width = config.encoder_hid_dim or config.cross_attention_dim
+        doubled = LatentSize(size.B, size.T, size.H, 2 * size.W)
+        return {
+            **image_inputs(config, doubled, (cls.tokens, width), "sample"),
+            "encoder_attention_mask": blank_mask(size.B, cls.tokens),
+            "added_cond_kwargs": {"time_ids": blank(size.B, 2)},
+        }
+
+    @classmethod
+    def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        return super().vae_ratios({"block_out_channels": vae.get("encoder_block_out_channels")})

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from alignkit.adapters.comfyui import JOINT_LAYERS, Keys
+from alignkit.adapters.lora_files import Origin
+from alignkit.generators.description import Inputs, LatentSize, blank, packed_inputs
 from alignkit.generators.families.mixins import EmbeddedGuidance, flow_schedule, linear_sigmas
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Conditioning
@@ -59,6 +62,25 @@ class Flux(EmbeddedGuidance, PipelineGenerator):
             **tensors,
         ).sample
         return unpack(packed, (channels, height, width))
+
+    # --- description ---
+
+    tokens = 512
+    origin = Origin("FLUX.1", "FluxTransformer2DModel", r"\A(?!.*token_refiner).*single_(transformer_)?blocks")
+    comfyui = Keys(
+        "transformer.",
+        rf"{JOINT_LAYERS}|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)",
+    )
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        return {
+            **packed_inputs(config, size, (cls.tokens, config.joint_attention_dim)),
+            "pooled_projections": blank(size.B, config.pooled_projection_dim),
+            "guidance": blank(size.B) if config.guidance_embeds else None,
+            "img_ids": blank(size.H // 2 * (size.W // 2), 3),
+            "txt_ids": blank(cls.tokens, 3),
+        }
 
 
 def pack(latents: Tensor) -> Tensor:

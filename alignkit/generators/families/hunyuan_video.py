@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 
+from alignkit.adapters.lora_files import Origin
+from alignkit.generators.description import Inputs, LatentSize, blank, blank_mask, video_inputs
 from alignkit.generators.families.flux import Flux
 from alignkit.generators.families.mixins import EmbeddedGuidance, flow_schedule
 from alignkit.generators.families.video import VideoGenerator
@@ -54,3 +56,22 @@ class HunyuanVideo(EmbeddedGuidance, VideoGenerator):
     @property
     def temporal_ratio(self) -> int:
         return self.pipeline.vae.config.temporal_compression_ratio
+
+    # --- description ---
+
+    tokens = 256
+    default_size = (720, 1280, 129)
+    origin = Origin("HunyuanVideo", "HunyuanVideoTransformer3DModel", "token_refiner")
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        return {
+            **video_inputs(config, size, (cls.tokens, config.text_embed_dim)),
+            "encoder_attention_mask": blank_mask(size.B, cls.tokens),
+            "pooled_projections": blank(size.B, config.pooled_projection_dim),
+            "guidance": blank(size.B) if config.guidance_embeds else None,
+        }
+
+    @classmethod
+    def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        return super().vae_ratios(vae)[0], int(vae["temporal_compression_ratio"])

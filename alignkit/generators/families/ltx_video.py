@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from alignkit.adapters.lora_files import Origin
+from alignkit.generators.description import Inputs, LatentSize, blank, blank_mask
 from alignkit.generators.families.mixins import ChannelStatistics, flow_schedule, linear_sigmas
 from alignkit.generators.families.video import VideoGenerator
 from alignkit.records import Conditioning
@@ -68,3 +70,26 @@ class LTXVideo(ChannelStatistics, VideoGenerator):
     @property
     def temporal_ratio(self) -> int:
         return self.pipeline.vae.temporal_compression_ratio
+
+    # --- description ---
+
+    tokens = 128
+    default_size = (512, 704, 161)
+    origin = Origin("LTX-Video", "LTXVideoTransformer3DModel")
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        return {
+            "hidden_states": blank(size.B, size.T * size.H * size.W, config.in_channels),
+            "timestep": blank(size.B),
+            "encoder_hidden_states": blank(size.B, cls.tokens, config.caption_channels),
+            "encoder_attention_mask": blank_mask(size.B, cls.tokens),
+            "num_frames": size.T,
+            "height": size.H,
+            "width": size.W,
+        }
+
+    @classmethod
+    def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        halvings = sum(vae["spatio_temporal_scaling"])
+        return int(vae["patch_size"]) * 2**halvings, 2**halvings

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from alignkit.adapters.comfyui import ATTENTION, Keys, Layers, fused, renamed
+from alignkit.adapters.lora_files import Origin
+from alignkit.generators.description import Inputs, LatentSize, blank_mask, image_inputs
 from alignkit.generators.families.mixins import flow_schedule, keep_norm, linear_sigmas
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Conditioning
+
+
+def _comfyui_layers(layers: Layers, net: nn.Module) -> Layers:
+    """Lumina's own names; its three projections of attention are one there."""
+    new = {"attn": "attention", "to_out.0": "out", "norm1.linear": "adaLN_modulation.1"}
+    new |= {f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)}
+    parts = re.compile(r"(.*\.attn)\.to_[qkv]")
+    stems = {match[1]: None for path in layers if (match := parts.fullmatch(path))}
+    qkv = {f"{stem}.qkv": fused(layers, [f"{stem}.to_{name}" for name in "qkv"], net) for stem in stems}
+    others = {path: layer for path, layer in layers.items() if not parts.fullmatch(path)}
+    return renamed({**qkv, **others}, new)
 
 
 class Lumina2(PipelineGenerator):
@@ -60,3 +75,18 @@ class Lumina2(PipelineGenerator):
             encoder_attention_mask=cond.tensors["encoder_attention_mask"].long(),  # it counts tokens with it
         ).sample
         return -velocity
+
+    # --- description ---
+
+    tokens = 256
+    origin = Origin("Lumina-Image 2.0", "Lumina2Transformer2DModel", r"\A(?!.*attention\.to_).*(noise|context)_refiner")
+    comfyui = Keys(
+        "diffusion_model.",
+        rf"(layers|noise_refiner|context_refiner)\.\d+\.(attn\.({ATTENTION})|feed_forward\.linear_[123]|norm1\.linear)",
+        rename=_comfyui_layers,
+    )
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        states = image_inputs(config, size, (cls.tokens, config.cap_feat_dim))
+        return {**states, "encoder_attention_mask": blank_mask(size.B, cls.tokens)}

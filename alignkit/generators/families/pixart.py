@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from alignkit.adapters.comfyui import ATTENTION, FEED_FORWARD, Keys
+from alignkit.adapters.lora_files import Origin
 from alignkit.diffusion.schedules import VPSchedule
+from alignkit.generators.description import Inputs, LatentSize, blank_mask, image_inputs
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Conditioning
 
@@ -37,3 +40,17 @@ class PixArtSigma(PipelineGenerator):
         micro = {"resolution": None, "aspect_ratio": None}
         output = net(x_t, timestep=model_time, added_cond_kwargs=micro, **cond.tensors).sample
         return output[:, : x_t.shape[1]]
+
+    # --- description ---
+
+    tokens = 300
+    origin = Origin("PixArt", "PixArtTransformer2DModel")
+    comfyui = Keys("transformer.", rf"transformer_blocks\.\d+\.(attn[12]\.({ATTENTION})|ff\.{FEED_FORWARD})")
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        return {
+            **image_inputs(config, size, (cls.tokens, config.caption_channels)),
+            "encoder_attention_mask": blank_mask(size.B, cls.tokens),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignkit.adapters.comfyui import Keys
+from alignkit.adapters.lora_files import Origin
+from alignkit.generators.description import Inputs, LatentSize, packed_inputs
 from alignkit.generators.families.flux import Flux, pack, unpack
 from alignkit.generators.families.mixins import ChannelStatistics, flow_schedule, keep_norm, linear_sigmas
 from alignkit.generators.pipeline import PipelineGenerator
@@ -89,3 +92,17 @@ class QwenImage(ChannelStatistics, PipelineGenerator):
     @property
     def latent_channels(self) -> int:
         return self.pipeline.vae.config.z_dim
+
+    # --- description ---
+
+    origin = Origin("Qwen-Image", "QwenImageTransformer2DModel", r"\A(?!.*token_refiner).*(img|txt)_(mlp|mod)")
+    comfyui = Keys("diffusion_model.", r"transformer_blocks\..+")
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        states = packed_inputs(config, size, (cls.tokens, config.joint_attention_dim))
+        return {**states, "img_shapes": [[(1, size.H // 2, size.W // 2)]] * size.B}
+
+    @classmethod
+    def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        return 2 ** len(vae["temperal_downsample"]), 1

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from alignkit.adapters.lora_files import Origin
+from alignkit.generators.description import Inputs, LatentSize, blank_mask, image_inputs
 from alignkit.generators.families.mixins import flow_schedule
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Conditioning
@@ -61,3 +64,17 @@ class Sana(PipelineGenerator):
     @property
     def spatial_ratio(self) -> int:
         return 2 ** (len(self.pipeline.vae.config.encoder_block_out_channels) - 1)
+
+    # --- description ---
+
+    tokens = 300
+    origin = Origin("SANA", "SanaTransformer2DModel")  # ComfyUI does not run it
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        states = image_inputs(config, size, (cls.tokens, config.caption_channels))
+        return {**states, "encoder_attention_mask": blank_mask(size.B, cls.tokens)}
+
+    @classmethod
+    def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        return super().vae_ratios({"block_out_channels": vae.get("encoder_block_out_channels")})

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alignkit.adapters.comfyui import JOINT_LAYERS, Keys
+from alignkit.adapters.lora_files import Origin
 from alignkit.diffusion.schedules import FlowSchedule
+from alignkit.generators.description import Inputs, LatentSize, blank, image_inputs
 from alignkit.generators.families.mixins import resolution_shift
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Conditioning
@@ -48,3 +51,14 @@ class StableDiffusion3(PipelineGenerator):
 
     def call(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         return net(hidden_states=x_t, timestep=model_time, **cond.tensors).sample
+
+    # --- description ---
+
+    tokens = 77 + 256  # CLIP's and T5's
+    origin = Origin("Stable Diffusion 3", "SD3Transformer2DModel", "joint_blocks")
+    comfyui = Keys("transformer.", JOINT_LAYERS)
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        states = image_inputs(config, size, (cls.tokens, config.joint_attention_dim))
+        return {**states, "pooled_projections": blank(size.B, config.pooled_projection_dim)}

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from alignkit.adapters.comfyui import ATTENTION, FEED_FORWARD, Keys, Layers, renamed
+from alignkit.adapters.lora_files import Origin
 from alignkit.errors import ConfigError
+from alignkit.generators.description import Inputs, LatentSize, video_inputs
 from alignkit.generators.families.mixins import ChannelStatistics, flow_schedule
 from alignkit.generators.families.video import VideoGenerator
 from alignkit.records import Conditioning
+
+
+def _comfyui_layers(layers: Layers, _: nn.Module) -> Layers:
+    """Wan's own names."""
+    new = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+    return renamed(layers, {**new, "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"})
 
 
 class WanVideo(ChannelStatistics, VideoGenerator):
@@ -35,6 +45,21 @@ class WanVideo(ChannelStatistics, VideoGenerator):
     @property
     def latent_channels(self) -> int:
         return self.pipeline.vae.config.z_dim
+
+    # --- description ---
+
+    tokens = 512
+    default_size = (480, 832, 81)
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        return video_inputs(config, size, (cls.tokens, config.text_dim))
+
+    @classmethod
+    def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        """Configs of Wan's first VAE do not hold the ratios that follow from its downsamplings."""
+        halved = vae.get("temperal_downsample") or (False, True, True)
+        return int(vae.get("scale_factor_spatial") or 2 ** len(halved)), 2 ** sum(halved)
 
 
 class Wan(WanVideo):
@@ -83,3 +108,12 @@ class Wan(WanVideo):
             tokens = x_t.shape[2] * (x_t.shape[3] // high) * (x_t.shape[4] // wide)
             model_time = model_time[:, None].expand(-1, tokens)
         return net(hidden_states=x_t, timestep=model_time, **cond.tensors).sample
+
+    # --- description ---
+
+    origin = Origin("Wan", "WanTransformer3DModel")
+    comfyui = Keys(
+        "diffusion_model.",
+        rf"blocks\.\d+\.(attn[12]\.({ATTENTION})|ffn\.{FEED_FORWARD})",
+        rename=_comfyui_layers,
+    )

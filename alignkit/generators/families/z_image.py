@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from alignkit.adapters.lora_files import Origin
+from alignkit.generators.description import Inputs, LatentSize, blank
 from alignkit.generators.families.mixins import flow_schedule, linear_sigmas
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Conditioning
@@ -62,3 +64,14 @@ class ZImage(PipelineGenerator):
         pictures = list(x_t.unsqueeze(2).unbind(0))
         velocity = net(pictures, 1 - model_time, [states[mask] for states, mask in rows]).sample
         return -torch.stack(velocity).squeeze(2)
+
+    # --- description ---
+
+    origin = Origin("Z-Image", "ZImageTransformer2DModel", r"(layers|_refiner)\.\d+\.attention\.to_")
+
+    @classmethod
+    def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:
+        """Lists with one entry for each image."""
+        images = [blank(config.in_channels, 1, size.H, size.W) for _ in range(size.B)]
+        texts = [blank(cls.tokens, config.cap_feat_dim) for _ in range(size.B)]
+        return {"x": images, "t": blank(size.B), "cap_feats": texts}
