@@ -40,7 +40,6 @@ class TrainJob:
     family: 'package.module:attribute' of your own family, for a pipeline class that alignkit does not know.
     options: keywords of the family (Wan 2.2: expert).
     validation: media generated and scored during training.
-    prompts: where validation prompts come from (their held-out share is used).
     rewards: the rewards by a name of your choice.
     train: the trainer's keys.
     """
@@ -52,14 +51,11 @@ class TrainJob:
     family: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     validation: ValidationConfig | None = None
-    prompts: PromptsConfig | None = None
     rewards: Mapping[str, RewardSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.validation is not None:
             require_names(self.validation.rewards, self.rewards, kind="reward", key="validation.rewards")
-        if self.validation is not None and self.prompts is None:
-            raise ConfigError("validation needs prompts: give both or neither")
 
     @property
     def policy(self) -> GeneratorSpec:
@@ -81,14 +77,16 @@ class DataTrainJob(TrainJob):
     data: ranked dataset, or Pick-a-Pic or TRL pairs, or folders w/ and l/, or captioned images or clips; for a method
         on other data, a dataset of that kind.
     held_out: share of rows kept for the held-out loss, where the data has no split; 0 for none.
+    prompts: where validation prompts come from (their held-out share is used).
     """
 
     data: Path
     held_out: float = 0.1
+    prompts: PromptsConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.validation is None and self.prompts is not None:
+        if (self.validation is None) != (self.prompts is None):
             raise ConfigError("validation and prompts go together: give both or neither")
 
     @property

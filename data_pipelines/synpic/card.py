@@ -16,7 +16,7 @@ task_categories:
 - text-to-image
 tags:
 - preference
-- rankdpo
+- ranked
 - syn-pic
 configs:
 - config_name: default
