@@ -98,7 +98,7 @@ class PromptShares:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyJob:
-    """Which generator is aligned, on the training share of the prompts themselves, and what scores the result.
+    """A generator that is aligned on prompts alone, and the rewards that score the result; base of the other jobs.
 
     out: the folder of the run; run again, it continues.
     prompts: where prompts come from; the held-out share is kept for validation and evaluation.
@@ -124,7 +124,9 @@ class PolicyJob:
         """Names in `key` must be rewards, and none of them gold."""
         require_names([*names, *([self.gold] if self.gold else [])], self.rewards, kind="reward", key=key)
         if self.gold in names:
-            raise ConfigError(f"gold is '{self.gold}', which is also in {key}; the last judge must be unseen")
+            raise ConfigError(
+                f"gold is '{self.gold}', which is also in {key}; gold must not be used before the evaluation"
+            )
 
     @property
     def aligned(self) -> GeneratorSpec:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignkit.commands.specs import GeneratorSpec, JudgeSpec, PromptsConfig, RewardSpec, absences, require_names
-from alignkit.commands.stages import ask_judges, compare
+from alignkit.commands.stages import compare, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute
 from alignkit.errors import ConfigError
 from alignkit.evaluation.judged import judged_lines, require_plain_names
@@ -72,7 +72,7 @@ def _work(job: EvaluateJob) -> None:
     write_resolved(job.out, job, free={"judges"})
     sides = {"base": job.base, "tuned": job.tuned}
     evaluation = compare(sides, prompts, job.evaluate, job.out, rewards=job.rewards, gold=job.gold)
-    judged = ask_judges(job.out, job.judges, job.evaluate)
+    judged = judge_evaluation(job.out, job.judges, job.evaluate)
     print(before_after(evaluation), *judged_lines(judged), sep="\n")
     print(f"next: alignkit report --evaluation {job.out} --out {job.out.with_name('report.html')}")
 

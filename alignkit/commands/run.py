@@ -18,22 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignkit.commands.data import PolicyJob, TrainingData, data_sections
+from alignkit.commands.data import PolicyJob, data_sections
 from alignkit.commands.methods import DEFAULT_METHOD, with_trainer
 from alignkit.commands.report import ReportJob, gather
 from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, tuned_spec
-from alignkit.commands.stages import ask_judges, compare, fit
+from alignkit.commands.stages import compare, fit, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError
 from alignkit.evaluation.card import CardInputs, write_card
-from alignkit.evaluation.judged import Judged, judged_lines, require_plain_names
+from alignkit.evaluation.judged import judged_lines, require_plain_names
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.report import write_report
-from alignkit.evaluation.results import Evaluation
 from alignkit.evaluation.terminal import before_after
 from alignkit.provenance import plain, write_resolved
-from alignkit.records import Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,8 +104,13 @@ def _work(job: Any) -> None:
     evaluated = shares.evaluation[: job.evaluate_prompts]
     write_resolved(job.out, _resolved(job), free=_free(job.out))
     data = _stage(1, "training data", functools.partial(job.make_data, shares))
-    result = _stage(2, "train", functools.partial(_train, job, data, shares.validation))
-    evaluation, judged = _stage(3, "evaluate", functools.partial(_evaluate, job, result, evaluated))
+    validation = functools.partial(job.validation.build, shares.validation, job.rewards) if job.validation else None
+    training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, validation=validation)
+    result = _stage(2, "train", training)
+    sides, out = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}, job.out / "evaluation"
+    scoring = functools.partial(compare, sides, evaluated, job.evaluate, out, rewards=job.rewards, gold=job.gold)
+    evaluation = _stage(3, "evaluate", scoring)
+    judged = judge_evaluation(out, job.judges, job.evaluate)
     report = _stage(4, "report", functools.partial(_report, job, result))
     print("", before_after(evaluation), *judged_lines(judged), sep="\n")
     print(f"\nreport:  {report}\nresult:  {result}\n\nNext, look at the report; then try")
@@ -119,7 +122,7 @@ def _free(out: Path) -> set[str]:
     """Sections that may still change: nothing has been made with them."""
     free = {"report", "judges"}
     if not (out / "train" / "inputs.json").exists():
-        free |= {"method", "train", "validation"}
+        free |= {"method", "data", "train", "validation"}
     if not (out / "evaluation" / "inputs.json").exists():
         free |= {"evaluate", "evaluate_prompts"}
     return free
@@ -135,18 +138,6 @@ def _resolved(job: Any) -> Any:
 def _stage(number: int, title: str, work: Callable[[], Any]) -> Any:
     print(f"[{number}/4] {title}", flush=True)
     return work()
-
-
-def _train(job: Any, data: TrainingData, prompts: Sequence[Prompt]) -> Path:
-    validation = functools.partial(job.validation.build, prompts, job.rewards) if job.validation else None
-    return fit(job.method, (job.policy, job.aligned), job.train, data, validation=validation)
-
-
-def _evaluate(job: Any, result: Path, prompts: Sequence[Prompt]) -> tuple[Evaluation, dict[str, Judged]]:
-    sides = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}
-    out = job.out / "evaluation"
-    evaluation = compare(sides, prompts, job.evaluate, out, rewards=job.rewards, gold=job.gold)
-    return evaluation, ask_judges(out, job.judges, job.evaluate)
 
 
 def _report(job: Any, result: Path) -> Path:
@@ -169,5 +160,8 @@ def _report(job: Any, result: Path) -> Path:
 
 def main(argv: Sequence[str]) -> None:
     """The verb."""
-    summary = "The whole job from one file: training data, training, evaluation, report."
+    summary = (
+        "The whole job from one file: training data (made with Syn-Pic, or an existing dataset: --data.path FOLDER), "
+        "training, evaluation, report."
+    )
     execute(Verb("run", summary, _schema, _plan, _work), argv)

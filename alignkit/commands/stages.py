@@ -1,4 +1,4 @@
-"""Services that verbs share: train one policy, compare it with its base, and ask judges about the stored pairs.
+"""Services that verbs share: train one policy, compare it with its base, and judge the stored pairs.
 
 Each is resumable in its folder. Deliberately not here: training data (`data`) and what a config holds (`specs`).
 """
@@ -110,7 +110,7 @@ def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, Im
     return build_generator("base", base), build_generator("tuned", tuned)
 
 
-def ask_judges(out: Path, judges: Mapping[str, JudgeSpec], config: EvaluateConfig) -> dict[str, Judged]:
+def judge_evaluation(out: Path, judges: Mapping[str, JudgeSpec], config: EvaluateConfig) -> dict[str, Judged]:
     """Verdicts of `judges` on the stored pairs of the evaluation in `out`; finished ones are read back.
 
     Prints what served judges cost.

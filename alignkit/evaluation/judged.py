@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -31,16 +30,13 @@ from alignkit.evaluation.statistics import Bootstrap, compare
 from alignkit.protocols import Judge
 from alignkit.seeds import derive_seed
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 FOLDER = "judged"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What a judge says of an evaluation: pairs by verdict, and the share that tuned wins.
+    """One judge's verdicts on an evaluation: pairs by verdict, and the share that tuned wins.
 
     An abstention counts as half a win. `low` and `high` bound the win rate, by bootstrap over prompts; None for a
     single prompt.
@@ -63,7 +59,7 @@ def require_plain_names(names: Iterable[str]) -> None:
 
 
 def judge_pairs(folder: Path, name: str, judge: Judge, *, identity: str, config: EvaluateConfig) -> Judged:
-    """Ask `judge` about every pair that the evaluation in `folder` stored; resumable.
+    """Verdicts of `judge` on every pair that the evaluation in `folder` stored; resumable.
 
     `identity` must change with the judge's options and weights. Raises ResumeError over the verdicts of another judge
     of this name, DataError for verdicts that are not one of 1, 0, -1 for each pair, and what the judge raises.
@@ -111,20 +107,18 @@ def _claim(target: Path, identity: str) -> None:
 
 
 def _compare(judge: Judge, name: str, pairs: Pairs, rows: Sequence[int]) -> list[int]:
-    """Verdicts of one batch; judges see tuned first, and handle any preference for a position themselves."""
-    tuned, base = (_pixels(pairs.pictures(side, rows), rows) for side in ("tuned", "base"))
-    verdicts = list(judge.compare(tuned, base, [pairs.prompts[row] for row in rows]))
+    """Verdicts of one batch. Tuned is always the first; a judge with a preference for a position corrects for it."""
+    import torch
+
+    sides = []
+    for side in ("tuned", "base"):
+        stored = pairs.pictures(side, rows)
+        arrays = [np.asarray(Image.open(io.BytesIO(stored[row])).convert("RGB")) for row in rows]
+        sides.append(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255)
+    verdicts = list(judge.compare(*sides, [pairs.prompts[row] for row in rows]))
     if len(verdicts) != len(rows) or not set(verdicts) <= {1, 0, -1}:
         raise DataError(f"judge '{name}' gave {verdicts} for {len(rows)} pairs; it must give 1, 0 or -1 for each")
     return verdicts
-
-
-def _pixels(stored: Mapping[int, bytes], rows: Sequence[int]) -> Tensor:
-    """Stored media as floats [B, 3, H, W] in [0, 1]."""
-    import torch
-
-    arrays = [np.asarray(Image.open(io.BytesIO(stored[row])).convert("RGB")) for row in rows]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
 def _summary(name: str, verdicts: Sequence[int], pairs: Pairs, config: EvaluateConfig) -> Judged:
@@ -145,7 +139,7 @@ def judged_lines(results: Mapping[str, Judged]) -> list[str]:
 
 
 def judged_section(results: Mapping[str, Judged]) -> str:
-    """The report's section on judges; empty where none was asked."""
+    """The report's section on judges; empty where there was none."""
     if not results:
         return ""
     lead = "Each judge compares tuned with base, pair by pair. Tuned's win rate counts an abstention as half a win."
