@@ -19,16 +19,16 @@ from alignkit.trainers import METHODS
 
 _TRAIN = "alignkit.commands.train:main"  # called with the method's name as the first word
 COMMANDS = {
-    "run": ("alignkit.commands.run:main", "the whole job: prompts to report, in one resumable folder"),
-    "generate": ("alignkit.commands.generate:main", "generate candidates for prompts with several generators"),
-    "score": ("alignkit.commands.score:main", "score candidates with several rewards; raw scores are kept"),
-    "rank": ("alignkit.commands.rank:main", "turn scores into a ranked dataset"),
+    "run": ("alignkit.commands.run:main", "The whole job: prompts to report, in one resumable folder."),
+    "generate": ("alignkit.commands.generate:main", "Generate candidates for prompts with several generators."),
+    "score": ("alignkit.commands.score:main", "Score candidates with several rewards; raw scores are kept."),
+    "rank": ("alignkit.commands.rank:main", "Turn scores into a ranked dataset."),
     **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
-    "evaluate": ("alignkit.commands.evaluate:main", "compare base and tuned on the same prompts and seeds"),
-    "report": ("alignkit.commands.report:main", "write one self-contained report.html"),
-    "doctor": ("alignkit.commands.doctor.main:main", "show versions, devices, optional parts and memory estimates"),
-    "sandbox train": ("alignkit.commands.sandbox:main", "repeat the training of one model of the embedded sandbox"),
-    "ladder": ("alignkit.commands.ladder:main", "compare training methods, arm by arm, on the sandbox"),
+    "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),
+    "report": ("alignkit.commands.report:main", "Write one self-contained report.html."),
+    "doctor": ("alignkit.commands.doctor.main:main", "Show versions, devices, optional parts and memory estimates."),
+    "sandbox train": ("alignkit.commands.sandbox:main", "Repeat the training of one model of the embedded sandbox."),
+    "ladder": ("alignkit.commands.ladder:main", "Compare training methods, arm by arm, on the sandbox."),
 }
 
 _USAGE = """\

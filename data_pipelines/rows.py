@@ -89,20 +89,6 @@ def with_prompt_ids(rows: Dataset, path: Path) -> Dataset:
     return rows.add_column("prompt_id", [Prompt.from_text(text).id for text in prompts])
 
 
-def prompt_rows(prompts: Sequence[Prompt]) -> Dataset:
-    """Prompts as rows: prompt_id, prompt, and metadata (JSON), from which `Prompt` can be made again."""
-    from datasets import Dataset
-
-    if not prompts:
-        raise DataError("no prompts to train on; give more prompts or lower prompts.held_out")
-    columns = {
-        "prompt_id": [prompt.id for prompt in prompts],
-        "prompt": [prompt.text for prompt in prompts],
-        "metadata": [json.dumps(dict(prompt.metadata), sort_keys=True) for prompt in prompts],
-    }
-    return Dataset.from_dict(columns)
-
-
 def without_prompts(rows: Dataset, ids: frozenset[str]) -> Dataset:
     """`rows` less those whose prompt has one of `ids`. Raises DataError where none stays."""
     stay = [row for row, text in enumerate(rows["prompt"][:]) if Prompt.from_text(text).id not in ids]

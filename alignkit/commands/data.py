@@ -25,11 +25,11 @@ from alignkit.commands.specs import (
 )
 from alignkit.commands.verb import Tree, counts_line
 from alignkit.config import init_fields
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, DataError
 from alignkit.provenance import fingerprint
 from alignkit.records import Prompt
 from data_pipelines.importers import load_ranked
-from data_pipelines.rows import load_rows, prompt_rows, without_prompts
+from data_pipelines.rows import load_rows, without_prompts
 from data_pipelines.synpic import GenerateConfig, RankConfig, ScoreConfig, generate_and_score, rank_candidates
 
 if TYPE_CHECKING:
@@ -60,21 +60,23 @@ class TrainingData:
             return fingerprint(self.path)
         return hashlib.sha256("\n".join(prompt.text for prompt in self.prompts[0]).encode()).hexdigest()[:16]
 
-    def train(self) -> Dataset:
+    def train(self) -> Dataset | Sequence[Prompt]:
         """The training rows. Raises MissingFileError, or DataError for columns or rows that the kind does not have."""
+        if self.path is None and not self.prompts[0]:
+            raise DataError("no prompts to train on; give more prompts or lower prompts.held_out")
         if self.path is None:
-            return prompt_rows(self.prompts[0])
+            return self.prompts[0]
         rows = self._load(self.path, "train")
         remaining = without_prompts(rows, self.excluded)
         if len(remaining) < len(rows):
             print(f"{len(rows) - len(remaining)} training rows left out: validation or evaluation uses their prompts")
         return remaining
 
-    def heldout(self) -> Dataset | None:
+    def heldout(self) -> Dataset | Sequence[Prompt] | None:
         """The held-out rows; None where nothing is held out."""
         if self.path is not None:
             return self._load(self.path, "heldout") if self.held_out > 0 else None
-        return prompt_rows(self.prompts[1]) if self.prompts[1] else None
+        return self.prompts[1] or None
 
     def _load(self, path: Path, split: str) -> Dataset:
         load = DATA[self.kind].load

@@ -49,7 +49,7 @@ def fit(
     """Train, or continue from the newest whole checkpoint, export, push if asked; returns the folder of the result.
 
     The result is `output_dir/adapter`, or `output_dir/model` after full fine-tuning. A finished training is recognised
-    and loads nothing. `select` may choose or change the training rows (a `datasets.Dataset`).
+    and loads nothing. `select` may choose or change the training rows (a `datasets.Dataset`, or prompts).
     """
     from alignkit.trainers.sharding import whole
 

@@ -175,7 +175,6 @@ def _work(method: str, job: Any) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb; the first word is the method: a name of `METHODS`, or `package.module:attribute` of a user's own."""
     method, *words = argv
-    summary = find_method(method).summary
-    summary = f"{summary[:1].upper()}{summary[1:]}; run again, it continues from a checkpoint."
     schema, plan, work = (functools.partial(step, method) for step in (_schema, _plan, _work))
+    summary = find_method(method).summary
     execute(Verb(f"train {method}", summary, schema, plan, work, flat="train", distributed=True), words)

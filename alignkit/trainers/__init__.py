@@ -1,6 +1,6 @@
-"""Trainers: `AlignTrainer` on `transformers.Trainer`, and one thin file per method. `METHODS` is the table of methods.
+"""Trainers: `AlignTrainer` on `transformers.Trainer`, and one thin file per method; `METHODS` is their table.
 
-Importing this package loads no torch.
+A new method is one file and one line here: see docs/add_a_method.md. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A training method.
+    """Where a training method lives and what data it takes.
 
-    config: `package.module:attribute` of its config, a subclass of `AlignConfig`.
-    trainer: `package.module:attribute` of its trainer, a subclass of `AlignTrainer`.
-    data: the kind of its training data: ranked, dense, aspects or prompts (`alignkit.commands.data.DATA`).
-    summary: one line for `alignkit --help`.
+    `config` and `trainer` are "module:attribute" of its config and trainer classes. `data` is the kind of its data:
+    "ranked" (rows of K ranked candidates), "dense" (pairs with labels per segment), "aspects" (prompts with questions)
+    or "prompts" (prompts alone). `summary` is the line of the command's help.
     """
 
     config: str
@@ -26,15 +25,15 @@ class Method:
 
 METHODS = {
     "rankdpo": Method(
-        config="alignkit.trainers.rankdpo:RankDPOConfig",
-        trainer="alignkit.trainers.rankdpo:RankDPOTrainer",
-        data="ranked",
-        summary="align a generator with ranked candidates",
+        "alignkit.trainers.rankdpo:RankDPOConfig",
+        "alignkit.trainers.rankdpo:RankDPOTrainer",
+        "ranked",
+        "Align a generator with ranked candidates; run again, it continues from a checkpoint.",
     ),
     "sft": Method(
-        config="alignkit.trainers.sft:SFTConfig",
-        trainer="alignkit.trainers.sft:SFTTrainer",
-        data="ranked",
-        summary="train a generator with the plain denoising objective",
+        "alignkit.trainers.sft:SFTConfig",
+        "alignkit.trainers.sft:SFTTrainer",
+        "ranked",
+        "Train a generator with the plain denoising objective, on winners or on all candidates.",
     ),
 }

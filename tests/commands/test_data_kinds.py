@@ -136,13 +136,11 @@ def test_the_columns_of_a_kind_are_required(tmp_path):
         TrainingData(kind="prompts", path=file).train()
 
 
-def test_prompts_as_rows_keep_their_metadata():
+def test_prompts_alone_are_passed_on_as_they_are():
     prompts = [Prompt.from_text("a cat", category="single"), Prompt.from_text("a dog")]
     data = TrainingData(kind="prompts", prompts=(prompts[:1], prompts[1:]))
-    (row,) = data.train()
-    assert (row["prompt_id"], row["prompt"]) == (prompts[0].id, "a cat")
-    assert json.loads(row["metadata"]) == {"category": "single"}
-    assert data.heldout()["prompt"][:] == ["a dog"]
+    assert (data.train(), data.heldout()) == (prompts[:1], prompts[1:])
+    assert data.train()[0].metadata == {"category": "single"}
     assert data.identity != TrainingData(kind="prompts", prompts=(prompts, [])).identity
     assert TrainingData(kind="prompts", prompts=(prompts, [])).heldout() is None
     with pytest.raises(DataError, match="no prompts to train on"):

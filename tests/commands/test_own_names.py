@@ -30,7 +30,7 @@ class ScaledTrainer(SFTTrainer):
         return self.args.scale * super().errors(*inputs, **options)
 
 
-METHOD = Method("my_method:ScaledConfig", "my_method:ScaledTrainer", data="ranked", summary="train on scaled errors")
+METHOD = Method("my_method:ScaledConfig", "my_method:ScaledTrainer", data="ranked", summary="Train on scaled errors.")
 NOT_A_METHOD = ScaledConfig
 '''
 FAMILY = '''\
@@ -109,7 +109,7 @@ def test_help_and_dry_run_of_an_own_method(own, capsys):
     assert cli.main(["train", "my_method:METHOD", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: alignkit train my_method:METHOD ")
-    assert "Train on scaled errors" in text
+    assert "Train on scaled errors." in text
     assert "--scale  float  [2.0]" in text
     words = ["--model=model", "--family=my_family:Perturbed", "--data=ranked", "--output_dir=out", "--scale=4"]
     assert cli.main(["train", "my_method:METHOD", *words, "--dry-run"]) == 0, capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_a_saved_training_config_can_be_given_again(work, run, capsys):
 def test_a_run_on_existing_data_leaves_out_the_prompts_that_it_evaluates(work, run, capsys):
     assert cli.main(run()) == 0, capsys.readouterr().err
     trained = datasets.load_dataset(str(work / "run" / "ranked"), split="train")["prompt"]
-    run(out="second", data={"path": "run/ranked"}, prompts={"file": "many.txt", "held_out": 0.7})
+    run(out="second", data={"path": "run/ranked"}, prompts={"file": "many.txt", "held_out": 0.75})
     config = yaml.safe_load((work / "run.yaml").read_text(encoding="utf-8"))
     del config["generate"], config["score"]
     (work / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
