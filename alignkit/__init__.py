@@ -8,8 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from alignkit.trainers import METHODS
+
 __version__ = "0.1.0"
 
+_CLASSES = [target.split(":") for method in METHODS.values() for target in (method.config, method.trainer)]
 _EXPORTS = {
     "load_generator": "alignkit.generators",
     "wrap": "alignkit.generators",
@@ -17,12 +20,9 @@ _EXPORTS = {
     "AlignConfig": "alignkit.trainers.config",
     "OfflineTrainer": "alignkit.trainers.offline",
     "OfflineConfig": "alignkit.trainers.config",
-    "RankDPOTrainer": "alignkit.trainers.rankdpo",
-    "RankDPOConfig": "alignkit.trainers.rankdpo",
-    "SFTTrainer": "alignkit.trainers.sft",
-    "SFTConfig": "alignkit.trainers.sft",
     "Prompt": "alignkit.records",
     "Sampling": "alignkit.records",
+    **{name: module for module, name in _CLASSES},
 }
 
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - the lazy names are strings by construction

@@ -1,6 +1,7 @@
 """The program: a table from verbs to the functions that do them, and how errors and Ctrl-C end a command.
 
-Deliberately not here: the verbs (`alignkit.commands`) and any heavy import, so that `alignkit --help` answers at once.
+Methods (`train NAME`) come from `alignkit.trainers.METHODS`. Deliberately not here: the verbs (`alignkit.commands`) and
+any heavy import, so that `alignkit --help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from pathlib import Path
 from alignkit import __version__
 from alignkit.errors import AlignKitError, UnknownNameError, nearest
 from alignkit.resolve import resolve
+from alignkit.trainers import METHODS
 
+_TRAIN = "alignkit.commands.train:main"  # called with the method's name as the first word
 COMMANDS = {
-    "run": ("alignkit.commands.run:main", "the whole job: prompts to report, in one resumable folder"),
-    "generate": ("alignkit.commands.generate:main", "draw candidates for prompts with several generators"),
-    "score": ("alignkit.commands.score:main", "judge candidates with several rewards; raw scores are kept"),
-    "rank": ("alignkit.commands.rank:main", "turn scores into a ranked dataset"),
-    "train rankdpo": ("alignkit.commands.train:rankdpo", "align a generator with ranked candidates"),
-    "train sft": ("alignkit.commands.train:sft", "train a generator with the plain denoising objective"),
-    "evaluate": ("alignkit.commands.evaluate:main", "compare base and tuned on the same prompts and seeds"),
-    "report": ("alignkit.commands.report:main", "write one self-contained report.html"),
-    "doctor": ("alignkit.commands.doctor.main:main", "show versions, devices, optional parts and memory estimates"),
-    "sandbox train": ("alignkit.commands.sandbox:main", "repeat the training of one model of the embedded sandbox"),
-    "ladder": ("alignkit.commands.ladder:main", "compare training methods, arm by arm, on the sandbox"),
+    "run": ("alignkit.commands.run:main", "The whole job: prompts to report, in one resumable folder."),
+    "generate": ("alignkit.commands.generate:main", "Generate candidates for prompts with several generators."),
+    "score": ("alignkit.commands.score:main", "Score candidates with several rewards; raw scores are kept."),
+    "rank": ("alignkit.commands.rank:main", "Turn scores into a ranked dataset."),
+    **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
+    "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),
+    "report": ("alignkit.commands.report:main", "Write one self-contained report.html."),
+    "doctor": ("alignkit.commands.doctor.main:main", "Show versions, devices, optional parts and memory estimates."),
+    "sandbox train": ("alignkit.commands.sandbox:main", "Repeat the training of one model of the embedded sandbox."),
+    "ladder": ("alignkit.commands.ladder:main", "Compare training methods, arm by arm, on the sandbox."),
 }
 
 _USAGE = """\
@@ -75,7 +77,10 @@ def _dispatch(words: list[str]) -> None:
 
 
 def _find(words: list[str]) -> Callable[[], None]:
-    """The command that the first one or two words name, ready to be called."""
+    """The command that the first one or two words name, ready to be called; `train module:METHOD` is a user's own."""
+    if words[0] == "train" and (" ".join(words[:2]) in COMMANDS or ":" in "".join(words[1:2])):
+        train = resolve(_TRAIN, {}, kind="command")
+        return lambda: train(words[1:])
     for length in (2, 1):
         verb, rest = " ".join(words[:length]), words[length:]
         if verb in COMMANDS:
@@ -84,8 +89,11 @@ def _find(words: list[str]) -> Callable[[], None]:
     family = [verb for verb in COMMANDS if verb.startswith(f"{words[0]} ")]
     if family and (len(words) == 1 or words[1] in ("--help", "-h")):
         return lambda: print(_usage(family))
-    given = " ".join(words[:2] if family else words[:1])
-    raise UnknownNameError(f"unknown command '{given}'.{nearest(given, COMMANDS)} `alignkit --help` lists all.")
+    command = " ".join(words[:2] if family else words[:1])
+    own = " A method of your own: 'train package.module:METHOD'." if words[0] == "train" else ""
+    raise UnknownNameError(
+        f"unknown command '{command}'.{nearest(command, COMMANDS)}{own} `alignkit --help` lists all."
+    )
 
 
 def _usage(verbs: Sequence[str] | dict[str, tuple[str, str]]) -> str:

@@ -34,16 +34,20 @@ def plain(config: Any) -> Any:
 
 
 def without_defaults(config: Any) -> Any:
-    """`plain(config)`, less those keys of trainer configs (there are over a hundred) that stand at their defaults."""
-    kept = plain(config)
-    for name, field in init_fields(config).items():
-        value = vars_of(config)[name]
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if is_trainer_config(type(config)) and value == default:
-            kept.pop(name, None)
-        elif is_dataclass(value) and name in kept:
-            kept[name] = without_defaults(value)
-    return kept
+    """`plain(config)`, less those keys of trainer configs (there are over a hundred) that stand at their defaults.
+
+    Defaults are those of a config made from its required keys alone, as its `__post_init__` leaves them.
+    """
+    values, shown = vars_of(config), plain(config)
+    if not is_trainer_config(type(config)):
+        sections = {name: value for name, value in values.items() if is_dataclass(value) and name in shown}
+        return shown | {name: without_defaults(value) for name, value in sections.items()}
+    fields = init_fields(config).values()
+    required = {field.name for field in fields if field.default is MISSING and field.default_factory is MISSING}
+    # With a device of its own: to find one, TrainingArguments resets accelerate's state, which a training is using.
+    schema = type(type(config).__name__, (type(config),), {"_setup_devices": "cpu"})
+    defaults = vars_of(schema(**{name: values[name] for name in required}))
+    return {name: value for name, value in shown.items() if values[name] != defaults[name]}
 
 
 def vars_of(config: Any) -> dict[str, Any]:

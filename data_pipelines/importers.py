@@ -14,18 +14,17 @@ Not here: downloading, and the way back (exporters.py).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import DataError, MissingFileError
+from alignkit.errors import DataError
 from alignkit.media import clip_shape, image_size
 from alignkit.records import Prompt
 from data_pipelines.prompts import split_of
+from data_pipelines.rows import open_dataset
 from data_pipelines.synpic.media_columns import media_feature
 from data_pipelines.synpic.rank import COLUMNS, SPLITS, VIDEO_COLUMNS, ranked_features
 
@@ -57,8 +56,6 @@ def load_ranked(path: str | Path, split: str, *, held_out: float = 0.1) -> Datas
     path = Path(path)
     if split not in SPLITS:
         raise DataError(f"unknown split '{split}'; use 'train' or 'heldout'")
-    if not path.exists():
-        raise MissingFileError(f"'{path}' does not exist; download the dataset first and give its folder")
     splits = _open(path)
     if "heldout" in splits:
         return _to_ranked(splits[split], path) if split in splits else _empty(path, split, held_out)
@@ -74,34 +71,9 @@ def _empty(path: Path, split: str, held_out: float) -> Dataset:
 
 
 def _open(path: Path) -> Mapping[str, Dataset]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
     if (path / "w").is_dir() and (path / "l").is_dir():
         return {"train": _from_folders(path)}
-    cache = _cache_of(path)
-    try:
-        if path.is_file():
-            opened = load_dataset("parquet", data_files=str(path), cache_dir=cache)
-        else:
-            opened = load_dataset(str(path), cache_dir=cache)
-    except (FileNotFoundError, DatasetGenerationError) as error:
-        raise DataError(f"'{path}' cannot be opened: {error}; give a parquet file, or a folder of them") from error
-    return dict(opened)
-
-
-def _cache_of(path: Path) -> str:
-    """A cache of its own for these very files.
-
-    `load_dataset` keys a folder that has a dataset card by its last name alone: a second run's `ranked` folder would
-    silently be read as the first one's.
-    """
-    from datasets import config
-
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return str(Path(config.HF_DATASETS_CACHE) / "alignkit" / key)
+    return open_dataset(path)
 
 
 def _to_ranked(raw: Dataset, path: Path) -> Dataset:

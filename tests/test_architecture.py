@@ -6,6 +6,7 @@ import ast
 import functools
 import io
 import itertools
+import re
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from alignkit.trainers import METHODS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("alignkit", "rewards", "data_pipelines")
@@ -192,18 +195,21 @@ def test_positional_parameters_are_few():
     assert not wrong, "\n".join(wrong)
 
 
+def lines_without_imports(path: Path) -> list[int]:
+    """Numbers of the lines that hold code, less those of import statements."""
+    imported: set[int] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imported |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return sorted(code_line_numbers(path) - imported)
+
+
 def test_no_block_of_ten_lines_twice():
     seen: dict[tuple[str, ...], str] = {}
     wrong = []
     for path in SOURCES:
         text = path.read_text(encoding="utf-8").splitlines()
-        imported = {
-            line
-            for node in ast.walk(tree(path))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-        }
-        numbers = [n for n in sorted(code_line_numbers(path)) if n not in imported]
+        numbers = lines_without_imports(path)
         stripped = [(n, text[n - 1].strip()) for n in numbers if text[n - 1].strip()]
         for window in zip(*(itertools.islice(stripped, k, None) for k in range(10)), strict=False):
             block = tuple(line for _, line in window)
@@ -211,6 +217,22 @@ def test_no_block_of_ten_lines_twice():
             if block in seen:
                 wrong.append(f"{place} repeats {seen[block]}")
             seen.setdefault(block, place)
+    assert not wrong, "\n".join(wrong)
+
+
+# --- one place per name ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_methods_name_is_in_its_file_and_in_the_table_alone(method):
+    """Docstrings and comments may name it; code elsewhere reads the table."""
+    allowed = {f"alignkit/trainers/{name}.py" for name in ("__init__", method)} | {"alignkit/commands/doctor/main.py"}
+    wrong = []
+    for path in SOURCES:
+        place = path.relative_to(ROOT).as_posix()
+        text = path.read_text(encoding="utf-8").splitlines()
+        named = [n for n in lines_without_imports(path) if re.search(rf"\b{method}\b", text[n - 1])]
+        wrong += [f"{place}:{n}: {text[n - 1].strip()}" for n in named if place not in allowed]
     assert not wrong, "\n".join(wrong)
 
 

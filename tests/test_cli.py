@@ -123,6 +123,6 @@ def test_dry_run_loads_no_torch_and_writes_nothing(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "draw 2 candidates (a x 2) for all prompts of prompts.txt" in done.stdout
+    assert "generate 2 candidates (a x 2) for all prompts of prompts.txt" in done.stdout
     assert "NOT THERE YET: ./models/a" in done.stdout
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from alignkit.errors import ResumeError
-from alignkit.provenance import dump, fingerprint, write_resolved
+from alignkit.provenance import dump, fingerprint, without_defaults, write_resolved
 
 
 @dataclass
@@ -41,6 +41,31 @@ def test_sections_that_nothing_was_made_with_may_change(tmp_path):
     with pytest.raises(ResumeError, match="names"):
         write_resolved(tmp_path, Job(names=("a",)), free={"train"})
     assert "rate: 0.2" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_a_trainers_defaults_are_left_out_and_the_state_of_a_training_stays(tmp_path):
+    """Also values that the config derives from its defaults, such as sections and enumerations."""
+    from accelerate import PartialState
+
+    from alignkit.trainers.sft import SFTConfig
+
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=0.5, eval_strategy="steps", eval_steps=3)
+    PartialState._shared_state["mark"] = "of a training"
+    shown = without_defaults(config)
+    assert PartialState._shared_state.pop("mark", None) == "of a training"
+    assert shown.keys() - {"use_cpu", "bf16", "dataloader_pin_memory"} == {
+        "output_dir",
+        "learning_rate",
+        "eval_strategy",
+        "eval_steps",
+        "do_eval",
+    }
+    assert (shown["learning_rate"], shown["eval_strategy"]) == (0.5, "steps")
+    assert without_defaults(Job(train=Section(rate=0.2))) == {
+        "out": "runs",
+        "train": {"rate": 0.2},
+        "names": ["a", "b"],
+    }
 
 
 def test_secrets_are_never_written():

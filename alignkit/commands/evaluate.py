@@ -1,38 +1,19 @@
-"""`alignkit evaluate`: base and tuned on the same held-out prompts and seeds, judged by every reward."""
+"""`alignkit evaluate`: base and tuned on the same held-out prompts and seeds, scored by every reward."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from alignkit.commands.specs import (
-    GeneratorSpec,
-    PromptsConfig,
-    RewardBuilders,
-    RewardSpec,
-    absences,
-    build_generator,
-    identities,
-    load_policy,
-    require_names,
-)
+from alignkit.commands.specs import GeneratorSpec, JudgeSpec, PromptsConfig, RewardSpec, absences, require_names
+from alignkit.commands.stages import compare, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute
 from alignkit.errors import ConfigError
-from alignkit.evaluation.paired import EvaluateConfig, evaluate
-from alignkit.evaluation.results import Evaluation, read_evaluation
+from alignkit.evaluation.judged import judged_lines, require_plain_names
+from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.terminal import before_after
 from alignkit.provenance import write_resolved
-from alignkit.records import Prompt, Sampling
-from alignkit.storage import claim
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from alignkit.generators.pipeline import PipelineGenerator
-    from alignkit.protocols import ImageSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +23,11 @@ class EvaluateJob:
     base: the generator before.
     tuned: the generator after; `model` may be left out when it is the base with an adapter.
     prompts: where the prompts come from; their held-out share is used (all of them with held_out: 0).
-    rewards: all judges, by a name of your choice.
-    gold: the judge among them that training never saw.
-    evaluate: how pictures are drawn and intervals computed.
-    out: the folder of pictures, scores and statistics; run again, it continues.
+    rewards: all rewards, by a name of your choice.
+    gold: the reward among them that training never saw.
+    judges: judges that compare tuned with base pair by pair, by a name of your choice; more may be given later.
+    evaluate: how media are generated and intervals computed.
+    out: the folder of media, scores and statistics; run again, it continues.
     """
 
     base: GeneratorSpec
@@ -53,58 +35,16 @@ class EvaluateJob:
     prompts: PromptsConfig
     rewards: Mapping[str, RewardSpec]
     gold: str | None = None
+    judges: Mapping[str, JudgeSpec] = field(default_factory=dict)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     out: Path
 
     def __post_init__(self) -> None:
         if self.gold is not None:
             require_names([self.gold], self.rewards, kind="reward", key="gold")
+        require_plain_names(self.judges)
         if self.tuned == self.base:
             raise ConfigError("base and tuned are the same; give tuned.adapter or another tuned.model")
-
-
-@dataclass(frozen=True, slots=True)
-class BaseOf:
-    """A policy with its adapter switched off, as a source of its own: both sides with one model in memory."""
-
-    name: str
-    policy: PipelineGenerator
-
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        """Pixels [B, 3, H, W] of the base model."""
-        with self.policy.reference():
-            return self.policy.generate(prompts, seeds, sampling)
-
-
-def compare(
-    sides: Mapping[str, GeneratorSpec],
-    prompts: Sequence[Prompt],
-    config: EvaluateConfig,
-    out: Path,
-    *,
-    rewards: Mapping[str, RewardSpec],
-    gold: str | None,
-    base_cache: Path | None = None,
-) -> Evaluation:
-    """Evaluate `sides` ("base" and "tuned"); a finished evaluation is read back and loads nothing.
-
-    `base_cache` keeps the base side for other evaluations of the same base.
-    """
-    models, judges = identities(sides), identities(rewards)
-    inputs = models | {f"reward {name}": judges[name] for name in judges}
-    claim(out, {"inputs": inputs})
-    if (out / "evaluation.json").is_file():
-        return read_evaluation(out)
-    base, tuned = _sources(sides["base"], sides["tuned"])
-    loaded = {name: builder() for name, builder in RewardBuilders(rewards).items()}
-    return evaluate(base, tuned, prompts, config, out, rewards=loaded, gold=gold, inputs=inputs, base_cache=base_cache)
-
-
-def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, ImageSource]:
-    if dataclasses.replace(tuned, adapter=None) == base and not base.is_own:
-        policy = load_policy("tuned", tuned)
-        return BaseOf("base", policy), policy
-    return build_generator("base", base), build_generator("tuned", tuned)
 
 
 def _schema(tree: Tree, _: list[str]) -> type[EvaluateJob]:
@@ -116,22 +56,28 @@ def _schema(tree: Tree, _: list[str]) -> type[EvaluateJob]:
 
 
 def _plan(job: EvaluateJob) -> list[str]:
-    pictures = f"{job.evaluate.seeds_per_prompt} seeds, {job.evaluate.sampling.steps} steps"
-    drawing = f"draw both sides for the held-out share of {job.prompts}, {pictures}, into {job.out}"
-    judging = f"judge them with {', '.join(job.rewards)} (gold: {job.gold or 'none'})"
-    return [*absences({"base": job.base, "tuned": job.tuned}), drawing, judging]
+    amount = f"{job.evaluate.seeds_per_prompt} seeds, {job.evaluate.sampling.steps} steps"
+    judges = [f"judge tuned against base pair by pair with {', '.join(job.judges)}"] if job.judges else []
+    return [
+        *absences({"base": job.base, "tuned": job.tuned}),
+        f"generate both sides for the held-out share of {job.prompts}, {amount}, into {job.out}",
+        f"score them with {', '.join(job.rewards)} (gold: {job.gold or 'none'})",
+        *judges,
+    ]
 
 
 def _work(job: EvaluateJob) -> None:
     train, held_out = job.prompts.split()
     prompts = held_out if job.prompts.held_out else train
-    write_resolved(job.out, job)
+    write_resolved(job.out, job, free={"judges"})
     sides = {"base": job.base, "tuned": job.tuned}
-    print(before_after(compare(sides, prompts, job.evaluate, job.out, rewards=job.rewards, gold=job.gold)))
+    evaluation = compare(sides, prompts, job.evaluate, job.out, rewards=job.rewards, gold=job.gold)
+    judged = judge_evaluation(job.out, job.judges, job.evaluate)
+    print(before_after(evaluation), *judged_lines(judged), sep="\n")
     print(f"next: alignkit report --evaluation {job.out} --out {job.out.with_name('report.html')}")
 
 
 def main(argv: Sequence[str]) -> None:
     """The verb."""
-    summary = "Compare base and tuned on the same prompts and seeds, with every reward and a held-out judge."
+    summary = "Compare base and tuned on the same prompts and seeds, with every reward, and with judges pair by pair."
     execute(Verb("evaluate", summary, _schema, _plan, _work), argv)

@@ -1,4 +1,4 @@
-"""`alignkit generate`: candidates for prompts, drawn with several generators and seeds."""
+"""`alignkit generate`: candidates for prompts, from several generators and seeds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from data_pipelines.synpic import GenerateConfig, generate_candidates
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateJob:
-    """Draw candidates.
+    """Generate candidates.
 
     prompts: where the prompts come from.
     generators: the generators by a name of your choice.
-    generate: which of them draw how many candidates, and how.
+    generate: which of them generate how many candidates, and how.
     out: the folder of the candidates; run again, it continues.
     """
 
@@ -41,8 +41,8 @@ class GenerateJob:
 
 def _plan(job: GenerateJob) -> list[str]:
     sources = ", ".join(f"{source.name} x {source.seeds}" for source in job.generate.sources)
-    drawing = f"draw {job.generate.candidates} candidates ({sources}) for {job.prompts} into {job.out}"
-    return [*absences(job.generators), drawing]
+    candidates = f"{job.generate.candidates} candidates ({sources})"
+    return [*absences(job.generators), f"generate {candidates} for {job.prompts} into {job.out}"]
 
 
 def _work(job: GenerateJob) -> None:
@@ -57,5 +57,5 @@ def _work(job: GenerateJob) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """The verb."""
-    summary = "Draw candidates for prompts with several generators; run again, it continues."
+    summary = "Generate candidates for prompts with several generators; run again, it continues."
     execute(Verb("generate", summary, lambda *_: GenerateJob, _plan, _work), argv)

@@ -15,6 +15,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,10 +25,10 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from alignkit.commands.evaluate import compare
-from alignkit.commands.run import SynPicJob, make_data
-from alignkit.commands.specs import absences, tuned_spec
-from alignkit.commands.train import ValidationConfig, config_class, fit
+from alignkit.commands.data import DATA, SynPicJob, TrainingData, data_kind
+from alignkit.commands.methods import DEFAULT_METHOD, config_class
+from alignkit.commands.specs import ValidationConfig, absences, tuned_spec
+from alignkit.commands.stages import compare, fit
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError
@@ -42,34 +43,34 @@ from alignkit.storage import write_text
 class ArmConfig:
     """One way of learning.
 
-    method: rankdpo or sft.
+    method: a training method on ranked data: a name that `alignkit --help` lists after `train`, or one of your own.
     labels: ranked, or random (each prompt's phi shuffled among its candidates: the control).
     own_samples: learn from the policy's own candidates only.
-    train: trainer keys on top of the ladder's.
+    train: trainer keys on top of the ladder's; each must be a key of this arm's method.
     """
 
-    method: Literal["rankdpo", "sft"] = "rankdpo"
+    method: str = DEFAULT_METHOD
     labels: Literal["ranked", "random"] = "ranked"
     own_samples: bool = False
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class LadderJob(SynPicJob):
     """Train and evaluate every arm with every seed.
 
     data: where candidates, rankings and caches are; ladders that name the same folder share them (default: out).
     arms: the ways of learning, by name.
     seeds: each arm is trained with each of them (LoRA start, order, noise, shuffled labels).
-    train: trainer keys that all arms share, so that they differ in what they are named for alone.
-    validation: pictures judged during training.
+    train: trainer keys that all arms share. An arm leaves out those that its method does not have and another arm's
+        method has; a key that no arm's method has is an error.
+    validation: media scored during training.
     evaluate: how base and tuned are compared.
     evaluate_from: leave out so many held-out prompts, those that a sweep has chosen by.
     evaluate_prompts: use at most so many of the others.
     workers: arms trained at the same time.
     table: where the table goes.
     title: its heading.
-    command: the config file to name in it.
     """
 
     data: Path | None = None
@@ -83,13 +84,14 @@ class LadderJob(SynPicJob):
     workers: int = 2
     table: Path
     title: str = "The ladder"
-    command: str = "configs/ladder.yaml"
 
     def __post_init__(self) -> None:
-        super(LadderJob, self).__post_init__()  # a class with slots is made twice; bare super() finds the first
+        super().__post_init__()
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
         reserved = {"output_dir", "cache_dir", "seed", "noise_seed"}
         for name, arm in self.arms.items():
+            if data_kind(arm.method) != DATA["ranked"]:
+                raise ConfigError(f"arms.{name}: method '{arm.method}' trains on other data; a ladder's is ranked")
             taken = sorted(reserved & {*self.train, *arm.train})
             if taken:
                 raise ConfigError(f"arms.{name}: {taken} are set by the ladder; remove them from train")
@@ -122,7 +124,7 @@ def _arguments(job: LadderJob, name: str, seed: int) -> Any:
     }
     classes = {arm.method: config_class(arm.method) for arm in job.arms.values()}
     own = classes[job.arms[name].method]
-    # A shared key may be another method's; one that is nobody's stays, for `load` to complain of.
+    # Drop shared keys that only another arm's method has. Unknown keys stay, so that `load` reports them.
     others = {key for other in classes.values() for key in init_fields(other)} - set(init_fields(own))
     keys = {key: value for key, value in keys.items() if key not in others - set(job.arms[name].train)}
     try:
@@ -153,8 +155,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
             arm.method,
             (job.policy, job.aligned),
             _arguments(job, name, seed),
-            job.shared / "ranked",
-            held_out=0.0,
+            TrainingData(kind="ranked", path=job.shared / "ranked"),
             validation=validation,
             select=select,
         )
@@ -187,28 +188,28 @@ def _plan(job: LadderJob) -> list[str]:
     ]
 
 
-def _work(job: LadderJob) -> None:
+def _work(argv: Sequence[str], job: LadderJob) -> None:
     write_resolved(job.out, job)
     for name in job.arms:
         _arguments(job, name, job.seeds[0])  # a wrong key stops here, not in the last arm
-    counts = make_data(job, job.prompts.split()[0], job.shared)
+    counts = job.make_ranked(job.prompts.split()[0], job.shared)
     print(counts)
     failed = _run_all(job, [(name, seed) for seed in job.seeds for name in job.arms])
     results = [read_arm(name, [job.folder(name, seed) / "evaluation" for seed in job.seeds]) for name in job.arms]
-    page = table([arm for arm in results if arm is not None], title=job.title, settings=_settings(job, counts))
+    page = table([arm for arm in results if arm is not None], title=job.title, settings=_settings(job, counts, argv))
     write_text(job.table, page)
     print(f"\n{page}\ntable: {job.table}")
     if failed:
         raise AlignKitError(f"{len(failed)} runs failed: {'; '.join(failed)}. The rest is kept: give the command again")
 
 
-def _settings(job: LadderJob, counts: str) -> list[str]:
-    """What stands above the table: the command and what every number depends on."""
+def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
+    """The lines above the table: the command, and what every number depends on."""
     drawn = "; ".join(f"{s.name} x {s.seeds} at guidance {s.sampling.guidance_scale:g}" for s in job.generate.sources)
     sampling = job.evaluate.sampling
     judged = len(job.judged(job.prompts.split()[1]))
     return [
-        f"command: `alignkit ladder --config {job.command}`",
+        f"command: `{shlex.join(['alignkit', 'ladder', *argv])}`",
         f"candidates: {drawn}; ranked by {', '.join(job.score.rewards)}; {counts}",
         f"training, all arms: {json.dumps(dict(job.train))}",
         *(f"arm {name}: {_words(arm)}" for name, arm in job.arms.items()),
@@ -258,4 +259,4 @@ def _run_all(job: LadderJob, todo: Sequence[tuple[str, int]]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Train one generator in many ways on the same candidates, each with several seeds, and write a table."
-    execute(Verb("ladder", summary, lambda *_: LadderJob, _plan, _work), argv)
+    execute(Verb("ladder", summary, lambda *_: LadderJob, _plan, functools.partial(_work, argv)), argv)

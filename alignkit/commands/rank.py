@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from alignkit.commands.methods import DEFAULT_METHOD
 from alignkit.commands.verb import Verb, counts_line, execute
 from alignkit.provenance import write_config
 from data_pipelines.synpic import RankConfig, rank_candidates
@@ -35,7 +36,7 @@ def _work(job: RankJob) -> None:
     result = rank_candidates(job.candidates, job.scores, job.rank, job.out)
     write_config(job.out, job)
     print(f"{result.rows} ranked rows in {result.folder}: {counts_line(result.counts)}")
-    print(f"next: alignkit train rankdpo --data {job.out} --model MODEL --output_dir {job.out.with_name('rankdpo')}")
+    print(f"next: alignkit train {DEFAULT_METHOD} --data {job.out} --model MODEL --output_dir OUT")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -14,11 +14,11 @@ from data_pipelines.synpic import ScoreConfig, score_candidates
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreJob:
-    """Judge candidates.
+    """Score candidates.
 
     candidates: the folder that `alignkit generate` wrote.
     rewards: the rewards by a name of your choice.
-    score: which of them judge, and how.
+    score: which of them score, and how.
     out: the folder of the scores; run again, it continues.
     """
 
@@ -47,5 +47,5 @@ def _work(job: ScoreJob) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """The verb."""
-    summary = "Judge candidates with several rewards; raw scores are kept, so ranking again never scores again."
+    summary = "Score candidates with several rewards; raw scores are kept, so ranking again never scores again."
     execute(Verb("score", summary, lambda *_: ScoreJob, _plan, _work), argv)

@@ -1,7 +1,8 @@
-"""Names in a config become generators, rewards and prompts. The one place where `alignkit` meets `rewards` and data.
+"""Names in a config become generators, rewards, judges and prompts.
 
-Builders are partials of top-level functions, so they can be pickled to another process, and nothing is loaded until one
-is called. Deliberately not here: what a stage does with them.
+A spec is a section of a config: frozen, and checked before any work. Its `identity` changes with the model's files, so
+that a stage that is run again notices another model. Builders are partials of top-level functions, so they can be
+pickled to another process, and nothing is loaded until one is called.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.errors import ConfigError, UnknownNameError, nearest
-from alignkit.protocols import Reporting
+from alignkit.generators import GENERATORS
+from alignkit.protocols import Judge, Reporting, require_independent
 from alignkit.provenance import fingerprint
-from alignkit.records import Prompt
+from alignkit.records import Prompt, Sampling
 from alignkit.resolve import construct, resolve
 from data_pipelines.prompts import read_prompts, split_of
-from rewards import REWARDS
+from rewards import JUDGES, REWARDS
 
 if TYPE_CHECKING:
     from alignkit.generators.pipeline import PipelineGenerator
     from alignkit.protocols import ImageSource, Reward
+    from alignkit.trainers.validation import Validation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,18 +38,24 @@ class GeneratorSpec:
     adapter: a LoRA folder to load on it.
     dtype: the precision of its weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes); text encoders and VAE keep `dtype`.
-    options: keywords for a builder of your own, or of the family's adapter (Wan 2.2: expert).
+    family: 'package.module:attribute' of your own family, for a pipeline class that alignkit does not know.
+    options: keywords for a builder of your own, or of the family (Wan 2.2: expert).
     """
 
     model: str
     adapter: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["int8", "nf4"] | None = None
+    family: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.is_own and (self.adapter or self.dtype != "float32" or self.quantize):
-            raise ConfigError(f"model '{self.model}' is your own builder: give it adapter, dtype, quantize as options")
+        if self.is_own and (self.adapter or self.dtype != "float32" or self.quantize or self.family):
+            raise ConfigError(
+                f"model '{self.model}' is your own builder: give it adapter, dtype, quantize, family as options"
+            )
+        if self.family is not None:
+            require_known(self.family, GENERATORS, kind="generator family")
 
     @property
     def is_own(self) -> bool:
@@ -57,8 +66,9 @@ class GeneratorSpec:
     def identity(self) -> str:
         """Changes with the weights of local folders; a hub id or a builder stands for itself."""
         named = [self.model, *([str(self.adapter)] if self.adapter else []), *map(str, self.options.values())]
-        quantized = [f"quantize={self.quantize}"] if self.quantize else []
-        return " ".join([*named, *quantized, *map(fingerprint, _local(named))])
+        changes = {"quantize": self.quantize, "family": self.family}
+        loading = [f"{name}={value}" for name, value in changes.items() if value]
+        return " ".join([*named, *loading, *map(fingerprint, _local(named))])
 
     @property
     def absent(self) -> list[str]:
@@ -80,19 +90,39 @@ class RewardSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.reward not in REWARDS and ":" not in self.reward:
-            hint = nearest(self.reward, REWARDS)
-            raise UnknownNameError(f"unknown reward '{self.reward}'.{hint} Your own: 'package.module:attribute'.")
+        require_known(self.reward, REWARDS, kind="reward")
 
     @property
     def identity(self) -> str:
-        """Changes with the options and with the files that they name, a composite's `state` among them.
+        """Changes with the options and with the files that they name, a composite's `state` among them."""
+        return _identity(self.reward, self.options)
 
-        `cache` is left out wherever it stands: it grows with every reply, and decides none.
-        """
-        options = _without_caches(self.options)
-        named = [f"{name}={value}" for name, value in sorted(options.items())]
-        return " ".join([self.reward, *named, *map(fingerprint, _local(_leaves(options)))])
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeSpec:
+    """A judge, which compares two media of one prompt.
+
+    judge: a name in the table of judges, or 'package.module:attribute' of your own.
+    options: keywords for its constructor (served: base_url, model, question; reward: reward and its options).
+    """
+
+    judge: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_known(self.judge, JUDGES, kind="judge")
+
+    @property
+    def identity(self) -> str:
+        """Changes with the options and with the files that they name, a question's among them."""
+        return _identity(self.judge, self.options)
+
+
+def require_known(name: str, table: Mapping[str, str], *, kind: str) -> None:
+    """UnknownNameError, with the nearest entry, for a name that is neither in `table` nor 'module:attribute'."""
+    if name not in table and ":" not in name:
+        hint = nearest(name, table)
+        raise UnknownNameError(f"unknown {kind} '{name}'.{hint} Your own: 'package.module:attribute'.")
 
 
 def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
@@ -100,6 +130,16 @@ def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
     if (result / "model_index.json").is_file():
         return replace(base, model=str(result), adapter=None)
     return replace(base, adapter=result)
+
+
+def _identity(name: str, options: Mapping[str, Any]) -> str:
+    """A name, its options and the fingerprints of the files in them.
+
+    `cache` is left out at every level: replies are added to it, but it does not change a score.
+    """
+    options = _without_caches(options)
+    named = [f"{option}={value}" for option, value in sorted(options.items())]
+    return " ".join([name, *named, *map(fingerprint, _local(_leaves(options)))])
 
 
 def _without_caches(value: Any) -> Any:
@@ -123,7 +163,9 @@ def _local(names: Iterable[str]) -> list[Path]:
     return [Path(name) for name in names if name and os.path.exists(name)]  # noqa: PTH110 - Path fails for long texts
 
 
-def identities(specs: Mapping[str, GeneratorSpec] | Mapping[str, RewardSpec]) -> dict[str, str]:
+def identities(
+    specs: Mapping[str, GeneratorSpec] | Mapping[str, RewardSpec] | Mapping[str, JudgeSpec],
+) -> dict[str, str]:
     """What stands for each model's weights when a stage is run again."""
     return {name: spec.identity for name, spec in specs.items()}
 
@@ -172,9 +214,36 @@ class PromptsConfig:
         return [p for p in prompts if sides[p.id] == "train"], [p for p in prompts if sides[p.id] != "train"]
 
 
-def require_names(given: Sequence[str], known: Mapping[str, Any], *, kind: str, key: str) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Media generated and scored during training, every `eval_steps`; the best checkpoint may be chosen by the scores.
+
+    rewards: which rewards score; metrics are eval_reward/NAME, and eval_reward/mean for several.
+    prompts: how many held-out prompts.
+    seed: fixes the seeds of the media.
+    """
+
+    rewards: Sequence[str]
+    prompts: int = 32
+    seed: int = 0
+    batch_size: int = 16
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def build(self, prompts: Sequence[Prompt], rewards: Mapping[str, RewardSpec]) -> Validation:
+        """Load the rewards, for the first held-out `prompts`. Raises ConfigError when there are none."""
+        from alignkit.trainers.validation import Validation
+
+        if not prompts:
+            raise ConfigError("validation has no held-out prompts; raise prompts.held_out or give more prompts")
+        builders = RewardBuilders({name: rewards[name] for name in self.rewards})
+        loaded = {name: builder() for name, builder in builders.items()}
+        require_independent(loaded)
+        return Validation(prompts[: self.prompts], self.sampling, loaded, self.seed, self.batch_size)
+
+
+def require_names(names: Sequence[str], known: Mapping[str, Any], *, kind: str, key: str) -> None:
     """UnknownNameError, with the nearest one, for a name in `key` that is not among those the config defines."""
-    for name in given:
+    for name in names:
         if name not in known:
             raise UnknownNameError(f"{key}: no {kind} '{name}' under `{kind}s`.{nearest(name, known)}")
 
@@ -201,8 +270,15 @@ def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:
     from alignkit.generators import load_generator
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    loading = {"adapter": spec.adapter, "dtype": dtypes[spec.dtype], "quantize": spec.quantize, "options": spec.options}
-    return load_generator(spec.model, name=name, **loading)
+    return load_generator(
+        spec.model,
+        name=name,
+        adapter=spec.adapter,
+        dtype=dtypes[spec.dtype],
+        quantize=spec.quantize,
+        family=spec.family,
+        options=spec.options,
+    )
 
 
 class RewardBuilders(dict[str, "Callable[[], Reward]"]):
@@ -232,6 +308,16 @@ def _build_beside(built: dict[str, Reward], name: str, spec: RewardSpec) -> Rewa
 def build_reward(reward: str, options: Mapping[str, Any]) -> Any:
     """Construct a reward. Raises UnknownNameError for an unknown name, ConfigError for options that do not fit."""
     return construct(resolve(reward, REWARDS, kind="reward"), options, what=f"reward '{reward}'")
+
+
+def build_judge(judge: str, options: Mapping[str, Any]) -> Judge:
+    """Construct a judge. Raises UnknownNameError for an unknown name, ConfigError for options that do not fit."""
+    built = construct(resolve(judge, JUDGES, kind="judge"), options, what=f"judge '{judge}'")
+    if not isinstance(built, Judge):
+        raise ConfigError(
+            f"judge '{judge}' is a {type(built).__name__} without `compare`; see alignkit.protocols.Judge"
+        )
+    return built
 
 
 def absences(specs: Mapping[str, GeneratorSpec]) -> list[str]:

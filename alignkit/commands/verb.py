@@ -1,11 +1,18 @@
 """What every verb does alike: read `--config` and flags, answer `--help` and `--dry-run`, or work.
 
-Deliberately not here: what a verb does (its own module) and how names become models (`builders`).
+Where a key goes, by the example of `alignkit train METHOD --learning_rate 1e-4`: `read_tree` merges the config file and
+the flags into one tree of untyped values, each with its place in the file. `Verb.schema` returns the config class, and
+may move keys in the tree: `train` finds `learning_rate` among the fields of the method's trainer config and moves it
+into the section `train`; a run has it there already (`--train.learning_rate`). `build` then makes the typed config,
+with the trainer's config in it. `Verb.work` passes that to the trainer, which is a `transformers.Trainer`.
+
+Deliberately not here: what a verb does (its own module) and how names become models (`specs`).
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import textwrap
 import typing
@@ -27,7 +34,8 @@ Tree = dict[str, Located]
 class Verb(Generic[Job]):
     """A verb of the program: its config, what it would do in words, and the doing of it.
 
-    `schema` gets the untyped tree, which it may also put in order, for verbs whose keys depend on a method.
+    `schema` gets the untyped tree, which it may also put in order, for verbs whose keys depend on a method. Only a
+    `distributed` verb works in several processes of torchrun or `accelerate launch`.
     """
 
     name: str
@@ -36,6 +44,7 @@ class Verb(Generic[Job]):
     plan: Callable[[Job], list[str]]
     work: Callable[[Job], None]
     flat: str = ""  # a section whose keys stand at the top
+    distributed: bool = False
 
 
 def execute(verb: Verb[Job], argv: Sequence[str]) -> None:
@@ -53,14 +62,27 @@ def execute(verb: Verb[Job], argv: Sequence[str]) -> None:
         print(dump(without_defaults(job)).rstrip())
         print("\n".join(["# what would be done", *(f"# - {line}" for line in verb.plan(job))]))
         return
+    if not verb.distributed:
+        require_one_process(verb.name)
     verb.work(job)
+
+
+def require_one_process(verb: str) -> None:
+    """ConfigError under torchrun or `accelerate launch` (WORLD_SIZE above 1): all processes would write one folder."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "0", "1"):
+        raise ConfigError(
+            f"`alignkit {verb}` runs in one process, and WORLD_SIZE is {processes}: each process that torchrun or "
+            f"accelerate started would write the same files. Run `alignkit {verb}` without them; only a training runs "
+            "in several processes: torchrun ... -m alignkit train METHOD --data FOLDER"
+        )
 
 
 def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], set[str], Path | None]:
     """Flags of the config apart from `--help`, `--dry-run` and `--config FILE`."""
     words, rest, files = list(argv), [], []
     switches = {"-h": "--help", "--help": "--help", "--dry-run": "--dry-run", "--dry_run": "--dry-run"}
-    found = {switches[word] for word in words if word in switches}
+    chosen = {switches[word] for word in words if word in switches}
     words = [word for word in words if word not in switches]
     while words:
         name, equals, value = words.pop(0).partition("=")
@@ -72,7 +94,7 @@ def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], set[str
             files.append(value if equals else words.pop(0))
     if len(files) > 1:
         raise ConfigError(f"flag --config is given {len(files)} times ({', '.join(files)}); keep one")
-    return rest, found, Path(files[0]) if files else None
+    return rest, chosen, Path(files[0]) if files else None
 
 
 # --- help -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from alignkit.evaluation import page
 from alignkit.evaluation.gallery import Shown, choose, lead_reward, load
 from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.health import hacking_warning
+from alignkit.evaluation.judged import judged_section, read_all
 from alignkit.evaluation.report_data import data_section
 from alignkit.evaluation.report_training import health_section, training_section
 from alignkit.evaluation.results import Evaluation, RewardResult, read_evaluation, read_pairs
@@ -61,6 +62,7 @@ def render(run: ReportInputs) -> str:
     parts = [
         _header(run, evaluation),
         _result_section(evaluation),
+        judged_section(read_all(run.evaluation) if run.evaluation else {}),
         _category_section(evaluation),
         _gallery_section(run, evaluation),
         training_section(run.log),

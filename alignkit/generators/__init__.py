@@ -104,12 +104,14 @@ def load_generator(
     dtype: torch.dtype | None = None,
     device: str | None = None,
     quantize: str | None = None,
+    family: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PipelineGenerator:
     """Load a diffusers folder or hub id, with an optional LoRA (folder or file), as a Generator.
 
     `dtype` defaults to float32, `device` to cuda where there is one, else cpu; `quantize` (`int8`, `nf4`) puts the
-    network's frozen weights in fewer bits; `options` are the adapter's own keywords (Wan's `expert`). Raises
+    network's frozen weights in fewer bits; `options` are the adapter's own keywords (Wan's `expert`). `family` names
+    the adapter where the pipeline's class is not in `GENERATORS`: `package.module:attribute` of the user's own. Raises
     MissingFileError for missing files, UnknownNameError for a pipeline class without an adapter, AdapterError for an
     adapter that does not fit, ConfigError for an option that none takes or a quantiser that is not installed.
     """
@@ -120,16 +122,16 @@ def load_generator(
 
     index = read_model_index(str(model))
     class_name = index["_class_name"]
-    if class_name not in GENERATORS:
+    if family is None and class_name not in GENERATORS:
         raise UnknownNameError(
             f"'{model}' is a {class_name}, a pipeline class without an adapter. Known: {', '.join(GENERATORS)}. "
             "To add one see docs/add_a_generator.md"
         )
-    family = resolve(class_name, GENERATORS, kind="generator")
+    adapter_class = resolve(family or class_name, GENERATORS, kind="generator family")
     options = dict(options or {})
-    if unknown := set(options) - (set(inspect.signature(family).parameters) - {"pipeline", "name"}):
+    if unknown := set(options) - (set(inspect.signature(adapter_class).parameters) - {"pipeline", "name"}):
         raise ConfigError(f"a {class_name} takes no {sorted(unknown)} among its options")
-    absent = dict.fromkeys(family.unused_parts)
+    absent = dict.fromkeys(adapter_class.unused_parts)
     dtype = dtype or torch.float32
     if quantize:
         networks = [part for part in ("unet", "transformer", "transformer_2") if index.get(part, [None])[0]]
@@ -137,10 +139,10 @@ def load_generator(
     pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype, **absent)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in ("unet", "vae"):  # convolutions run faster so, on tensor cores and CPUs alike
-        module = None if quantize and part == family.component else pipeline.components.get(part)
+        module = None if quantize and part == adapter_class.component else pipeline.components.get(part)
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
-    generator = family(pipeline, name or Path(model).name, **options)
+    generator = adapter_class(pipeline, name or Path(model).name, **options)
     if adapter is not None:
         generator.load_adapter(Path(adapter))
     return generator

@@ -20,7 +20,7 @@ task_categories:
 - text-to-{modality}
 tags:
 - preference
-- rankdpo
+- ranked
 - syn-pic
 configs:
 - config_name: default

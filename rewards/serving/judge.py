@@ -10,11 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from alignkit.errors import ConfigError
-from alignkit.protocols import Reward
+from alignkit.protocols import Reward, require_independent
 from alignkit.records import Prompt
+from alignkit.resolve import construct, resolve
+from rewards import REWARDS
 from rewards.models.media import check_media
 from rewards.serving.messages import text_part, user
 from rewards.serving.reply_cache import Reply
@@ -42,6 +47,13 @@ class PairQuestion:
     labels: tuple[str, str] = ("", "")
     within: bool = False
     max_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        if not {1, -1} <= set(self.answers.values()) <= {1, 0, -1}:
+            raise ConfigError(
+                f"a question's answers mean {dict(self.answers)}; each must be 1 (the first is better), -1 (the "
+                "second) or 0 (a tie), and 1 and -1 must both be there"
+            )
 
     def parts(self, one: list[dict[str, Any]], other: list[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
         """The parts of the question about media given as parts."""
@@ -88,11 +100,39 @@ QUESTIONS = {
 }
 
 
+def read_question(path: Path) -> PairQuestion:
+    """A question from a YAML file with the keys of PairQuestion.
+
+    Raises ConfigError naming the file for what is no YAML mapping, for unknown or missing keys, and for wrong answers.
+    """
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"question '{path}' cannot be read ({error}); give a YAML file, UTF-8") from error
+    if not isinstance(options, dict) or not isinstance(options.get("answers", {}), dict):
+        raise ConfigError(f"question '{path}': it must hold the keys `template` and `answers`, a mapping to 1, 0 or -1")
+    if "labels" in options:
+        options["labels"] = tuple(options["labels"])
+    return construct(PairQuestion, options, what=f"question '{path}'")  # type: ignore[no-any-return]
+
+
+def _question(question: str | PairQuestion) -> PairQuestion:
+    """A question by its name in `QUESTIONS`, from a file, or as it is."""
+    if isinstance(question, PairQuestion):
+        return question
+    if question in QUESTIONS:
+        return QUESTIONS[question]
+    if not Path(question).is_file():
+        known = ", ".join(QUESTIONS)
+        raise ConfigError(f"served_judge: no question '{question}'; known: {known}, or the path of a YAML file")
+    return read_question(Path(question))
+
+
 class ServedJudge(ServedBase):
     """A served vision-language model as `alignkit.protocols.Judge`; each pair is sent in both orders.
 
-    question: a name of `QUESTIONS` or a PairQuestion. options: those of `ServedBase`. Abstentions are reported as
-    failed, cut off, malformed, disagreed, tie or unsure.
+    question: a name of `QUESTIONS`, the path of a YAML file (`read_question`), or a PairQuestion. options: those of
+    `ServedBase`. Abstentions are reported as failed, cut off, malformed, disagreed, tie or unsure.
     least_margin: log-odds in favour of the verdict that both orders must reach at the first token of the answer;
     None does not use probabilities; servers without log-probabilities and answers of several words need it.
     """
@@ -109,9 +149,7 @@ class ServedJudge(ServedBase):
         least_margin: float | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(question, str) and question not in QUESTIONS:
-            raise ConfigError(f"served_judge: no question '{question}'; known: {', '.join(QUESTIONS)}")
-        self.question = QUESTIONS[question] if isinstance(question, str) else question
+        self.question = _question(question)
         long = [answer for answer in self.question.meaning(1) + self.question.meaning(-1) if len(answer.split()) > 1]
         if least_margin is not None and (self.question.within or long):
             expected = f"answers of several words, {long}" if long else "a text"
@@ -171,10 +209,22 @@ class RewardJudge:
 
     It abstains where the scores differ by no more than `least_difference`, or one is not finite. Each item is scored
     alone, so there is no bias towards a position.
+
+    reward: a reward; or its name in `REWARDS`, or 'package.module:attribute', built with `options`. Raises ConfigError
+    for options that do not fit, and for a reward by name whose scores depend on other media (`Dependent`).
     """
 
-    def __init__(self, reward: Reward, *, least_difference: float = 0.0) -> None:
-        self.reward, self.least_difference = reward, least_difference
+    def __init__(
+        self, reward: Reward | str, *, options: Mapping[str, Any] | None = None, least_difference: float = 0.0
+    ) -> None:
+        if isinstance(reward, str):
+            builder, name = resolve(reward, REWARDS, kind="reward"), reward
+            reward = construct(builder, options or {}, what=f"reward '{name}'")
+            require_independent({name: reward})
+        elif options is not None:
+            raise ConfigError("reward_judge: `options` are those of a reward by name; this reward is already built")
+        self.reward: Reward = reward
+        self.least_difference = least_difference
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:
         """As `ServedJudge.compare`; raises what the reward raises."""

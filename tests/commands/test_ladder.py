@@ -12,6 +12,11 @@ import yaml
 
 from alignkit import cli
 
+OWN = """\
+from alignkit.trainers import Method
+
+PROMPTS = Method("own:Config", "own:Trainer", data="prompts", summary="made up")
+"""
 SAMPLING = {"height": 16, "width": 16, "steps": 2}
 
 
@@ -61,6 +66,7 @@ def stamps(folder):
 def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert cli.main(ladder()) == 0, capsys.readouterr().err
     page = (work / "ladder.md").read_text(encoding="utf-8")
+    assert "command: `alignkit ladder --config ladder.yaml`" in page
     rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("|")}
     assert {"sft", "shuffled"} <= set(rows)
     assert rows["sft"].count("[") == 1
@@ -88,6 +94,11 @@ def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
     assert "'beta'" in said
     assert cli.main([*ladder(train={"learning_rat": 1.0}), "--dry-run"]) == 2
     assert "'learning_rate'" in capsys.readouterr().err
+    assert cli.main(ladder(arms={"a": {"method": "sftt"}})) == 2
+    assert "unknown method 'sftt'. Did you mean 'sft'?" in capsys.readouterr().err
+    (work / "own_for_ladder.py").write_text(OWN, encoding="utf-8")
+    assert cli.main(ladder(arms={"a": {"method": "own_for_ladder:PROMPTS"}})) == 2
+    assert "method 'own_for_ladder:PROMPTS' trains on other data; a ladder's is ranked" in capsys.readouterr().err
     assert not (work / "shared").exists()
 
 

@@ -13,8 +13,7 @@ from chat_server import ChatServer, said
 
 from alignkit import cli
 from alignkit.commands.doctor import rewards as doctor_rewards
-from alignkit.commands.specs import RewardBuilders, RewardSpec, build_reward
-from alignkit.commands.train import ValidationConfig
+from alignkit.commands.specs import RewardBuilders, RewardSpec, ValidationConfig, build_reward
 from alignkit.errors import ConfigError
 from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.records import Prompt

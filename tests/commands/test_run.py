@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 
 from alignkit import cli
+from alignkit.evaluation.results import read_pairs
 
 SAMPLING = {"height": 16, "width": 16, "steps": 2}
 
@@ -93,6 +95,23 @@ def test_a_saved_training_config_can_be_given_again(work, run, capsys):
     assert cli.main(["train", "rankdpo", "--model=model", "--output_dir=mine", "--save_merged=true", *options]) == 0
     assert (work / "mine" / "merged" / "model_index.json").is_file()
     assert cli.main(["train", "rankdpo", "--config", "mine/config.yaml", "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_a_run_on_existing_data_leaves_out_the_prompts_that_it_evaluates(work, run, capsys):
+    assert cli.main(run()) == 0, capsys.readouterr().err
+    trained = datasets.load_dataset(str(work / "run" / "ranked"), split="train")["prompt"]
+    run(out="second", data={"path": "run/ranked"}, prompts={"file": "many.txt", "held_out": 0.75})
+    config = yaml.safe_load((work / "run.yaml").read_text(encoding="utf-8"))
+    del config["generate"], config["score"]
+    (work / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(["run", "--config", "run.yaml"]) == 0, capsys.readouterr().err
+    evaluated = {prompt.text for prompt in read_pairs(work / "second" / "evaluation").prompts}
+    shared = len(evaluated & set(trained))
+    assert 0 < shared < len(trained)
+    assert f"{shared} training rows left out" in capsys.readouterr().out
+    assert not (work / "second" / "candidates").exists()
+    assert (work / "second" / "report.html").is_file()
 
 
 def test_the_program_finds_modules_of_the_working_folder(work, monkeypatch):

@@ -1,0 +1,124 @@
+"""Services that verbs share: train one policy, compare it with its base, and judge the stored pairs.
+
+Each is resumable in its folder. Deliberately not here: training data (`data`) and what a config holds (`specs`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.commands.data import TrainingData
+from alignkit.commands.methods import trainer_class
+from alignkit.commands.specs import (
+    GeneratorSpec,
+    JudgeSpec,
+    RewardBuilders,
+    RewardSpec,
+    build_generator,
+    build_judge,
+    identities,
+    load_policy,
+)
+from alignkit.commands.verb import finished, mark_finished
+from alignkit.evaluation.judged import Judged, judge_pairs, read_judged
+from alignkit.evaluation.paired import EvaluateConfig, evaluate
+from alignkit.evaluation.results import Evaluation, read_evaluation
+from alignkit.generators.base_of import BaseOf
+from alignkit.protocols import Reporting
+from alignkit.records import Prompt
+from alignkit.storage import claim
+
+if TYPE_CHECKING:
+    from alignkit.protocols import ImageSource
+    from alignkit.trainers.validation import Validation
+
+
+def fit(
+    method: str,
+    policy: tuple[str, GeneratorSpec],
+    args: Any,
+    data: TrainingData,
+    *,
+    validation: Callable[[], Validation] | None,
+    select: Callable[[Any], Any] = lambda rows: rows,
+) -> Path:
+    """Train, or continue from the newest whole checkpoint, export, push if asked; returns the folder of the result.
+
+    The result is `output_dir/adapter`, or `output_dir/model` after full fine-tuning. A finished training is recognised
+    and loads nothing. `select` may choose or change the training rows (a `datasets.Dataset`, or prompts).
+    """
+    from alignkit.trainers.sharding import whole
+
+    folder = Path(args.output_dir)
+    inputs = {"policy": policy[1].identity, "data": data.identity}
+    result = folder / ("model" if args.full_finetune else "adapter")
+    if finished(folder):
+        claim(folder, {"inputs": inputs})
+        return result
+    train = select(data.train())
+    heldout = data.heldout() if args.eval_strategy != "no" else None
+    built = validation() if validation else None
+    trainer = trainer_class(method)(load_policy(*policy), args, train, heldout, validation=built)
+    claim(folder, {"inputs": inputs})
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)
+    trainer.save_state()
+    trainer.export(result)
+    if args.save_merged and not args.full_finetune:
+        with whole(trainer.generator):  # all processes take part, one writes
+            if args.should_save:
+                trainer.generator.save_merged(folder / "merged")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    mark_finished(folder)
+    return result
+
+
+def compare(
+    sides: Mapping[str, GeneratorSpec],
+    prompts: Sequence[Prompt],
+    config: EvaluateConfig,
+    out: Path,
+    *,
+    rewards: Mapping[str, RewardSpec],
+    gold: str | None,
+    base_cache: Path | None = None,
+) -> Evaluation:
+    """Evaluate `sides` ("base" and "tuned"); a finished evaluation is read back and loads nothing.
+
+    `base_cache` keeps the base side for other evaluations of the same base.
+    """
+    models, scorers = identities(sides), identities(rewards)
+    inputs = models | {f"reward {name}": scorers[name] for name in scorers}
+    claim(out, {"inputs": inputs})
+    if (out / "evaluation.json").is_file():
+        return read_evaluation(out)
+    base, tuned = _sources(sides["base"], sides["tuned"])
+    loaded = {name: builder() for name, builder in RewardBuilders(rewards).items()}
+    return evaluate(base, tuned, prompts, config, out, rewards=loaded, gold=gold, inputs=inputs, base_cache=base_cache)
+
+
+def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, ImageSource]:
+    if dataclasses.replace(tuned, adapter=None) == base and not base.is_own:
+        policy = load_policy("tuned", tuned)
+        return BaseOf("base", policy), policy
+    return build_generator("base", base), build_generator("tuned", tuned)
+
+
+def judge_evaluation(out: Path, judges: Mapping[str, JudgeSpec], config: EvaluateConfig) -> dict[str, Judged]:
+    """Verdicts of `judges` on the stored pairs of the evaluation in `out`; finished ones are read back.
+
+    Prints what served judges cost.
+    """
+    results = {}
+    for name, spec in judges.items():
+        stored = read_judged(out, name, spec.identity)
+        if stored is None:
+            judge = build_judge(spec.judge, spec.options)
+            stored = judge_pairs(out, name, judge, identity=spec.identity, config=config)
+            if isinstance(judge, Reporting):
+                print(f"{name}: {judge.report()}")
+        results[name] = stored
+    return results

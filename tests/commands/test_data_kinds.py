@@ -1,0 +1,171 @@
+"""Training data by kind: its section in a run's config, its columns, and rows of evaluation prompts left out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+
+from alignkit import cli
+from alignkit.commands.data import DATA, TrainingData
+from alignkit.errors import ConfigError, DataError
+from alignkit.records import Prompt
+from alignkit.trainers import METHODS
+
+SAMPLING = {"height": 8, "width": 8}
+METHODS_OF_KINDS = """\
+from alignkit.trainers import Method
+
+DENSE, ASPECTS, PROMPTS, OTHER = (
+    Method("alignkit.trainers.sft:SFTConfig", "alignkit.trainers.sft:SFTTrainer", data=kind, summary="made up")
+    for kind in ("dense", "aspects", "prompts", "other")
+)
+"""
+
+
+@pytest.fixture
+def config(work):
+    """Writes run.yaml with changed keys (None takes a key out) and returns its command as a dry run."""
+    (work / "kinds.py").write_text(METHODS_OF_KINDS, encoding="utf-8")
+
+    def write(**changes):
+        keys = {
+            "out": "run",
+            "prompts": {"file": "prompts.txt"},
+            "generators": {"a": {"model": "mine_for_commands:Painter"}},
+            "rewards": {"red": {"reward": "mine_for_commands:Red"}},
+            "policy": "a",
+        } | changes
+        (work / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+        return ["run", "--config=run.yaml", "--dry-run"]
+
+    yield write
+    sys.modules.pop("kinds", None)
+
+
+SYNPIC = {"generate": {"sources": [{"name": "a", "seeds": 2, "sampling": SAMPLING}]}, "score": {"rewards": ["red"]}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (SYNPIC, "generate: 2 candidates (a x 2)"),
+        ({"data": {"path": "there"}}, "data: ranked candidates (or pairs, or captioned media) in there"),
+        ({"data": {"path": "there"}, "method": "kinds:DENSE"}, "data: pairs of clips with labels"),
+        ({"data": {"path": "there"}, "method": "kinds:ASPECTS"}, "data: prompts with questions about them in there"),
+        ({"method": "kinds:PROMPTS"}, "data: the training share of all prompts of prompts.txt"),
+    ],
+)
+def test_a_run_takes_the_data_section_of_its_method(config, keys, line, capsys):
+    assert cli.main(config(**keys)) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert line in text
+    assert ("NOT THERE YET: there (data)" in text) == ("data" in keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "key 'generate' is missing"),
+        ({"method": "kinds:DENSE"}, "key 'data' is missing"),
+        (SYNPIC | {"data": {"path": "there"}}, "trains on an existing dataset (key `data`) here; remove 'generate'"),
+        (SYNPIC | {"method": "kinds:PROMPTS"}, "method 'kinds:PROMPTS' trains on prompts here; remove 'score'"),
+        ({"data": {"path": "x"}, "method": "kinds:PROMPTS"}, "trains on prompts here; remove 'data'"),
+        ({"method": "kinds:OTHER"}, "asks for data of the kind 'other'; known kinds: ranked, dense, aspects, prompts"),
+        (
+            {"data": {"path": "there"}, "train": {"eval_strategy": "steps"}},
+            "give `validation`, or data.held_out above 0",
+        ),
+    ],
+)
+def test_sections_of_other_data_are_refused(config, keys, message, capsys):
+    assert cli.main(config(**keys)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_train_on_prompts_alone_takes_no_data(config, capsys):
+    config()
+    words = ["--model=m/n", "--output_dir=out", "--prompts.file=prompts.txt", "--dry-run"]
+    assert cli.main(["train", "kinds:PROMPTS", *words]) == 0, capsys.readouterr().err
+    assert "on the training share of all prompts of prompts.txt" in capsys.readouterr().out
+    assert cli.main(["train", "kinds:PROMPTS", *words, "--data=x"]) == 2
+    assert "unknown key 'data'" in capsys.readouterr().err
+    assert cli.main(["train", "kinds:PROMPTS", "--model=m/n", "--output_dir=out"]) == 2
+    assert "key 'prompts' is missing" in capsys.readouterr().err
+
+
+PROMPTS = [f"prompt {number}" for number in range(40)]
+
+
+def test_rows_of_a_dataset_by_path(tmp_path):
+    """A share is held out by prompt; the excluded prompts are left out of the training rows alone."""
+    file = tmp_path / "dense.parquet"
+    columns = {"prompt": PROMPTS, "latents": [[b"a", b"b"]] * 40, "labels": [[1, 0, -1]] * 40}
+    datasets.Dataset.from_dict(columns).to_parquet(file)
+    whole = TrainingData(kind="dense", path=file)
+    assert whole.train()["prompt"][:] == PROMPTS
+    assert whole.heldout() is None
+    split = TrainingData(kind="dense", path=file, held_out=0.3)
+    train, heldout = split.train(), split.heldout()
+    assert {*train["prompt"], *heldout["prompt"]} == set(PROMPTS)
+    assert not set(train["prompt"]) & set(heldout["prompt"])
+    assert train[0]["labels"] == [1, 0, -1]
+    assert train["prompt_id"][0] == Prompt.from_text(train["prompt"][0]).id
+    excluded = frozenset(Prompt.from_text(text).id for text in PROMPTS[:10])
+    remaining = TrainingData(kind="dense", path=file, held_out=0.3, excluded=excluded).train()["prompt"]
+    assert list(remaining) == [text for text in train["prompt"] if text not in PROMPTS[:10]]
+    with pytest.raises(DataError, match="every training row"):
+        TrainingData(kind="dense", path=file, excluded=frozenset(Prompt.from_text(text).id for text in PROMPTS)).train()
+
+
+def test_the_columns_of_a_kind_are_required(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    question = {"name": "legs", "aspect": "anatomy", "text": "Has it four legs?", "negated": False, "weight": 1.0}
+    file.write_text("".join(json.dumps({"prompt": text, "questions": [question]}) + "\n" for text in PROMPTS), "utf-8")
+    assert TrainingData(kind="aspects", path=file).train()[0]["questions"] == [question]
+    with pytest.raises(DataError, match=r"lacks the columns videos or latents, labels; it has prompt, questions"):
+        TrainingData(kind="dense", path=file).train()
+    file.write_text('{"prompt": "a", "questions": []}\n{"prompt": " ", "questions": []}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="row 1: the prompt must be text"):
+        TrainingData(kind="aspects", path=file).train()
+    with pytest.raises(ConfigError, match="are the prompts themselves"):
+        TrainingData(kind="prompts", path=file).train()
+
+
+def test_prompts_alone_are_passed_on_as_they_are():
+    prompts = [Prompt.from_text("a cat", category="single"), Prompt.from_text("a dog")]
+    data = TrainingData(kind="prompts", prompts=(prompts[:1], prompts[1:]))
+    assert (data.train(), data.heldout()) == (prompts[:1], prompts[1:])
+    assert data.train()[0].metadata == {"category": "single"}
+    assert data.identity != TrainingData(kind="prompts", prompts=(prompts, [])).identity
+    assert TrainingData(kind="prompts", prompts=(prompts, [])).heldout() is None
+    with pytest.raises(DataError, match="no prompts to train on"):
+        TrainingData(kind="prompts").train()
+
+
+def test_the_page_of_methods_lists_the_tables():
+    lines = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    rows = [f"| `{name}` | {method.data} | {method.summary} |" for name, method in METHODS.items()]
+    assert [line for line in lines if line.startswith("| `")] == rows
+    start = lines.index("| --- | --- | --- | --- |") + 1
+    assert [line.split(" | ")[0] for line in lines[start : start + len(DATA)]] == [f"| {kind}" for kind in DATA]
+    assert {method.data for method in METHODS.values()} <= set(DATA)
+
+
+@pytest.mark.parametrize("verb", ["generate", "score"])
+def test_a_data_stage_refuses_several_processes(work, verb, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main([verb, f"--config={verb}.yaml", "--dry-run"]) == 0
+    capsys.readouterr()
+    assert cli.main([verb, f"--config={verb}.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert f"`alignkit {verb}` runs in one process, and WORLD_SIZE is 2" in message
+    assert "torchrun ... -m alignkit train METHOD" in message
+    assert not (work / "candidates").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    if verb == "generate":
+        assert cli.main([verb, f"--config={verb}.yaml"]) == 0
