@@ -10,7 +10,6 @@ A batch is written whole: run again, only missing batches are judged. Deliberate
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,6 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, DataError, ResumeError
@@ -26,6 +24,7 @@ from alignkit.evaluation import page
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.results import Pairs, read_pairs
 from alignkit.evaluation.statistics import Bootstrap, compare
+from alignkit.media import decode_clip, decode_image, to_pixels
 from alignkit.protocols import Judge
 from alignkit.seeds import derive_seed
 from alignkit.storage import read_json, write_json
@@ -108,13 +107,12 @@ def _claim(target: Path, identity: str) -> None:
 
 def _compare(judge: Judge, name: str, pairs: Pairs, rows: Sequence[int]) -> list[int]:
     """Verdicts of one batch. Tuned is always the first; a judge with a preference for a position corrects for it."""
-    import torch
-
+    decode = decode_clip if pairs.modality == "video" else decode_image
     sides = []
     for side in ("tuned", "base"):
-        stored = pairs.pictures(side, rows)
-        arrays = [np.asarray(Image.open(io.BytesIO(stored[row])).convert("RGB")) for row in rows]
-        sides.append(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255)
+        stored = pairs.media(side, rows)
+        arrays = [decode(stored[row], f"{side} of pair {row}") for row in rows]
+        sides.append(to_pixels(np.stack(arrays)))
     verdicts = list(judge.compare(*sides, [pairs.prompts[row] for row in rows]))
     if len(verdicts) != len(rows) or not set(verdicts) <= {1, 0, -1}:
         raise DataError(f"judge '{name}' gave {verdicts} for {len(rows)} pairs; it must give 1, 0 or -1 for each")
