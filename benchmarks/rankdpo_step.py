@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +34,13 @@ import datasets
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from typing_extensions import override
 
-from alignkit.commands.doctor.dry_step import Ledger
 from alignkit.generators import load_generator
 from alignkit.records import Conditioning
 from alignkit.trainers.data import collate
@@ -237,6 +239,36 @@ def _others(trainer: RankDPOTrainer, *, ready: bool) -> dict[str, Callable[[], N
     return steps
 
 
+class TensorBytes(TorchDispatchMode):
+    """Peak bytes of tensors made within it (outputs, saved activations, gradients, temporaries), each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            self._note(tensor, counted=False)  # what was there before, or is counted already
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            self._note(tensor, counted=True)
+        return output
+
+    def _note(self, tensor: Any, *, counted: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:  # noqa: SLF001 - the one name of a storage while it lives
+            self._sizes[storage._cdata] = storage.nbytes() if counted else 0  # noqa: SLF001
+            self.live += self._sizes[storage._cdata]  # noqa: SLF001
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage._cdata)  # noqa: SLF001
+
+    def _forget(self, name: int) -> None:
+        self.live -= self._sizes.pop(name)
+
+
 def memory(model: Path, chosen: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Peak bytes of K = 8 in the low-memory and in the plain step, over K = 1."""
     result: dict[str, Any] = {}
@@ -263,7 +295,7 @@ def _backward(trainer: RankDPOTrainer, batch: Batch) -> None:
 
 
 def _tensor_bytes(trainer: RankDPOTrainer, batch: Batch) -> int:
-    with Ledger() as counter:
+    with TensorBytes() as counter:
         _backward(trainer, batch)
     return counter.peak
 

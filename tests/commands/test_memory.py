@@ -94,7 +94,7 @@ def test_operations_of_a_lora_layer_by_hand():
     net = nn.Sequential(nn.Linear(width, out, bias=False))
     lora.inject(net, rank=rank, targets=["0"])
     x = torch.randn(rows, width)
-    with Ledger() as ledger:
+    with Ledger([x, *net.parameters()]) as ledger:
         y = net(x)
         assert ledger.flops == 2 * rows * (width * out + width * rank + rank * out)
         forward = ledger.flops
@@ -130,7 +130,8 @@ def real_step(family, net, size):
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    with Ledger() as ledger:
+    known = [*net.parameters(), *net.buffers(), *given.values(), *(p.grad for p in net.parameters())]
+    with Ledger(known) as ledger:
         (net(**given, return_dict=False)[0].float() - 0).square().mean().backward()
     return ledger.peak
 

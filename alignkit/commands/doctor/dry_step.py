@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,7 @@ def dry_step(model: Model, run: Run) -> Cost:
     with torch.device("meta"):
         given = network_inputs(family, net, LatentSize(1, frames, height, width))
         card = _Card(run.bf16, family.tokens)
-        with Ledger() as ledger:
+        with Ledger([*net.parameters(), *net.buffers(), *tree_leaves(given)]) as ledger:
             with card:
                 prediction = _predict(net, given, run)
             forward = ledger.flops
@@ -195,33 +196,37 @@ def _fused_attention(
 
 
 class Ledger(TorchDispatchMode):
-    """Operations of what runs within it, and the peak bytes of the tensors made there, each storage once."""
+    """Operations of what runs within it, and the peak bytes of the tensors made there, each storage once; `known` are
+    the tensors that were there before.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Any]) -> None:
         super().__init__()
         self.flops = self.live = self.peak = 0
+        self._known = {_name(tensor) for tensor in known if isinstance(tensor, Tensor)}
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            self._note(tensor, counted=False)  # made before this mode began, or counted already
         output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            self._note(tensor, counted=True)
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor) and _name(tensor) not in self._known:
+                self._note(tensor)
         if function.overloadpacket in flop_registry:
             self.flops += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=output)
         return output
 
-    def _note(self, tensor: Any, *, counted: bool) -> None:
-        if not isinstance(tensor, Tensor):
-            return
-        storage = tensor.untyped_storage()
-        name = storage._cdata  # noqa: SLF001 - the one name of a storage while it lives
+    def _note(self, tensor: Tensor) -> None:
+        name = _name(tensor)
         if name not in self._sizes:
-            self._sizes[name] = storage.nbytes() if counted else 0
-            self.live += self._sizes[name]
+            storage = tensor.untyped_storage()
+            self._sizes[name] = storage.nbytes()
+            self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._forget, name)
 
     def _forget(self, name: int) -> None:
         self.live -= self._sizes.pop(name)
+
+
+def _name(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # noqa: SLF001 - the one name of a storage while it lives
