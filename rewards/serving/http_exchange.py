@@ -254,7 +254,8 @@ def _address(base_url: str) -> SplitResult:
         is_valid = address.port is None or address.port > 0  # reading it raises for one that is no number
     except ValueError:
         raise ConfigError("base_url is no http(s)://host:port/v1: its port or host cannot be read") from None
-    is_plain = not (address.query or address.fragment or "@" in address.netloc)
+    is_printable = base_url.isprintable() and " " not in base_url
+    is_plain = is_printable and not (address.query or address.fragment or "@" in address.netloc)
     if address.scheme not in ("http", "https") or not (address.hostname and is_valid and is_plain):
         shown = f"{address.scheme}://{address.hostname}"  # no more of it: the rest may hold a secret
         raise ConfigError(f"base_url at '{shown}' is no plain http(s)://host:port/v1; set a key through api_key_env")

@@ -504,7 +504,7 @@ def test_settings_that_cannot_work(monkeypatch):
     ports = ("http://host:99999", "http://host:0/v1", "http://host:pass/v1", "http://[::1/v1")
     with pytest.raises(ServerError, match="no server answers there"):  # a host name that cannot be encoded
         client("http://host..name", retries=0).ask([question()])
-    for url in ("127.0.0.1:8000", "ftp://host", "http://", *secret, *ports):
+    for url in ("127.0.0.1:8000", "ftp://host", "http://", "http://ho st/v1", "http://host/v\n1", *secret, *ports):
         with pytest.raises(ConfigError) as raised:
             client(url)
         assert "pass" not in f"{raised.value} {raised.value.__cause__}"
