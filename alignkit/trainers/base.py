@@ -116,11 +116,11 @@ class AlignTrainer(Trainer):
         elif self.generator.component not in self.generator.adapted:
             torch.manual_seed(args.seed)
             self.generator.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
-        if args.train_text_encoder and not self.generator.model.towers:
+        if args.train_text_encoder and not self.generator.model.trained_encoders:
             torch.manual_seed(args.seed)
             targets = args.text_encoder_targets
             self.generator.add_text_lora(args.lora_rank, args.lora_alpha, targets, args.lora_dropout)
-        if args.fsdp and self.generator.model.towers:
+        if args.fsdp and self.generator.model.trained_encoders:
             raise ConfigError("the adapter trains text encoders, which fsdp does not shard here; train without fsdp")
         for parameter in self.generator.model.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -136,7 +136,7 @@ class AlignTrainer(Trainer):
             return rows
         with args.main_process_first(desc="latents"), self._base_texts():
             encoded = encode_rows(self.generator, rows, self.draw_plan(args), args.cache_folder, sizes=args.sizes)
-        if self.generator.model.towers:
+        if self.generator.model.trained_encoders:
             encoded.rows = encoded.rows.add_column(PROMPT, list(rows[PROMPT]))
         if args.process_index == 0:
             self.generator.warn_of_cuts(rows["prompt"][:])
@@ -146,7 +146,7 @@ class AlignTrainer(Trainer):
 
     def _base_texts(self) -> AbstractContextManager[None]:
         """Within it prompts are encoded as the reference sees them: that is cached, what learns is encoded anew."""
-        return self.generator.reference() if self.generator.model.towers else nullcontext()
+        return self.generator.reference() if self.generator.model.trained_encoders else nullcontext()
 
     @override
     def _get_dataloader(self, dataset: Any, **options: Any) -> Any:
@@ -222,7 +222,7 @@ class AlignTrainer(Trainer):
     def _residual(self, model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, cond: Any) -> Tensor:
         x_t = self.generator.add_noise(x0, noise, t)
         target = self.generator.target(x0, noise, t)
-        prediction = model(x_t, t, cond)
+        prediction = model(x_t, t, cond.with_controls(self.generator.training_controls(t)))
         residual = prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - target
         if self.args.error_space == "velocity" and self.generator.prediction == "epsilon":
             alpha, _ = self.generator.noise_schedule.coefficients(t)

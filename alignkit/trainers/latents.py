@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from alignkit.errors import DataError
-from alignkit.records import Captions, Conditioning, Prompt
+from alignkit.records import Conditioning, Prompt, Texts
 from alignkit.seeds import derive_seed
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
 from alignkit.trainers.media import fit, read_clip, read_picture, to_pixels
@@ -163,12 +163,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: column if key == PROMPT else torch.stack(column) for key, column in columns.items()}
 
 
-def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Conditioning:
-    """The batch's Conditioning [P, ...] with its caption dropout applied, and its captions where it has the texts."""
-    captions = Captions(batch[PROMPT], batch["dropped"]) if PROMPT in batch else None
+def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Conditioning | Texts:
+    """The batch's Conditioning [P, ...] with its caption dropout applied; Texts if the batch has the prompts."""
     tensors = {key.removeprefix(COND): value for key, value in batch.items() if key.startswith(COND)}
     null = {name: tensor.to(batch["dropped"].device) for name, tensor in null.items()}
-    return Conditioning(tensors, null, captions).drop(batch["dropped"])
+    cached = Conditioning(tensors, null).drop(batch["dropped"])
+    return Texts(batch[PROMPT], batch["dropped"], cached) if PROMPT in batch else cached
 
 
 class Encoder:

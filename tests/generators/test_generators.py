@@ -130,7 +130,7 @@ def test_an_expert_is_trained_on_its_own_times(load, family, low, high):
 
 def test_the_guide_shows_the_adapter_as_it_is():
     root = Path(__file__).parents[2]
-    source = (root / "alignkit/generators/z_image.py").read_text(encoding="utf-8")
+    source = (root / "alignkit/generators/families/z_image.py").read_text(encoding="utf-8")
     code = source.split("from __future__ import annotations\n\n")[1]
     assert code in (root / "docs/add_a_generator.md").read_text(encoding="utf-8")
     assert len(source.splitlines()) < 100
