@@ -175,20 +175,17 @@ class Conditioner(nn.Module):
 
 def attention_layers(encoder: nn.Module) -> tuple[str, ...]:
     """The suffixes in `ATTENTION` that the encoder's layers have. Raises AdapterError if no kind fits."""
-    names = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    names = [f"{name}\n" for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    joined = "".join(names)  # a newline ends each name, so a suffix with a newline is at the end of a name
     for suffixes in ATTENTION:
-        if all(any(name.endswith(suffix) for name in names) for suffix in suffixes):
+        if all(f"{suffix}\n" in joined for suffix in suffixes):
             return suffixes
     raise AdapterError(f"no default LoRA targets for a {type(encoder).__name__}; give suffixes of its layer names")
 
 
-def _flatten(cond: Conditioning) -> tuple[list[Any], None]:
-    return [dict(cond.tensors), dict(cond.null), dict(cond.controls)], None
-
-
-def _unflatten(parts: Any, _: None) -> Conditioning:
-    return Conditioning(*parts)
-
-
 # DDP and FSDP find the tensors of a module's inputs and outputs through this registry.
-register_pytree_node(Conditioning, _flatten, _unflatten)
+register_pytree_node(
+    Conditioning,
+    lambda cond: ([dict(cond.tensors), dict(cond.null), dict(cond.controls)], None),
+    lambda parts, _: Conditioning(*parts),
+)

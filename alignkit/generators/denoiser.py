@@ -55,19 +55,17 @@ class Denoiser(nn.Module):
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Conditioning | Texts) -> Tensor:
         net = self._frozen[0] if self._is_reference and self._frozen else self.net
-        if isinstance(cond, Texts):
-            cond = cond.cached if self._is_reference or not self.trained_encoders else self._encoded(cond, len(x_t))
+        if isinstance(cond, Texts) and self.trained_encoders and not self._is_reference:
+            encoded = self._family.conditioner(cond.texts).drop(cond.dropped)
+            cond = encoded.repeat(len(x_t) // len(encoded)).with_controls(cond.cached.controls)
+        elif isinstance(cond, Texts):
+            cond = cond.cached
         # Cached latents and conditioning are float32 whatever the network's dtype. Times and controls [B] stay float32,
         # as in the pipelines.
         cond = cond.map(
             lambda tensor: tensor.to(net.dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
         )
         return self._family.call_network(net, x_t.to(net.dtype), self._family.noise_schedule.model_time(t), cond)
-
-    def _encoded(self, texts: Texts, rows: int) -> Conditioning:
-        """The conditioning [rows, ...] of `texts` by the encoders as they are now."""
-        encoded = self._family.conditioner(texts.texts).drop(texts.dropped)
-        return encoded.repeat(rows // len(encoded)).with_controls(texts.cached.controls)
 
     @property
     def _no_split_modules(self) -> list[str]:

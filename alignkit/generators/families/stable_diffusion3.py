@@ -20,7 +20,7 @@ class StableDiffusion3(PipelineGenerator):
     """
 
     component = "transformer"
-    optional_parts = ("text_encoder_3", "tokenizer_3")
+    optional_parts = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
     prediction = "flow"
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
