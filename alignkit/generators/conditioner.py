@@ -25,7 +25,7 @@ from alignkit.records import Conditioning
 ATTENTION = (
     ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
-    ("Attention.q", "Attention.k", "Attention.v", "Attention.o"),
+    ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
 )
 
 
@@ -175,10 +175,10 @@ class Conditioner(nn.Module):
 
 def attention_layers(encoder: nn.Module) -> tuple[str, ...]:
     """The suffixes in `ATTENTION` that the encoder's layers have. Raises AdapterError if no kind fits."""
-    names = [f"{name}\n" for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
-    joined = "".join(names)  # a newline ends each name, so a suffix with a newline is at the end of a name
+    names = [f".{name}\n" for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    joined = "".join(names)  # each name stands between a dot and a newline
     for suffixes in ATTENTION:
-        if all(f"{suffix}\n" in joined for suffix in suffixes):
+        if all(f".{suffix}\n" in joined for suffix in suffixes):
             return suffixes
     raise AdapterError(f"no default LoRA targets for a {type(encoder).__name__}; give suffixes of its layer names")
 

@@ -23,11 +23,11 @@ from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import Schedule, expand
 from alignkit.diffusion.solvers import Grid, ddim_step
 from alignkit.errors import AdapterError
-from alignkit.generators import prompt_length
 from alignkit.generators.codec import Codec
 from alignkit.generators.conditioner import Conditioner
 from alignkit.generators.denoiser import Denoiser
 from alignkit.generators.grids import scheduler_grid
+from alignkit.generators.prompt_length import quiet, tokenizers_of, warn_of_cuts
 from alignkit.records import Conditioning, Sampling
 
 # A denoiser or a module that wraps it, called as model(x_t, t, cond) -> prediction.
@@ -53,7 +53,7 @@ class PipelineGenerator(Codec):
 
     def __init__(self, pipeline: Any, name: str) -> None:
         pipeline.set_progress_bar_config(disable=True)
-        prompt_length.quiet(pipeline)
+        quiet(pipeline)
         self._has_warned_of_cuts = False
         self.pipeline, self.name = pipeline, name
         self.conditioner = Conditioner(self)
@@ -110,8 +110,8 @@ class PipelineGenerator(Codec):
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
         """Warn, once per generator, of prompts that are longer than its text encoders read."""
         if not self._has_warned_of_cuts:
-            tokenizers = prompt_length.tokenizers_of(self.pipeline)
-            self._has_warned_of_cuts = prompt_length.warn_of_cuts(tokenizers, self.text_window, self.name, prompts)
+            tokenizers = tokenizers_of(self.pipeline)
+            self._has_warned_of_cuts = warn_of_cuts(tokenizers, self.text_window, self.name, prompts)
 
     @property
     def net(self) -> Any:

@@ -29,12 +29,11 @@ class AnyFlow(WanVideo):
         times: tuple[Tensor, Tensor],
         cond: Conditioning,
         scale: float,
-        *,
-        grad_unconditional: bool = True,
+        **options: bool,
     ) -> Tensor:
         """The guided mean velocity between the two times."""
         cond = cond.with_controls({TARGET_TIME: times[1]})
-        return super().guided(model, x_t, times, cond, scale, grad_unconditional=grad_unconditional)
+        return super().guided(model, x_t, times, cond, scale, **options)
 
     def training_controls(self, t: Tensor) -> Mapping[str, Tensor]:
         """The target time of training, s = t."""

@@ -73,14 +73,7 @@ class EmbeddedGuidance:
     guidance: float
 
     def guided(
-        self,
-        model: Predictor,
-        x_t: Tensor,
-        times: tuple[Tensor, Tensor],
-        cond: Conditioning,
-        scale: float,
-        *,
-        grad_unconditional: bool = True,  # noqa: ARG002 - there is no unconditional call
+        self, model: Predictor, x_t: Tensor, times: tuple[Tensor, Tensor], cond: Conditioning, scale: float, **_: bool
     ) -> Tensor:
         """The prediction with `scale` as the network's guidance input."""
         scales = torch.full((len(x_t),), scale, device=x_t.device)
