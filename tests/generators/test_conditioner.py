@@ -45,7 +45,7 @@ def same(first, second):
 
 
 def test_controls_stay_with_their_rows():
-    """Dropping the text or taking the unconditional side changes no control; [tried] both raised KeyError before."""
+    """Dropping the text or taking the unconditional side changes no control."""
     rows, null, scale = torch.arange(12.0).reshape(3, 4), torch.full((1, 4), -1.0), torch.tensor([1.0, 2.0, 3.0])
     cond = Conditioning({"a": rows}, {"a": null}).with_controls({"guidance": scale})
     assert torch.equal(cond.drop(torch.tensor([True, False, True])).control("guidance"), scale)
@@ -101,7 +101,8 @@ def test_a_lora_on_every_encoder(load, model_folders, family, tmp_path):
     stir(conditioner)
     tuned = encode(conditioner)
     assert not torch.equal(tuned.tensors["encoder_hidden_states"], base.tensors["encoder_hidden_states"])
-    assert not torch.equal(tuned.null["encoder_hidden_states"], base.null["encoder_hidden_states"])
+    if base.null["encoder_hidden_states"].any():  # the tiny Gemma embeds an empty prompt as zeros
+        assert not torch.equal(tuned.null["encoder_hidden_states"], base.null["encoder_hidden_states"])
     assert same(encode(conditioner, reference=True), base)
     with conditioner.as_reference():
         assert same(encode(conditioner, reference=True), base)  # nested
