@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, StorageError, UnknownNameError
-from alignkit.records import Scores
+from alignkit.records import Sampling, Scores
 from alignkit.seeds import derive_seed
 from data_pipelines import storage, synpic
 
@@ -90,7 +90,7 @@ def test_parts_of_rewards_are_kept_beside_their_scores(world: Any, tmp_path: Pat
 
 
 def test_pictures_of_several_sizes_are_scored_apart(world: Any, tmp_path: Path) -> None:
-    small, large = (synpic.Sampling(height=size, width=size) for size in (8, 12))
+    small, large = (Sampling(height=size, width=size) for size in (8, 12))
     sources = [synpic.SourceConfig(name="dull", sampling=small), synpic.SourceConfig(name="bright", sampling=large)]
     shapes = []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_families import FAMILIES
 
-from alignkit.generators.prompt_length import cuts, warn_of_cuts
+from alignkit.generators.prompt_length import cuts, tokenizers_of, warn_of_cuts
 from alignkit.records import Sampling
 from alignkit.sandbox import models
 
@@ -19,7 +19,8 @@ def family(request):
 def boundary(generator):
     """The longest prompt of letters that is not told of."""
     prompt = "a"
-    while not warn_of_cuts(generator, [f"{prompt} a"]):
+    tokenizers = tokenizers_of(generator.pipeline)
+    while not warn_of_cuts(tokenizers, generator.text_window, generator.name, [f"{prompt} a"]):
         prompt += " a"
     return prompt
 
