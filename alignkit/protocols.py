@@ -1,27 +1,24 @@
-"""The seams: what a generator, a reward, a critic and a judge must be able to do.
+"""Structural types: what an image source, a reward and a judge must be able to do.
 
-Structural types only; nothing here is inherited from by need, and importing this module loads no torch.
+No class has to inherit from them, and importing this module loads no torch.
 Shape letters: B batch, C/H/W latent or pixel channels and size, F frames, T latent frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from alignkit.errors import ConfigError
-from alignkit.records import Conditioning, Prompt, Sampling, Scores
+from alignkit.records import Prompt, Sampling, Scores
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """The one ability Syn-Pic and evaluation need of a generator: generate images or videos."""
+    """What Syn-Pic and evaluation need of a generator: it generates images or videos."""
 
     name: str
 
@@ -30,57 +27,6 @@ class ImageSource(Protocol):
 
         Row i depends on prompts[i], seeds[i] and sampling alone.
         """
-        ...
-
-
-@runtime_checkable
-class Generator(ImageSource, Protocol):
-    """All a trainer knows of a model: conditioner, codec and denoiser of a loaded diffusers pipeline.
-
-    Canonical time: t in [0, 1], t = 1 is pure noise. Canonical latents: [B, C, H, W] or [B, C, T, H, W], whatever
-    packing or sign the network uses inside. `model` is the one module a trainer trains; its `forward` is `predict`.
-    """
-
-    model: nn.Module
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts, differentiable where text encoders are trained."""
-        ...
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] -> scaled latents (the mode of the posterior)."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> pixels [B, 3, H, W] in [0, 1], differentiable."""
-        ...
-
-    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
-        """Shape of one latent, without the batch axis."""
-        ...
-
-    def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
-        """n training times [n] from the family's own density, on its own grid."""
-        ...
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha(t) x0 + sigma(t) noise."""
-        ...
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What `predict` should return: eps, v or the flow velocity, the family's native target."""
-        ...
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The native prediction, in the canonical latent layout."""
-        ...
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Within it, `predict` is the frozen base model (adapters off)."""
-        ...
-
-    def save_adapter(self, folder: Path) -> None:
-        """Write the adapter so that the vanilla pipeline's `load_lora_weights(folder)` gives the tuned picture."""
         ...
 
 
@@ -155,18 +101,6 @@ class Obtainable(Protocol):
     """A learnt reward's class that says, as the end of a sentence, how to get its weights."""
 
     get: str
-
-
-@runtime_checkable
-class Critic(Protocol):
-    """A generative VLM whose answers carry gradients."""
-
-    def ask(self, media: Tensor, questions: Sequence[str] | Sequence[Sequence[str]]) -> Tensor:
-        """Log-probabilities [B, Q] of the positive answer, differentiable to the pixels.
-
-        Q questions for all media, or a list of Q for each medium.
-        """
-        ...
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -93,54 +93,89 @@ class LossOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class Captions:
-    """The texts of P prompts and which of them are dropped [P], for text encoders that are trained."""
-
-    texts: Sequence[str]
-    dropped: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Conditioning:
-    """Named tensors `[B, ...]` that the denoiser takes beside x_t and t, with the null condition `[1, ...]`.
+    """All that the denoiser takes beside x_t and t. A record, because families need different tensors.
 
-    A record, never a bare tensor: families differ in what they need (pooled embeddings, masks, size ids). With
-    `captions` a denoiser whose text encoders are trained encodes them anew, each for B / P rows in a row; the tensors
-    are then what its reference sees.
+    `tensors` [B, ...] are what the text encoders computed, by the network's own names; `null` [1, ...] has the same
+    names and is the null condition. `controls` [B] are the other inputs of the network (guidance scale, target time);
+    they belong to the row and stay when its text is dropped.
     """
 
     tensors: Mapping[str, Tensor]
     null: Mapping[str, Tensor]
-    captions: Captions | None = None
+    controls: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
-    def map(self, change: Any) -> Conditioning:
-        """Apply `change(tensor)` to every tensor of the rows; the null condition stays as it is."""
-        return replace(self, tensors={k: change(v) for k, v in self.tensors.items()})
+    def control(self, name: str) -> Tensor:
+        """The control `name` [B]. Raises ConfigError if the conditioning has none."""
+        if name not in self.controls:
+            raise ConfigError(
+                f"the conditioning has no control '{name}', only {sorted(self.controls)}; add "
+                "`generator.training_controls(t)` with `with_controls`, or call `generator.predict` or `guided`"
+            )
+        return self.controls[name]
+
+    def with_controls(self, controls: Mapping[str, Tensor]) -> Conditioning:
+        """The same with these controls [B] added or replaced."""
+        return replace(self, controls={**self.controls, **controls})
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Apply `change` to every tensor and control of the rows; the null condition does not change."""
+        tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        controls = {name: change(control) for name, control in self.controls.items()}
+        return replace(self, tensors=tensors, controls=controls)
 
     def rows(self, index: Any) -> Conditioning:
-        """The rows that `index` (slice, list or index tensor) selects, without captions, which are a whole batch's."""
-        return replace(self.map(lambda tensor: tensor[index]), captions=None)
+        """The rows that `index` (slice, list or index tensor) selects."""
+        return self.map(lambda tensor: tensor[index])
 
     def repeat(self, times: int) -> Conditioning:
         """Each row `times` times in a row: [B, ...] -> [B * times, ...]."""
         return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     def drop(self, mask_B: Tensor) -> Conditioning:
-        """Rows where `mask_B` is true become the null condition (caption dropout)."""
+        """Rows where `mask_B` is true get the null condition (caption dropout); controls stay."""
         return replace(self, tensors={k: _where(mask_B, self.null[k], v) for k, v in self.tensors.items()})
 
     def unconditional(self) -> Conditioning:
-        """The null condition at this batch size, for classifier-free guidance."""
-        return Conditioning({k: self.null[k].expand_as(v) for k, v in self.tensors.items()}, self.null)
+        """The null condition for every row, for classifier-free guidance; controls stay."""
+        return replace(self, tensors={k: self.null[k].expand_as(v) for k, v in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """Both parts on `device`."""
-        null = {k: v.to(device) for k, v in self.null.items()}
-        captions = self.captions and replace(self.captions, dropped=self.captions.dropped.to(device))
-        return Conditioning({k: v.to(device) for k, v in self.tensors.items()}, null, captions)
+        """The same on `device`, the null condition too."""
+        rows = self.map(lambda tensor: tensor.to(device))
+        return replace(rows, null={name: tensor.to(device) for name, tensor in self.null.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """P prompts as text, for a denoiser that trains text encoders and therefore encodes them in every step.
+
+    `dropped` [P] marks the prompts that get the null condition. `cached` is the conditioning [B, ...] by the base
+    encoders with `dropped` already applied: the reference uses it, and so does a denoiser without trained encoders.
+    Prompt p belongs to rows p B / P to (p + 1) B / P - 1 of a batch.
+    """
+
+    texts: Sequence[str]
+    dropped: Tensor
+    cached: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.cached)
+
+    def with_controls(self, controls: Mapping[str, Tensor]) -> Texts:
+        """The same with these controls [B] added or replaced."""
+        return replace(self, cached=self.cached.with_controls(controls))
+
+    def repeat(self, times: int) -> Texts:
+        """Each row `times` times in a row: B -> B * times; the texts stay P."""
+        return replace(self, cached=self.cached.repeat(times))
+
+    def to(self, device: torch.device | str) -> Texts:
+        """The same on `device`."""
+        return replace(self, dropped=self.dropped.to(device), cached=self.cached.to(device))
 
 
 def _where(mask_B: Tensor, null: Tensor, rows: Tensor) -> Tensor:

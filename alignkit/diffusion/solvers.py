@@ -1,23 +1,23 @@
-"""One deterministic solver for chains that need gradients: DDIM, which is Euler's method on the probability-flow ODE.
+"""One deterministic solver for chains: DDIM, which is Euler's method on the probability-flow ODE.
 
     x_s = alpha_s x0_hat + sigma_s eps_hat          (Song et al. 2021, eq. 12 with eta = 0)
 
-For rectified flow this is Euler's step x + (s - t) u; for the k-diffusion form x / sqrt(1 + sigma^2) it is Euler's step
-in sigma. Where the steps lie is read from the pipeline's scheduler. Not here: multistep solvers (DPM++, UniPC, PNDM),
-for which the first-order step stands in.
+For rectified flow this is Euler's step x + (s - t) u. For the k-diffusion form x / sqrt(1 + sigma^2) it is Euler's step
+in sigma. A `Grid` says where the steps lie; `alignkit.generators.grids` reads it from a scheduler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignkit.diffusion.conversions import split
 from alignkit.errors import ConfigError
+
+TOLERANCE = 1e-6  # of a sigma: grids are float32
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,34 @@ class Grid:
     sigma: Tensor
     alpha_next: Tensor
     sigma_next: Tensor
-    start: float = 1.0  # what unit noise is multiplied with
+    start: float = 1.0  # factor of unit noise that gives the state before step 0
 
     def __len__(self) -> int:
         return len(self.t)
+
+    def __getitem__(self, steps: slice) -> Grid:
+        """The grid of those steps alone. `start` is 1 unless the first step stays."""
+        first = range(len(self))[steps][:1]
+        start = self.start if first == range(1) else 1.0
+        return self._map(lambda values: values[steps], start)
+
+    def from_sigma(self, eta: float) -> Grid:
+        """The tail of the grid that begins at the first step with sigma <= `eta`.
+
+        The state to start from is alpha[0] x0 + sigma[0] eps of the returned grid; its sigma[0] equals `eta` only if
+        `eta` is on the grid. Raises ConfigError if all steps lie above `eta`.
+        """
+        below = (self.sigma <= eta + TOLERANCE).nonzero().flatten()
+        if not len(below):
+            raise ConfigError(
+                f"no step starts at sigma {eta} or below; the last of {len(self)} steps starts at "
+                f"{float(self.sigma[-1]):.3g}. Use more steps or a larger sigma"
+            )
+        return self[int(below[0]) :]
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Grid:
+        """The same grid in another dtype, and on `device` if that is not None."""
+        return self._map(lambda values: values.to(device=device, dtype=dtype), self.start)
 
     def times(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(t, t_next) of one step for every row of `like` [B, ...], each [B]."""
@@ -44,75 +68,13 @@ class Grid:
         """(alpha, sigma, alpha_next, sigma_next) of one step, scalars."""
         return self.alpha[index], self.sigma[index], self.alpha_next[index], self.sigma_next[index]
 
+    def _map(self, change: Callable[[Tensor], Tensor], start: float) -> Grid:
+        t, t_next, alpha, sigma = change(self.t), change(self.t_next), change(self.alpha), change(self.sigma)
+        return Grid(t, t_next, alpha, sigma, change(self.alpha_next), change(self.sigma_next), start)
+
 
 def ddim_step(kind: str, prediction: Tensor, x_t: Tensor, grid: Grid, index: int) -> Tensor:
     """x after step `index` from a native prediction of this `kind` (one of conversions.TARGETS)."""
     alpha, sigma, alpha_next, sigma_next = grid.step(index)
     x0, eps = split(kind, prediction, x_t, alpha, sigma)
     return alpha_next * x0 + sigma_next * eps
-
-
-def grid(scheduler: Any, kind: str, arguments: Mapping[str, Any]) -> Grid:
-    """The grid of a diffusers scheduler after `set_timesteps(**arguments)`; the scheduler itself is left alone.
-
-    DDIM and Euler schedulers give their own steps, others those of the DDIM or Euler scheduler with their config.
-    Raises ConfigError for a grid that falls between the network's steps (linspace or Karras spacing).
-    """
-    own = _first_order(scheduler, kind)
-    own.set_timesteps(**arguments)
-    if kind == "flow":
-        sigmas = torch.as_tensor(own.sigmas, dtype=torch.float32, device="cpu")
-        now, then = sigmas[:-1], sigmas[1:]
-        return Grid(now, then, 1 - now, now, 1 - then, then)
-    return _euler_grid(own) if type(own).__name__ == "EulerDiscreteScheduler" else ddim_grid(own)
-
-
-def _first_order(scheduler: Any, prediction: str) -> Any:
-    import diffusers
-
-    library: Any = diffusers
-    if type(scheduler).__name__ in (
-        *("DDIMScheduler", "CogVideoXDDIMScheduler", "EulerDiscreteScheduler"),
-        *("FlowMatchEulerDiscreteScheduler", "FlowMapEulerDiscreteScheduler"),
-    ):
-        return type(scheduler).from_config(scheduler.config)
-    if prediction == "flow":
-        shift = scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0
-        return library.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, shift=shift)
-    is_cog = type(scheduler).__name__.startswith("CogVideoX")
-    kind = library.CogVideoXDDIMScheduler if is_cog else library.DDIMScheduler
-    return kind.from_config(scheduler.config, clip_sample=False)
-
-
-def ddim_grid(scheduler: Any) -> Grid:
-    """The steps of a DDIM scheduler after `set_timesteps`: each ends T // N training steps below its beginning."""
-    if scheduler.config.clip_sample or scheduler.config.get("thresholding"):
-        raise ConfigError("the scheduler clips samples (clip_sample, thresholding); no latent model is trained so")
-    steps = torch.as_tensor(scheduler.timesteps, device="cpu").long()
-    count = scheduler.config.num_train_timesteps
-    after = steps - count // len(steps)
-    return from_steps(scheduler, steps, after)
-
-
-def from_steps(scheduler: Any, steps_N: Tensor, after_N: Tensor) -> Grid:
-    """A VP grid of integer training steps; one below 0 is the end, with the scheduler's final alpha."""
-    kept = scheduler.alphas_cumprod.float().cpu()
-    now, then = kept[steps_N], torch.where(after_N >= 0, kept[after_N.clamp(min=0)], scheduler.final_alpha_cumprod)
-    count = len(kept)
-    coefficients = (now.sqrt(), (1 - now).sqrt(), then.sqrt(), (1 - then).sqrt())
-    return Grid((steps_N + 1) / count, (after_N + 1).clamp(min=0) / count, *coefficients)
-
-
-def _euler_grid(scheduler: Any) -> Grid:
-    sigmas = torch.as_tensor(scheduler.sigmas, dtype=torch.float32, device="cpu")
-    times = torch.as_tensor(scheduler.timesteps, dtype=torch.float32, device="cpu")
-    if not torch.equal(times, times.round()):
-        raise ConfigError(
-            "the scheduler's steps fall between the network's training steps; use timestep_spacing leading or "
-            "trailing, without Karras, exponential or beta sigmas"
-        )
-    alphas = 1 / (1 + sigmas**2).sqrt()  # x of k-diffusion is x_t / alpha
-    sigmas = sigmas * alphas
-    t = (torch.cat([times, times.new_full((1,), -1)]) + 1) / scheduler.config.num_train_timesteps
-    start = float(scheduler.init_noise_sigma) * float(alphas[0])
-    return Grid(t[:-1], t[1:], alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:], start)

@@ -66,9 +66,10 @@ def quiet(pipeline: Any) -> None:
 
 
 def tokenizers_of(pipeline: Any) -> dict[str, Any]:
-    """The tokenizers that `pipeline` has, by component name."""
-    named = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer")}
-    return {name: part for name, part in named.items() if part is not None}
+    """The tokenizers of `pipeline` whose text encoder is there too, by component name."""
+    parts = {name: part for name, part in pipeline.components.items() if part is not None}
+    names = [name for name in parts if name.startswith("tokenizer")]
+    return {name: parts[name] for name in names if name.replace("tokenizer", "text_encoder", 1) in parts}
 
 
 def _is_other(record: logging.LogRecord) -> bool:

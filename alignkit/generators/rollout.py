@@ -1,19 +1,85 @@
-"""The denoising chain with gradients: what the vanilla pipeline draws, as a function of network and conditioning."""
+"""The denoising chain as a function of network, conditioning and state.
+
+`PipelineGenerator.generate` calls the vanilla pipeline. The chain here is used where gradients, another start, another
+conditioning per step or a hook is needed. It is first order; see `alignkit.generators.grids`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from alignkit.diffusion.solvers import Grid
+from alignkit.diffusion.steps import Steps
+from alignkit.generators.codec import at_least_float32
+from alignkit.generators.pipeline import PipelineGenerator, Predictor
 from alignkit.records import Conditioning, Sampling
 
-if TYPE_CHECKING:
-    from alignkit.generators.pipeline import PipelineGenerator
+# Called as hook(index, x, prediction) with the state after the step; a returned tensor replaces the state.
+StepHook = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+def rollout(
+    generator: PipelineGenerator,
+    cond: Conditioning | Callable[[int], Conditioning],
+    x: Tensor,
+    grid: Grid,
+    *,
+    scale: float,
+    model: Predictor | None = None,
+    steps: Steps | Iterable[int] | None = None,
+    sources: Sequence[torch.Generator] = (),
+    on_step: StepHook | None = None,
+    checkpointed: bool = True,
+) -> Tensor:
+    """The state [B, C, ...] after all steps of `grid`, from the state `x` [B, C, ...] before its first step.
+
+    Args:
+        generator: its family guides and steps; its weights are used only through `model`.
+        cond: the conditioning [B, ...] of all steps, or a function of the step's index on `grid`, called once per step.
+        x: `grid.start` times unit noise; or alpha[0] x0 + sigma[0] eps of `grid.from_sigma(eta)`; or a state that a
+            hook saw after step i, with the grid `grid[i + 1:]`.
+        grid: from `generator.grid(steps, shape)`.
+        scale: guidance scale.
+        model: called as model(x_t, t, cond); the module that a trainer wraps, `generator.model` by default.
+        steps: which steps carry gradients, as indices on `grid` or as a `Steps` record with input coupling; all steps
+            by default. Any other step runs without gradients: it adds nothing to the gradients of weights and
+            conditioning, and the gradient of the state passes it through the solver's step with the prediction as a
+            constant. See `alignkit.diffusion.steps` for the equation.
+        sources: one generator per row, for families whose step draws fresh noise (LCM).
+        on_step: called once per step, outside the checkpointed region, as on_step(index, x, prediction): the guided
+            prediction of the step and the state after it. A returned tensor replaces the state. Tensor hooks that are
+            registered on x see, and may cap, the gradient of the state (`x.requires_grad` says whether it has one).
+        checkpointed: keep the activations of one step at a time, at the cost of one more forward pass.
+
+    The state stays in the dtype of `x`, float32 at least. Raises ConfigError for a step that is not on the grid.
+    """
+    predictor: Predictor = generator.model if model is None else model
+    steps = Steps.of(steps, len(grid))
+    x = at_least_float32(x)
+    grid = grid.to(x.dtype, x.device)
+
+    dtype = x.dtype
+
+    def predict(state: Tensor, index: int, condition: Conditioning) -> Tensor:
+        times = grid.times(index, state)
+        prediction = generator.guided(predictor, state, times, condition, scale, grad_unconditional=steps.unconditional)
+        return prediction.to(dtype)
+
+    for index in range(len(grid)):
+        condition = cond if isinstance(cond, Conditioning) else cond(index)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and steps.carries(index)):
+            arguments = (steps.network_input(x), index, condition)
+            repeats = checkpointed and torch.is_grad_enabled()
+            prediction = checkpoint(predict, *arguments, use_reentrant=False) if repeats else predict(*arguments)
+        x = generator.step(grid, index, prediction, x, sources)
+        replacement = on_step(index, x, prediction) if on_step else None
+        x = x if replacement is None else replacement
+    return x
 
 
 def denoise(
@@ -22,29 +88,25 @@ def denoise(
     seeds: Sequence[int],
     sampling: Sampling,
     *,
-    model: nn.Module | None = None,
+    model: Predictor | None = None,
+    steps: Steps | Iterable[int] | None = None,
     checkpointed: bool = True,
 ) -> Tensor:
-    """Latents [B, C, ...] of B prompts and seeds, with gradients to `model` and `cond`; `generator.decode` shows them.
+    """Latents [B, C, ...] of B prompts and seeds, differentiable; `generator.decode` gives their pixels.
 
-    The pipeline's own picture for the same seeds, steps and guidance where its scheduler is an Euler or DDIM scheduler
-    (`alignkit.diffusion.solvers`), in float32. `model` is the (wrapped) module that a trainer trains, default the
-    generator's. `checkpointed` keeps one step's activations alone, for one forward more. `sampling.extra` is not read.
+    The pipeline's own result for the same seeds, steps and guidance if its scheduler is an Euler or DDIM scheduler, in
+    float32 (in float64 for a float64 network). `model`, `steps` and `checkpointed` are those of `rollout`.
+    `sampling.extra` is not read.
     """
-    model = model or generator.model
     if sampling.negative_prompt:
-        cond = replace(cond, null=generator.negative(sampling.negative_prompt))
+        negative = generator.encode_negative(sampling.negative_prompt)
+        cond = replace(cond, null=negative).to(generator.device)
     shape = generator.latent_shape(sampling.height, sampling.width, sampling.num_frames)
     grid = generator.grid(sampling.steps, shape)
     sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     noise = torch.cat([generator.initial_noise(shape, source) for source in sources]).to(generator.device)
-    x_t = grid.start * noise
-
-    def predict(x: Tensor, index: int) -> Tensor:
-        return generator.guided(model, x, grid.times(index, x), cond, sampling.guidance_scale).float()
-
-    for index in range(len(grid)):
-        repeats = checkpointed and torch.is_grad_enabled()
-        prediction = checkpoint(predict, x_t, index, use_reentrant=False) if repeats else predict(x_t, index)
-        x_t = generator.advance(grid, index, prediction, x_t, sources)
-    return x_t
+    x = grid.start * noise.to(torch.promote_types(generator.net.dtype, torch.float32))
+    scale = sampling.guidance_scale
+    return rollout(
+        generator, cond, x, grid, scale=scale, model=model, steps=steps, sources=sources, checkpointed=checkpointed
+    )

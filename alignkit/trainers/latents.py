@@ -24,7 +24,7 @@ from torch import Tensor
 from alignkit.adapters.fingerprint import fingerprint
 from alignkit.errors import DataError
 from alignkit.media import decode_clip, decode_image, fit, to_pixels
-from alignkit.records import Captions, Conditioning, Prompt
+from alignkit.records import Conditioning, Prompt, Texts
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
 from alignkit.trainers.cache import encode_cached
 from alignkit.trainers.data import EpochData, draw_ids
@@ -126,12 +126,12 @@ def unpack(raw: bytes, shape: Sequence[int], dtype: str) -> Tensor:
     return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(tuple(shape))
 
 
-def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Conditioning:
-    """The batch's Conditioning [P, ...] with its caption dropout applied, and its captions where it has the texts."""
-    captions = Captions(batch[PROMPT], batch["dropped"]) if PROMPT in batch else None
+def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Conditioning | Texts:
+    """The batch's Conditioning [P, ...] with its caption dropout applied; Texts if the batch has the prompts."""
     tensors = {key.removeprefix(COND): value for key, value in batch.items() if key.startswith(COND)}
     null = {name: tensor.to(batch["dropped"].device) for name, tensor in null.items()}
-    return Conditioning(tensors, null, captions).drop(batch["dropped"])
+    cached = Conditioning(tensors, null).drop(batch["dropped"])
+    return Texts(batch[PROMPT], batch["dropped"], cached) if PROMPT in batch else cached
 
 
 class Encoder:

@@ -70,7 +70,7 @@ class OfflineTrainer(AlignTrainer):
         plan, options = self.draw_plan(args), {"sizes": args.sizes, "targets": self.targets, "ranks": ranks}
         with self._base_texts():
             encoded = encode_rows(self.generator, rows, plan, args.cache_folder, **options)
-        if self.generator.model.towers:
+        if self.generator.model.trained_encoders:
             encoded.rows = encoded.rows.add_column(PROMPT, list(rows[PROMPT]))
         if args.process_index == 0:
             self.generator.warn_of_cuts(rows["prompt"][:])
@@ -80,7 +80,7 @@ class OfflineTrainer(AlignTrainer):
 
     def _base_texts(self) -> AbstractContextManager[None]:
         """Within it prompts are encoded as for the reference; what is trained encodes them anew in each step."""
-        return self.generator.reference() if self.generator.model.towers else nullcontext()
+        return self.generator.reference() if self.generator.model.trained_encoders else nullcontext()
 
     @override
     def batches(self, dataset: EpochData, batch_size: int) -> list[list[int]]:
@@ -155,7 +155,7 @@ class OfflineTrainer(AlignTrainer):
     def _residual(self, model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, cond: Any) -> Tensor:
         x_t = self.generator.add_noise(x0, noise, t)
         target = self.generator.target(x0, noise, t)
-        prediction = model(x_t, t, cond)
+        prediction = model(x_t, t, cond.with_controls(self.generator.training_controls(t)))
         residual = prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - target
         if self.args.error_space == "velocity" and self.generator.prediction == "epsilon":
             alpha, _ = self.generator.noise_schedule.coefficients(t)

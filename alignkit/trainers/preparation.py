@@ -38,19 +38,19 @@ def prepare(
         generator.net.float().requires_grad_(True)  # half-precision weights lose small AdamW steps
         if needs_reference:
             generator.model.freeze_copy()
-    elif generator.component not in generator.adapted:
+    elif not lora.trainable_adapters(generator.net):
         torch.manual_seed(args.seed)
         if peft_config is None:
             generator.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.lora_dropout)
         else:
             add_configured_lora(generator, peft_config)
-    if args.train_text_encoder and not generator.model.towers:
+    if args.train_text_encoder and not generator.model.trained_encoders:
         torch.manual_seed(args.seed)
         rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
         if peft_config is not None:
             rank, alpha, dropout = peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout
         generator.add_text_lora(rank, alpha, args.text_encoder_targets, dropout)
-    if args.fsdp and generator.model.towers:
+    if args.fsdp and generator.model.trained_encoders:
         raise ConfigError("the adapter trains text encoders, which fsdp does not shard here; train without fsdp")
 
 

@@ -187,9 +187,9 @@ def test_text_encoders_learn_and_the_reference_does_not_see_it(load, tune_text, 
     with tuned.reference():
         assert all(torch.equal(value, base[name]) for name, value in conditioning(tuned).items())
     trainable = {name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad}
-    towers = {f"towers.{name}." for name in tuned.text_encoders}
+    encoders = {f"trained_encoders.{name}." for name in tuned.lora_encoders}
     assert all("lora_" in name for name in trainable)
-    assert all(any(name.startswith(tower) for name in trainable) for tower in towers)
+    assert all(any(name.startswith(encoder) for name in trainable) for encoder in encoders)
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
@@ -205,7 +205,7 @@ def test_others_load_the_text_encoders_too(load, tune_text, family, tmp_path):
     with tuned.reference():
         assert torch.equal(draw(tuned, family), draw(load(family), family))
     tuned.save_merged(tmp_path / "merged")
-    assert tuned.model.towers.keys() == tuned.text_encoders.keys()
+    assert tuned.model.trained_encoders.keys() == tuned.lora_encoders.keys()
     assert (draw(load_generator(tmp_path / "merged", device="cpu"), family) - picture).abs().max() <= CLOSE
     tuned.merge_adapter()
     assert not tuned.adapted
@@ -224,7 +224,7 @@ def test_the_comfyui_file_holds_the_text_encoders(load, tune_text, family, tmp_p
 def test_our_load_reads_them_from_the_comfyui_file(load, tune_text, family, tmp_path):
     file = comfyui_file(tune_text(family), tmp_path)
     prefixes = {key.split("_text_model_encoder_layers_")[0] for key in load_file(file) if key.startswith("lora_te")}
-    assert prefixes == {f"lora_te{number}" for number, _ in enumerate(load(family).text_encoders, 1)}
+    assert prefixes == {f"lora_te{number}" for number, _ in enumerate(load(family).lora_encoders, 1)}
     assert torch.equal(draw(load(family, adapter=file), family), draw(tune_text(family), family))
 
 

@@ -19,7 +19,7 @@ from alignkit.adapters import lora
 from alignkit.diffusion.conversions import convert, split
 from alignkit.diffusion.schedules import expand
 from alignkit.generators import GENERATORS
-from alignkit.protocols import Generator
+from alignkit.protocols import ImageSource
 from alignkit.records import Sampling
 from alignkit.resolve import resolve
 
@@ -101,7 +101,7 @@ def test_every_pipeline_in_the_table_is_tried_here():
 def test_generate_is_the_vanilla_pipeline(load, family, model_folders):
     """Bit for bit: sampling is never ours."""
     generator = load(family)
-    assert isinstance(generator, Generator)
+    assert isinstance(generator, ImageSource)
     pictures = generator.generate(PROMPTS, SEEDS, sampling(family))
     assert torch.equal(pictures, vanilla(model_folders[family], family))
     assert pictures.shape == clips(family, 3).shape
@@ -144,11 +144,17 @@ def test_conditioning_is_the_pipelines(load, family):
 
 
 def test_conditioning_carries_gradients(load, family):
+    """To the encoders that are trained, and to no other part of the pipeline."""
     generator = load(family)
-    tower = generator.pipeline.text_encoder
+    assert not any(tensor.requires_grad for tensor in generator.encode_prompts(PROMPTS).tensors.values())
+    generator.conditioner.unfreeze(["text_encoder"])
     states = generator.encode_prompts(PROMPTS).tensors.values()
     sum(tensor.sum() for tensor in states if tensor.is_floating_point()).backward()
-    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in tower.parameters())
+    trained = dict(generator.pipeline.text_encoder.named_parameters())
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained.values())
+    frozen = [part for name, part in generator.conditioner.encoders.items() if name != "text_encoder"]
+    parts = [*frozen, generator.net]
+    assert all(parameter.grad is None for part in parts for parameter in part.parameters())
 
 
 # --- codec ----------------------------------------------------------------------------------------------------------

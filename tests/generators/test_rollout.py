@@ -49,6 +49,7 @@ def test_checkpointing_changes_no_gradient(load, family):
         torch.manual_seed(0)
         generator.add_lora(rank=2, alpha=None, targets=None, dropout=0.0)
         weights = [weight for name, weight in generator.net.named_parameters() if "lora_B" in name]
+        generator.conditioner.unfreeze()
         cond = generator.encode_prompts(PROMPTS)
         latents = denoise(generator, cond, SEEDS, sampling(family, steps=2), checkpointed=checkpointed)
         states = cond.tensors["encoder_hidden_states"]

@@ -17,7 +17,6 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from alignkit.errors import ConfigError, DataError, MissingFileError
-from alignkit.protocols import Critic
 from rewards.models.vlm import Readout, VlmCritic
 
 QUESTIONS = ["Is it red?", "Does the picture show a cat on a very long mat?"]
@@ -98,7 +97,6 @@ def test_answers_are_the_librarys(folder, kind):
     """At a size that needs no resize, so that nothing is rounded: equal to 1e-6 (its processor has float32)."""
     pixels, words = media(kind), AutoTokenizer.from_pretrained(folder)
     asked = critic(folder)
-    assert isinstance(asked, Critic)
     given = asked.ask(pixels, QUESTIONS)
     said = asked.answers(pixels, QUESTIONS, ["a red cat", "Yes"])
     for row in range(2):

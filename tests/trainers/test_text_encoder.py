@@ -34,7 +34,7 @@ def stirred(learn):
 
 
 def text_gradients(trainer):
-    named = trainer.generator.model.towers.named_parameters()
+    named = trainer.generator.model.trained_encoders.named_parameters()
     return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
 
@@ -42,9 +42,13 @@ def text_gradients(trainer):
 @pytest.mark.parametrize("method", ["sft", "rankdpo"])
 def test_training_moves_the_text_encoders(learn, family, method):
     trainer = learn(family, method=method)
-    before = {name: p.clone() for name, p in trainer.generator.model.towers.named_parameters()}
+    before = {name: p.clone() for name, p in trainer.generator.model.trained_encoders.named_parameters()}
     trainer.train()
-    moved = {name for name, p in trainer.generator.model.towers.named_parameters() if not torch.equal(p, before[name])}
+    moved = {
+        name
+        for name, p in trainer.generator.model.trained_encoders.named_parameters()
+        if not torch.equal(p, before[name])
+    }
     assert moved
     assert all("lora_" in name for name in moved)
 
@@ -112,7 +116,7 @@ def test_checkpoints_and_exports_hold_all_parts(learn, load, tmp_path):
     trainer = learn(save_strategy="steps", save_steps=3)
     trainer.train()
     stored = load_file(tmp_path / "run-1" / "checkpoint-3" / "model.safetensors")
-    assert {name.split(".")[0] for name in stored} == {"net", "towers"}
+    assert {name.split(".")[0] for name in stored} == {"net", "trained_encoders"}
     again = learn()
     again._load_from_checkpoint(str(tmp_path / "run-1" / "checkpoint-3"))
     ours, theirs = (t.generator.encode_prompts(["a ring"]).tensors for t in (again, trainer))
@@ -142,9 +146,10 @@ def test_what_does_not_go_together(make, learn):
         learn("pixart")
 
 
-def test_captions_stay_with_the_batch(learn, batch_of):
-    """Rows of a Conditioning are no whole batch any more, so they have no captions."""
+def test_texts_stay_with_the_batch(learn, batch_of):
+    """Repeated rows repeat what is cached; the prompts are encoded once each."""
     trainer = learn()
-    cond = conditioning(batch_of(trainer), trainer.null)
-    assert list(cond.repeat(2).captions.texts) == batch_of(trainer)["prompt"]
-    assert cond.rows([0]).captions is None
+    texts, batch = conditioning(batch_of(trainer), trainer.null), batch_of(trainer)
+    assert list(texts.repeat(2).texts) == batch["prompt"]
+    assert torch.equal(texts.repeat(2).dropped, batch["dropped"])
+    assert len(texts.repeat(2)) == 2 * len(batch["prompt"])

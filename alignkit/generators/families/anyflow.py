@@ -1,43 +1,52 @@
-"""AnyFlow on Wan: a flow map, whose network is told two times and predicts the mean velocity between them."""
+"""AnyFlow on Wan: a flow map. Its network takes two times and predicts the mean velocity between them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignkit.adapters.lora_files import Origin
+from alignkit.generators.codec import at_least_float32
 from alignkit.generators.description import Inputs, LatentSize, blank, video_inputs
 from alignkit.generators.families.wan import WanVideo
+from alignkit.generators.pipeline import Predictor
 from alignkit.records import Conditioning
 
-TARGET_TIME = "target_time"  # among the conditioning's tensors, [B], canonical
+TARGET_TIME = "target_time"  # a control of the conditioning, [B], canonical
 
 
 class AnyFlow(WanVideo):
     """Adapter of `AnyFlowPipeline` (bidirectional), x_s = x_t + (s - t) U(x_t, t, s); latents [B, T, C, H, W] inside.
 
-    Trained at s = t, where U is the velocity of plain flow matching; chains tell the step's end. What happens to
-    few-step quality when the diagonal alone is trained no source tells: watch validation clips. Left out: the causal
-    FAR version.
+    Only s = t is trained, where U is the velocity of plain flow matching; a chain passes the end of its step. No paper
+    reports what that does to few-step quality; check validation videos. Not supported: the causal FAR version.
     """
 
     def guided(
-        self, model: nn.Module, x_t: Tensor, times: tuple[Tensor, Tensor], cond: Conditioning, scale: float
+        self,
+        model: Predictor,
+        x_t: Tensor,
+        times: tuple[Tensor, Tensor],
+        cond: Conditioning,
+        scale: float,
+        **options: bool,
     ) -> Tensor:
-        end = times[1]
-        told = Conditioning({**cond.tensors, TARGET_TIME: end}, {**cond.null, TARGET_TIME: end[:1]})
-        return super().guided(model, x_t, times, told, scale)
+        """The guided mean velocity between the two times."""
+        cond = cond.with_controls({TARGET_TIME: times[1]})
+        return super().guided(model, x_t, times, cond, scale, **options)
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
-        tensors = dict(cond.tensors)
-        end = tensors.pop(TARGET_TIME, None)
-        end = model_time if end is None else self.noise_schedule.model_time(end.float())
+    def training_controls(self, t: Tensor) -> Mapping[str, Tensor]:
+        """The target time of training, s = t."""
+        return {TARGET_TIME: t}
+
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        end = self.noise_schedule.model_time(at_least_float32(cond.control(TARGET_TIME)))
         frames = x_t.shape[2]
         start, end = (time[:, None].expand(-1, frames) for time in (model_time, end))
-        told = replace(cond, tensors=tensors).tensors
-        return net(hidden_states=x_t.transpose(1, 2), timestep=start, r_timestep=end, **told).sample.transpose(1, 2)
+        velocity = net(hidden_states=x_t.transpose(1, 2), timestep=start, r_timestep=end, **cond.tensors).sample
+        return velocity.transpose(1, 2)
 
     # --- description ---
 

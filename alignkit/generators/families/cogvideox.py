@@ -19,8 +19,8 @@ class CogVideoX(VideoGenerator):
     """Adapter of `CogVideoXPipeline` (2B, 5B and 1.5). The schedule is the scheduler's own: its signal-to-noise ratio
     is shifted and ends at zero.
 
-    1.5 takes latent frames in pairs: an odd number is filled up with the first frame and given back without it, where
-    the pipeline samples the filling too; chains of such clips therefore differ from the pipeline's.
+    1.5 takes latent frames in pairs. An odd number is padded with a copy of the first frame, and the prediction is
+    returned without it. The pipeline samples the padding too, so chains of such videos differ from the pipeline's.
     """
 
     def __init__(self, pipeline: Any, name: str) -> None:
@@ -33,15 +33,15 @@ class CogVideoX(VideoGenerator):
         channels, frames, *sides = shape
         return super().initial_noise((frames, channels, *sides), source).transpose(1, 2)
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
-        filling = -x_t.shape[2] % (net.config.patch_size_t or 1)
-        frames = torch.cat([x_t[:, :, :1]] * filling + [x_t], dim=2).transpose(1, 2)
-        places = None
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        padding = -x_t.shape[2] % (net.config.patch_size_t or 1)
+        frames = torch.cat([x_t[:, :, :1]] * padding + [x_t], dim=2).transpose(1, 2)
+        rotary = None
         if net.config.use_rotary_positional_embeddings:
             height, width = (side * self.spatial_ratio for side in x_t.shape[-2:])
-            places = self.pipeline._prepare_rotary_positional_embeddings(height, width, frames.shape[1], x_t.device)  # noqa: SLF001
-        output = net(hidden_states=frames, timestep=model_time, image_rotary_emb=places, **cond.tensors).sample
-        return output[:, filling:].transpose(1, 2)
+            rotary = self.pipeline._prepare_rotary_positional_embeddings(height, width, frames.shape[1], x_t.device)  # noqa: SLF001
+        output = net(hidden_states=frames, timestep=model_time, image_rotary_emb=rotary, **cond.tensors).sample
+        return output[:, padding:].transpose(1, 2)
 
     @property
     def temporal_ratio(self) -> int:

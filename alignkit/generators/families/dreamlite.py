@@ -1,4 +1,4 @@
-"""DreamLite: SnapGen's small U-Net with a flow objective; a second picture stands beside the latent, empty for text."""
+"""DreamLite: SnapGen's small U-Net with a flow objective. Beside the latent it takes a second one, empty for text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from alignkit.records import Conditioning
 
 
 class DreamLite(PipelineGenerator):
-    """Adapter of `DreamLitePipeline`, text to image; the pipeline draws one prompt at a time.
+    """Adapter of `DreamLitePipeline`, text to image; the pipeline takes one prompt per call.
 
-    Prompts are kept at `tokens` places, so that rows of a cache have one shape; the network sees as many as the longest
-    of a batch needs. Left out: editing (and with it the multimodal processor), the mobile version's own pipeline.
+    Prompts are padded to `tokens` tokens, so that rows of a cache have one shape; the network gets as many as the
+    longest prompt of a batch needs. Not supported: editing (and with it the multimodal processor), the mobile version's
+    own pipeline.
     """
 
     component = "unet"
@@ -39,25 +40,25 @@ class DreamLite(PipelineGenerator):
         before, _, _ = self.pipeline.prompt_template_encode_generate.partition("{}")
         return f"{before}[Generate]: ", self.pipeline.prompt_template_encode_generate_start_idx + self.tokens
 
-    def _draw(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
+    def _run_pipeline(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
         negatives = arguments.pop("negative_prompt", [None] * len(prompts))
         rows = zip(prompts, sources, negatives, strict=True)
-        drawn = [
-            self.pipeline(prompt=text, negative_prompt=not_this, generator=[source], output_type="pt", **arguments)[0]
-            for text, source, not_this in rows
+        images = [
+            self.pipeline(prompt=text, negative_prompt=negative, generator=[source], output_type="pt", **arguments)[0]
+            for text, source, negative in rows
         ]
-        return torch.cat(drawn)
+        return torch.cat(images)
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        return self._told([f"[Generate]: {prompt}" for prompt in prompts])
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        return self._encode([f"[Generate]: {prompt}" for prompt in prompts])
 
-    def negative(self, text: str) -> dict[str, Tensor]:
-        return self._told([text])  # as in the pipeline, without the task's name
+    def encode_negative(self, text: str) -> dict[str, Tensor]:
+        return self._encode([text])  # as in the pipeline, without the task's name
 
-    def _told(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         encoder = self.pipeline.text_encoder
         rows, mask = self.pipeline.encode_prompt(
-            "generate", texts, self.device, encoder.dtype, max_sequence_length=self.tokens
+            "generate", texts, self.text_device, encoder.dtype, max_sequence_length=self.tokens
         )
         empty = self.tokens - rows.shape[1]
         return {"encoder_hidden_states": pad(rows, (0, 0, 0, empty)), "encoder_attention_mask": pad(mask, (0, empty))}
@@ -66,7 +67,7 @@ class DreamLite(PipelineGenerator):
         config = {"max_shift": 1.16, **self.pipeline.scheduler.config}
         return linear_sigmas(config, steps, tokens=shape[-1] * shape[-2] // 4)
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         mask = cond.tensors["encoder_attention_mask"].long()
         longest = int(mask.sum(1).max())
         height, width = (side * self.spatial_ratio for side in x_t.shape[-2:])

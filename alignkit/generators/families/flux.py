@@ -10,13 +10,13 @@ from torch import Tensor
 from alignkit.adapters.comfyui import JOINT_LAYERS, Keys
 from alignkit.adapters.lora_files import Origin
 from alignkit.generators.description import Inputs, LatentSize, blank, packed_inputs
-from alignkit.generators.families.mixins import EmbeddedGuidance, flow_schedule, linear_sigmas
+from alignkit.generators.families.mixins import GUIDANCE, EmbeddedGuidance, flow_schedule, linear_sigmas
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Conditioning
 
 
 class Flux(EmbeddedGuidance, PipelineGenerator):
-    """Adapter of `FluxPipeline` (dev and schnell). Latents stay [B, 16, H/8, W/8] outside; packing happens in `call`.
+    """Adapter of `FluxPipeline` (dev and schnell). Latents are [B, 16, H/8, W/8]; `call_network` packs them.
 
     Times are logit-normal without the resolution's shift, which only sampling applies.
     """
@@ -41,25 +41,26 @@ class Flux(EmbeddedGuidance, PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, None, max_sequence_length=self._tokens)
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeddings, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, device=self.text_device, max_sequence_length=self._tokens
+        )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
     def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
         return linear_sigmas(self.pipeline.scheduler.config, steps, tokens=shape[-1] * shape[-2] // 4)
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         batch, channels, height, width = x_t.shape
-        told, tensors = self.told_guidance(x_t, cond)
-        states = tensors["encoder_hidden_states"]
-        places = self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, x_t.dtype)  # noqa: SLF001
+        states = cond.tensors["encoder_hidden_states"]
+        image_ids = self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, x_t.dtype)  # noqa: SLF001
         packed = net(
             hidden_states=pack(x_t),
             timestep=model_time,
-            guidance=told if net.config.guidance_embeds else None,
-            img_ids=places,
+            guidance=cond.control(GUIDANCE) if net.config.guidance_embeds else None,
+            img_ids=image_ids,
             txt_ids=states.new_zeros(states.shape[1], 3),
-            **tensors,
+            **cond.tensors,
         ).sample
         return unpack(packed, (channels, height, width))
 

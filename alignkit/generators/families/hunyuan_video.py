@@ -12,13 +12,13 @@ from torch import Tensor
 from alignkit.adapters.lora_files import Origin
 from alignkit.generators.description import Inputs, LatentSize, blank, blank_mask, video_inputs
 from alignkit.generators.families.flux import Flux
-from alignkit.generators.families.mixins import EmbeddedGuidance, flow_schedule
+from alignkit.generators.families.mixins import GUIDANCE, EmbeddedGuidance, flow_schedule
 from alignkit.generators.families.video import VideoGenerator
 from alignkit.records import Conditioning
 
 
 class HunyuanVideo(EmbeddedGuidance, VideoGenerator):
-    """Adapter of `HunyuanVideoPipeline`; prompts stand in the pipeline's own template. Left out: true_cfg_scale."""
+    """Adapter of `HunyuanVideoPipeline`; prompts are put into its template. Not supported: true_cfg_scale."""
 
     prediction = "flow"
     guidance = 6.0
@@ -35,19 +35,18 @@ class HunyuanVideo(EmbeddedGuidance, VideoGenerator):
         before, _, _ = DEFAULT_PROMPT_TEMPLATE["template"].partition("{}")
         return before, DEFAULT_PROMPT_TEMPLATE["crop_start"] + self._tokens
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         states, pooled, mask = self.pipeline.encode_prompt(
-            prompts, device=self.device, max_sequence_length=self._tokens
+            prompts, device=self.text_device, max_sequence_length=self._tokens
         )
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask, "pooled_projections": pooled}
 
     def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:  # noqa: ARG002
         return {"sigmas": np.linspace(1.0, 0.0, steps + 1)[:-1]}
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
-        scale, tensors = self.told_guidance(x_t, cond)
-        guidance = scale * 1000.0 if net.config.guidance_embeds else None
-        return net(hidden_states=x_t, timestep=model_time, guidance=guidance, **tensors).sample
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        guidance = cond.control(GUIDANCE) * 1000.0 if net.config.guidance_embeds else None
+        return net(hidden_states=x_t, timestep=model_time, guidance=guidance, **cond.tensors).sample
 
     @property
     def spatial_ratio(self) -> int:

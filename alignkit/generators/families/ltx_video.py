@@ -1,4 +1,4 @@
-"""LTX-Video: a flow transformer over packed latents of a VAE that takes 8 x 32 x 32 pixels for one place."""
+"""LTX-Video: a flow transformer over packed latents of a VAE with 8 x 32 x 32 pixels per latent position."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from alignkit.records import Conditioning
 
 
 class LTXVideo(ChannelStatistics, VideoGenerator):
-    """Adapter of `LTXPipeline`. Latents stay [B, C, T, H, W] outside; packing happens in `call`.
+    """Adapter of `LTXPipeline`. Latents are [B, C, T, H, W]; `call_network` packs them.
 
-    A decoder that takes a time is given 0, as the pipeline gives it by default. Positions are those of `frame_rate`
-    frames a second, the pipeline's default. Left out: guidance_rescale.
+    A decoder that takes a time gets 0, the pipeline's default. Positions are those of `frame_rate` frames per second,
+    the pipeline's default. Not supported: guidance_rescale.
     """
 
     prediction = "flow"
@@ -32,7 +32,7 @@ class LTXVideo(ChannelStatistics, VideoGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {**super().sampling_arguments(), "frame_rate": self.frame_rate}
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         states, mask, *_ = self.encoded(prompts)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
@@ -40,7 +40,7 @@ class LTXVideo(ChannelStatistics, VideoGenerator):
         _, frames, height, width = shape
         return linear_sigmas(self.pipeline.scheduler.config, steps, tokens=frames * height * width)
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         frames, height, width = x_t.shape[2:]
         patches = (net.config.patch_size, net.config.patch_size_t)
         packed = net(

@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0: a flow transformer whose time and velocity run the other way: 0 is noise, 1 the picture."""
+"""Lumina-Image 2.0: a flow transformer with reversed time and velocity: 0 is noise, 1 the image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def _comfyui_layers(layers: Layers, net: nn.Module) -> Layers:
 
 
 class Lumina2(PipelineGenerator):
-    """Adapter of `Lumina2Pipeline`. Prompts carry the pipeline's system prompt, the null prompt does not, as there.
+    """Adapter of `Lumina2Pipeline`. Prompts carry the pipeline's system prompt; the null prompt does not, as in the
+    pipeline.
 
     Times are logit-normal without the resolution's shift, which only sampling applies.
     """
@@ -47,27 +48,27 @@ class Lumina2(PipelineGenerator):
     def text_window(self, tokenizer: Any) -> tuple[str, int]:
         return f"{self.pipeline.system_prompt} <Prompt Start> ", super().text_window(tokenizer)[1]
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         rows, mask, _, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._tokens
+            prompts, do_classifier_free_guidance=False, device=self.text_device, max_sequence_length=self._tokens
         )
         return {"encoder_hidden_states": rows, "encoder_attention_mask": mask}
 
-    def negative(self, text: str) -> dict[str, Tensor]:
+    def encode_negative(self, text: str) -> dict[str, Tensor]:
         *_, rows, mask = self.pipeline.encode_prompt(
-            [""], negative_prompt=[text], device=self.device, max_sequence_length=self._tokens
+            [""], negative_prompt=[text], device=self.text_device, max_sequence_length=self._tokens
         )
         return {"encoder_hidden_states": rows, "encoder_attention_mask": mask}
 
     def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
-        # The pipeline takes the number of channels for that of tokens; what samples so is repeated so.
+        # The pipeline passes the number of channels as the number of tokens; the chain repeats that.
         return linear_sigmas(self.pipeline.scheduler.config, steps, tokens=shape[0])
 
-    def combine(self, told: Tensor, free: Tensor, scale: float) -> Tensor:
-        """Guidance that keeps the conditional prediction's norm, row of places by row, as the pipeline does."""
-        return keep_norm(super().combine(told, free, scale), told)
+    def guide(self, cond_pred: Tensor, uncond_pred: Tensor, scale: float) -> Tensor:
+        """Guidance that keeps the conditional prediction's norm along each latent row, as the pipeline does."""
+        return keep_norm(super().guide(cond_pred, uncond_pred, scale), cond_pred)
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         velocity = net(
             hidden_states=x_t,
             timestep=1 - model_time,

@@ -1,4 +1,4 @@
-"""PixArt-Sigma: an eps transformer whose output has a second half, the learned sigma, that nobody trains here."""
+"""PixArt-Sigma: an eps transformer. The second half of its output, the learned sigma, is not trained."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from alignkit.records import Conditioning
 
 
 class PixArtSigma(PipelineGenerator):
-    """Adapter of `PixArtSigmaPipeline`. Pictures are drawn at the size asked for, from captions as they are written:
-    the pipeline's own resolution binning and caption cleaning are off, for training does neither.
+    """Adapter of `PixArtSigmaPipeline`. Images have the requested size and captions are not changed: the pipeline's
+    resolution binning and caption cleaning are off, because training does neither.
     """
 
     component = "transformer"
@@ -30,13 +30,13 @@ class PixArtSigma(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens, "use_resolution_binning": False, "clean_caption": False}
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeddings, mask, _, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._tokens
+            prompts, do_classifier_free_guidance=False, device=self.text_device, max_sequence_length=self._tokens
         )
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         micro = {"resolution": None, "aspect_ratio": None}
         output = net(x_t, timestep=model_time, added_cond_kwargs=micro, **cond.tensors).sample
         return output[:, : x_t.shape[1]]

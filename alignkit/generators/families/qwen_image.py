@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from alignkit.adapters.comfyui import Keys
 from alignkit.adapters.lora_files import Origin
@@ -18,10 +19,11 @@ from alignkit.records import Conditioning, Sampling
 
 
 class QwenImage(ChannelStatistics, PipelineGenerator):
-    """Adapter of `QwenImagePipeline`. Prompts are kept at `tokens` places, so that rows of a cache have one shape; the
-    network sees as many as the longest of a batch needs, as in the pipeline.
+    """Adapter of `QwenImagePipeline`. Prompts are padded to `tokens` tokens, so that rows of a cache have one shape;
+    the network gets as many as the longest prompt of a batch needs, as in the pipeline.
 
-    `Sampling.guidance_scale` is the pipeline's `true_cfg_scale`. Left out: a distilled variant that embeds guidance.
+    `Sampling.guidance_scale` is the pipeline's `true_cfg_scale`. Not supported: distilled variants that embed
+    guidance.
     """
 
     component = "transformer"
@@ -36,7 +38,7 @@ class QwenImage(ChannelStatistics, PipelineGenerator):
     def call_arguments(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         arguments = super().call_arguments(prompts, sampling)
         arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
-        return {"negative_prompt": [" "] * len(prompts), **arguments}  # without one the pipeline guides nothing
+        return {"negative_prompt": [" "] * len(prompts), **arguments}  # without one the pipeline does not guide
 
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.tokens}
@@ -45,25 +47,26 @@ class QwenImage(ChannelStatistics, PipelineGenerator):
         before, _, _ = self.pipeline.prompt_template_encode.partition("{}")
         return before, self.pipeline.prompt_template_encode_start_idx + self.tokens
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        rows, mask = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=self.tokens)
-        if mask is None:  # all places are in use
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        rows, mask = self.pipeline.encode_prompt(prompts, device=self.text_device, max_sequence_length=self.tokens)
+        if mask is None:  # no padding
             mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
         empty = self.tokens - rows.shape[1]
-        rows, mask = torch.nn.functional.pad(rows, (0, 0, 0, empty)), torch.nn.functional.pad(mask, (0, empty))
+        rows, mask = pad(rows, (0, 0, 0, empty)), pad(mask, (0, empty))
         return {"encoder_hidden_states": rows, "encoder_hidden_states_mask": mask}
 
-    def negative(self, text: str) -> dict[str, Tensor]:
-        return self.texts([text or " "])
+    def encode_negative(self, text: str) -> dict[str, Tensor]:
+        return self.encode_texts([text or " "])
 
     def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
         return linear_sigmas(self.pipeline.scheduler.config, steps, tokens=shape[-1] * shape[-2] // 4)
 
-    def combine(self, told: Tensor, free: Tensor, scale: float) -> Tensor:
+    def guide(self, cond_pred: Tensor, uncond_pred: Tensor, scale: float) -> Tensor:
         """Guidance that keeps the conditional prediction's norm, token by token, as the pipeline does."""
-        return unpack(keep_norm(pack(super().combine(told, free, scale)), pack(told)), told.shape[1:])
+        guided = pack(super().guide(cond_pred, uncond_pred, scale))
+        return unpack(keep_norm(guided, pack(cond_pred)), cond_pred.shape[1:])
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         batch, channels, height, width = x_t.shape
         mask = cond.tensors["encoder_hidden_states_mask"].long()
         longest = int(mask.sum(1).max())

@@ -1,4 +1,4 @@
-"""SANA: a linear-attention flow transformer on the latents of a deterministic autoencoder (DC-AE, 32 pixels a side)."""
+"""SANA: a linear-attention flow transformer on latents of DC-AE, a deterministic autoencoder with spatial ratio 32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignkit.records import Conditioning
 class Sana(PipelineGenerator):
     """Adapter of `SanaPipeline`. Prompts carry the pipeline's own instruction to Gemma, in training as in sampling.
 
-    Pictures are drawn at the size asked for: the pipeline's resolution binning is off.
+    Images have the requested size: the pipeline's resolution binning is off.
     """
 
     component = "transformer"
@@ -39,23 +39,23 @@ class Sana(PipelineGenerator):
         before = "\n".join(self._instruction)
         return before, len(tokenizer(before, verbose=False).input_ids) + self._tokens - 2  # as the pipeline has it
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        return self._told(prompts, self._instruction)
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        return self._encode(prompts, self._instruction)
 
-    def negative(self, text: str) -> dict[str, Tensor]:
-        return self._told([text], None)  # as in the pipeline, without the instruction
+    def encode_negative(self, text: str) -> dict[str, Tensor]:
+        return self._encode([text], None)  # as in the pipeline, without the instruction
 
-    def _told(self, prompts: list[str], instruction: list[str] | None) -> dict[str, Tensor]:
+    def _encode(self, prompts: list[str], instruction: list[str] | None) -> dict[str, Tensor]:
         embeddings, mask, _, _ = self.pipeline.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
-            device=self.device,
+            device=self.text_device,
             max_sequence_length=self._tokens,
             complex_human_instruction=instruction,
         )
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         return net(x_t, timestep=model_time * net.config.timestep_scale, **cond.tensors).sample
 
     def _posterior_mode(self, pixels: Tensor) -> Tensor:

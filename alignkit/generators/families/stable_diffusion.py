@@ -24,11 +24,11 @@ class StableDiffusion(PipelineGenerator):
         self.prediction = pipeline.scheduler.config.prediction_type
         self.noise_schedule = VPSchedule(pipeline.scheduler.alphas_cumprod)
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        embeddings, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeddings, _ = self.pipeline.encode_prompt(prompts, self.text_device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeddings}
 
-    def call(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         return net(x_t, model_time, encoder_hidden_states=cond.tensors["encoder_hidden_states"]).sample
 
     # --- description ---

@@ -17,9 +17,13 @@ from alignkit.records import Conditioning
 
 
 class StableDiffusion3(PipelineGenerator):
-    """Adapter of `StableDiffusion3Pipeline`; LoRA goes on both streams of every joint block."""
+    """Adapter of `StableDiffusion3Pipeline`; LoRA goes on both streams of every joint block.
+
+    Without T5 (`text_encoder_3`) the pipeline puts zeros in place of its states, and so does training.
+    """
 
     component = "transformer"
+    optional_parts = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
     prediction = "flow"
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -29,16 +33,21 @@ class StableDiffusion3(PipelineGenerator):
     def __init__(self, pipeline: Any, name: str) -> None:
         super().__init__(pipeline, name)
         self.noise_schedule = FlowSchedule(pipeline.scheduler.config.shift)
-        # The pipeline pads T5 to 256 tokens unless told otherwise; a tokenizer made for less says so.
+        # The pipeline pads T5 to 256 tokens by default; a tokenizer may have a lower limit.
         tokenizer = pipeline.tokenizer_3
         self._tokens = 256 if tokenizer is None else min(256, tokenizer.model_max_length)
 
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self._tokens
+            prompts,
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            device=self.text_device,
+            max_sequence_length=self._tokens,
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
@@ -49,7 +58,7 @@ class StableDiffusion3(PipelineGenerator):
         tokens = shape[-1] * shape[-2] // self.net.config.patch_size**2
         return {"num_inference_steps": steps, "mu": resolution_shift(config, tokens)}
 
-    def call(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         return net(hidden_states=x_t, timestep=model_time, **cond.tensors).sample
 
     # --- description ---

@@ -1,4 +1,4 @@
-"""What text-to-video families share: clips [B, F, 3, H, W], latents [B, C, T, H, W], the rule F = 1 + r (T - 1)."""
+"""Shared by text-to-video families: videos [B, F, 3, H, W], latents [B, C, T, H, W], the rule F = 1 + r (T - 1)."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ class VideoGenerator(PipelineGenerator):
     component = "transformer"
 
     def call_arguments(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
-        self.latent_frames(sampling.num_frames)  # the pipelines round another number, with a line in the log
+        self.latent_frames(sampling.num_frames)  # raises; the pipelines would round and log a line
         return {"num_frames": sampling.num_frames, **super().call_arguments(prompts, sampling)}
 
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         return {"encoder_hidden_states": self.encoded(prompts)[0]}
 
     def encoded(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """What the pipeline's `encode_prompt` gives for `prompts` alone, T5's states first."""
-        told = {"do_classifier_free_guidance": False, "max_sequence_length": self._tokens}
-        return self.pipeline.encode_prompt(prompts, device=self.device, **told)
+        """The results of the pipeline's `encode_prompt` for `prompts` without a negative prompt, T5's states first."""
+        return self.pipeline.encode_prompt(
+            prompts, device=self.text_device, do_classifier_free_guidance=False, max_sequence_length=self._tokens
+        )
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Latents [B, C, T, h, w] of clips [B, F, 3, H, W] in [0, 1]."""
+        """Latents [B, C, T, h, w] of videos [B, F, 3, H, W] in [0, 1]."""
         self.latent_frames(pixels.shape[1])
         return super().encode(pixels.transpose(1, 2))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Clips [B, F, 3, H, W] in [0, 1] of latents."""
+        """Videos [B, F, 3, H, W] in [0, 1] of latents [B, C, T, h, w]."""
         return super().decode(latents).transpose(1, 2)
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
-        """[C, T, h, w] of a clip of that size."""
+        """[C, T, h, w] of a video of `frames` frames of `height` x `width` pixels."""
         channels, *sides = super().latent_shape(height, width)
         return (channels, self.latent_frames(frames), *sides)
 
     def latent_frames(self, frames: int) -> int:
-        """T of a clip of F frames. Raises ConfigError unless F = 1 + r k."""
+        """T of a video of F frames. Raises ConfigError unless F = 1 + r k."""
         if frames % self.temporal_ratio != 1 % self.temporal_ratio:
             raise ConfigError(
                 f"{frames} frames do not fit '{self.name}': it takes 1 + {self.temporal_ratio} k, "

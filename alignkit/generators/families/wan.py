@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: a flow transformer on the latents of a causal video VAE, each channel with its statistics."""
+"""Wan 2.1 and 2.2: a flow transformer on the latents of a causal video VAE, normalised per channel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _comfyui_layers(layers: Layers, _: nn.Module) -> Layers:
 
 
 class WanVideo(ChannelStatistics, VideoGenerator):
-    """What Wan's relatives share: UMT5 states, padded with zeros, and Wan's VAE."""
+    """Base of `Wan` and `AnyFlow`: UMT5 states, padded with zeros, and Wan's VAE."""
 
     prediction = "flow"
 
@@ -66,9 +66,9 @@ class Wan(WanVideo):
     """Adapter of `WanPipeline`: 2.1, 2.2 TI2V-5B (a time for each token) and 2.2 A14B (two experts).
 
     Of two experts one is trained, `expert` "transformer" (times from the boundary up) or "transformer_2" (below), on
-    times of its own range; the other stays as it is and serves its range in chains and samples. An adapter belongs to
+    times of its own range; the other is frozen and serves its range in chains and samples. An adapter belongs to
     its expert: the vanilla pipeline loads the second's with `load_into_transformer_2=True`. Leave `t_min` at 0
-    with the second. Left out: guidance_scale_2.
+    with the second. Not supported: guidance_scale_2.
     """
 
     def __init__(self, pipeline: Any, name: str, expert: str = "transformer") -> None:
@@ -78,8 +78,8 @@ class Wan(WanVideo):
         super().__init__(pipeline, name)
         ratio = pipeline.config.boundary_ratio
         self._boundary = 0.0 if ratio is None or pipeline.transformer_2 is None else ratio
-        own = {"low": self._boundary} if expert == "transformer" else {"high": self._boundary}
-        self.noise_schedule = replace(self.noise_schedule, **own)
+        own_range = {"low": self._boundary} if expert == "transformer" else {"high": self._boundary}
+        self.noise_schedule = replace(self.noise_schedule, **own_range)
 
     def _is_mine(self, t: Tensor) -> Tensor:
         return (t >= self._boundary) == (self.component == "transformer")
@@ -92,17 +92,17 @@ class Wan(WanVideo):
     def adapter_prefix(self) -> str:
         return "transformer"  # whichever expert
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         mine = self._is_mine(model_time / self.noise_schedule.model_time(torch.ones(())))
         if mine.all():
-            return self._call(net, x_t, model_time, cond)
+            return self._call_expert(net, x_t, model_time, cond)
         other = self.pipeline.transformer_2 if self.component == "transformer" else self.pipeline.transformer
-        theirs = self._call(other, x_t.to(other.dtype), model_time, cond).to(x_t)
+        other_pred = self._call_expert(other, x_t.to(other.dtype), model_time, cond).to(x_t)
         if not mine.any():
-            return theirs
-        return torch.where(mine.reshape(-1, 1, 1, 1, 1), self._call(net, x_t, model_time, cond), theirs)
+            return other_pred
+        return torch.where(mine.reshape(-1, 1, 1, 1, 1), self._call_expert(net, x_t, model_time, cond), other_pred)
 
-    def _call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def _call_expert(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         if self.pipeline.config.expand_timesteps:
             _, high, wide = net.config.patch_size
             tokens = x_t.shape[2] * (x_t.shape[3] // high) * (x_t.shape[4] // wide)

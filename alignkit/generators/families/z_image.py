@@ -1,4 +1,4 @@
-"""Z-Image: a single-stream flow transformer that takes lists, and whose time and velocity run the other way."""
+"""Z-Image: a single-stream flow transformer that takes lists, with reversed time and velocity."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from alignkit.records import Conditioning
 
 
 class ZImage(PipelineGenerator):
-    """Adapter of `ZImagePipeline`; prompts are kept at `tokens` places, so that rows of a cache have one shape.
+    """Adapter of `ZImagePipeline`; prompts are padded to `tokens` tokens, so that rows of a cache have one shape.
 
-    The network sees each prompt without its filling, as in the pipeline. Left out: cfg_normalization, cfg_truncation.
+    The network gets each prompt without its padding, as in the pipeline. Not supported: cfg_normalization,
+    cfg_truncation.
     """
 
     component = "transformer"
@@ -35,34 +36,34 @@ class ZImage(PipelineGenerator):
         return {"max_sequence_length": self.tokens}
 
     def text_window(self, tokenizer: Any) -> tuple[str, int]:
-        told = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [{"role": "user", "content": "{}"}], tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
-        return told.partition("{}")[0], self.tokens
+        return text.partition("{}")[0], self.tokens
 
-    def texts(self, prompts: list[str]) -> dict[str, Tensor]:
-        # The pipeline writes its chat template into the list that it is given.
-        rows, _ = self.pipeline.encode_prompt(list(prompts), self.device, False, max_sequence_length=self.tokens)
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        # A copy, because the pipeline writes its chat template into its argument.
+        rows, _ = self.pipeline.encode_prompt(list(prompts), self.text_device, False, max_sequence_length=self.tokens)
         states = torch.stack([pad(row, (0, 0, 0, self.tokens - len(row))) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        mask = torch.arange(self.tokens, device=self.device) < lengths[:, None]
+        lengths = torch.tensor([len(row) for row in rows], device=self.text_device)
+        mask = torch.arange(self.tokens, device=self.text_device) < lengths[:, None]
         return {"encoder_hidden_states": states, "mask": mask.float()}
 
     def grid_arguments(self, steps: int, shape: Sequence[int]) -> dict[str, Any]:
         return linear_sigmas(self.pipeline.scheduler.config, steps, tokens=(shape[-2] // 2) * (shape[-1] // 2))
 
-    def combine(self, told: Tensor, free: Tensor, scale: float) -> Tensor:
+    def guide(self, cond_pred: Tensor, uncond_pred: Tensor, scale: float) -> Tensor:
         """The scale counts from the conditional prediction on, as in the guidance paper."""
-        return told + scale * (told - free)
+        return cond_pred + scale * (cond_pred - uncond_pred)
 
     @property
     def pixel_multiple(self) -> int:
         return 2 * self.spatial_ratio
 
-    def call(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+    def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         rows = zip(cond.tensors["encoder_hidden_states"], cond.tensors["mask"].bool(), strict=True)
-        pictures = list(x_t.unsqueeze(2).unbind(0))
-        velocity = net(pictures, 1 - model_time, [states[mask] for states, mask in rows]).sample
+        images = list(x_t.unsqueeze(2).unbind(0))
+        velocity = net(images, 1 - model_time, [states[mask] for states, mask in rows]).sample
         return -torch.stack(velocity).squeeze(2)
 
     # --- description ---

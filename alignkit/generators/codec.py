@@ -1,0 +1,90 @@
+"""The VAE side of a generator: pixels in [0, 1] to normalised latents and back, latent statistics and ratios.
+
+Results are float32 at least; a float64 VAE gives float64. Families override the parts in which their VAE differs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or in float64 if it is in float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class Codec:
+    """Base of `PipelineGenerator`: encodes and decodes with the pipeline's VAE."""
+
+    pipeline: Any
+    name: str
+    _has_overflowed = False
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of pixels [B, 3, H, W] in [0, 1], normalised as the network expects them.
+
+        The latent is the mode of the VAE's posterior.
+        """
+        return at_least_float32(self._normalised(self._in_range(self._posterior_mode, pixels * 2 - 1)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] of normalised latents, differentiable."""
+        pixels = self._in_range(self._decode, self._denormalised(latents))
+        return (at_least_float32(pixels) / 2 + 0.5).clamp(0, 1)
+
+    def _normalised(self, raw: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        return (raw - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        return self.pipeline.vae.decode(raw).sample
+
+    def _posterior_mode(self, pixels: Tensor) -> Tensor:
+        return self.pipeline.vae.encode(pixels).latent_dist.mode()
+
+    def _in_range(self, coder: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        """`coder(values)` in the VAE's dtype; in float32 after the VAE has overflowed once in float16 (SDXL's does).
+
+        Between calls the VAE stays in float16, because the pipeline decodes its own samples in its own way.
+        """
+        vae = self.pipeline.vae
+        if not self._has_overflowed:
+            result = coder(values.to(vae.dtype))
+            if vae.dtype != torch.float16 or result.isfinite().all():
+                return result
+            warnings.warn(f"the VAE of '{self.name}' overflows in float16; it now runs in float32", stacklevel=3)
+            self._has_overflowed = True
+        vae.float()
+        try:
+            return coder(values.float())
+        finally:
+            vae.half()
+
+    @property
+    def spatial_ratio(self) -> int:
+        """Pixels per latent position along one side."""
+        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+
+    @property
+    def temporal_ratio(self) -> int:
+        """r: a video has 1 + r k frames, one latent frame per r frames after the first. 1 for images."""
+        return 1
+
+    @property
+    def latent_channels(self) -> int:
+        """C of a latent."""
+        return self.pipeline.vae.config.latent_channels
+
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:  # noqa: ARG002 - for video
+        """[C, h, w] of an image of `height` x `width` pixels."""
+        ratio = self.spatial_ratio
+        return (self.latent_channels, height // ratio, width // ratio)

@@ -1,0 +1,190 @@
+"""The text side of a generator as one module: prompts in, Conditioning out, differentiable.
+
+It holds all text encoders of the pipeline (CLIP, T5, UMT5, Qwen, Gemma, Llama). They are frozen until `add_lora` or
+`unfreeze`, so no gradient reaches encoders that are not trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
+
+from alignkit.adapters import lora
+from alignkit.errors import AdapterError, UnknownNameError, nearest
+from alignkit.records import Conditioning
+
+# Suffixes of the attention projections of each kind of encoder: CLIP, decoders (Qwen, Gemma, Llama), T5 and UMT5.
+ATTENTION = (
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
+)
+
+
+class TextFamily(Protocol):
+    """What the conditioner needs of its family."""
+
+    pipeline: Any
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where prompts are encoded."""
+        ...
+
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The network's own names and tensors [B, ...] for B prompts."""
+        ...
+
+    def encode_negative(self, text: str) -> dict[str, Tensor]:
+        """The same [1, ...] for a negative prompt."""
+        ...
+
+
+class Conditioner(nn.Module):
+    """All text encoders of a pipeline; its forward encodes prompts, so DDP and FSDP can wrap it.
+
+    Trained encoders stay components of the pipeline, so `generate` uses them too.
+    """
+
+    def __init__(self, family: TextFamily) -> None:
+        super().__init__()
+        parts = {name: part for name, part in family.pipeline.components.items() if name.startswith("text_encoder")}
+        self.encoders = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+        self._family = family  # no module, so it adds no parameters here
+        self._frozen: dict[str, nn.Module] = {}  # copies of encoders under full tuning; a plain dict registers nothing
+        self.requires_grad_(False).eval()
+
+    def forward(self, texts: Sequence[str], *, reference: bool = False) -> Conditioning:
+        """Conditioning of B prompts with its null condition, differentiable to the weights of trained encoders.
+
+        Autocast is off, so that cached and newly encoded prompts agree. `reference=True` uses the base encoders, also
+        when a checkpointed region repeats its forward in the backward pass.
+        """
+        switch = self.as_reference() if reference else nullcontext()
+        with switch, torch.autocast(self._family.text_device.type, enabled=False):
+            return Conditioning(self._family.encode_texts(list(texts)), self._family.encode_negative(""))
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The encoders that carry a LoRA or are fully tuned, by the pipeline's component name."""
+        return {name: part for name, part in self.encoders.items() if name in self._frozen or lora.lora_layers(part)}
+
+    def add_lora(
+        self,
+        rank: int,
+        alpha: float | None = None,
+        targets: Sequence[str] | None = None,
+        dropout: float = 0.0,
+        encoders: Sequence[str] | None = None,
+    ) -> None:
+        """Put a fresh LoRA on `encoders` (component names), by default on all.
+
+        `targets` are suffixes of layer names, by default the attention projections. Raises UnknownNameError for an
+        encoder that the pipeline does not have, AdapterError for one that is trained already or has none of the layers.
+        """
+        for encoder in self._untrained(encoders).values():
+            lora.inject(encoder, rank=rank, alpha=alpha, targets=targets or attention_layers(encoder), dropout=dropout)
+
+    def unfreeze(self, encoders: Sequence[str] | None = None) -> None:
+        """Train all weights of `encoders` (component names), by default of all; frozen copies become the reference.
+
+        The dtype does not change: cast to float32 before, because half-precision weights lose small updates. Raises
+        UnknownNameError for an encoder that the pipeline does not have, AdapterError for one that is trained already.
+        """
+        for name, encoder in self._untrained(encoders).items():
+            self._frozen[name] = copy.deepcopy(encoder).requires_grad_(False).eval()
+            encoder.requires_grad_(True)
+
+    def _untrained(self, names: Sequence[str] | None) -> dict[str, nn.Module]:
+        chosen = list(self.encoders) if names is None else list(names)
+        if not chosen:
+            raise AdapterError(f"a {type(self._family.pipeline).__name__} has no text encoder to train")
+        for name in chosen:
+            if name not in self.encoders:
+                raise UnknownNameError(
+                    f"no text encoder '{name}'; the pipeline has {list(self.encoders)}.{nearest(name, self.encoders)}"
+                )
+            if name in self.trained:
+                raise AdapterError(f"'{name}' is trained already; merge its adapter first or load the model again")
+        return {name: self.encoders[name] for name in chosen}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether any encoder is trained, so that the base encoders differ from the present ones."""
+        return bool(self.trained)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within it prompts are encoded by the base encoders: adapters off, frozen copies in place of tuned encoders.
+
+        Use `forward(..., reference=True)` in a checkpointed region that needs gradients. Raises AdapterError if no
+        encoder is trained.
+        """
+        if not self.has_reference:
+            raise AdapterError("no reference: no text encoder is trained")
+        pipeline = self._family.pipeline
+        before = {name: pipeline.components[name] for name in self._frozen}
+        pipeline.register_modules(**self._frozen)
+        try:
+            with lora.disabled(lora.lora_layers(self)):
+                yield
+        finally:
+            pipeline.register_modules(**before)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write each trained encoder as a plain pipeline component `folder/NAME`, its adapter merged.
+
+        The vanilla pipeline takes it in place of its own: `from_pretrained(model, NAME=CLASS.from_pretrained(...))`.
+        This conditioner keeps its adapters. Raises AdapterError if no encoder is trained.
+        """
+        if not self.trained:
+            raise AdapterError("no text encoder is trained, so there is nothing to save")
+        written = []
+        for name, encoder in self.trained.items():
+            merged: Any = copy.deepcopy(encoder) if lora.lora_layers(encoder) else encoder
+            lora.merge(merged)
+            merged.save_pretrained(Path(folder) / name)
+            written.append(Path(folder) / name)
+        return written
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes that FSDP shards one by one by default: those that transformers names and the encoders have."""
+        named: set[str] = set()
+        for encoder in self.encoders.values():
+            named |= set(encoder._no_split_modules or ())  # noqa: SLF001 - accelerate reads it as well
+        return sorted(named & {type(module).__name__ for module in self.modules()})
+
+    def activation_checkpointing_enable(self, **_: Any) -> None:
+        """Called by Trainer when `activation_checkpointing` is true: trained encoders checkpoint their own layers.
+
+        transformers does so in training mode only.
+        """
+        for encoder in self.trained.values():
+            library: Any = encoder
+            library.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def attention_layers(encoder: nn.Module) -> tuple[str, ...]:
+    """The suffixes in `ATTENTION` that the encoder's layers have. Raises AdapterError if no kind fits."""
+    names = [f".{name}\n" for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    joined = "".join(names)  # each name stands between a dot and a newline
+    for suffixes in ATTENTION:
+        if all(f".{suffix}\n" in joined for suffix in suffixes):
+            return suffixes
+    raise AdapterError(f"no default LoRA targets for a {type(encoder).__name__}; give suffixes of its layer names")
+
+
+# DDP and FSDP find the tensors of a module's inputs and outputs through this registry.
+register_pytree_node(
+    Conditioning,
+    lambda cond: ([dict(cond.tensors), dict(cond.null), dict(cond.controls)], None),
+    lambda parts, _: Conditioning(*parts),
+)

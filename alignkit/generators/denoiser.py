@@ -1,0 +1,114 @@
+"""The network of a generator as one module with one forward, and the switch to its frozen base model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from alignkit.adapters import lora
+from alignkit.diffusion.schedules import Schedule
+from alignkit.errors import AdapterError
+from alignkit.generators.conditioner import Conditioner
+from alignkit.records import Conditioning, Texts
+
+
+class NetworkFamily(Protocol):
+    """What the denoiser needs of its family."""
+
+    noise_schedule: Schedule
+    conditioner: Conditioner
+
+    def call_network(self, net: nn.Module, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
+        """One call of the family's network."""
+        ...
+
+
+class Denoiser(nn.Module):
+    """The module that a trainer trains: the network, and the text encoders that are trained with it.
+
+    Its forward is what is called in training and in chains, so DDP, FSDP and autocast can wrap it.
+    """
+
+    def __init__(self, family: NetworkFamily, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.trained_encoders = nn.ModuleDict()  # by the pipeline's component name
+        self._family = family  # no module, so it adds no parameters here
+        self._frozen: tuple[nn.Module, ...] = ()  # a tuple, so that the copy's parameters are not this module's
+        self._is_reference = False
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning | Texts, *, reference: bool = False) -> Tensor:
+        """The native prediction for latents x_t [B, C, H, W] or [B, C, T, H, W] at canonical times t [B].
+
+        With `Texts` the prompts are encoded here by the trained encoders; without any, and for the reference, the
+        cached conditioning is used. `reference=True` gives the prediction of the frozen base model. Unlike the context
+        `as_reference` it also holds when a checkpointed region repeats its forward in the backward pass.
+        """
+        with self.as_reference() if reference else nullcontext():
+            return self._predict(x_t, t, cond)
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Conditioning | Texts) -> Tensor:
+        net = self._frozen[0] if self._is_reference and self._frozen else self.net
+        if isinstance(cond, Texts) and self.trained_encoders and not self._is_reference:
+            encoded = self._family.conditioner(cond.texts).drop(cond.dropped)
+            cond = encoded.repeat(len(x_t) // len(encoded)).with_controls(cond.cached.controls)
+        elif isinstance(cond, Texts):
+            cond = cond.cached
+        # Cached latents and conditioning are float32 whatever the network's dtype. Times and controls [B] stay float32,
+        # as in the pipelines.
+        cond = cond.map(
+            lambda tensor: tensor.to(net.dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+        )
+        return self._family.call_network(net, x_t.to(net.dtype), self._family.noise_schedule.model_time(t), cond)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes that FSDP shards one by one by default: those that diffusers names and the network has."""
+        present = {type(module).__name__ for module in self.net.modules()}
+        return sorted(present & set(self.net._no_split_modules or ()))  # noqa: SLF001 - accelerate reads it as well
+
+    def freeze_copy(self) -> None:
+        """Keep the present weights as the reference (full fine-tuning)."""
+        self._frozen = (copy.deepcopy(self.net).requires_grad_(False).eval(),)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the base model can be called: there is a frozen copy or an adapter to switch off."""
+        return bool(self._frozen or lora.lora_layers(self))
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within it forward is the frozen base model: the frozen copy, or the network without adapters.
+
+        Adapters in the trained text encoders are off too. Use `forward(..., reference=True)` in a checkpointed region
+        that needs gradients: that region is repeated in the backward pass, after this context has ended. Raises
+        AdapterError without a reference.
+        """
+        if not self.has_reference:
+            raise AdapterError("no reference: the model has neither an adapter nor a frozen copy")
+        before, self._is_reference = self._is_reference, True
+        try:
+            with lora.disabled(lora.lora_layers(self)):
+                yield
+        finally:
+            self._is_reference = before
+
+    def activation_checkpointing_enable(self, **_: Any) -> None:
+        """Called by Trainer when `activation_checkpointing` is true: the network checkpoints its own blocks.
+
+        A block that ran without adapters is also repeated without them.
+        """
+        self.net.enable_gradient_checkpointing(self._checkpoint_block)
+
+    def _checkpoint_block(self, block: nn.Module, *inputs: Any) -> Any:
+        is_reference = self._is_reference
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), lora.disabled(lora.lora_layers(block)) if is_reference else nullcontext()
+
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
