@@ -80,7 +80,7 @@ def count_work(generator: Any) -> None:
         return generate(prompts, *rest)
 
     def count_reference(model: Any, inputs: Any) -> None:
-        COUNTS["reference"] += len(inputs[0]) if model._use_reference else 0
+        COUNTS["reference"] += len(inputs[0]) if model._is_reference else 0
 
     generator.encode, generator.generate = counted_encode, counted_generate
     generator.model.register_forward_pre_hook(count_reference)
