@@ -141,18 +141,16 @@ class PipelineGenerator(FamilyDescription, Codec):
         """Where the text encoders are; the network's device if there is none."""
         return next((parameter.device for parameter in self.conditioner.parameters()), self.device)
 
-    def move_frozen_parts(self, device: torch.device | str) -> None:
-        """Move the VAE, the text encoders and all else that training does not call off the accelerator or back to it.
+    @property
+    def idle_parts(self) -> list[nn.Module]:
+        """The components that a training on cached data does not call, so that they may leave the accelerator.
 
-        Text encoders stay if any of them is trained, because encoding a prompt needs all of them. `self.device` is the
-        network's device, which does not change. While the parts are elsewhere, prompts are encoded there (slowly);
-        `generate`, `encode` and `decode` need the parts back.
+        These are the VAE and all else but denoisers (Wan 2.2 has two) and, if any text encoder is trained, the text
+        encoders: encoding a prompt needs all of them.
         """
         encoders = self.conditioner.encoders.keys() if self.conditioner.trained else set()
-        for name in self.pipeline.components.keys() - {self.component} - encoders:
-            part = self.pipeline.components[name]
-            if isinstance(part, nn.Module):
-                part.to(device)
+        parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        return [part for name, part in parts.items() if name not in encoders and type(part) is not type(self.net)]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts on the network's device, differentiable to trained text encoders."""

@@ -79,6 +79,7 @@ class AlignTrainer(Trainer):
 
     args: AlignConfig
     needs_reference = False
+    compares_candidates = False  # whether a step holds all K candidates of a prompt; the doctor counts memory by it
     parking: str | None = None  # device of text encoders and VAE while `train` runs; None: they stay
 
     def __init__(
@@ -255,14 +256,9 @@ class AlignTrainer(Trainer):
 
     @contextmanager
     def components_on(self, device: torch.device | str) -> Iterator[None]:
-        """Within it the text encoders and VAE that are not trained are on `device`; then back where they were.
-
-        Denoisers stay: a second one (Wan 2.2) may be called in a step.
-        """
-        needed = {*self.trained_module().modules(), *self.generator.model.modules()}
-        modules = [part for part in self.generator.pipeline.components.values() if isinstance(part, nn.Module)]
-        others = [part for part in modules if part not in needed and type(part) is not type(self.generator.net)]
-        first = {part: next(part.parameters(), None) for part in others}
+        """Within it the generator's `idle_parts` that are not trained are on `device`; then back where they were."""
+        trained = set(self.trained_module().modules())
+        first = {part: next(part.parameters(), None) for part in self.generator.idle_parts if part not in trained}
         places = {part: parameter.device for part, parameter in first.items() if parameter is not None}
         for part in places:
             part.to(device)

@@ -77,6 +77,7 @@ class RankDPOTrainer(OfflineTrainer):
 
     args: RankDPOConfig
     needs_reference = True
+    compares_candidates = True
 
     def __init__(self, model: Any, args: RankDPOConfig, train_dataset: Any, *rest: Any, **options: Any) -> None:
         super().__init__(model, args, train_dataset, *rest, **options)

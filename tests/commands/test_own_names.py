@@ -145,6 +145,38 @@ def test_the_doctor_tries_an_own_reward(own, capsys):
     assert "red" in capsys.readouterr().out
 
 
+def test_the_doctor_sizes_up_an_own_method(own, model_folders, capsys):
+    """A subclass of SFT: one candidate, no reference."""
+    words = ["doctor", "--model", str(model_folders["unet"]), "--resolution", "32"]
+    texts = []
+    for method in ("my_method:METHOD", "sft"):
+        assert cli.main([*words, "--method", method]) == 0, capsys.readouterr().err
+        texts.append(capsys.readouterr().out)
+    assert "peak memory of my_method:METHOD, 1 x 1" in texts[0]
+    assert texts[0].replace("my_method:METHOD", "sft").splitlines()[:-1] == texts[1].splitlines()[:-1]
+    assert cli.main([*words, "--method", "my_method:METOD"]) == 2
+    assert "module 'my_method' has no 'METOD'" in capsys.readouterr().err
+
+
+def test_the_doctor_tries_a_judge(own, capsys):
+    """A judge that always prefers the first loses half of the comparisons; one that abstains loses none."""
+    (own / "my_judge.py").write_text(
+        "class Fixed:\n"
+        "    def __init__(self, *, verdict: int):\n"
+        "        self.verdict = verdict\n\n"
+        "    def compare(self, first, second, prompts):\n"
+        "        assert first.shape == second.shape == (6, 3, 224, 224)\n"
+        "        return [self.verdict] * len(prompts)\n",
+        encoding="utf-8",
+    )
+    assert cli.main(["doctor", "--judge", "my_judge:Fixed", "--options.verdict", "0"]) == 0, capsys.readouterr().err
+    assert "0 of 12 comparisons won, 12 abstentions, none lost" in capsys.readouterr().out
+    assert cli.main(["doctor", "--judge", "my_judge:Fixed", "--options.verdict", "1"]) == 2
+    assert "6 of 12 comparisons are lost" in capsys.readouterr().err
+    assert cli.main(["doctor", "--judge", "my_judge:Fixed", "--options.verdict", "7"]) == 2
+    assert "it must give 1, 0 or -1" in capsys.readouterr().err
+
+
 def test_a_run_with_all_four(own, capsys):
     assert cli.main(["run", "--config=run.yaml"]) == 0, capsys.readouterr().err
     log = json.loads((own / "run" / "train" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]

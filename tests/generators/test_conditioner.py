@@ -205,17 +205,16 @@ def test_texts_are_encoded_anew_and_the_reference_uses_the_cache(load):
         assert not torch.equal(expected, base)
 
 
-def test_frozen_parts_can_leave_the_device(load):
-    """To meta here: everything but the network; trained text encoders stay with all the others."""
-    generator = load("unet")
-    generator.move_frozen_parts("meta")
-    assert generator.text_device.type == generator.pipeline.vae.device.type == "meta"
-    assert generator.device.type == "cpu"
-    trained = load("flow")
-    trained.add_text_lora(2, None, None, 0.0)
-    trained.move_frozen_parts("meta")
-    assert trained.pipeline.vae.device.type == "meta"
-    assert {p.device.type for p in trained.conditioner.parameters()} == {"cpu"}
+def test_idle_parts_are_all_but_denoisers_and_trained_text_encoders(load):
+    """One trained encoder keeps the others too; of Wan 2.2's two denoisers neither is idle."""
+    generator = load("flow")
+    pipeline = generator.pipeline
+    encoders = {pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3}
+    assert set(generator.idle_parts) == {pipeline.vae, *encoders}
+    generator.conditioner.add_lora(2, encoders=["text_encoder"])
+    assert generator.idle_parts == [pipeline.vae]
+    wan = load("wan_high")
+    assert set(wan.idle_parts) == {wan.pipeline.vae, wan.pipeline.text_encoder}
 
 
 def test_generate_leaves_the_modes_as_they_were(load):

@@ -1,4 +1,4 @@
-"""`alignkit doctor`: versions, devices, optional parts, whether a training will fit in memory, and a reward's trial."""
+"""`alignkit doctor`: versions, devices, optional parts, memory of a planned training, trial of a reward or judge."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import psutil
 
 from alignkit.commands.doctor import memory
 from alignkit.commands.doctor.model_shapes import Model, read_model
-from alignkit.commands.specs import RewardSpec
+from alignkit.commands.methods import DEFAULT_METHOD, trainer_class
+from alignkit.commands.specs import JudgeSpec, RewardSpec, require_known
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
 from alignkit.storage import versions
+from alignkit.trainers import METHODS
 
 OPTIONAL = {
     "torchvision": "not needed",
@@ -37,25 +39,26 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorJob:
-    """Look at this machine, at a training that is planned on it, or at a reward.
+    """Look at this machine, at a training that is planned on it, at a reward, or at a judge.
 
     model: a diffusers folder, with weights or with configs alone (configs/models has published ones); with it, sizes,
         operations and peak memory of a training are printed.
-    method: rankdpo or sft.
-    resolution: side of the pictures; default: the model's own.
-    frames: frames of a video; default: what the family's pipeline draws, 1 for pictures.
+    method: a name in the table of methods, or 'package.module:attribute' of your own.
+    resolution: side of the images; default: the model's own.
+    frames: frames of a video; default: what the family's pipeline generates, 1 for images.
     batch: prompts a step and device.
-    candidates: pictures a prompt (K).
+    candidates: images or videos a prompt (K).
     dtype: the precision of the frozen weights.
     bf16: whether the step computes in bf16 (autocast).
     precompute_reference: whether reference errors are there already.
     reward: a name in the table of rewards, or 'package.module:attribute' of your own; it is loaded and tried on three
         shipped photographs, where the right captions must win.
-    options: keywords for its constructor, such as the model folder.
+    judge: a name in the table of judges, or 'package.module:attribute' of your own; tried in the same way.
+    options: keywords for the constructor of the reward or judge, such as the model folder.
     """
 
     model: Path | None = None
-    method: Literal["rankdpo", "sft"] = "rankdpo"
+    method: str = DEFAULT_METHOD
     resolution: int | None = None
     frames: int | None = None
     batch: int = 1
@@ -68,13 +71,15 @@ class DoctorJob:
     activation_checkpointing: bool = False
     low_memory: bool = False
     reward: str | None = None
+    judge: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.reward is None and self.options:
-            raise ConfigError("options are a reward's; name it with --reward")
-        if self.reward is not None and self.model is not None:
-            raise ConfigError("give --model or --reward, one at a time")
+        if self.reward is None and self.judge is None and self.options:
+            raise ConfigError("options are those of a reward or judge; name it with --reward or --judge")
+        if sum(value is not None for value in (self.model, self.reward, self.judge)) > 1:
+            raise ConfigError("give --model, --reward or --judge, one at a time")
+        require_known(self.method, METHODS, kind="method")
         if min(self.batch, self.candidates, self.lora_rank, self.resolution or 1, self.frames or 1) < 1:
             raise ConfigError("batch, candidates, lora_rank, resolution and frames must be at least 1")
 
@@ -120,7 +125,7 @@ def machine_lines() -> list[str]:
 
 def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
     """The job as numbers, with the model's own size and LoRA targets."""
-    family = model.family
+    family, trainer = model.family, trainer_class(job.method)
     side = int(model.config.get("sample_size") or 128) * model.vae_ratio
     height, width, frames = family.default_size or (side, side, 1)
     return memory.Setup(
@@ -128,16 +133,16 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
         width=job.resolution or width,
         frames=job.frames or frames,
         batch=job.batch,
-        candidates=job.candidates if job.method == "rankdpo" else 1,
+        candidates=job.candidates if trainer.compares_candidates else 1,
         lora_rank=job.lora_rank,
         lora_targets=tuple(family.lora_targets),
         full_finetune=job.full_finetune,
-        needs_reference=job.method == "rankdpo",
+        needs_reference=trainer.needs_reference,
         dtype=job.dtype,
         bf16=job.bf16,
         precompute_reference=job.precompute_reference,
         activation_checkpointing=job.activation_checkpointing,
-        low_memory=job.low_memory and job.method == "rankdpo",
+        low_memory=job.low_memory and trainer.compares_candidates,
     )
 
 
@@ -222,9 +227,13 @@ def _work(job: DoctorJob) -> None:
         from alignkit.commands.doctor import rewards as doctor_rewards
 
         doctor_rewards.check(RewardSpec(reward=job.reward, options=job.options))
+    elif job.judge is not None:
+        from alignkit.commands.doctor import judges as doctor_judges
+
+        doctor_judges.check(JudgeSpec(judge=job.judge, options=job.options))
     elif job.model is None:
         print("\n".join(machine_lines()))
-        print("\nmemory of a training: alignkit doctor --model FOLDER --method rankdpo")
+        print(f"\nmemory of a training: alignkit doctor --model FOLDER --method {DEFAULT_METHOD}")
         print("a reward on photographs: alignkit doctor --reward clip_score --options.model FOLDER")
     else:
         print("\n".join(model_lines(job, job.model)))
@@ -234,6 +243,9 @@ def _plan(job: DoctorJob) -> list[str]:
     if job.reward is not None:
         spec = RewardSpec(reward=job.reward, options=job.options)
         return [f"load the reward {spec.reward} and score three photographs with right and wrong captions"]
+    if job.judge is not None:
+        spec_of_judge = JudgeSpec(judge=job.judge, options=job.options)
+        return [f"load the judge {spec_of_judge.judge} and compare three photographs under each other's captions"]
     if job.model is None:
         return ["look at versions, devices and optional parts"]
     planned_model(job.model)
@@ -244,6 +256,6 @@ def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = (
         "Show versions, devices and optional parts; with --model, size up a training: operations, memory, what fits; "
-        "with --reward, try a reward on photographs."
+        "with --reward or --judge, try it on photographs."
     )
     execute(Verb("doctor", summary, lambda *_: DoctorJob, _plan, _work), argv)
