@@ -5,27 +5,32 @@
     TRL          prompt, chosen, rejected
     folders      w/NAME.png and l/NAME.png, caption in w/NAME.txt
     captioned    image, and text, caption or prompt (what `imagefolder` with a metadata.jsonl gives): for SFT
+    kohya        NAME.png with NAME.txt or NAME.caption, also in folders `10_NAME`: for SFT
     clips        video, or videos [K] and perhaps phi [K], and text, caption or prompt (what `videofolder` gives)
 
-Pairs become rows with K = 2 in the order they stand in, phi 1 for the better picture and 0 for the other; captioned
-pictures rows with K = 1 and phi 0. Clips stay as they are, encoded: training decodes them.
+Pairs become rows with K = 2 in the order they stand in, phi 1 for the better image and 0 for the other, or the label
+itself where it is a probability (labels.py); captioned images rows with K = 1 and phi 0. Clips stay as they are,
+encoded: training decodes them. Columns come from parquet, `save_to_disk`, JSON lines or CSV (opening.py).
 Not here: downloading, and the way back (exporters.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import DataError, MissingFileError
+from alignkit.errors import DataError
+from alignkit.paths import Bounds
 from alignkit.records import Prompt
+from data_pipelines.cells import contained, read_cell
+from data_pipelines.folders import FolderRow, Say, captioned_rows, is_captioned_folder, pair_rows
 from data_pipelines.images import image_size
-from data_pipelines.prompts import split_of
+from data_pipelines.labels import first_is_better
+from data_pipelines.opening import bounds_of, is_plain_folder, open_dataset
+from data_pipelines.prompts import split_of, to_prompt
 from data_pipelines.synpic.rank import COLUMNS, SPLITS, ranked_features
 
 if TYPE_CHECKING:
@@ -36,30 +41,34 @@ logger = logging.getLogger(__name__)
 LABEL = "label"  # the name under which a given preference stands among the scores
 UNKNOWN_SEED = -1
 CAPTIONS = ("text", "caption", "prompt")  # columns that hold the text of a captioned medium
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+HELD_OUT = ("heldout", "validation", "test")  # names of a split that is not trained on, the preferred first
 
 Row = dict[str, Any]
+Convert = Callable[..., Row | None]  # (row, where, bounds=...)
 
 
-def load_ranked(path: str | Path, split: str, *, held_out: float = 0.1) -> Dataset:
-    """The "train" or "heldout" rows of any layout above, with the ranked columns; pictures open as PIL images.
+def load_ranked(path: str | Path, split: str, *, held_out: float = 0.1, root: str | Path | None = None) -> Dataset:
+    """The "train" or "heldout" rows of any layout above, with the ranked columns; images open as PIL images.
 
-    `path` is a folder or a parquet file. Data without a held-out split of its own is split by `split_of(prompt_id,
-    held_out)`. Ties are dropped and their number is logged.
+    `path` is a folder or a .parquet, .jsonl or .csv file. Where the data has splits, "heldout", else "validation", else
+    "test" is the held-out one; other data is split by `split_of(prompt_id, held_out)`. Files that rows name must be in
+    the data's folder, or in `root`. Ties, rows without a label and files that are not used are counted in a warning.
 
-    Raises MissingFileError, or DataError naming the columns expected and found, a picture that is missing or empty,
-    or a split that holds no row.
+    Raises MissingFileError, or DataError naming the columns expected and found, an image that is missing, empty or
+    outside the folder, labels of no known convention, phi outside [0, 1], or a split that holds no row.
     """
     path = Path(path)
     if split not in SPLITS:
         raise DataError(f"unknown split '{split}'; use 'train' or 'heldout'")
-    if not path.exists():
-        raise MissingFileError(f"'{path}' does not exist; download the dataset first and give its folder")
-    splits = _open(path)
-    if "heldout" in splits:
-        return _to_ranked(splits[split], path) if split in splits else _empty(path, split, held_out)
-    ranked = _to_ranked(splits["train"] if "train" in splits else next(iter(splits.values())), path)
-    mine = [row for row, prompt_id in enumerate(ranked["prompt_id"]) if split_of(prompt_id, held_out) == split]
+    # Both splits are loaded in one job; what is true of the data is reported once.
+    say = logger.warning if split == "train" else logger.debug
+    root = None if root is None else Path(root)
+    splits = _open(path, root, say)
+    own = _own_split(splits, split, path, say)
+    if own is not None:
+        return _to_ranked(splits[own], path, bounds_of(path, root), say) if own else _empty(path, split, held_out)
+    ranked = _to_ranked(next(iter(splits.values())), path, bounds_of(path, root), say)
+    mine = [row for row, prompt_id in enumerate(ranked["prompt_id"][:]) if split_of(prompt_id, held_out) == split]
     return ranked.select(mine) if mine else _empty(path, split, held_out)
 
 
@@ -69,133 +78,158 @@ def _empty(path: Path, split: str, held_out: float) -> Dataset:
     )
 
 
-def _open(path: Path) -> Mapping[str, Dataset]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _own_split(splits: Mapping[str, Dataset], split: str, path: Path, say: Say) -> str | None:
+    """The data's own name of `split`, "" where it has none; None for data that is not split."""
+    held_out = next((name for name in HELD_OUT if name in splits), None)
+    if held_out == "heldout":
+        return split if split in splits else ""
+    if len(splits) == 1:
+        return None
+    if "train" not in splits or held_out is None:
+        known = f"'train' and one of {', '.join(HELD_OUT)}"
+        raise DataError(f"'{path}' has the splits {', '.join(splits)}; name them {known}, or give one split alone")
+    unused = [name for name in splits if name not in ("train", held_out)]
+    note = f"; not used: {', '.join(unused)}" if unused else ""
+    say("%s: its split '%s' is the held-out one, and the share `held_out` does not apply%s", path, held_out, note)
+    return "train" if split == "train" else held_out
 
+
+def _open(path: Path, root: Path | None, say: Say) -> Mapping[str, Dataset]:
     if (path / "w").is_dir() and (path / "l").is_dir():
-        return {"train": _from_folders(path)}
-    cache = _cache_of(path)
-    try:
-        if path.is_file():
-            opened = load_dataset("parquet", data_files=str(path), cache_dir=cache)
-        else:
-            opened = load_dataset(str(path), cache_dir=cache)
-    except (FileNotFoundError, DatasetGenerationError) as error:
-        raise DataError(f"'{path}' cannot be opened: {error}; give a parquet file, or a folder of them") from error
-    return dict(opened)
+        return {"train": _from_folder(pair_rows(path, say))}
+    if is_plain_folder(path) and is_captioned_folder(path):
+        return {"train": _from_folder(captioned_rows(path, say))}
+    return open_dataset(path, root=root, say=say)
 
 
-def _cache_of(path: Path) -> str:
-    """A cache of its own for these very files.
-
-    `load_dataset` keys a folder that has a dataset card by its last name alone: a second run's `ranked` folder would
-    silently be read as the first one's.
-    """
-    from datasets import config
-
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return str(Path(config.HF_DATASETS_CACHE) / "alignkit" / key)
-
-
-def _to_ranked(raw: Dataset, path: Path) -> Dataset:
-    """Recognise the layout by its columns and convert; ranked data passes as it is."""
-    from datasets import Image
+def _to_ranked(raw: Dataset, path: Path, bounds: Bounds, say: Say) -> Dataset:
+    """Recognise the layout by its columns and convert; ranked data passes as it is, once it is checked."""
+    from datasets import Image, List
 
     if set(COLUMNS) <= set(raw.column_names):
-        return raw.select_columns(list(COLUMNS))
+        _check_phi(raw, path)
+        rows = contained(raw.select_columns(list(COLUMNS)), "images", bounds, f"'{path}'")
+        return rows.cast_column("images", List(Image()))
     if {"video", "videos"}.intersection(raw.column_names):
-        return _clips(raw, path)
+        return _clips(raw, path, bounds)
     for columns, convert in LAYOUTS.items():
         if set(columns) <= set(raw.column_names):
-            for name in columns:
-                if isinstance(raw.features[name], Image):
-                    raw = raw.cast_column(name, Image(decode=False))
-            ranked = raw.map(
-                partial(_convert_batch, convert=convert, path=str(path)),
-                batched=True,
-                batch_size=64,
-                with_indices=True,
-                remove_columns=raw.column_names,
-                features=ranked_features([LABEL]),
-                desc="import",
-            )
-            if len(ranked) < len(raw):
-                logger.warning("%s: %d ties dropped, %d rows kept", path, len(raw) - len(ranked), len(ranked))
-            return ranked
+            return _converted(raw, columns, partial(convert, bounds=bounds), path, say)
     expected = "; or ".join(", ".join(columns) for columns in (COLUMNS, *LAYOUTS))
     raise DataError(f"'{path}' has the columns {', '.join(raw.column_names)}; expected {expected}")
 
 
-def _clips(raw: Dataset, path: Path) -> Dataset:
-    from datasets import List, Video
+def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Path, say: Say) -> Dataset:
+    from datasets import Image
 
+    if "label_0" in columns:
+        raw = _with_phi(raw, path, say)
+    for name in columns:
+        if isinstance(raw.features[name], Image):
+            raw = raw.cast_column(name, Image(decode=False))
+    return raw.map(
+        partial(_convert_batch, convert=convert, path=str(path)),
+        batched=True,
+        batch_size=64,
+        with_indices=True,
+        remove_columns=raw.column_names,
+        features=ranked_features([LABEL]),
+        desc="import",
+    )
+
+
+def _with_phi(raw: Dataset, path: Path, say: Say) -> Dataset:
+    """Pairs with phi of the first image as `label_0`; what the labels mean, and rows that go, are reported."""
+    columns = {name: raw[name][:] for name in ("label_0", "label_1", "has_label") if name in raw.column_names}
+    labelled = [str(value).lower() not in ("false", "0", "none") for value in columns.get("has_label", ())]
+    labels = columns["label_0"]
+    if labelled:
+        labels = [label if known else None for label, known in zip(labels, labelled, strict=True)]
+        if "label_1" in columns:
+            others = zip(columns["label_1"], labelled, strict=True)
+            columns["label_1"] = [label if known else None for label, known in others]
+    phi, convention = first_is_better(labels, columns.get("label_1"), f"'{path}'")
+    say("%s: label_0 is read as %s", path, convention)
+    ties, missing = phi.count(0.5), phi.count(None)
+    if missing:
+        say("%s: %d rows without a label dropped", path, missing)
+    if ties:
+        say("%s: %d ties dropped, %d rows kept", path, ties, len(phi) - ties - missing)
+    return raw.remove_columns(list(columns)).add_column("label_0", phi)
+
+
+def _check_phi(rows: Dataset, path: Path) -> None:
+    for row, values in enumerate(rows["phi"][:]):
+        if not values or any(value is None or not 0 <= value <= 1 for value in values):
+            raise DataError(f"'{path}', row {row}: phi is {values}; it must be a list of numbers within 0 and 1")
+
+
+def _clips(raw: Dataset, path: Path, bounds: Bounds) -> Dataset:
     texts = [name for name in CAPTIONS if name in raw.column_names]
     if not texts:
         raise DataError(f"'{path}' has clips, but none of the columns {', '.join(CAPTIONS)}; give each clip its text")
+    if "phi" in raw.column_names:
+        _check_phi(raw, path)
     name = "videos" if "videos" in raw.column_names else "video"
-    kind = List(Video(decode=False)) if name == "videos" else Video(decode=False)
-    kept = raw.cast_column(name, kind).select_columns([name, *({"phi"} & set(raw.column_names))])
+    kept = contained(raw.select_columns([name, *({"phi"} & set(raw.column_names))]), name, bounds, f"'{path}'")
     prompts = [_prompt(text, f"'{path}', row {row}") for row, text in enumerate(raw[texts[0]][:])]
     named = kept.add_column("prompt", [prompt.text for prompt in prompts])
     return named.add_column("prompt_id", [prompt.id for prompt in prompts])
 
 
 def _convert_batch(
-    batch: Mapping[str, Sequence[Any]], indices: Sequence[int], *, convert: Callable[[Row, str], Row | None], path: str
+    batch: Mapping[str, Sequence[Any]], indices: Sequence[int], *, convert: Convert, path: str
 ) -> dict[str, list[Any]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     pairs = [convert(row, f"'{path}', row {index}") for index, row in zip(indices, rows, strict=True)]
     return {name: [pair[name] for pair in pairs if pair is not None] for name in COLUMNS}
 
 
-def _from_pickapic(row: Row, where: str) -> Row | None:
-    if row["label_0"] not in (0, 1):
+def _from_pickapic(row: Row, where: str, bounds: Bounds) -> Row | None:
+    phi = row["label_0"]
+    if phi is None or phi == 0.5:
         return None
-    pictures = [_picture(row[name], f"{where}, {name}") for name in ("jpg_0", "jpg_1")]
-    return _row(row["caption"], pictures, (float(row["label_0"]), 1.0 - row["label_0"]), where)
+    return _row(row["caption"], _images(row, ("jpg_0", "jpg_1"), where, bounds), (phi, 1.0 - phi), where)
 
 
-def _from_trl(row: Row, where: str) -> Row:
-    pictures = [_picture(row[name], f"{where}, {name}") for name in ("chosen", "rejected")]
-    return _row(row["prompt"], pictures, (1.0, 0.0), where)
+def _from_trl(row: Row, where: str, bounds: Bounds) -> Row:
+    return _row(row["prompt"], _images(row, ("chosen", "rejected"), where, bounds), (1.0, 0.0), where)
 
 
-def _from_captioned(row: Row, where: str, *, column: str) -> Row:
-    return _row(row[column], [_picture(row["image"], f"{where}, image")], (0.0,), where)
+def _from_captioned(row: Row, where: str, bounds: Bounds, *, column: str) -> Row:
+    return _row(row[column], _images(row, ("image",), where, bounds), (0.0,), where)
 
 
-LAYOUTS: dict[tuple[str, ...], Callable[[Row, str], Row | None]] = {
+LAYOUTS: dict[tuple[str, ...], Convert] = {
     ("jpg_0", "jpg_1", "label_0", "caption"): _from_pickapic,
     ("prompt", "chosen", "rejected"): _from_trl,
     **{("image", column): partial(_from_captioned, column=column) for column in CAPTIONS},
 }
 
 
-def _picture(cell: Any, where: str) -> Row:
-    """A cell of an `Image` column, or plain bytes -> {bytes, path}; DataError when it is no picture."""
-    picture = {"bytes": cell, "path": None} if isinstance(cell, bytes) else cell
-    if not isinstance(picture, dict):
-        raise DataError(f"{where}: expected an encoded picture, got {type(cell).__name__}")
-    data = picture["bytes"] if picture["path"] is None else picture["bytes"] or Path(picture["path"]).read_bytes()
-    image_size(data or b"", where=where)
-    return {"bytes": data, "path": None}
+def _images(row: Row, names: Sequence[str], where: str, bounds: Bounds) -> list[Row]:
+    """Cells of `Image` columns, plain bytes or paths -> {bytes, path}; DataError when one is no image."""
+    images = []
+    for name in names:
+        data = read_cell(row[name], bounds, f"{where}, {name}")
+        image_size(data, where=f"{where}, {name}")
+        images.append({"bytes": data, "path": None})
+    return images
 
 
 def _prompt(text: Any, where: str) -> Prompt:
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: the prompt must be text, got {text!r}")
-    return Prompt.from_text(text)
+    prompt = to_prompt(text, where)
+    if not prompt.text:
+        raise DataError(f"{where}: the prompt is empty; write one or remove the row")
+    return prompt
 
 
-def _row(text: Any, pictures: Sequence[Row], phi: tuple[float, ...], where: str) -> Row:
+def _row(text: Any, images: Sequence[Row], phi: tuple[float, ...], where: str) -> Row:
     prompt = _prompt(text, where)
     return {
         "prompt_id": prompt.id,
         "prompt": prompt.text,
-        "images": list(pictures),
+        "images": list(images),
         "generators": ["unknown"] * len(phi),
         "seeds": [UNKNOWN_SEED] * len(phi),
         "sampling": "{}",
@@ -204,25 +238,12 @@ def _row(text: Any, pictures: Sequence[Row], phi: tuple[float, ...], where: str)
     }
 
 
-def _from_folders(path: Path) -> Dataset:
-    """Rows that name the picture files; their bytes are read when a row is."""
+def _from_folder(rows: Sequence[FolderRow]) -> Dataset:
+    """Rows that name the image files; their bytes are read when a row is. The first of two images is the better one."""
     from datasets import Dataset
 
-    winners = sorted(file for file in (path / "w").iterdir() if file.suffix.lower() in PICTURES)
-    if not winners:
-        raise DataError(f"'{path / 'w'}' holds no picture ({', '.join(PICTURES)})")
-    rows = [_folder_row(winner, path / "l" / winner.name) for winner in winners]
-    return Dataset.from_list(rows, features=ranked_features([LABEL]))
-
-
-def _folder_row(winner: Path, loser: Path) -> Row:
-    caption = winner.with_suffix(".txt")
-    for file, what in ((winner, "winner"), (loser, "loser of the same name"), (caption, "caption")):
-        if not file.is_file() or not file.stat().st_size:
-            raise DataError(f"'{file}' ({what}) is missing or empty; every pair is w/NAME.png, l/NAME.png, w/NAME.txt")
-    try:
-        text = caption.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{caption}' is not UTF-8 ({error}); save it as UTF-8") from error
-    pictures = [{"bytes": None, "path": str(file)} for file in (winner, loser)]
-    return _row(text, pictures, (1.0, 0.0), f"'{winner}'")
+    ranked = []
+    for row in rows:
+        images = [{"bytes": None, "path": str(file)} for file in row.files]
+        ranked.append(_row(row.text, images, (1.0, 0.0) if len(images) > 1 else (0.0,), f"'{row.files[0]}'"))
+    return Dataset.from_list(ranked, features=ranked_features([LABEL]))
