@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from alignkit.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +38,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How pictures (or clips of `num_frames`) are drawn; `extra` goes to the pipeline call as it is."""
+    """How images (or clips of `num_frames`) are generated; `extra` goes to the pipeline call as it is.
+
+    Counts and sizes are at least 1; `guidance_scale` is finite and not negative. Which sizes a model takes (multiples
+    of 8 or more) is checked by its generator. Raises ConfigError.
+    """
 
     steps: int = 30
     guidance_scale: float = 5.0
@@ -44,6 +51,14 @@ class Sampling:
     num_frames: int = 1
     negative_prompt: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = {"steps": self.steps, "height": self.height, "width": self.width, "num_frames": self.num_frames}
+        for name, value in values.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ConfigError(f"guidance_scale is {self.guidance_scale}; it must be finite and not negative")
 
     def to_json(self) -> str:
         """Canonical JSON (sorted keys), the form stored beside every picture."""

@@ -21,7 +21,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 # Level of every part: a module imports its own level's part or lower ones, never higher. See docs of the layout.
 LEVELS = [
-    ("errors", "records", "seeds", "protocols", "paths", "resolve", "config", "provenance"),
+    ("errors", "records", "seeds", "protocols", "paths", "resolve", "yaml_tree", "config", "provenance"),
     ("diffusion", "losses", "precision"),
     ("backbones", "generators", "adapters"),
     ("trainers", "evaluation", "sandbox"),
