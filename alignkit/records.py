@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, require_at_least
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +53,8 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        values = {"steps": self.steps, "height": self.height, "width": self.width, "num_frames": self.num_frames}
-        for name, value in values.items():
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        sizes = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
+        require_at_least(1, {"steps": self.steps, **sizes})
         if not 0 <= self.guidance_scale < math.inf:
             raise ConfigError(f"guidance_scale is {self.guidance_scale}; it must be finite and not negative")
 
