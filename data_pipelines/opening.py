@@ -21,7 +21,7 @@ from alignkit.paths import Bounds
 from data_pipelines.cells import named_files, text_cell
 from data_pipelines.folders import Say, unused_files
 from data_pipelines.prompts import to_prompt
-from data_pipelines.tables import read_rows, read_text
+from data_pipelines.tables import read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,7 +100,7 @@ def _loaded(path: Path, say: Say) -> Mapping[str, Dataset]:
     if path.is_file() and path.suffix.lower() != ".parquet":
         raise DataError(f"'{path}' cannot be opened: give a .parquet, .jsonl or .csv file, or a folder")
     if path.is_dir():
-        _check_card(path)
+        _check_cards(path)
     try:
         if path.is_file():
             splits = load_dataset("parquet", data_files=str(source), cache_dir=str(cache))
@@ -128,21 +128,29 @@ def _without_patterns(path: Path, cache: Path) -> Path:
     return source
 
 
-def _check_card(folder: Path) -> None:
-    """DataError when the dataset card names data files elsewhere, which `load_dataset` would fetch."""
-    card = folder / "README.md"
-    text = read_text(card) if card.is_file() else ""
-    match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    try:
-        header = match[1] if match else ""
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(header, Loader=yaml.SafeLoader)):
-            raise DataError(f"'{card}': aliases (*name) are not read in a dataset card; write the values out")
-        fields = yaml.safe_load(header)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"'{card}' has a broken header: {' '.join(str(error).split())}; mend or remove it") from error
-    configs = fields.get("configs") if isinstance(fields, dict) else None
-    for name in _leaves(configs):
-        Bounds(folder).path(name, f"'{card}', configs")
+def _check_cards(folder: Path) -> None:
+    """DataError when a dataset card names data files elsewhere, which `load_dataset` would fetch.
+
+    Its header is cut out exactly as `datasets` does it: another reading of it would miss what is then obeyed.
+    """
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    for card in (folder / "README.md", folder / ".huggingface.yaml"):
+        if not card.is_file():
+            continue
+        try:
+            text = card.read_bytes().decode()
+            block = REGEX_YAML_BLOCK.search(text)
+            in_card = block[2] if block else ""
+            header = in_card if card.name == "README.md" else text
+            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(header, Loader=yaml.SafeLoader)):
+                raise DataError(f"'{card}': aliases (*name) are not read in a dataset card; write the values out")
+            fields = yaml.safe_load(header)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            what = " ".join(str(error).split())
+            raise DataError(f"'{card}' has a broken header: {what}; mend or remove it") from error
+        for name in _leaves(fields.get("configs") if isinstance(fields, dict) else None):
+            Bounds(folder).path(name, f"'{card}', configs")
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -166,18 +166,22 @@ def test_paths_inside_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "message"),
+    ("name", "text", "message"),
     [
-        ("configs: [{data_files: 'https://host/a.parquet'}]", "is a URL"),
-        ("configs: [{data_files: [{split: train, path: ../a.parquet}]}]", "is no path below"),
-        ("configs: &a [*a]", "aliases"),
-        ("configs: [", "has a broken header"),
+        ("README.md", "---\nconfigs: [{data_files: 'https://host/a.parquet'}]\n---\n", "is a URL"),
+        ("README.md", "---\nconfigs: [{data_files: [{split: train, path: ../a.parquet}]}]\n---\n", "is no path below"),
+        ("README.md", "\n \n---\nconfigs: [{data_files: /etc/passwd}]\n---\n", "is outside"),
+        ("README.md", "---\na: |\n---b\nconfigs: [{data_files: /etc/passwd}]\n---\n", "is outside|broken header"),
+        ("README.md", "---\r\nconfigs: [{data_dir: /etc}]\r\n---\r\n", "is outside"),
+        (".huggingface.yaml", "configs: [{data_files: 'hf://datasets/x/y.parquet'}]\n", "is a URL"),
+        ("README.md", "---\nconfigs: &a [*a]\n---\n", "aliases"),
+        ("README.md", "---\nconfigs: [\n---\n", "has a broken header"),
     ],
 )
-def test_a_card_names_no_data_elsewhere(tmp_path: Path, header: str, message: str) -> None:
+def test_a_card_names_no_data_elsewhere(tmp_path: Path, name: str, text: str, message: str) -> None:
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "a.parquet")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "README.md").write_text(f"---\n{header}\n---\n", encoding="utf-8")
+    (tmp_path / "data" / name).write_bytes(text.encode())
     with pytest.raises(DataError, match=message):
         load_ranked(tmp_path / "data", "train")
 
