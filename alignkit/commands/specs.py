@@ -20,7 +20,7 @@ from alignkit.generators import GENERATORS
 from alignkit.protocols import Judge, Reporting, require_independent
 from alignkit.provenance import fingerprint
 from alignkit.records import Prompt, Sampling
-from alignkit.resolve import construct, resolve
+from alignkit.resolve import construct, require_known, resolve
 from data_pipelines.prompts import read_prompts, split_of
 from rewards import JUDGES, REWARDS
 
@@ -116,13 +116,6 @@ class JudgeSpec:
     def identity(self) -> str:
         """Changes with the options and with the files that they name, a question's among them."""
         return _identity(self.judge, self.options)
-
-
-def require_known(name: str, table: Mapping[str, str], *, kind: str) -> None:
-    """UnknownNameError, with the nearest entry, for a name that is neither in `table` nor 'module:attribute'."""
-    if name not in table and ":" not in name:
-        hint = nearest(name, table)
-        raise UnknownNameError(f"unknown {kind} '{name}'.{hint} Your own: 'package.module:attribute'.")
 
 
 def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
