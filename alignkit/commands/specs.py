@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignkit.errors import ConfigError, UnknownNameError, nearest
+from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
 from alignkit.protocols import Judge, Reporting, require_independent
 from alignkit.provenance import fingerprint
@@ -183,6 +183,7 @@ class PromptsConfig:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
+        require_at_least(1, {"count": self.count})
         if (self.file is None) == (self.source is None):
             raise ConfigError("prompts: give either `file` or `source`")
         if self.source is not None and self.count is None:
@@ -221,6 +222,9 @@ class ValidationConfig:
     seed: int = 0
     batch_size: int = 16
     sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        require_at_least(1, {"prompts": self.prompts, "batch_size": self.batch_size})
 
     def build(self, prompts: Sequence[Prompt], rewards: Mapping[str, RewardSpec]) -> Validation:
         """Load the rewards, for the first held-out `prompts`. Raises ConfigError when there are none."""
