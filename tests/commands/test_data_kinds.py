@@ -131,6 +131,39 @@ def test_the_columns_of_a_kind_are_required(tmp_path):
         TrainingData(kind="prompts", path=file).train()
 
 
+def test_rows_name_videos_in_the_folder_or_a_wider_root(tmp_path):
+    """Also where the data has a held-out split of its own."""
+    (tmp_path / "lists").mkdir()
+    video = tmp_path / "a.mkv"
+    video.write_bytes(b"video")
+    for split in ("train", "test"):
+        row = {"prompt": split, "videos": [str(video), str(video)], "labels": [1, 0]}
+        (tmp_path / "lists" / f"{split}.jsonl").write_text(json.dumps(row), "utf-8")
+    data = TrainingData(kind="dense", path=tmp_path / "lists", root=tmp_path, held_out=0.5)
+    assert data.train().select_columns(["prompt", "videos", "labels"])[:] == {
+        "prompt": ["train"],
+        "videos": [[{"bytes": None, "path": str(video.resolve())}] * 2],
+        "labels": [[1, 0]],
+    }
+    assert data.heldout()["prompt"][:] == ["test"]
+    with pytest.raises(DataError, match=r"test\.jsonl', line 1, videos: '.*a\.mkv' is outside"):
+        TrainingData(kind="dense", path=tmp_path / "lists").train()
+    cells = [{"bytes": None, "path": str(video)}]
+    file = tmp_path / "lists" / "rows.parquet"
+    datasets.Dataset.from_dict({"prompt": ["a"], "videos": [cells], "labels": [[1]]}).to_parquet(file)
+    assert TrainingData(kind="dense", path=file, root=tmp_path).train()[0]["videos"] == cells
+    with pytest.raises(DataError, match=r"row 0, videos: '.*' is outside"):
+        TrainingData(kind="dense", path=file).train()
+
+
+@pytest.mark.parametrize("values", [[[1], "x"], [{"a": 1}, [2]]])
+def test_values_of_several_types_are_named(tmp_path, values):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": "a", "questions": value}) for value in values), "utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl', questions: the values are not of one type"):
+        TrainingData(kind="aspects", path=file).train()
+
+
 def test_prompts_alone_are_passed_on_as_they_are():
     prompts = [Prompt.from_text("a cat", category="single"), Prompt.from_text("a dog")]
     data = TrainingData(kind="prompts", prompts=(prompts[:1], prompts[1:]))
