@@ -34,6 +34,8 @@ LEVELS = [
         "yaml_tree",
         "config",
         "storage",
+        "locks",
+        "claims",
         "media",
         "clips",
         "provenance",
@@ -45,7 +47,12 @@ LEVELS = [
     ("cli", "__main__"),
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resolve", "storage", "media", "clips"}
+OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resolve", "storage"} | {
+    "claims",
+    "locks",
+    "media",
+    "clips",
+}
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve"}
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignkit.claims import holds_results
 from alignkit.commands.data import PolicyJob, data_sections
 from alignkit.commands.methods import DEFAULT_METHOD, unchecked_methods, with_trainer
 from alignkit.commands.report import ReportJob, gather
 from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, tuned_spec
-from alignkit.commands.stages import compare, fit, judge_evaluation
+from alignkit.commands.stages import TRAIN_FURTHER, compare, fit, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError, require_at_least
@@ -31,8 +32,7 @@ from alignkit.evaluation.judged import judged_lines, require_plain_names
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.report import write_report
 from alignkit.evaluation.terminal import before_after
-from alignkit.provenance import plain, write_resolved
-from alignkit.storage import claimed
+from alignkit.provenance import claim_config, plain, write_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,8 @@ def _plan(job: Any) -> list[str]:
 def _work(job: Any) -> None:
     shares = job.share_prompts(job.validation.prompts if job.validation else 0)
     evaluated = shares.evaluation[: job.evaluate_prompts]
-    write_resolved(job.out, _resolved(job), free=_free(job.out))
+    claim_config(job.out, job, _free(job.out), advice=TRAIN_FURTHER)
+    write_config(job.out, _resolved(job))
     data = _stage(1, "training data", functools.partial(job.make_data, shares))
     validation = functools.partial(job.validation.build, shares.validation, job.rewards) if job.validation else None
     training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, validation=validation)
@@ -129,12 +130,21 @@ def _work(job: Any) -> None:
 
 
 def _free(out: Path) -> set[str]:
-    """Sections that may still change: nothing has been made with them."""
+    """Sections that may still change: nothing has been made with them. Each stage compares what it was made with."""
     free = {"report", "judges"}
-    if not claimed(out / "train"):
-        free |= {"method", "data", "train", "validation"}
-    if not claimed(out / "evaluation"):
-        free |= {"evaluate", "evaluate_prompts"}
+    has = {stage: holds_results(out / stage) for stage in ("candidates", "scores", "ranked", "train", "evaluation")}
+    sections = {
+        "candidates": {"generate"},
+        "scores": {"score"},
+        "ranked": {"rank"},
+        "train": {"method", "data", "train", "validation"},
+        "evaluation": {"evaluate", "evaluate_prompts", "gold"},
+    }
+    free.update(*(names for stage, names in sections.items() if not has[stage]))
+    if not any(has.values()):
+        free |= {"prompts", "generators", "policy"}
+    if not (has["scores"] or has["train"] or has["evaluation"]):
+        free.add("rewards")
     return free
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.claims import claim
 from alignkit.commands.data import TrainingData
 from alignkit.commands.methods import trainer_class
 from alignkit.commands.specs import (
@@ -29,11 +30,17 @@ from alignkit.evaluation.results import Evaluation, read_evaluation
 from alignkit.generators.base_of import BaseOf
 from alignkit.protocols import Reporting
 from alignkit.records import Prompt
-from alignkit.storage import claim
 
 if TYPE_CHECKING:
     from alignkit.protocols import ImageSource
     from alignkit.trainers.validation import Validation
+
+
+_FURTHER = (
+    "To train a finished result further, start from it in another folder: `alignkit train METHOD --adapter "
+    "OUT/adapter --output_dir OTHER ...` (after full fine-tuning: --model OUT/model)."
+)
+TRAIN_FURTHER = {"train.max_steps": _FURTHER, "train.num_train_epochs": _FURTHER}  # the schedule depends on them
 
 
 def fit(
@@ -55,14 +62,13 @@ def fit(
     folder = Path(args.output_dir)
     inputs = {"policy": policy[1].identity, "data": data.identity}
     result = folder / ("model" if args.full_finetune else "adapter")
+    claim(folder, {"inputs": inputs})
     if finished(folder):
-        claim(folder, {"inputs": inputs})
         return result
     train = select(data.train())
     heldout = data.heldout() if args.eval_strategy != "no" else None
     built = validation() if validation else None
     trainer = trainer_class(method)(load_policy(*policy), args, train, heldout, validation=built)
-    claim(folder, {"inputs": inputs})
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)
     trainer.save_state()
     trainer.export(result)

@@ -22,7 +22,7 @@ from alignkit.commands.specs import (
     absences,
     require_names,
 )
-from alignkit.commands.stages import fit
+from alignkit.commands.stages import TRAIN_FURTHER, fit
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
@@ -176,7 +176,7 @@ def _plan(method: str, job: Any) -> list[str]:
 
 def _work(method: str, job: Any) -> None:
     folder = Path(job.train.output_dir)
-    write_resolved(folder, job)
+    write_resolved(folder, job, advice=TRAIN_FURTHER)
     validation = None
     if job.validation is not None:
         held_out = job.prompts.split()[1]

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
 from alignkit.evaluation.results import (
     SCORE,
@@ -34,7 +35,7 @@ from alignkit.media import encode_medium, quantise, to_pixels
 from alignkit.protocols import ImageSource, Reward, require_independent, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
-from alignkit.storage import claim, finished_part, read_table, to_json, write_part
+from alignkit.storage import finished_part, read_table, to_json, write_part
 
 MOST_NOT_FINITE = 0.05  # share of a side's images or videos that a reward may fail on before the evaluation stops
 

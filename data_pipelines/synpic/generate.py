@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError
 from alignkit.media import encode_medium, quantise
 from alignkit.protocols import ImageSource, Reward, require_modality
@@ -28,7 +29,6 @@ from alignkit.storage import (
     STAGE_FILES,
     Part,
     StageResult,
-    claim,
     finish_run,
     finished_part,
     part_name,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError
 from alignkit.storage import (
     STAGE_FILES,
     Part,
     StageResult,
     checksum,
-    claim,
     finish_run,
     finished_part,
     read_table,

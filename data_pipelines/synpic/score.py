@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from alignkit.claims import RUN, claim
 from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, UnknownNameError, nearest
 from alignkit.media import clip_shape, decode_clip, decode_image, image_size, to_pixels
 from alignkit.protocols import Reward, require_independent, require_modality
 from alignkit.records import Prompt
 from alignkit.storage import (
-    RUN,
     STAGE_FILES,
     Part,
     StageResult,
     checksum,
-    claim,
     finish_run,
     finished_part,
     read_table,
