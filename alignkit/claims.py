@@ -28,7 +28,7 @@ RUN = "run.json"
 VERSIONS = "versions.json"
 EARLIER_RECORDS = ("config.yaml", "inputs.json", "settings.json")  # of version 0.1.0 before run.json
 RECORDS = {RUN, VERSIONS, LOCK, "config.yaml", "judge.json", "log.txt"}  # files that are no results
-LOGS = "runs"  # the folder of TensorBoard's logs
+NO_RESULTS = {"parts", "runs"}  # folders: records of parts, whose data is elsewhere; TensorBoard's logs
 CONTENT = "content"  # before the fingerprint of a file or folder, in the record
 PACKAGES = (
     "accelerate",
@@ -75,6 +75,9 @@ def claim(
     ]
     if changed and holds_results(folder):
         raise ResumeError(_refusal(folder, changed, advice or {}))
+    if changed:
+        for part in (folder / "parts").glob("*.json"):
+            part.unlink()  # of parts without data, such as those of which every row was left out
     if known != known | sections:
         write_json(folder / RUN, known | sections)
     _note_versions(folder / VERSIONS)
@@ -94,7 +97,7 @@ def holds_results(folder: Path) -> bool:
     Caches have names with an underscore at the start, temporary files with a point.
     """
     for _, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(("_", ".")) and name != LOGS]
+        folders[:] = [name for name in folders if not name.startswith(("_", ".")) and name not in NO_RESULTS]
         if any(name not in RECORDS and not name.startswith(".") for name in files):
             return True
     return False

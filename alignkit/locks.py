@@ -30,7 +30,8 @@ GRACE = 10.0  # seconds for the children of a killed process, which hold its loc
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; inside itself it does nothing. The folder is made where it is missing.
+    """Hold `folder` for this process; inside itself it does nothing. A missing folder is made, and
+    removed when it stays empty.
 
     In a training of several processes (torchrun) only the first holds it. Raises FolderInUseError naming who does,
     StorageError for a folder that cannot be written.
@@ -40,6 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
     if path in _HELD.get() or not is_first:
         yield
         return
+    is_new = not folder.exists()
     handle = _acquire(path)
     token = _HELD.set(_HELD.get() | {path})
     try:
@@ -49,6 +51,9 @@ def locked(folder: Path) -> Iterator[None]:
         if _is_still(handle, path):
             path.unlink(missing_ok=True)
         handle.close()
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty: it holds results
+                folder.rmdir()
 
 
 def _acquire(path: Path) -> BinaryIO:

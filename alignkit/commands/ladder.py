@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from alignkit.claims import holds_results
 from alignkit.commands.data import DATA, SynPicJob, TrainingData, data_kind
 from alignkit.commands.methods import DEFAULT_METHOD, config_class, unchecked_methods
 from alignkit.commands.specs import ValidationConfig, absences, tuned_spec
@@ -34,6 +35,7 @@ from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError, require_at_least
 from alignkit.evaluation.ladder import read_arm, table
 from alignkit.evaluation.paired import EvaluateConfig
+from alignkit.locks import locked
 from alignkit.provenance import write_resolved
 from alignkit.records import Prompt
 from alignkit.storage import write_text
@@ -154,6 +156,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
         (folder / "log.txt").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
+        locked(folder),
     ):
         validation = None
         if job.validation is not None:
@@ -199,7 +202,10 @@ def _plan(job: LadderJob) -> list[str]:
 
 
 def _work(argv: Sequence[str], job: LadderJob) -> None:
-    write_resolved(job.out, job)
+    free = {"title", "workers"}
+    if not holds_results(job.out / "arms"):
+        free |= {*init_fields(LadderJob)} - {*init_fields(SynPicJob)}
+    write_resolved(job.out, job, free)
     for name in job.arms:
         _arguments(job, name, job.seeds[0])  # a wrong key stops here, not in the last arm
     counts = job.make_ranked(job.prompts.split()[0], job.shared)
@@ -269,4 +275,5 @@ def _run_all(job: LadderJob, todo: Sequence[tuple[str, int]]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Train one generator in many ways on the same candidates, each with several seeds, and write a table."
-    execute(Verb("ladder", summary, lambda *_: LadderJob, _plan, functools.partial(_work, argv)), argv)
+    work = functools.partial(_work, argv)
+    execute(Verb("ladder", summary, lambda *_: LadderJob, _plan, work, lambda job: job.out), argv)

@@ -32,6 +32,7 @@ from alignkit.evaluation.judged import judged_lines, require_plain_names
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.report import write_report
 from alignkit.evaluation.terminal import before_after
+from alignkit.locks import locked
 from alignkit.provenance import claim_config, plain, write_config
 
 
@@ -117,7 +118,8 @@ def _work(job: Any) -> None:
     data = _stage(1, "training data", functools.partial(job.make_data, shares))
     validation = functools.partial(job.validation.build, shares.validation, job.rewards) if job.validation else None
     training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, validation=validation)
-    result = _stage(2, "train", training)
+    with locked(job.out / "train"):
+        result = _stage(2, "train", training)
     sides, out = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}, job.out / "evaluation"
     scoring = functools.partial(compare, sides, evaluated, job.evaluate, out, rewards=job.rewards, gold=job.gold)
     evaluation = _stage(3, "evaluate", scoring)
@@ -185,4 +187,4 @@ def main(argv: Sequence[str]) -> None:
         "training, evaluation, report."
     )
     schema = functools.partial(_schema, dry_run=is_dry_run(argv))
-    execute(Verb("run", summary, schema, _plan, _work), argv)
+    execute(Verb("run", summary, schema, _plan, _work, lambda job: job.out), argv)

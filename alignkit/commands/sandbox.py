@@ -100,4 +100,4 @@ def main(argv: Sequence[str]) -> None:
     """The verb; the name may stand alone as the first word."""
     words = ["--name", *argv] if argv and not argv[0].startswith("-") else list(argv)
     summary = f"Repeat the training of one sandbox model: {', '.join(NEEDS)}."
-    execute(Verb("sandbox train", summary, lambda *_: SandboxJob, _plan, _work), words)
+    execute(Verb("sandbox train", summary, lambda *_: SandboxJob, _plan, _work, lambda job: job.work / job.name), words)

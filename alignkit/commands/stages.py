@@ -28,6 +28,7 @@ from alignkit.evaluation.judged import Judged, judge_pairs, read_judged
 from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.evaluation.results import Evaluation, read_evaluation
 from alignkit.generators.base_of import BaseOf
+from alignkit.locks import locked
 from alignkit.protocols import Reporting
 from alignkit.records import Prompt
 
@@ -98,12 +99,15 @@ def compare(
     """
     models, scorers = identities(sides), identities(rewards)
     inputs = models | {f"reward {name}": scorers[name] for name in scorers}
-    claim(out, {"inputs": inputs})
-    if (out / "evaluation.json").is_file():
-        return read_evaluation(out)
-    base, tuned = _sources(sides["base"], sides["tuned"])
-    loaded = {name: builder() for name, builder in RewardBuilders(rewards).items()}
-    return evaluate(base, tuned, prompts, config, out, rewards=loaded, gold=gold, inputs=inputs, base_cache=base_cache)
+    with locked(out):
+        claim(out, {"inputs": inputs})
+        if (out / "evaluation.json").is_file():
+            return read_evaluation(out)
+        base, tuned = _sources(sides["base"], sides["tuned"])
+        loaded = {name: builder() for name, builder in RewardBuilders(rewards).items()}
+        return evaluate(
+            base, tuned, prompts, config, out, rewards=loaded, gold=gold, inputs=inputs, base_cache=base_cache
+        )
 
 
 def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, ImageSource]:
@@ -119,12 +123,13 @@ def judge_evaluation(out: Path, judges: Mapping[str, JudgeSpec], config: Evaluat
     Prints what served judges cost.
     """
     results = {}
-    for name, spec in judges.items():
-        stored = read_judged(out, name, spec.identity)
-        if stored is None:
-            judge = build_judge(spec.judge, spec.options)
-            stored = judge_pairs(out, name, judge, identity=spec.identity, config=config)
-            if isinstance(judge, Reporting):
-                print(f"{name}: {judge.report()}")
-        results[name] = stored
+    with locked(out):
+        for name, spec in judges.items():
+            stored = read_judged(out, name, spec.identity)
+            if stored is None:
+                judge = build_judge(spec.judge, spec.options)
+                stored = judge_pairs(out, name, judge, identity=spec.identity, config=config)
+                if isinstance(judge, Reporting):
+                    print(f"{name}: {judge.report()}")
+            results[name] = stored
     return results

@@ -196,4 +196,14 @@ def main(argv: Sequence[str]) -> None:
     schema = functools.partial(_schema, method, dry_run=dry_run)
     record = known_method(method) if dry_run else find_method(method)
     summary = record.summary if record else "A method of your own."
-    execute(Verb(f"train {method}", summary, schema, plan, work, flat="train", distributed=True), words)
+    verb: Verb[Any] = Verb(
+        f"train {method}",
+        summary,
+        schema,
+        plan,
+        work,
+        folder=lambda job: Path(job.train.output_dir),
+        flat="train",
+        distributed=True,
+    )
+    execute(verb, words)

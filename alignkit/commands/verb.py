@@ -11,6 +11,7 @@ Deliberately not here: what a verb does (its own module) and how names become mo
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any, Generic, TypeVar
 
 from alignkit.config import Located, build, describe, init_fields, read_tree
 from alignkit.errors import ConfigError
+from alignkit.locks import locked
 from alignkit.provenance import dump, plain, without_defaults
 from alignkit.storage import write_text
 
@@ -43,6 +45,7 @@ class Verb(Generic[Job]):
     schema: Callable[[Tree, list[str]], type[Job]]
     plan: Callable[[Job], list[str]]
     work: Callable[[Job], None]
+    folder: Callable[[Job], Path] | None = None  # held against a second process while the verb works
     flat: str = ""  # a section whose keys stand at the top
     distributed: bool = False
 
@@ -64,7 +67,8 @@ def execute(verb: Verb[Job], argv: Sequence[str]) -> None:
         return
     if not verb.distributed:
         require_one_process(verb.name)
-    verb.work(job)
+    with locked(verb.folder(job)) if verb.folder else contextlib.nullcontext():
+        verb.work(job)
 
 
 def is_dry_run(argv: Sequence[str]) -> bool:

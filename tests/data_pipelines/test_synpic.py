@@ -360,3 +360,14 @@ def test_wrong_shapes_and_broken_pixels_are_named(world: Any, tmp_path: Path) ->
     rewards = dict.fromkeys(world.rewards, lambda: lambda media, prompts: Scores(torch.zeros(1)))
     with pytest.raises(DataError, match=r"reward 'red' returned scores \[1\], expected \[8\]"):
         synpic.score_candidates(candidates, world.score, tmp_path / "s", build_rewards=rewards)
+
+
+def test_a_ranking_that_left_no_row_may_be_corrected(world: Any, tmp_path: Path) -> None:
+    """Its parts were counted and hold no row: nothing of them is used again."""
+    stages = world.scored(tmp_path)
+    out = tmp_path / "r"
+    with pytest.raises(DataError, match="no row is left to rank: low_margin"):
+        synpic.rank_candidates(*stages, synpic.RankConfig(min_margin=1.0, temperature=1.0), out)
+    assert synpic.rank_candidates(*stages, synpic.RankConfig(), out).rows > 0
+    with pytest.raises(ResumeError, match=r"config\.held_out: 0\.1 -> 0\.5"):
+        synpic.rank_candidates(*stages, synpic.RankConfig(held_out=0.5), out)
