@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from alignkit.errors import DataError, MissingFileError
 from alignkit.evaluation.statistics import Comparison, Floats, Interval
 from alignkit.records import Prompt, Sampling
-from alignkit.storage import read_json, read_table, write_json
+from alignkit.storage import read_json, read_schema, read_table, write_json
 
 SCORE = "score/"
 MEDIA = ("image", "video")
@@ -86,14 +85,14 @@ class Pairs:
     @property
     def modality(self) -> str:
         """What was generated, "image" or "video"; also the name of the column."""
-        return next(name for name in MEDIA if name in pq.read_schema(part_files(self.folder / "base")[0]).names)
+        return next(name for name in MEDIA if name in read_schema(part_files(self.folder / "base")[0]).names)
 
     def media(self, side: str, rows: Collection[int]) -> dict[int, bytes]:
         """Encoded bytes of some rows of one side ("base" or "tuned"); only their parts are read."""
         encoded: dict[int, bytes] = {}
         start, column = 0, self.modality
         for part in part_files(self.folder / side):
-            size = pq.read_metadata(part).num_rows
+            size = len(read_table(part, columns=["seed"]))
             inside = [row for row in rows if start <= row < start + size]
             if inside:
                 values = read_table(part, columns=[column])[column]
@@ -127,7 +126,7 @@ def _read_side(folder: Path) -> dict[str, list[Any]]:
     parts = part_files(folder)
     if not parts:
         raise MissingFileError(f"{folder} holds no results; run `alignkit evaluate` first.")
-    columns = [name for name in pq.read_schema(parts[0]).names if name not in MEDIA]
+    columns = [name for name in read_schema(parts[0]).names if name not in MEDIA]
     table = pa.concat_tables([read_table(part, columns) for part in parts])
     return {name: table[name].to_pylist() for name in columns}
 

@@ -102,7 +102,7 @@ def write_previews(folder: Path, data: Path) -> list[tuple[str, float, str]]:
     order = sorted(range(len(row["phi"])), key=lambda k: (-row["phi"][k], k))
     previews = []
     for place, k in enumerate(order):
-        frames = decode_clip(row["videos"][k], f"'{data}', row 0, candidate {k}")
+        frames = decode_clip(row["videos"][k]["bytes"], f"'{data}', row 0, candidate {k}")
         name = f"{_PREVIEWS}/{place}.webp"
         write_atomic(folder / name, clip_preview(frames, sampling[row["generators"][k]]["fps"]))
         previews.append((row["prompt"], row["phi"][k], name))
