@@ -15,6 +15,7 @@ from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignKitError, UnknownNameError, nearest
+from alignkit.escape import to_terminal
 from alignkit.resolve import resolve
 from alignkit.trainers import METHODS
 
@@ -64,14 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AlignKitError as error:
         if show_traceback:
             raise
-        print(f"alignkit: {error}", file=sys.stderr)
+        print(f"alignkit: {to_terminal(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read us (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if show_traceback or error.errno not in _KNOWN:
             raise
-        print(f"alignkit: {error}; {_KNOWN[error.errno]}, then run the same command again", file=sys.stderr)
+        print(
+            f"alignkit: {to_terminal(str(error))}; {_KNOWN[error.errno]}, then run the same command again",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         again = f"The same command continues:\n  {shlex.join(['alignkit', *words])}"

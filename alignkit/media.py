@@ -28,6 +28,7 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DAMAGE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, *_BOMBS)
 PREVIEW_SIDE = 256  # pixels; larger videos are made smaller for a preview: a report shows dozens
+PREVIEW_FRAMES = 128  # of a longer video each second, third, ... frame
 PREVIEW_LOSSLESS_SIDE = 128  # previews up to this side lose nothing
 
 
@@ -201,7 +202,9 @@ def clip_shape(data: Encoded, where: str) -> tuple[int, int, int]:
 
 
 def clip_preview(frames: np.ndarray, fps: float) -> bytes:
-    """uint8 [F, H, W, 3] -> an animated WebP of at most 256 pixels a side, which an `<img>` plays in a loop."""
+    """uint8 [F, H, W, 3] -> an animated WebP of at most 256 pixels a side and 128 frames, which plays in a loop."""
+    step = -(-len(frames) // PREVIEW_FRAMES)
+    frames = frames[::step]
     height, width = frames.shape[1:3]
     scale = min(1.0, PREVIEW_SIDE / max(height, width))
     images = [Image.fromarray(frame) for frame in frames]
@@ -213,7 +216,7 @@ def clip_preview(frames: np.ndarray, fps: float) -> bytes:
         format="WEBP",
         save_all=True,
         append_images=images[1:],
-        duration=round(1000 / fps),
+        duration=round(1000 * step / fps),
         loop=0,
         lossless=max(height, width) <= PREVIEW_LOSSLESS_SIDE,
         quality=75,

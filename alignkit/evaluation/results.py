@@ -151,9 +151,24 @@ def read_evaluation(folder: Path) -> Evaluation:
     plain = read_json(path)
     try:
         results = tuple(_result(result) for result in plain.pop("results"))
-        return Evaluation(sampling=Sampling(**plain.pop("sampling")), results=results, **plain)
-    except (KeyError, TypeError) as error:
+        evaluation = Evaluation(sampling=Sampling(**plain.pop("sampling")), results=results, **plain)
+        _require_types(evaluation)
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} has other keys than this version writes ({error}); evaluate again.") from error
+    return evaluation
+
+
+def _require_types(evaluation: Evaluation) -> None:
+    """TypeError for a text where a number belongs, or the reverse: the file may be of someone else."""
+    compared = [c for result in evaluation.results for c in (result.overall, *result.categories.values())]
+    intervals = [interval for c in compared for interval in (c.base, c.tuned, c.gain, c.win_rate)]
+    numbers = [evaluation.prompts, evaluation.seeds_per_prompt, evaluation.run_seed, evaluation.confidence]
+    numbers += [number for c in compared for number in (c.prompts, c.dropped)]
+    numbers += [bound for interval in intervals for bound in (interval.mean, interval.low, interval.high)]
+    names = [evaluation.base, evaluation.tuned, *(result.reward for result in evaluation.results)]
+    for value, kind in (*((number, int | float) for number in numbers), *((name, str) for name in names)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
 def _result(plain: dict[str, Any]) -> RewardResult:
