@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from alignkit import storage
@@ -407,3 +408,22 @@ def test_plain_numbers_of_a_reward_are_scored(world: Any, tmp_path: Path) -> Non
     builders = {**world.rewards, "red": lambda: lambda *batch: red(*batch).total.tolist()}
     synpic.score_candidates(candidates, world.score, tmp_path / "plain", build_rewards=builders)
     assert rows_of(tmp_path / "plain") == rows_of(scores)
+
+
+def test_hostile_names_in_a_dataset_card_are_shown_and_do_nothing(world: Any, tmp_path: Path) -> None:
+    trap = "![t](http://tracker) [x](javascript:alert) <img src=x> `c` | b"
+    sampling = Sampling(steps=1, height=8, width=8)
+    sources = [synpic.SourceConfig(name=name, sampling=sampling) for name in (trap, "bright")]
+    builders = {trap: world.sources["dull"], "bright": world.sources["bright"]}
+    config = world.config(sources=sources)
+    synpic.generate_candidates(world.prompts(10), config, tmp_path / "c", build_sources=builders)
+    rewards = {trap: world.rewards["red"], "blue": world.rewards["blue"]}
+    score = synpic.ScoreConfig(rewards=tuple(rewards))
+    synpic.score_candidates(tmp_path / "c", score, tmp_path / "s", build_rewards=rewards)
+    synpic.rank_candidates(tmp_path / "c", tmp_path / "s", synpic.RankConfig(), tmp_path / "r")
+    body = (tmp_path / "r" / "README.md").read_text(encoding="utf-8").split("---", 2)[2]
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    kinds = {inner.type for token in tokens for inner in [token, *(token.children or [])]}
+    assert kinds.isdisjoint({"image", "link_open", "html_block", "html_inline"})
+    cells = [token.content for token in tokens if token.type == "inline"]
+    assert sum("tracker" in cell for cell in cells) == 4  # the list of rewards, a generator, a row and a column
