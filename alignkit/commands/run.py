@@ -22,7 +22,7 @@ from alignkit.commands.data import PolicyJob, data_sections
 from alignkit.commands.methods import DEFAULT_METHOD, with_trainer
 from alignkit.commands.report import ReportJob, gather
 from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, tuned_spec
-from alignkit.commands.stages import compare, fit, judge_evaluation
+from alignkit.commands.stages import compare, default_notes, fit, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError
@@ -93,7 +93,8 @@ def _plan(job: Any) -> list[str]:
     return [
         *absences(job.generators),
         *job.data_plan(),
-        f"train: {job.method} on {job.policy} ({job.aligned.model}), {job.train.max_steps} steps",
+        f"train: {job.method} on {job.policy} ({job.aligned.model}), {job.train.length}",
+        *default_notes(job.train, job.aligned.model),
         f"evaluate: base against tuned on held-out prompts, scored by {', '.join(job.rewards)}",
         *judges,
         f"report: {job.out / 'report.html'}",

@@ -76,6 +76,11 @@ def fit(
     return result
 
 
+def default_notes(args: Any, model: str) -> list[str]:
+    """Lines of a dry run about keys of a trainer that are not set and whose default depends on the model."""
+    return [note for key, note in args.model_defaults(model).items() if vars(args)[key] is None]
+
+
 def compare(
     sides: Mapping[str, GeneratorSpec],
     prompts: Sequence[Prompt],

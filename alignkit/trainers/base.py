@@ -94,6 +94,8 @@ class AlignTrainer(ResumingTrainer):
         **trainer_options: Any,
     ) -> None:
         self.generator, self.validation = as_generator(model, args.device), validation
+        if validation is not None:
+            self.generator.require_sampling(validation.sampling)
         self.generator.pipeline.to(args.device)
         args._n_gpu = min(args.n_gpu, 1)  # noqa: SLF001 - no DataParallel: several GPUs are torchrun's or accelerate's
         self.ranks = Ranks(args.process_index, args.world_size)

@@ -111,7 +111,7 @@ def require_whole(folder: Path) -> Path:
 
 
 def require_batch(folder: Path, batch: StepBatch) -> None:
-    """ResumeError if the checkpoint's run had another number of rows in a step; a warning if they were divided otherwise.
+    """ResumeError if a step of the checkpoint's run had another number of rows; a warning if only the division differs.
 
     Learning rate, losses and the order of the data belong to the number of rows, so it must not change unnoticed.
     """

@@ -1,4 +1,4 @@
-"""`ResumingTrainer`: `transformers.Trainer` with checkpoints that are whole, checked, and continued as they were begun."""
+"""`ResumingTrainer`: `transformers.Trainer` with checkpoints that are whole, checked, and continued as begun."""
 
 from __future__ import annotations
 
