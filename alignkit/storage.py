@@ -1,55 +1,37 @@
-"""Files on disk: atomic writing, JSON, checksums, resumable parts, and one record of what a folder was made with.
+"""Files on disk: atomic writing, JSON, checksums and resumable parts.
 
-    FOLDER/run.json         what its results depend on, in named sections; claimed once, compared ever after
-    FOLDER/versions.json    library versions; informative, a difference is only warned of
     FOLDER/parts/           one small record for each finished part, written after the part's files
     FOLDER/manifest.json    written when a stage is finished: rows, counts, checksums
 
 Everything is written to a temporary name, fsynced and renamed. Nothing that is hashed holds a time, so a run that was
-killed and run again ends with the bytes of an unbroken one. Not here: what is in a part; locking a folder against a
-second process.
+killed and run again ends with the bytes of an unbroken one. A record may come from someone else: the files that it
+names must be parquet files below its folder. Not here: what is in a part; what a folder was made with (`claims`);
+keeping a second process out of it (`locks`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import json
 import logging
 import os
-import platform
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from alignkit.errors import AlignKitError, DataError, MissingFileError, ResumeError, StorageError
+from alignkit.errors import AlignKitError, DataError, MissingFileError, StorageError
+from alignkit.paths import Bounds
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
 STAGE_FILES = ("data", "parts", "manifest.json", "README.md")  # what a data stage writes
-EARLIER_RECORDS = ("config.yaml", "inputs.json", "settings.json")  # of version 0.1.0 before run.json
-PACKAGES = (
-    "accelerate",
-    "alignkit",
-    "av",
-    "datasets",
-    "diffusers",
-    "numpy",
-    "peft",
-    "pillow",
-    "pyarrow",
-    "torch",
-    "transformers",
-    "trl",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +83,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove temporary files, up to two folders deep, whose process on this machine does not run any more."""
     for pattern in ("", "*/", "*/*/"):
         for entry in list(folder.glob(f"{pattern}.*.{socket.gethostname()}-*.tmp")):
             process = entry.name.removesuffix(".tmp").rpartition("-")[2]
-            if process.isdecimal() and not _is_running(int(process)):
+            if process.isdecimal() and not is_running(int(process)):
                 entry.unlink(missing_ok=True)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -172,8 +155,10 @@ def write_part(
 ) -> Part:
     """Write parquet files (`tables`, by path below `folder`), then the record that makes them a finished part.
 
-    With `page_checksums`, `read_table` notices damage without hashing the whole file.
+    With `page_checksums`, `read_table` notices damage without hashing the whole file. Raises DataError for a path that
+    leaves `folder`.
     """
+    _require_inside(folder, tables)
     # Sorted as in the record, so that a part just written and one read back are in the same order.
     files = {
         path: write_atomic(folder / path, _parquet(table, page_checksums=page_checksums))
@@ -197,16 +182,44 @@ def _record(folder: Path, name: str) -> Path:
     return folder / "parts" / f"{name}.json"
 
 
+def _to_part(record: Any, folder: Path, name: str) -> Part:
+    """The part `name` of a record as read.
+
+    Raises TypeError for what is no record, DataError where it has another name, or a file that is not below `folder`.
+    """
+    part = Part(**record)
+    if not all(isinstance(section, Mapping) for section in (part.files, part.inputs, part.notes)):
+        raise TypeError("files, inputs and notes must be mappings")
+    if part.name != name:
+        raise DataError(f"'{_record(folder, name)}' is the record of {part.name!r}, not of '{name}'; remove it")
+    _require_inside(folder, part.files)
+    return part
+
+
+def _require_inside(folder: Path, paths: Iterable[str]) -> None:
+    """DataError for the first of `paths` that is not a parquet file's relative path below `folder`.
+
+    An absolute path is refused too: a stage writes its results under the names that its inputs have.
+    """
+    for path in paths:
+        Bounds(folder).path(path, f"'{folder}', record of a part")
+        if Path(path).is_absolute() or not path.endswith(".parquet"):
+            raise DataError(f"'{folder}', record of a part: '{path}' is no relative path of a parquet file; remove it")
+
+
 def finished_part(folder: Path, name: str, *, inputs: Mapping[str, str] | None = None) -> Part | None:
     """The part if all its files are undamaged and it was made from `inputs` (where not None); else None.
 
-    A part that was finished and is damaged now is named in a warning; the caller rebuilds it.
+    A part that was finished and is damaged now is named in a warning; the caller rebuilds it. Raises DataError for a
+    record that names files outside `folder`.
     """
     record = _record(folder, name)
     if not record.is_file():
         return None
     try:
-        part = Part(**json.loads(record.read_bytes()))
+        part = _to_part(json.loads(record.read_bytes()), folder, name)
+    except DataError:
+        raise
     except (ValueError, TypeError) as error:
         logger.warning("'%s' is damaged (%s); %s is rebuilt", record, error, name)
         return None
@@ -233,85 +246,6 @@ def _fault(path: Path, expected: str) -> str | None:
     return None if checksum(path) == expected else "is damaged (its checksum differs)"
 
 
-def claim(folder: Path, record: Mapping[str, Any], *, free: Collection[str] = (), writes: Collection[str] = ()) -> None:
-    """Begin or resume `folder`: `run.json` holds what its results depend on, `versions.json` the library versions.
-
-    `record` has named sections ("config", "inputs", ...). A section that `run.json` lacks is added; one that it has
-    must be equal, except for the keys in `free` (dotted, as "config.report"), which are replaced. `writes` are names
-    that the caller will write in `folder`: without a `run.json` none of them may exist.
-
-    Raises ResumeError with the differences, key by key, or when the files in `folder` are of another origin.
-    """
-    path = folder / RUN
-    _remove_abandoned(folder)
-    known = claimed(folder)
-    if not known:
-        _require_unused(folder, writes)
-    sections: dict[str, Any] = json.loads(to_json(record))  # as it will be read back
-    changed = [
-        line
-        for section in sorted(sections.keys() & known.keys())
-        for line in differences(known[section], sections[section], section, free=free)
-    ]
-    if changed:
-        lines = "\n  ".join(changed)
-        advice = "Use the old values to continue it, or another folder."
-        raise ResumeError(f"'{folder}' was made with another config or other inputs:\n  {lines}\n{advice}")
-    if known != known | sections:
-        write_json(path, known | sections)
-    _note_versions(folder / "versions.json")
-
-
-def claimed(folder: Path) -> dict[str, Any]:
-    """The sections of `run.json`; empty where nothing has been claimed yet."""
-    path = folder / RUN
-    record: dict[str, Any] = read_json(path) if path.exists() else {}
-    return record
-
-
-def _require_unused(folder: Path, writes: Collection[str]) -> None:
-    present = [name for name in (*writes, *EARLIER_RECORDS) if (folder / name).exists()]
-    if present:
-        raise ResumeError(
-            f"'{folder}' holds {', '.join(present)} but no {RUN}, so this version did not make it. Finished results of "
-            "an earlier version can be read, but not continued: use another folder"
-        )
-
-
-def differences(old: Any, new: Any, key: str = "", *, free: Collection[str] = ()) -> list[str]:
-    """Lines `key: old -> new` (values as JSON) for every leaf that differs, less the dotted keys in `free`."""
-    if key in free:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted({*old, *new})
-        inner = [(f"{key}.{name}" if key else name, old.get(name), new.get(name)) for name in names]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        inner = [(f"{key}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
-    else:
-        before, now = (json.dumps(value, ensure_ascii=False) for value in (old, new))
-        return [] if old == new else [f"{key}: {before} -> {now}"]
-    return [line for name, first, second in inner for line in differences(first, second, name, free=free)]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, the platform and the libraries a result depends on; imports none of them."""
-    installed = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed[name] = "absent"
-    return installed
-
-
-def _note_versions(path: Path) -> None:
-    if not path.exists():
-        write_json(path, versions())
-        return
-    for line in differences(read_json(path), versions()):
-        logger.warning("'%s' was begun with other library versions (%s); new results may differ slightly", path, line)
-
-
 def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, counts: Mapping[str, int]) -> StageResult:
     """Write `manifest.json`: rows, counts and the checksum of every file."""
     files = {path: value for part in parts for path, value in part.files.items()}
@@ -323,13 +257,23 @@ def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, co
 def recorded_parts(folder: Path, stage: str) -> tuple[dict[str, Any], list[Part]]:
     """The manifest and the parts of a finished stage, in order; their files are not read (see `require_intact`).
 
-    Raises MissingFileError when the stage is not finished, DataError for the folder of another stage.
+    Raises MissingFileError when the stage is not finished, DataError for the folder of another stage, a manifest or
+    record that is none, and a record that names files outside `folder`.
     """
-    manifest = read_json(folder / "manifest.json")
+    path = folder / "manifest.json"
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or "stage" not in manifest or not isinstance(manifest.get("parts"), int):
+        raise DataError(f"'{path}' is no manifest of a stage; run the stage that made it again")
     if manifest["stage"] != stage:
         raise DataError(f"'{folder}' holds the stage '{manifest['stage']}', expected '{stage}'")
-    records = [read_json(_record(folder, part_name(index))) for index in range(manifest["parts"])]
-    return manifest, [Part(**record) for record in records]
+    parts = []
+    for name in map(part_name, range(manifest["parts"])):
+        record = _record(folder, name)
+        try:
+            parts.append(_to_part(read_json(record), folder, name))
+        except TypeError as error:
+            raise DataError(f"'{record}' is no record of a part: {error}; run the stage that made it again") from error
+    return manifest, parts
 
 
 def require_intact(folder: Path, part: Part) -> None:

@@ -8,19 +8,18 @@ pickled to another process, and nothing is loaded until one is called.
 from __future__ import annotations
 
 import functools
-import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignkit.errors import ConfigError, UnknownNameError, nearest
+from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
 from alignkit.protocols import Judge, Reporting, require_independent
-from alignkit.provenance import fingerprint
+from alignkit.provenance import content
 from alignkit.records import Prompt, Sampling
-from alignkit.resolve import construct, resolve
+from alignkit.resolve import construct, require_known, resolve
 from data_pipelines.prompts import read_prompts, split_of
 from rewards import JUDGES, REWARDS
 
@@ -64,11 +63,12 @@ class GeneratorSpec:
 
     @property
     def identity(self) -> str:
-        """Changes with the weights of local folders; a hub id or a builder stands for itself."""
-        named = [self.model, *([str(self.adapter)] if self.adapter else []), *map(str, self.options.values())]
-        changes = {"quantize": self.quantize, "family": self.family}
-        loading = [f"{name}={value}" for name, value in changes.items() if value]
-        return " ".join([*named, *loading, *map(fingerprint, _local(named))])
+        """Changes with the weights of local folders, wherever they are; a hub id or a builder stands for itself."""
+        changes = {"adapter": self.adapter, "quantize": self.quantize, "family": self.family, **self.options}
+        if self.dtype != "float32":
+            changes["dtype"] = self.dtype
+        loading = [f"{name}={content(value)}" for name, value in changes.items() if value]
+        return " ".join([content(self.model), *loading])
 
     @property
     def absent(self) -> list[str]:
@@ -118,13 +118,6 @@ class JudgeSpec:
         return _identity(self.judge, self.options)
 
 
-def require_known(name: str, table: Mapping[str, str], *, kind: str) -> None:
-    """UnknownNameError, with the nearest entry, for a name that is neither in `table` nor 'module:attribute'."""
-    if name not in table and ":" not in name:
-        hint = nearest(name, table)
-        raise UnknownNameError(f"unknown {kind} '{name}'.{hint} Your own: 'package.module:attribute'.")
-
-
 def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
     """`base` with the result of its training: an adapter, or (a folder with its own index) another model."""
     if (result / "model_index.json").is_file():
@@ -133,13 +126,12 @@ def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
 
 
 def _identity(name: str, options: Mapping[str, Any]) -> str:
-    """A name, its options and the fingerprints of the files in them.
+    """A name and its options, with the content of the files and folders that they name.
 
     `cache` is left out at every level: replies are added to it, but it does not change a score.
     """
-    options = _without_caches(options)
-    named = [f"{option}={value}" for option, value in sorted(options.items())]
-    return " ".join([name, *named, *map(fingerprint, _local(_leaves(options)))])
+    known = content(_without_caches(options))
+    return " ".join([name, *(f"{option}={value}" for option, value in sorted(known.items()))])
 
 
 def _without_caches(value: Any) -> Any:
@@ -147,20 +139,6 @@ def _without_caches(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_caches(inner) for name, inner in value.items() if name != "cache"}
     return [_without_caches(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _leaves(value: Any) -> Iterable[str]:
-    """The texts in nested options, such as the model folders of a composite's members."""
-    if isinstance(value, Mapping):
-        return [leaf for inner in value.values() for leaf in _leaves(inner)]
-    if isinstance(value, list | tuple):
-        return [leaf for inner in value for leaf in _leaves(inner)]
-    return [str(value)]
-
-
-def _local(names: Iterable[str]) -> list[Path]:
-    """Those of `names` that are files or folders here."""
-    return [Path(name) for name in names if name and os.path.exists(name)]  # noqa: PTH110 - Path fails for long texts
 
 
 def identities(
@@ -190,6 +168,7 @@ class PromptsConfig:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
+        require_at_least(1, {"count": self.count})
         if (self.file is None) == (self.source is None):
             raise ConfigError("prompts: give either `file` or `source`")
         if self.source is not None and self.count is None:
@@ -228,6 +207,9 @@ class ValidationConfig:
     seed: int = 0
     batch_size: int = 16
     sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        require_at_least(1, {"prompts": self.prompts, "batch_size": self.batch_size})
 
     def build(self, prompts: Sequence[Prompt], rewards: Mapping[str, RewardSpec]) -> Validation:
         """Load the rewards, for the first held-out `prompts`. Raises ConfigError when there are none."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from alignkit.claims import holds_results
 from alignkit.errors import ConfigError, DataError, ResumeError
 from alignkit.evaluation import page
 from alignkit.evaluation.paired import EvaluateConfig
@@ -98,7 +99,7 @@ def read_all(folder: Path) -> dict[str, Judged]:
 def _claim(target: Path, identity: str) -> None:
     path = target / "judge.json"
     before = read_json(path)["identity"] if path.is_file() else identity
-    if before != identity:
+    if before != identity and holds_results(target):
         raise ResumeError(
             f"'{target}' holds the verdicts of another judge; give this one another name.\n"
             f"  {before!r} there, {identity!r} now"

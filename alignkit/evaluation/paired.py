@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
 from alignkit.evaluation.results import (
     SCORE,
@@ -30,11 +31,12 @@ from alignkit.evaluation.results import (
     write_evaluation,
 )
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
+from alignkit.locks import locked
 from alignkit.media import encode_medium, quantise, to_pixels
 from alignkit.protocols import ImageSource, Reward, require_independent, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
-from alignkit.storage import claim, finished_part, read_table, to_json, write_part
+from alignkit.storage import finished_part, read_table, to_json, write_part
 
 MOST_NOT_FINITE = 0.05  # share of a side's images or videos that a reward may fail on before the evaluation stops
 
@@ -88,23 +90,24 @@ def evaluate(
     and counted).
     """
     _check(prompts, rewards, gold, config.sampling)
-    inputs = dict(inputs or {})
-    settings = _settings(prompts, config, rewards) | {"base": base.name}
-    claim(out_dir, {"inputs": inputs, "evaluation": settings | {"tuned": tuned.name}})
-    base_side = {"inputs": {name: inputs[name] for name in inputs if name != "tuned"}, "evaluation": settings}
-    cached = _cache_folder(base_cache, base_side)
-    items = [
-        _Item(prompt, derive_seed(config.run_seed, prompt.id, index))
-        for prompt in prompts
-        for index in range(config.seeds_per_prompt)
-    ]
-    _write_side(cached or out_dir / "base", base, items, config, rewards)
-    if cached:
-        _adopt(cached, out_dir / "base")
-    _write_side(out_dir / "tuned", tuned, items, config, rewards)
-    evaluation = _summarise(read_pairs(out_dir), (base.name, tuned.name), config, gold)
-    write_evaluation(out_dir, evaluation)
-    return evaluation
+    known = dict(inputs or {})
+    with locked(out_dir):
+        settings = _settings(prompts, config, rewards) | {"base": base.name}
+        claim(out_dir, {"inputs": known, "evaluation": settings | {"tuned": tuned.name}})
+        base_side = {"inputs": {name: known[name] for name in known if name != "tuned"}, "evaluation": settings}
+        cached = _cache_folder(base_cache, base_side)
+        items = [
+            _Item(prompt, derive_seed(config.run_seed, prompt.id, index))
+            for prompt in prompts
+            for index in range(config.seeds_per_prompt)
+        ]
+        _write_side(cached or out_dir / "base", base, items, config, rewards)
+        if cached:
+            _adopt(cached, out_dir / "base")
+        _write_side(out_dir / "tuned", tuned, items, config, rewards)
+        evaluation = _summarise(read_pairs(out_dir), (base.name, tuned.name), config, gold)
+        write_evaluation(out_dir, evaluation)
+        return evaluation
 
 
 def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str | None, sampling: Sampling) -> None:

@@ -130,9 +130,14 @@ def require_batch(folder: Path, batch: StepBatch) -> None:
         )
 
 
+def stored_state(folder: Path) -> TrainerState:
+    """The trainer's state in a checkpoint."""
+    return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+
+
 def best_checkpoint(folder: Path) -> str | None:
     """The best checkpoint that the state in `folder` names: beside it, also when both were moved, or where it was."""
-    best = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).best_model_checkpoint
+    best = stored_state(folder).best_model_checkpoint
     places = [folder.parent / Path(best).name, Path(best)] if best else []
     return next((str(place) for place in places if place.is_dir()), None)
 

@@ -19,6 +19,7 @@ from alignkit.trainers.checkpoint import (
     mark_incomplete,
     require_batch,
     require_whole,
+    stored_state,
     writing,
 )
 
@@ -57,12 +58,21 @@ class ResumingTrainer(Trainer):
         checkpoint = numbers[3]
         if checkpoint is not None:
             self.state.best_model_checkpoint = best_checkpoint(Path(checkpoint))
+            self._report_length(Path(checkpoint))
         if self.state.global_step > self.state.max_steps:
             raise ResumeError(
                 f"'{checkpoint}' is at step {self.state.global_step}, past the last step {self.state.max_steps}: raise "
                 "max_steps (or num_train_epochs), name an earlier checkpoint, or train in another folder"
             )
         return start
+
+    def _report_length(self, checkpoint: Path) -> None:
+        before, now = stored_state(checkpoint).max_steps, self.state.max_steps
+        if before != now and self.is_world_process_zero():
+            print(
+                f"'{checkpoint}' was to be trained for {before} steps, now for {now}; from here on the learning rate "
+                f"follows the schedule of {now} steps"
+            )
 
     def _run_epoch(self, **options: Any) -> None:
         """Trainer's, but a training that was interrupted after its last step does not train another one."""

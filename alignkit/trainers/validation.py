@@ -14,6 +14,7 @@ from torch import Tensor
 from alignkit.protocols import ImageSource, Reward
 from alignkit.records import Prompt, Sampling, texts
 from alignkit.seeds import derive_seed
+from alignkit.trainers.checkpoint import writing
 from alignkit.trainers.sharding import Ranks
 
 
@@ -51,7 +52,8 @@ class Validation:
                     images.append((number, grid_frames(media[row]).clone()))
         scores, images = (sorted(ranks.gather(items), key=lambda item: item[0]) for items in (scores, images))
         if grid is not None and ranks.rank == 0:
-            save_grid(torch.stack([image for _, image in images]), grid)
+            with writing(grid):
+                save_grid(torch.stack([image for _, image in images]), grid)
         means: dict[str, float] = {}
         for name in self.rewards:
             means[name] = float(torch.tensor([values[name] for _, values in scores]).mean())

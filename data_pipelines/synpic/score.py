@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from alignkit.claims import RUN, claim
 from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, UnknownNameError, nearest
+from alignkit.locks import locked
 from alignkit.media import clip_shape, decode_clip, decode_image, image_size, to_pixels
 from alignkit.protocols import Reward, require_independent, require_modality
 from alignkit.records import Prompt
 from alignkit.storage import (
-    RUN,
     STAGE_FILES,
     Part,
     StageResult,
     checksum,
-    claim,
     finish_run,
     finished_part,
     read_table,
@@ -108,13 +108,14 @@ def score_candidates(
     """
     candidates_dir = Path(candidates_dir)
     manifest, parts = recorded_parts(candidates_dir, "generate")
-    scorer = Scorer.open(
-        Path(out_dir), config, candidates_dir, build_rewards, rows=manifest["rows"], identities=identities
-    )
-    with scorer.bar:
-        for part in parts:
-            scorer.score(part)
-        return scorer.finish()
+    with locked(Path(out_dir)):
+        scorer = Scorer.open(
+            Path(out_dir), config, candidates_dir, build_rewards, rows=manifest["rows"], identities=identities
+        )
+        with scorer.bar:
+            for part in parts:
+                scorer.score(part)
+            return scorer.finish()
 
 
 @dataclass(frozen=True, slots=True)

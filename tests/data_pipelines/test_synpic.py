@@ -132,6 +132,35 @@ def test_damaged_part_is_named_and_rebuilt(world: Any, tmp_path: Path, caplog: p
     assert "part-00002.parquet' is missing" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["../victim.parquet", "absolute", "data/part-00000.parquet/../../../victim.parquet"])
+def test_a_record_that_names_a_file_outside_stops_every_stage(world: Any, tmp_path: Path, name: str) -> None:
+    """Nothing is read there, and nothing is written there or elsewhere."""
+    candidates, scores = world.scored(tmp_path)
+    victim = tmp_path / "victim.parquet"
+    victim.write_bytes((candidates / "data" / "part-00000.parquet").read_bytes())
+    name = str(victim) if name == "absolute" else name
+
+    def change(folder: Path) -> None:
+        record = folder / "parts" / "part-00000.json"
+        part = json.loads(record.read_text(encoding="utf-8"))
+        part["files"] = {name: storage.checksum(victim)}
+        record.write_text(json.dumps(part), encoding="utf-8")
+
+    def refused(stage: Callable[[], object]) -> None:
+        before = world.snapshot(tmp_path)
+        with pytest.raises(DataError, match=f"record of a part: '{name}' is"):
+            stage()
+        assert world.snapshot(tmp_path) == before
+
+    change(scores)
+    refused(lambda: synpic.rank_candidates(candidates, scores, synpic.RankConfig(), tmp_path / "ranked"))
+    change(candidates)
+    refused(lambda: world.generate(candidates))
+    others = tmp_path / "others"
+    refused(lambda: synpic.score_candidates(candidates, world.score, others, build_rewards=world.rewards))
+    refused(lambda: synpic.rank_candidates(candidates, scores, synpic.RankConfig(), tmp_path / "ranked"))
+
+
 def test_resume_with_other_settings_is_refused(world: Any, tmp_path: Path) -> None:
     folder = world.generate(tmp_path / "c")
     with pytest.raises(ResumeError, match=r"config\.seed: 7 -> 8"):
@@ -331,3 +360,14 @@ def test_wrong_shapes_and_broken_pixels_are_named(world: Any, tmp_path: Path) ->
     rewards = dict.fromkeys(world.rewards, lambda: lambda media, prompts: Scores(torch.zeros(1)))
     with pytest.raises(DataError, match=r"reward 'red' returned scores \[1\], expected \[8\]"):
         synpic.score_candidates(candidates, world.score, tmp_path / "s", build_rewards=rewards)
+
+
+def test_a_ranking_that_left_no_row_may_be_corrected(world: Any, tmp_path: Path) -> None:
+    """Its parts were counted and hold no row: nothing of them is used again."""
+    stages = world.scored(tmp_path)
+    out = tmp_path / "r"
+    with pytest.raises(DataError, match="no row is left to rank: low_margin"):
+        synpic.rank_candidates(*stages, synpic.RankConfig(min_margin=1.0, temperature=1.0), out)
+    assert synpic.rank_candidates(*stages, synpic.RankConfig(), out).rows > 0
+    with pytest.raises(ResumeError, match=r"config\.held_out: 0\.1 -> 0\.5"):
+        synpic.rank_candidates(*stages, synpic.RankConfig(held_out=0.5), out)

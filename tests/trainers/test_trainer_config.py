@@ -101,5 +101,5 @@ def test_beta_follows_from_what_the_network_predicts(make, model_folders, capsys
 
 def test_a_validation_that_cannot_be_generated_is_refused_before_the_training(make):
     validation = Validation([], Sampling(steps=1, height=18, width=16), {})
-    with pytest.raises(ConfigError, match="height is 18; .* takes multiples of 4: 16 or 20"):
+    with pytest.raises(ConfigError, match=r"height is 18; .* takes multiples of 4: 16 or 20"):
         make(parts={"validation": validation})

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import psutil
 
+from alignkit.claims import versions
 from alignkit.commands.doctor import memory
 from alignkit.commands.doctor.model_shapes import Model, read_model
 from alignkit.commands.methods import DEFAULT_METHOD, config_class, trainer_class
 from alignkit.commands.specs import JudgeSpec, RewardSpec, require_known
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
-from alignkit.storage import versions
 from alignkit.trainers import METHODS
 
 OPTIONAL = {
