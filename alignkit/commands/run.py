@@ -119,7 +119,8 @@ def _work(job: Any) -> None:
     write_config(job.out, _resolved(job))
     data = _stage(1, "training data", functools.partial(job.make_data, shares))
     validation = functools.partial(job.validation.build, shares.validation, job.rewards) if job.validation else None
-    training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, validation=validation)
+    options = {"validation": validation, "sampling": job.evaluate.sampling}
+    training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, **options)
     with locked(job.out / "train"):
         result = _stage(2, "train", training)
     sides, out = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}, job.out / "evaluation"

@@ -32,7 +32,7 @@ from alignkit.evaluation.results import Evaluation, read_evaluation
 from alignkit.generators.base_of import BaseOf
 from alignkit.locks import locked
 from alignkit.protocols import Reporting
-from alignkit.records import Prompt
+from alignkit.records import Prompt, Sampling
 
 if TYPE_CHECKING:
     from alignkit.protocols import ImageSource
@@ -57,12 +57,14 @@ def fit(
     *,
     validation: Callable[[], Validation] | None,
     select: Callable[[Any], Any] = lambda rows: rows,
+    sampling: Sampling | None = None,
 ) -> Path:
     """Train, or continue from the newest whole checkpoint, export, push if asked; returns the folder of the result.
 
     The result is `output_dir/adapter`, or `output_dir/model` after full fine-tuning. A finished training is recognised
     and loads nothing; with more steps than it had, it goes on from its last checkpoint. `select` may choose or change
-    the training rows (a `datasets.Dataset`, or prompts).
+    the training rows (a `datasets.Dataset`, or prompts). Raises ConfigError before the training where the policy cannot
+    be sampled with `sampling`, which is for later.
     """
     from alignkit.trainers.checkpoint import writing
     from alignkit.trainers.sharding import whole
@@ -78,7 +80,10 @@ def fit(
     train = select(data.train())
     heldout = data.heldout() if args.eval_strategy != "no" else None
     built = validation() if validation else None
-    trainer = trainer_class(method)(load_policy(*policy), args, train, heldout, validation=built)
+    generator = load_policy(*policy)
+    if sampling is not None:
+        generator.require_sampling(sampling)
+    trainer = trainer_class(method)(generator, args, train, heldout, validation=built)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)
     mark_unfinished(folder)
     with writing(folder):

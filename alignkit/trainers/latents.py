@@ -228,7 +228,8 @@ def phi_targets(rows: datasets.Dataset, count: int) -> dict[str, Tensor]:
     phi = rows["phi"][:]
     for row, values in enumerate(phi):
         if len(values) != count or not all(0 <= value <= 1 for value in values):
-            raise DataError(f"row {row}: phi is {values}; it must be {count} numbers within 0 and 1, one a candidate")
+            wanted = f"{count} finite numbers within 0 and 1, one a candidate"
+            raise DataError(f"row {row}: phi is {values}; it must be {wanted}")
     return {"phi": torch.tensor(phi, dtype=torch.float32)}
 
 

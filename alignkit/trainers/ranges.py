@@ -25,11 +25,10 @@ class Range:
         return math.isfinite(value) and above and below
 
     def __str__(self) -> str:
-        """`at least 1`, `above 0`, `at least 0 and below 1`."""
-        words = [f"{'at least' if self.includes_low else 'above'} {self.low:g}"]
-        if math.isfinite(self.high):
-            words.append(f"{'at most' if self.includes_high else 'below'} {self.high:g}")
-        return " and ".join(words)
+        """`at least 1 and finite`, `positive and finite`, `at least 0 and below 1`."""
+        low = f"{'at least' if self.includes_low else 'above'} {self.low:g}"
+        high = f"{'at most' if self.includes_high else 'below'} {self.high:g}"
+        return f"{'positive' if low == 'above 0' else low} and {high if math.isfinite(self.high) else 'finite'}"
 
 
 COUNT = Range(1)
@@ -65,4 +64,4 @@ def require_in_range(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> 
     for name, allowed in ranges.items():
         value = values[name]
         if value is not None and value not in allowed:
-            raise ConfigError(f"{name} is {value}; it must be a finite number {allowed}")
+            raise ConfigError(f"{name} is {value}; it must be {allowed}")

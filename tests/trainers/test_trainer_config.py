@@ -43,13 +43,13 @@ def test_the_length_that_was_set_counts(tmp_path, keys, steps, epochs, words):
     ("keys", "message"),
     [
         ({"max_steps": 5, "num_train_epochs": 3.0}, r"max_steps \(5\) and num_train_epochs \(3.0\) are both set"),
-        ({"max_steps": 0}, "max_steps is 0; it must be a finite number at least 1"),
+        ({"max_steps": 0}, "max_steps is 0; it must be at least 1 and finite"),
         ({"max_steps": -2}, "max_steps is -2"),
-        ({"num_train_epochs": 0.0}, "num_train_epochs is 0.0; it must be a finite number above 0"),
+        ({"num_train_epochs": 0.0}, "num_train_epochs is 0.0; it must be positive and finite"),
         ({"num_train_epochs": math.nan}, "num_train_epochs is nan"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
-        ({"adam_beta1": 1.0}, "adam_beta1 is 1.0; it must be a finite number at least 0 and below 1"),
+        ({"adam_beta1": 1.0}, "adam_beta1 is 1.0; it must be at least 0 and below 1"),
         ({"adam_beta2": -0.1}, "adam_beta2 is -0.1"),
         ({"max_grad_norm": math.inf}, "max_grad_norm is inf"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
@@ -81,7 +81,7 @@ def test_epochs_are_trained(make):
 def test_phi_outside_its_range_is_refused(make, ranked_rows):
     rows = ranked_rows(4)
     values = [[-1.0, 0.0, 1.0, 0.0], *rows["phi"][1:]]
-    with pytest.raises(DataError, match=r"row 0: phi is \[-1.0, .*within 0 and 1"):
+    with pytest.raises(DataError, match=r"row 0: phi is \[-1.0, .*numbers within 0 and 1"):
         make(rows=rows.remove_columns("phi").add_column("phi", values))
 
 
