@@ -203,12 +203,12 @@ def _plan(job: LadderJob) -> list[str]:
 
 
 def _work(argv: Sequence[str], job: LadderJob) -> None:
+    for name in job.arms:
+        _arguments(job, name, job.seeds[0])  # a wrong key stops here, not in the last arm
     free = {"title", "workers"}
     if not holds_results(job.out / "arms"):
         free |= {*init_fields(LadderJob)} - {*init_fields(SynPicJob)}
     write_resolved(job.out, job, free)
-    for name in job.arms:
-        _arguments(job, name, job.seeds[0])  # a wrong key stops here, not in the last arm
     counts = job.make_ranked(job.prompts.split()[0], job.shared)
     print(counts)
     failed = _run_all(job, [(name, seed) for seed in job.seeds for name in job.arms])
