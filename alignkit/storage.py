@@ -80,7 +80,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         advice = "what was finished before is unchanged; make room or fix the folder, then run the same command again"
         raise StorageError(f"could not write '{path}': {error}; {advice}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error above says what is wrong with the folder
+            temporary.unlink(missing_ok=True)
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -140,7 +141,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise MissingFileError(f"'{path}' does not exist; '{path.parent}' is not a finished stage") from error
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"'{path}' is not JSON: {error}; remove it and run the same command again") from error
 
 
@@ -220,7 +223,9 @@ def finished_part(folder: Path, name: str, *, inputs: Mapping[str, str] | None =
         part = _to_part(json.loads(record.read_bytes()), folder, name)
     except DataError:
         raise
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise DataError(f"'{record}' cannot be read: {error}; mend its permissions") from error
+    except (ValueError, TypeError, RecursionError) as error:
         logger.warning("'%s' is damaged (%s); %s is rebuilt", record, error, name)
         return None
     for path, expected in part.files.items():
@@ -235,9 +240,14 @@ def finished_part(folder: Path, name: str, *, inputs: Mapping[str, str] | None =
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """SHA-256 of a file, in hex. Raises MissingFileError or DataError naming a file that cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise MissingFileError(f"'{path}' does not exist; run the stage that made it again") from error
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
 
 
 def _fault(path: Path, expected: str) -> str | None:
@@ -247,7 +257,14 @@ def _fault(path: Path, expected: str) -> str | None:
 
 
 def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, counts: Mapping[str, int]) -> StageResult:
-    """Write `manifest.json`: rows, counts and the checksum of every file."""
+    """Write `manifest.json`: rows, counts and the checksum of every file.
+
+    Raises DataError where a part or one of its files is not there any more.
+    """
+    for part in parts:
+        for path in (_record(folder, part.name), *(folder / name for name in part.files)):
+            if not path.is_file():
+                raise DataError(f"'{path}' was removed while the stage ran; run the same command again to rebuild it")
     files = {path: value for part in parts for path, value in part.files.items()}
     manifest = {"stage": stage, "rows": rows, "counts": counts, "parts": len(parts), "files": files}
     write_json(folder / "manifest.json", manifest)
@@ -284,15 +301,33 @@ def require_intact(folder: Path, part: Part) -> None:
             raise DataError(f"'{folder / path}' {fault}; run the stage that made it again, which rebuilds this part")
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A parquet file, or some columns of it; DataError naming the file when it cannot be read."""
-    import pyarrow as pa
+def read_schema(path: Path) -> pa.Schema:
+    """The schema of a parquet file; DataError naming the file when it cannot be read."""
     import pyarrow.parquet as pq
 
-    try:
+    with _reading(path):
+        return pq.read_schema(path)
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A parquet file, or some columns of it; DataError naming the file when it cannot be read."""
+    import pyarrow.parquet as pq
+
+    with _reading(path):
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """MissingFileError or DataError naming the parquet file at `path`, which is read inside."""
+    import pyarrow as pa
+
+    try:
+        yield
     except FileNotFoundError as error:
         raise MissingFileError(f"'{path}' does not exist; run the stage that made it again") from error
+    except PermissionError as error:
+        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"'{path}' is damaged or not a parquet file ({error}); run the stage that made it again, which rebuilds it"

@@ -27,6 +27,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 LEVELS = [
     (
         "errors",
+        "escape",
         "records",
         "seeds",
         "protocols",
@@ -50,6 +51,7 @@ LEVELS = [
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resolve", "storage"} | {
     "claims",
+    "escape",
     "locks",
     "media",
     "clips",

@@ -166,3 +166,38 @@ def test_a_record_of_another_form_is_damage(tmp_path: Path, text: str) -> None:
     assert storage.finished_part(tmp_path, "part-00000") is None
     with pytest.raises(DataError, match="is no record of a part"):
         storage.recorded_parts(tmp_path, "generate")
+
+
+@pytest.mark.parametrize("lost", ["data/a.parquet", "parts/part-00000.json"])
+def test_a_stage_whose_output_was_removed_does_not_finish(tmp_path: Path, lost: str) -> None:
+    part = storage.write_part(tmp_path, "part-00000", TABLE)
+    (tmp_path / lost).unlink()
+    with pytest.raises(DataError, match=rf"{lost}' was removed while the stage ran; run the same command again"):
+        storage.finish_run(tmp_path, "generate", [part], rows=3, counts={})
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """A folder stands for a file without permission, which the superuser could read."""
+    for read in (storage.read_json, storage.checksum, storage.read_schema):
+        with pytest.raises(DataError, match=rf"'{tmp_path}' (cannot be read: .*directory|is damaged)"):
+            read(tmp_path)
+    for read in (storage.read_json, storage.checksum, storage.read_schema, storage.read_table):
+        with pytest.raises(MissingFileError, match="none' does not exist"):
+            read(tmp_path / "none")
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 200_000, encoding="utf-8")
+    with pytest.raises(DataError, match=r"deep\.json' is not JSON"):
+        storage.read_json(deep)
+    table = tmp_path / "a.parquet"
+    storage.write_part(tmp_path, "part-00000", {"a.parquet": TABLE["data/a.parquet"]})
+    table.write_bytes(table.read_bytes()[:-9])
+    for read in (storage.read_table, storage.read_schema):
+        with pytest.raises(DataError, match=r"a\.parquet' is damaged or not a parquet file"):
+            read(table)
+
+
+def test_a_place_below_a_file_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"could not write '.*file/out/x'.*Not a directory"):
+        storage.write_text(tmp_path / "file" / "out" / "x", "text")

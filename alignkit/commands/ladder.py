@@ -33,6 +33,7 @@ from alignkit.commands.stages import compare, fit
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError, require_at_least
+from alignkit.escape import to_code, to_markdown
 from alignkit.evaluation.ladder import read_arm, table
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.locks import locked
@@ -226,10 +227,10 @@ def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
     sampling = job.evaluate.sampling
     judged = len(job.judged(job.prompts.split()[1]))
     return [
-        f"command: `{shlex.join(['alignkit', 'ladder', *argv])}`",
-        f"candidates: {drawn}; ranked by {', '.join(job.score.rewards)}; {counts}",
-        f"training, all arms: {json.dumps(dict(job.train))}",
-        *(f"arm {name}: {_words(arm)}" for name, arm in job.arms.items()),
+        f"command: {to_code(shlex.join(['alignkit', 'ladder', *argv]))}",
+        to_markdown(f"candidates: {drawn}; ranked by {', '.join(job.score.rewards)}; {counts}"),
+        f"training, all arms: {to_code(json.dumps(dict(job.train)))}",
+        *(f"arm {to_markdown(name)}: {_words(arm)}" for name, arm in job.arms.items()),
         (
             f"evaluation: {judged} held-out prompts x {job.evaluate.seeds_per_prompt} seeds, "
             f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}; training seeds {list(job.seeds)}"
@@ -239,7 +240,7 @@ def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
 
 def _words(arm: ArmConfig) -> str:
     own = ", own samples only" if arm.own_samples else ""
-    return f"{arm.method}, {arm.labels} labels{own}, {json.dumps(dict(arm.train))}"
+    return f"{to_markdown(arm.method)}, {arm.labels} labels{own}, {to_code(json.dumps(dict(arm.train)))}"
 
 
 def die_with_parent() -> None:

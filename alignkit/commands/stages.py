@@ -73,7 +73,8 @@ def fit(
     inputs = {"policy": policy[1].identity, "data": data.identity}
     result = folder / ("model" if args.full_finetune else "adapter")
     claim(folder, {"inputs": inputs})
-    made_with = {name: vars(args)[name] for name in _LENGTH} | {"rows": math.prod(vars(args)[name] for name in _BATCH)}
+    made_with = {name: vars(args)[name] for name in _LENGTH}
+    made_with["rows"] = math.prod(vars(args)[name] for name in _BATCH)
     if finished(folder) == made_with and result.is_dir():
         return result
     _require_checkpoint(folder, made_with)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from alignkit.trainers.checkpoint import (
     stored_state,
     writing,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class ResumingTrainer(Trainer):
@@ -78,6 +81,7 @@ class ResumingTrainer(Trainer):
         """Trainer's, but a training that was interrupted after its last step does not train another one."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+            logger.info("step %d was the last one; the result is that of its checkpoint", self.state.global_step)
         else:
             super()._run_epoch(**options)
 
