@@ -8,6 +8,7 @@ add a time axis (`alignkit.generators.families.video`).
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from alignkit.adapters.fingerprint import base_of
 from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import Schedule, expand
 from alignkit.diffusion.solvers import Grid, ddim_step
-from alignkit.errors import AdapterError
+from alignkit.errors import AdapterError, ConfigError, nearest
 from alignkit.generators.codec import Codec
 from alignkit.generators.conditioner import Conditioner
 from alignkit.generators.denoiser import Denoiser
@@ -109,6 +110,22 @@ class PipelineGenerator(FamilyDescription, Codec):
         return "", min(tokenizer.model_max_length, self._tokens)
 
     # --- the same for all ---
+
+    def require_sampling(self, sampling: Sampling) -> None:
+        """ConfigError for keywords in `extra` that the pipeline's call lacks, and for sides that it would change."""
+        reserved = ("self", "prompt", "generator", "output_type")
+        known = [name for name in inspect.signature(type(self.pipeline).__call__).parameters if name not in reserved]
+        for name in sampling.extra:
+            if name not in known:
+                kind = type(self.pipeline).__name__
+                raise ConfigError(f"sampling.extra: '{name}' is no keyword of a {kind}.{nearest(name, known)}")
+        for name, side in (("height", sampling.height), ("width", sampling.width)):
+            below = side - side % self.pixel_multiple
+            if below != side:
+                sides = " or ".join(str(size) for size in (below, below + self.pixel_multiple) if size)
+                raise ConfigError(
+                    f"sampling: {name} is {side}; {self.name} takes multiples of {self.pixel_multiple}: {sides}"
+                )
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
         """Warn, once per generator, of prompts that are longer than its text encoders read."""
@@ -222,6 +239,7 @@ class PipelineGenerator(FamilyDescription, Codec):
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
         """The vanilla pipeline with one torch generator per item: pixels [B, 3, H, W] in [0, 1]."""
+        self.require_sampling(sampling)
         self.warn_of_cuts(prompts)
         modes = (self.conditioner.training, self.net.training)
         self.conditioner.eval()

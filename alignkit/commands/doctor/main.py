@@ -15,7 +15,7 @@ import psutil
 from alignkit.claims import versions
 from alignkit.commands.doctor import memory
 from alignkit.commands.doctor.model_shapes import Model, read_model
-from alignkit.commands.methods import DEFAULT_METHOD, trainer_class
+from alignkit.commands.methods import DEFAULT_METHOD, config_class, trainer_class
 from alignkit.commands.specs import JudgeSpec, RewardSpec, require_known
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
@@ -160,6 +160,8 @@ def model_lines(job: DoctorJob, folder: Path) -> list[str]:
     setup = setup_of(job, model)
     blocks = [_size_lines(folder.name, model), _lora_lines(model, setup), _operation_lines(model, setup)]
     blocks += [_memory_lines(job.method, model, setup), _card_lines(model, setup)]
+    notes = config_class(job.method).model_defaults(str(folder))
+    blocks += [["defaults that depend on the model", *(f"  {note}" for note in notes.values())]] if notes else []
     return [line for block in blocks for line in [*block, ""]][:-1]
 
 
