@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from alignkit.media import checked_pixels
 from alignkit.protocols import ImageSource, Reward
 from alignkit.records import Prompt, Sampling, texts
 from alignkit.seeds import derive_seed
@@ -43,7 +44,8 @@ class Validation:
             numbers = own[start : start + self.batch_size]
             prompts = [self.prompts[number] for number in numbers]
             seeds = [derive_seed(self.seed, prompt.id, 0) for prompt in prompts]
-            media = source.generate(texts(prompts), seeds, self.sampling).cpu()
+            pixels = source.generate(texts(prompts), seeds, self.sampling)
+            media = checked_pixels(pixels, len(prompts), f"validation: generator '{source.name}'").cpu()
             totals = {name: reward(media, prompts).total.tolist() for name, reward in self.rewards.items()}
             for row, number in enumerate(numbers):
                 scores.append((number, {name: values[row] for name, values in totals.items()}))
