@@ -58,10 +58,10 @@ def prepare(
 
 def trained_lines(generator: PipelineGenerator) -> list[str]:
     """What is trained, a line each: the share that every trainable adapter covers, or all parameters."""
-    lines = []
+    lines: list[str] = []
     for part, net in generator.adapted.items():
-        for name in sorted(lora.trainable_adapters(net)):
-            lines.append(f"LoRA '{name}' on {part}: {lora.coverage(net, name)}")
+        names = sorted(lora.trainable_adapters(net))
+        lines += [f"LoRA '{name}' on {part}: {lora.coverage(net, name)}" for name in names]
     count = sum(parameter.numel() for parameter in generator.net.parameters())
     return lines or [f"all {count:,} parameters of {generator.component} are trained"]
 
