@@ -275,3 +275,11 @@ def test_an_index_that_names_paths_or_code(folder, changes, kind, match):
 def test_an_adapter_in_place_of_a_text_encoder(folder):
     (folder / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "/somewhere/else"}')
     refuse(folder, "text_encoder' holds an adapter")
+
+
+def test_the_doctor_names_a_pipeline_without_a_family(folder, capsys):
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionPAGPipeline")
+    with pytest.raises(UnknownNameError, match="a pipeline class without a family"):
+        load_generator(folder, device="cpu")
+    assert cli.main(["doctor", f"--model={folder}", "--resolution=16"]) == 0
+    assert "no family of this version loads a StableDiffusionPAGPipeline: training needs" in capsys.readouterr().out
