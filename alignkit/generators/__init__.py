@@ -101,9 +101,7 @@ def _load_pipeline(
     folder: str, index: Mapping[str, Any], family: type[PipelineGenerator], dtype: torch.dtype, quantize: str | None
 ) -> Any:
     """The diffusers pipeline of `folder`, each network loaded with its checks and the rest by diffusers."""
-    from diffusers import DiffusionPipeline
-
-    from alignkit.generators.components import load_networks
+    from alignkit.generators.components import assemble, load_networks
     from alignkit.generators.quantize import quantizers
 
     denoisers = [part for part in ("unet", "transformer", "transformer_2") if index.get(part, [None])[0]]
@@ -112,11 +110,7 @@ def _load_pipeline(
     if variants:
         names = ", ".join(f"{name} ({variant})" for name, variant in variants.items())
         logger.warning("'%s' has no other weights than variants of %s; they are loaded", folder, names)
-    left_out = [name for name in component_names(index) if index[name][0] is None]
-    given: dict[str, Any] = dict.fromkeys([*family.unused_parts, *left_out])
-    if "safety_checker" in index:
-        given["requires_safety_checker"] = False
-    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **given, **networks)
+    return assemble(folder, index, family.unused_parts, networks)
 
 
 def wrap(pipeline: DiffusionPipeline, name: str | None = None, **options: Any) -> PipelineGenerator:

@@ -1,4 +1,4 @@
-"""One component of a pipeline folder, loaded so that its files fill every weight and nothing is left over.
+"""The components of a pipeline folder, loaded so that files fill every weight and nothing is left over.
 
 The libraries give a weight that no file has random or uninitialised numbers and only warn. On the meta device the same
 reading needs no memory: the doctor does that.
@@ -7,20 +7,20 @@ reading needs no memory: the doctor does that.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignkit.errors import DataError, UnknownNameError
-from alignkit.generators.folders import Weights, find_weights
+from alignkit.errors import DataError, MissingFileError, UnknownNameError
+from alignkit.generators.folders import Weights, component_names, find_weights
 
 # What files may hold beside the weights: positions and counters that a class computes itself, and a language model's
 # head where the class has none.
@@ -67,6 +67,41 @@ def load_networks(
     return networks, variants
 
 
+def assemble(folder: str, index: Mapping[str, Any], unused: Collection[str], networks: Mapping[str, Any]) -> Any:
+    """The diffusers pipeline of `networks` and what else `index` names: tokenizers, scheduler, processors.
+
+    Components of `unused` and those that were left out are None. Raises MissingFileError for a tokenizer without its
+    vocabulary, DataError for components that cannot be read or do not make up the pipeline, UnknownNameError for a
+    pipeline class that diffusers lacks.
+    """
+    kind = index["_class_name"]
+    component_class("diffusers", kind)
+    named = {name: index[name] for name in component_names(index)}
+    for name, entry in named.items():
+        if entry[0] is not None:
+            _require_vocabulary(Path(folder) / name, component_class(*entry))
+    given = dict.fromkeys([*unused, *(name for name, entry in named.items() if entry[0] is None)])
+    settings = {"requires_safety_checker": False} if "safety_checker" in index else {}
+    try:
+        return DiffusionPipeline.from_pretrained(folder, **given, **settings, **networks)
+    except (OSError, TypeError, ValueError, LookupError) as error:
+        raise DataError(
+            f"'{folder}': no {kind} can be made of its files: {type(error).__name__}: {error}; copy the folder again"
+        ) from error
+
+
+def _require_vocabulary(folder: Path, kind: Any) -> None:
+    """The library makes a tokenizer without its vocabulary, which then reads every word as unknown."""
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedTokenizerBase):
+        return
+    others = dict(kind.vocab_files_names)
+    whole = others.pop("tokenizer_file", "tokenizer.json")
+    missing = [file for file in others.values() if not (folder / file).is_file()]
+    if not (folder / whole).is_file() and (missing or not others):
+        names = ", ".join(f"{folder.name}/{file}" for file in missing) or f"{folder.name}/{whole}"
+        raise MissingFileError(f"model folder '{folder.parent}' is incomplete, missing: {names}; copy it again")
+
+
 def require_weights(folder: Path, library: str) -> Weights:
     """`find_weights`, and that no adapter stands in for them. Raises DataError."""
     if library != "diffusers" and (folder / "adapter_config.json").exists():
@@ -106,10 +141,11 @@ def load_network(folder: Path, kind: Any, stored: Weights, dtype: torch.dtype, *
     return network  # type: ignore[no-any-return]
 
 
-def load_shapes(folder: Path, kind: Any, library: str) -> nn.Module:
+def load_shapes(folder: Path, library: str, name: str) -> nn.Module:
     """The network on the meta device after the checks of `load_network`; no number is read, so NaN is not seen."""
     stored = require_weights(folder, library)
     dtype = _stored_dtype(stored)
+    kind = component_class(library, name)
     return load_network(folder, kind, stored, dtype, device_map={"": "meta"}).requires_grad_(False)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from alignkit import cli
@@ -270,6 +271,43 @@ def test_an_index_that_names_paths_or_code(folder, changes, kind, match):
     (folder / "unet" / "my_unet.py").write_text("raise SystemExit('code of the folder ran')")
     edit_json(folder / "model_index.json", **changes)
     refuse(folder, match, kind)
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "match"),
+    [
+        ("tokenizer/tokenizer.json", "", "no StableDiffusionPipeline can be made of its files: JSONDecodeError"),
+        ("tokenizer/tokenizer.json", "[]", "no StableDiffusionPipeline can be made of its files: TypeError"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}', "no StableDiffusionPipeline can be made"),
+    ],
+)
+def test_damaged_tokenizers_and_schedulers(folder, file, data, match):
+    (folder / file).write_text(data)
+    refuse(folder, match)
+
+
+def test_a_tokenizer_without_its_vocabulary(folder):
+    """The library makes one that knows no word."""
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    refuse(folder, r"incomplete, missing: tokenizer/vocab\.json, tokenizer/merges\.txt", MissingFileError)
+
+
+def test_components_that_make_no_pipeline(folder):
+    edit_json(folder / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    refuse(folder, "no StableDiffusion3Pipeline can be made of its files: ValueError: .*expected")
+
+
+def test_a_hub_id_is_read_like_a_folder(folder, monkeypatch):
+    """What the hub sends passes the same checks; the generator's name and origin stay those of the id."""
+    index = json.loads((folder / "model_index.json").read_text())
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda _: index)
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda _, **parts: str(folder))
+    generator = load_generator("someone/tiny", device="cpu")
+    assert generator.name == "tiny"
+    assert generator.pipeline.name_or_path == "someone/tiny"
+    edit_tensors(folder / f"{UNET}.safetensors", lambda tensors: tensors.pop("conv_in.bias"))
+    with pytest.raises(DataError, match=r"1 missing \(conv_in\.bias\)"):
+        load_generator("someone/tiny", device="cpu")
 
 
 def test_an_adapter_in_place_of_a_text_encoder(folder):

@@ -74,11 +74,11 @@ class Model:
 def read_model(folder: Path) -> Model:
     """Read a diffusers folder, with weights or with configs alone.
 
-    With weights, every network passes the checks that it passes at loading, on the meta device. Raises MissingFileError
+    With weights, networks and pipeline are loaded as for a training, on the meta device. Raises MissingFileError
     for an incomplete folder, DataError for a file that is damaged or whose weights do not fill the network, ConfigError
     without a denoiser, UnknownNameError for a class that the installed libraries lack.
     """
-    from alignkit.generators.components import component_class, is_network, load_shapes
+    from alignkit.generators.components import assemble, component_class, is_network, load_shapes
 
     written = read_index(str(folder))
     family = (
@@ -91,17 +91,16 @@ def read_model(folder: Path) -> Model:
     parts = {name: index[name] for name in component_names(index) if (folder / name / "config.json").is_file()}
     parts = {name: entry for name, entry in parts.items() if entry[0] and is_network(component_class(*entry))}
     configs = {name: read_json(folder / name / "config.json") for name in parts}
-    shapes = {}
-    for name, (library, kind) in parts.items():
-        loaded = (
-            load_shapes(folder / name, component_class(library, kind), library)
-            if weights
-            else blank(library, kind, configs[name])
-        )
-        shapes[name] = stored_shapes(loaded)
+    if weights:
+        networks = {name: load_shapes(folder / name, *entry) for name, entry in parts.items()}
+    else:
+        networks = {name: blank(*entry, configs[name]) for name, entry in parts.items()}
+    shapes = {name: stored_shapes(network) for name, network in networks.items()}
     denoiser = next((name for name in ("transformer", "unet") if name in shapes), None)
     if denoiser is None:
         raise ConfigError(f"'{folder}' has neither a unet nor a transformer; its weights are in {sorted(shapes)}")
+    if weights:
+        assemble(str(folder), index, unused, networks)
     kind = parts[denoiser][1]
     return Model(index["_class_name"], shapes, denoiser, kind, configs[denoiser], configs.get("vae", {}))
 
