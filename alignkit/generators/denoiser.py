@@ -77,8 +77,12 @@ class Denoiser(nn.Module):
     @override
     def train(self, mode: bool = True) -> Denoiser:
         """As in torch, without a walk over all modules where nothing changes: Trainer calls it in every step."""
-        is_set = all(module.training == mode for module in self._tree.modules())
-        return self if is_set else super().train(mode)
+        return super().train(mode) if self._tree.needs_mode(mode) else self
+
+    def reset_lists(self) -> None:
+        """List modules and parameters anew: after changes below the network that went without PEFT."""
+        for tree in (self._tree, *self._trees):
+            tree.reset()
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:

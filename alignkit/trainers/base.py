@@ -285,6 +285,8 @@ class AlignTrainer(Trainer):
             resume_from_checkpoint = str(found) if found else None
         elif resume_from_checkpoint:
             require_whole(Path(resume_from_checkpoint))
+        self.generator.model.reset_lists()
+        self._tree.reset()
         with self.components_on(self.parking or self.args.device):
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
