@@ -126,3 +126,17 @@ def test_dry_run_loads_no_torch_and_writes_nothing(tmp_path):
     assert "generate 2 candidates (a x 2) for all prompts of prompts.txt" in done.stdout
     assert "NOT THERE YET: ./models/a" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_do_not_spin_unless_the_user_wants_it(monkeypatch, own, expected):
+    """Set before anything imports torch; what the user has set stays."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    code = (
+        "import os, sys; from alignkit import cli; assert 'torch' not in sys.modules; cli.main(['--version']);"
+        "assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == expected
