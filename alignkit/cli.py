@@ -54,6 +54,8 @@ usage: alignkit VERB [--config FILE.yaml] [--key value ...] [--dry-run]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code (0 done, 2 an error the user can mend, 130 interrupted)."""
+    # OpenMP reads it when torch is imported. Threads that wait otherwise spin, and slow down other jobs on these cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     here = str(Path.cwd())
     if not {"", here} & set(sys.path):

@@ -24,18 +24,22 @@ from typing import Any
 import datasets
 import diffusers
 import torch
+from PIL import Image
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from typing_extensions import override
 
 from alignkit.commands.doctor import memory
+from alignkit.commands.doctor.dry_step import encoding_bytes
 from alignkit.commands.doctor.model_shapes import Model, blank, read_model
 from alignkit.generators.families.stable_diffusion3 import StableDiffusion3
 from alignkit.generators.families.stable_diffusion_xl import StableDiffusionXL
 from alignkit.records import Conditioning
+from alignkit.trainers.buckets import AS_THEY_ARE
 from alignkit.trainers.draws import DrawPlan
-from alignkit.trainers.latents import COND, LATENTS, LatentDataset, pack
+from alignkit.trainers.latents import COND, LATENTS, Encoder, LatentDataset
 from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer
+from alignkit.trainers.store import packed
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "models"
 WARM_UP = 2  # steps that are not counted
@@ -142,15 +146,33 @@ def generator_of(case: Case, folder: Path, model: Model, cond: dict[str, tuple[i
 def cached_rows(generator: Any, cond: dict[str, tuple[int, ...]], chosen: argparse.Namespace) -> LatentDataset:
     """Random rows for all steps, as the latent cache holds them."""
     count, shape = chosen.prompts * (chosen.steps + WARM_UP), generator.latent_shape(chosen.side, chosen.side)
-    latents = (chosen.candidates, *shape)
-    cond_shapes = {COND + name: size for name, size in cond.items()}
-    row: dict[str, Any] = {"shape": latents, "dtypes": {}}
-    for name, size in {LATENTS: latents, **cond_shapes}.items():
-        row[name], row["dtypes"][name] = pack(torch.randn(size), torch.float32)
-    rows = datasets.Dataset.from_list([{"prompt_id": str(i), **row} for i in range(count)])
+    latents = packed({LATENTS: (torch.randn(chosen.candidates, *shape), torch.float32)})
+    texts = packed({COND + name: (torch.randn(size), torch.float32) for name, size in cond.items()})
     phi = torch.linspace(0, 1, chosen.candidates).expand(count, -1)
     plan = DrawPlan(generator.noise_schedule.sample_t, 0, 0.1)
-    return LatentDataset(rows, {"phi": phi}, cond_shapes, plan)
+    rows, prompts = (datasets.Dataset.from_list([row] * count) for row in (latents, texts))
+    return LatentDataset(rows, prompts, {"phi": phi}, list(map(str, range(count))), plan)
+
+
+def encode_row(generator: Any, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Encode one row of K images as the latents cache does: images a second, and the peak of memory beside weights."""
+    images = [Image.effect_noise((chosen.side, chosen.side), 80).convert("RGB") for _ in range(chosen.candidates)]
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "prompt": datasets.Value("string")})
+    rows = datasets.Dataset.from_list([{"images": images, "prompt": "noise"}], features=features)
+    encoder = Encoder(generator, rows, "images", AS_THEY_ARE)
+    encoder.latents([0])
+    cuda = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    encoder.latents([0])
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() - before if cuda else None
+    return {
+        "encoded_images_per_s": round(chosen.candidates / seconds, 3),
+        "encoding_gb": peak and round(peak / memory.GB, 3),
+    }
 
 
 class Clock(TrainerCallback):
@@ -191,6 +213,7 @@ def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -
         save_strategy="no",
         disable_tqdm=True,
     )
+    encoded = encode_row(generator, chosen)
     clock = Clock()
     trainer = RankDPOTrainer(generator, arguments, cached_rows(generator, cond, chosen), callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
@@ -224,6 +247,8 @@ def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -
         "precomputed_reference": ready,
         "images_per_s": round(images_per_s, 3),
         "peak_gb": measured and round(measured / memory.GB, 3),
+        **encoded,
+        "doctor_encoding_gb": round(encoding_bytes(model, memory._run(setup)) / memory.GB, 3),  # noqa: SLF001
         "doctor_gb": round(estimate / memory.GB, 3),
         "doctor_over_measured": measured and round(estimate / measured, 4),
         "tflop_per_s": round(rate / 1e12, 3),

@@ -52,7 +52,8 @@ def test_every_verb_lists_its_keys(verb, capsys):
 def test_help_tells_type_default_and_meaning(capsys):
     cli.main(["train", "rankdpo", "--help"])
     told = capsys.readouterr().out
-    assert "--beta  float  [5000.0]" in told
+    assert "--beta  float or null  [None]" in told
+    assert "--lora_rank  int  [16]" in told
     assert "--data  path  (required)" in told
     assert "ranked dataset" in told
 
@@ -144,3 +145,17 @@ def test_known_causes_of_a_library_are_clear_and_others_keep_their_traceback(mon
         assert re.search(rf"^alignkit: .*'some/file'; .*{says}.*run the same command again$", capsys.readouterr().err)
     with pytest.raises(OSError, match="some/file"):
         cli.main(["run", *(["--traceback"] if says else [])])
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_do_not_spin_unless_the_user_wants_it(monkeypatch, own, expected):
+    """Set before anything imports torch; what the user has set stays."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    code = (
+        "import os, sys; from alignkit import cli; assert 'torch' not in sys.modules; cli.main(['--version']);"
+        "assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == expected

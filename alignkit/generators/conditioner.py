@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from alignkit.adapters import lora
+from alignkit.adapters.module_tree import ModuleTree
 from alignkit.errors import AdapterError, UnknownNameError, nearest
 from alignkit.records import Conditioning
 
@@ -59,6 +60,7 @@ class Conditioner(nn.Module):
         self.encoders = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         self._family = family  # no module, so it adds no parameters here
         self._frozen: dict[str, nn.Module] = {}  # copies of encoders under full tuning; a plain dict registers nothing
+        self._tree = ModuleTree(self)
         self.requires_grad_(False).eval()
 
     def forward(self, texts: Sequence[str], *, reference: bool = False) -> Conditioning:
@@ -118,7 +120,7 @@ class Conditioner(nn.Module):
     @property
     def has_reference(self) -> bool:
         """Whether any encoder is trained, so that the base encoders differ from the present ones."""
-        return bool(self.trained)
+        return bool(self._frozen or self._tree.lora_layers())
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -133,7 +135,7 @@ class Conditioner(nn.Module):
         before = {name: pipeline.components[name] for name in self._frozen}
         pipeline.register_modules(**self._frozen)
         try:
-            with lora.disabled(lora.lora_layers(self)):
+            with lora.disabled(self._tree.lora_layers()):
                 yield
         finally:
             pipeline.register_modules(**before)

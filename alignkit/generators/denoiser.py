@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from alignkit.adapters import lora
+from alignkit.adapters.module_tree import ModuleTree
 from alignkit.diffusion.schedules import Schedule
 from alignkit.errors import AdapterError
 from alignkit.generators.conditioner import Conditioner
@@ -41,6 +44,7 @@ class Denoiser(nn.Module):
         self._family = family  # no module, so it adds no parameters here
         self._frozen: tuple[nn.Module, ...] = ()  # a tuple, so that the copy's parameters are not this module's
         self._is_reference = False
+        self._tree, self._trees = ModuleTree(self), (ModuleTree(net),)  # the second: of the network and its frozen copy
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning | Texts, *, reference: bool = False) -> Tensor:
         """The native prediction for latents x_t [B, C, H, W] or [B, C, T, H, W] at canonical times t [B].
@@ -54,6 +58,7 @@ class Denoiser(nn.Module):
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Conditioning | Texts) -> Tensor:
         net = self._frozen[0] if self._is_reference and self._frozen else self.net
+        dtype = self._dtype(net)
         if isinstance(cond, Texts) and self.trained_encoders and not self._is_reference:
             encoded = self._family.conditioner(cond.texts).drop(cond.dropped)
             cond = encoded.repeat(len(x_t) // len(encoded)).with_controls(cond.cached.controls)
@@ -61,10 +66,33 @@ class Denoiser(nn.Module):
             cond = cond.cached
         # Cached latents and conditioning are float32 whatever the network's dtype. Times and controls [B] stay float32,
         # as in the pipelines.
-        cond = cond.map(
-            lambda tensor: tensor.to(net.dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
-        )
-        return self._family.call_network(net, x_t.to(net.dtype), self._family.noise_schedule.model_time(t), cond)
+        cond = cond.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor)
+        return self._family.call_network(net, x_t.to(dtype), self._family.noise_schedule.model_time(t), cond)
+
+    def _dtype(self, net: nn.Module) -> torch.dtype:
+        if all(tree.root is not net for tree in self._trees):
+            self._trees = tuple(ModuleTree(part) for part in (self.net, *self._frozen))
+        return next(tree.dtype() for tree in self._trees if tree.root is net)
+
+    @override
+    def train(self, mode: bool = True) -> Denoiser:
+        """As in torch, without a walk over all modules where nothing changes: Trainer calls it in every step."""
+        return super().train(mode) if self._tree.needs_mode(mode) else self
+
+    def reset_lists(self) -> None:
+        """List modules and parameters anew: after changes below the network that went without PEFT."""
+        for tree in (self._tree, *self._trees):
+            tree.reset()
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch, without a walk over all modules."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for parameter in self._tree.parameters():
+            if parameter.grad is not None:
+                parameter.grad = None
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -79,7 +107,7 @@ class Denoiser(nn.Module):
     @property
     def has_reference(self) -> bool:
         """Whether the base model can be called: there is a frozen copy or an adapter to switch off."""
-        return bool(self._frozen or lora.lora_layers(self))
+        return bool(self._frozen or self._tree.lora_layers())
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -89,11 +117,12 @@ class Denoiser(nn.Module):
         that needs gradients: that region is repeated in the backward pass, after this context has ended. Raises
         AdapterError without a reference.
         """
-        if not self.has_reference:
+        layers = self._tree.lora_layers()
+        if not self._frozen and not layers:
             raise AdapterError("no reference: the model has neither an adapter nor a frozen copy")
         before, self._is_reference = self._is_reference, True
         try:
-            with lora.disabled(lora.lora_layers(self)):
+            with lora.disabled(layers):
                 yield
         finally:
             self._is_reference = before
@@ -106,7 +135,7 @@ class Denoiser(nn.Module):
         self.net.enable_gradient_checkpointing(self._checkpoint_block)
 
     def _checkpoint_block(self, block: nn.Module, *inputs: Any) -> Any:
-        is_reference = self._is_reference
+        is_reference = self._is_reference and torch.is_grad_enabled()  # without gradients nothing is repeated
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), lora.disabled(lora.lora_layers(block)) if is_reference else nullcontext()

@@ -11,6 +11,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 SHOWN = 200  # characters of what is lost
+TOGETHER = 1000  # texts tokenised in one call
 
 
 def warn_of_cuts(
@@ -31,16 +32,18 @@ def warn_of_cuts(
     longest = max(limits, key=limits.__getitem__)
     prefix, kept = windows[longest]
     texts = list(dict.fromkeys(prompts))
-    lost = cuts(tokenizers[longest], [prefix + text for text in texts], limits[longest])
-    if not lost:
+    lengths = count_tokens(tokenizers[longest], [prefix + text for text in texts], limits[longest])
+    long = [text for text, length in zip(texts, lengths, strict=True) if length > limits[longest]]
+    if not long:
         return False
+    lost = lost_end(tokenizers[longest], prefix + long[0], limits[longest])
     others = ", ".join(f"{other} {size}" for other, (_, size) in windows.items() if other != longest)
     beside = f" (beside it {others})" if others else ""
-    first = lost[0] if len(lost[0]) <= SHOWN else f"{lost[0][:SHOWN]}..."
+    first = lost if len(lost) <= SHOWN else f"{lost[:SHOWN]}..."
     logger.warning(
         "%d of %d prompts are longer than the %d tokens that '%s' of '%s' reads%s; what comes after is not seen. "
         "The first of them loses '%s'",
-        len(lost),
+        len(long),
         len(texts),
         kept,
         longest,
@@ -51,10 +54,39 @@ def warn_of_cuts(
     return True
 
 
-def cuts(tokenizer: Any, texts: Sequence[str], room: int) -> list[str]:
-    """What is lost of those `texts` that have more than `room` tokens of their own."""
-    tokens = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-    return [tokenizer.decode(row[room:]).strip() for row in tokens if len(row) > room]
+def count_tokens(tokenizer: Any, texts: Sequence[str], room: int) -> list[int]:
+    """The number of tokens of each text without special ones; for texts that fit into `room`, an upper bound.
+
+    The bound is the sum over a text's words, each tokenised once for all texts: tokens do not cross words, or are fewer
+    where they do. Only texts beyond it are tokenised.
+    """
+    words = list({word for text in texts for word in text.split()})
+    sizes = dict(zip(words, _lengths(tokenizer, [f" {word}" for word in words]), strict=True))
+    counts = [sum(map(sizes.__getitem__, text.split())) for text in texts]
+    long = [row for row, count in enumerate(counts) if count > room]
+    for row, length in zip(long, _lengths(tokenizer, [texts[row] for row in long]), strict=True):
+        counts[row] = length
+    return counts
+
+
+def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:
+    lengths: list[int] = []
+    for start in range(0, len(texts), TOGETHER):
+        batch = texts[start : start + TOGETHER]
+        if tokenizer.is_fast:
+            backend = tokenizer.backend_tokenizer
+            backend.no_truncation()  # which the last call may have set; each call sets it anew
+            backend.no_padding()
+            lengths += map(len, backend.encode_batch_fast(batch, add_special_tokens=False))
+        else:
+            lengths += map(len, tokenizer(batch, add_special_tokens=False, verbose=False).input_ids)
+    return lengths
+
+
+def lost_end(tokenizer: Any, text: str, room: int) -> str:
+    """What of `text` comes after its first `room` tokens."""
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return tokenizer.decode(tokens[room:]).strip()  # type: ignore[no-any-return]
 
 
 def quiet(pipeline: Any) -> None:

@@ -32,6 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 from typing_extensions import override
 
+from alignkit.adapters.module_tree import ModuleTree
 from alignkit.errors import CheckpointMismatchError, ConfigError, DataError, NumericsError
 from alignkit.evaluation.card import CardInputs, write_card
 from alignkit.provenance import without_defaults
@@ -114,7 +115,7 @@ class AlignTrainer(ResumingTrainer):
         )
         self.model_accepts_loss_kwargs = True  # Trainer then divides by no number of micro-batches: compute_loss does
         settle_layout(self.accelerator, asked=bool(args.fsdp))
-        self._held_out = held_out
+        self._held_out, self._tree = held_out, ModuleTree(self.trained_module())
         if train is not None:
             self.add_callback(_Epochs(train))
 
@@ -198,6 +199,12 @@ class AlignTrainer(ResumingTrainer):
                 f"{name}.loss_weight(batch) is {expected:g}. Override loss_weight so that it counts the same terms"
             )
         return weight
+
+    @override
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._has_mixed_mesh_grads(model):
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._tree.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -284,6 +291,8 @@ class AlignTrainer(ResumingTrainer):
     @override
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """ResumingTrainer's train, with the parts that it does not call on the device `parking`."""
+        self.generator.model.reset_lists()
+        self._tree.reset()
         with self.components_on(self.parking or self.args.device):
             return super().train(resume_from_checkpoint, **options)
 

@@ -1,16 +1,14 @@
 """Media and prompts become cached latents and conditioning, and items with their random draws.
 
-The cache consists of Arrow files (memory-mapped by `datasets`) outside the dataset, keyed by the weights of codec and
-text encoders and by the data, so that a second run, another seed or another loss starts at once.
+The cache lies outside the dataset: a store of latents by the content of a row's media, and one of conditioning by
+prompt, for the weights of codec and text encoders. A second run, another seed, another loss or rows with other labels
+encode nothing; new rows alone are encoded. The conditioning of a prompt is stored once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,109 +18,96 @@ import pyarrow.compute as pa_compute
 import torch
 from torch import Tensor
 
-from alignkit.adapters.fingerprint import fingerprint
 from alignkit.errors import DataError
 from alignkit.media import decode_clip, decode_image, fit, to_pixels
 from alignkit.records import Conditioning, Prompt, Texts
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
-from alignkit.trainers.cache import encode_cached
+from alignkit.trainers.content import conditioning_key, latents_key, prompt_digests, row_digests
 from alignkit.trainers.data import EpochData, draw_ids
 from alignkit.trainers.draws import DrawPlan
 from alignkit.trainers.sharding import Ranks
+from alignkit.trainers.store import SHAPE, Store, packed, unpacked
 
 if TYPE_CHECKING:
     import datasets
-    import numpy as np
 
     from alignkit.generators.pipeline import PipelineGenerator
 
 COND = "cond."  # prefix of conditioning columns and batch keys
 PROMPT = "prompt"  # column and batch key of the text itself
 LATENTS = "latents"  # column and batch key of latents; as a column of the data they are not encoded
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of cached tensors
-FORMAT = 2  # of the cache; another number makes old caches unused
+CHANGED = "changed"  # column: how many of a row's media were resized or cropped
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}  # of media, by modality
+IMAGES_A_CALL = 2  # the most images that the VAE encodes at once
+PIXELS_A_CALL = 1024**2  # and of more pixels than these, one: activations of the VAE are its peak of memory
 
 
 class LatentDataset(EpochData):
     """Cached rows with draws of their own in each `epoch`, which the trainer sets.
 
     Args:
-        rows: the cache's rows; columns prompt_id, latents and conditioning as bytes, `shape` (of the latents [K, ...])
-            and `dtypes`.
+        rows: latents [K, ...] of each row, as `store.packed` holds them.
+        conditioning: the same of each row's prompt, in columns named `cond.NAME`.
         targets: per row what the loss compares with, by its batch key: phi [K], labels [T], ...
-        cond_shapes: shapes of one row's conditioning, by its column.
+        names: per row the key of its draws; see `data.draw_ids`.
         plan: how time, noise and caption dropout are drawn.
-        key: identifies the cached values; default: the fingerprint that `datasets` gives `rows`.
+        key: identifies the cached values; default: the fingerprints that `datasets` gives them.
     """
 
     def __init__(
         self,
         rows: datasets.Dataset,
+        conditioning: datasets.Dataset,
         targets: Mapping[str, Sequence[Tensor] | Tensor],
-        cond_shapes: Mapping[str, Sequence[int]],
+        names: Sequence[str],
         plan: DrawPlan,
+        *,
         key: str | None = None,
     ) -> None:
         super().__init__()
-        self.rows, self.targets, self.cond_shapes, self.plan = rows, dict(targets), dict(cond_shapes), plan
-        self.key = key or rows._fingerprint  # noqa: SLF001 - the name `datasets` itself keys its cache with
-        self.latent_shapes = [tuple(shape) for shape in rows["shape"][:]]
-        self.draw_ids = draw_ids(rows["prompt_id"])
+        self.rows, self.conditioning, self.targets, self.plan = rows, conditioning, dict(targets), plan
+        self.key = key or rows._fingerprint + conditioning._fingerprint  # noqa: SLF001 - `datasets` keys with them
+        self.latent_shapes = [tuple(shape) for shape in rows[LATENTS + SHAPE][:]]
+        self.draw_ids = list(names)
+        self.prompts: list[str] | None = None  # of each row, where trained text encoders read them in each step
         self.picked: Tensor | None = None  # [rows, k] candidate numbers, where not all are used
         self.reference: Tensor | None = None  # [epochs, rows, k], once precomputed
+        self._names = [name for name in conditioning.column_names if f"{name}{SHAPE}" in conditioning.column_names]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows only; each keeps its draws."""
-        self.rows = self.rows.select(rows)
+        self.rows, self.conditioning = self.rows.select(rows), self.conditioning.select(rows)
         for name, values in self.targets.items():
             self.targets[name] = values[torch.tensor(rows)] if torch.is_tensor(values) else [values[i] for i in rows]
         self.latent_shapes = [self.latent_shapes[row] for row in rows]
         self.draw_ids = [self.draw_ids[row] for row in rows]
+        if self.prompts is not None:
+            self.prompts = [self.prompts[row] for row in rows]
 
     def pick(self, candidates_Nk: Tensor, *, targets: Sequence[str]) -> None:
         """Keep these candidates of each row, in this order; `targets` are those with one value a candidate."""
         self.picked = candidates_Nk
         for name in targets:
-            rows = zip(self.targets[name], candidates_Nk, strict=True)
-            self.targets[name] = torch.stack([values[candidates] for values, candidates in rows])
+            values = self.targets[name]
+            values_NK = values if isinstance(values, Tensor) else torch.stack(list(values))
+            self.targets[name] = values_NK.gather(1, candidates_Nk)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.draw_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        shapes = {**self.cond_shapes, LATENTS: self.latent_shapes[index]}
-        item: dict[str, Any] = {}
-        for name, shape in shapes.items():
-            item[name] = unpack(row[name], shape, row["dtypes"][name]).float()
-        if self.picked is not None:
-            item[LATENTS] = item[LATENTS][self.picked[index]]
+        texts, latents = self.conditioning[index], unpacked(self.rows[index], LATENTS).float()
+        item = {name: unpacked(texts, name).float() for name in self._names}
+        item[LATENTS] = latents if self.picked is None else latents[self.picked[index]]
         item |= {name: values[index] for name, values in self.targets.items()}
         item["row"] = torch.tensor(index)
         draws = self.plan.draw(self.draw_ids[index], self.epoch, item[LATENTS].shape)
         item |= {"t": draws.t, "noise": draws.noise, "dropped": torch.tensor(draws.dropped)}
         if self.reference is not None:
             item["reference_err"] = self.reference[self.epoch, index]
-        if PROMPT in row:  # text encoders that are trained read it anew in each step
-            item[PROMPT] = row[PROMPT]
+        if self.prompts is not None:
+            item[PROMPT] = self.prompts[index]
         return item
-
-
-def pack(tensor: Tensor, dtype: torch.dtype) -> tuple[bytes, str]:
-    """Bytes of a tensor and the name of their dtype: `dtype` (the encoder's) where that loses nothing, else float32.
-
-    The result of an encoder in half precision then takes half the space of float32.
-    """
-    wide = tensor.detach().float().cpu()
-    narrow = wide.to(dtype) if dtype in (torch.bfloat16, torch.float16) else wide
-    chosen = narrow if torch.equal(narrow.float(), wide) else wide
-    return chosen.reshape(-1).view(torch.uint8).numpy().tobytes(), str(chosen.dtype).removeprefix("torch.")
-
-
-def unpack(raw: bytes, shape: Sequence[int], dtype: str) -> Tensor:
-    """The tensor that `pack` stored, in the dtype that it was stored in."""
-    return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(tuple(shape))
 
 
 def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Conditioning | Texts:
@@ -134,35 +119,39 @@ def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Condit
 
 
 class Encoder:
-    """Turns rows (prompt, media) into rows of bytes; batched by `datasets.map`.
+    """Turns rows (prompt, media) into rows of the store, from their numbers.
 
     Every row goes to the size of its first medium's bucket; `column` holds a medium or a list of `count` ones, or
     latents [K, ...], which are stored as they are.
     """
 
-    def __init__(self, generator: PipelineGenerator, column: str, count: int, sizes: Sizes) -> None:
-        self.generator, self.column, self.count, self.sizes = generator, column, count, sizes
+    def __init__(self, generator: PipelineGenerator, rows: datasets.Dataset, column: str, sizes: Sizes) -> None:
+        self.generator, self.column, self.sizes = generator, column, sizes
+        self.rows = rows.select_columns([column, PROMPT]).with_format("arrow")  # not decoded: damage is named by row
+        self.count = _count(self.rows, column)
         self.is_video = generator.modality == "video"
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        numbered = list(zip(indices, batch[self.column], strict=True))
-        if self.column == LATENTS:
-            latents, changed = [self._given_latents(*pair) for pair in numbered], [0] * len(numbered)
-        else:
-            rows = [self._row(*pair) for pair in numbered]
-            latents, changed = self._latents([pixels for pixels, _ in rows]), [number for _, number in rows]
-        cond = self.generator.encode_prompts(batch["prompt"])
-        columns = {LATENTS: (latents, self.generator.pipeline.vae.dtype)}
-        columns |= {COND + name: (list(tensor), tensor.dtype) for name, tensor in cond.tensors.items()}
-        result: dict[str, list[Any]] = {"shape": [list(row.shape) for row in latents], "changed": changed}
-        result["dtypes"] = [{} for _ in latents]
-        for name, (tensors, dtype) in columns.items():
-            packed = [pack(tensor, dtype) for tensor in tensors]
-            result[name] = [raw for raw, _ in packed]
-            for stored, (_, kind) in zip(result["dtypes"], packed, strict=True):
-                stored[name] = kind
-        return result
+    def latents(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Latents [K, ...] of these rows, and how many of their media had another size."""
+        dtype, made = self.generator.pipeline.vae.dtype, []
+        for number, cells in zip(numbers, self.rows[numbers][self.column].to_pylist(), strict=True):
+            if self.column == LATENTS:
+                latents, changed = self._given_latents(number, cells), 0
+            else:
+                pixels, changed = self._row(number, cells)
+                latents = self._encoded(pixels)
+            made.append({**packed({LATENTS: (latents, dtype)}), CHANGED: changed})
+        return made
+
+    @torch.no_grad()
+    def conditioning(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """The conditioning of these rows' prompts."""
+        cond = self.generator.encode_prompts(self.rows[numbers][PROMPT].to_pylist())
+        return [
+            packed({COND + name: (tensor[row], tensor.dtype) for name, tensor in cond.tensors.items()})
+            for row in range(len(numbers))
+        ]
 
     def _given_latents(self, row: int, cells: Any) -> Tensor:
         latents = torch.from_numpy(np.asarray(cells, np.float32))
@@ -176,26 +165,16 @@ class Encoder:
             )
         return latents
 
-    def _latents(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """Latents [K, ...] of each row; rows of one size are encoded together, but clips each alone: they are large."""
-        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for row, tensor in enumerate(pixels):
-            groups[tensor.shape].append(row)
-        found: dict[int, Tensor] = {}
-        for rows in groups.values():
-            together = torch.stack([pixels[row] for row in rows]).flatten(0, 1)
-            parts = together.split(1 if self.is_video else len(together))
-            latents = torch.cat([self.generator.encode(part.to(self.generator.device)) for part in parts])
-            found |= zip(rows, latents.unflatten(0, (len(rows), -1)), strict=True)
-        return [found[row] for row in range(len(pixels))]
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """Latents [K, ...] of a row's pixels; a call holds media of one row, so values do not depend on others."""
+        *_, height, width = pixels.shape
+        is_alone = self.is_video or height * width > PIXELS_A_CALL
+        parts = pixels.split(1 if is_alone else IMAGES_A_CALL)
+        return torch.cat([self.generator.encode(part.to(self.generator.device)) for part in parts])
 
     def _row(self, row: int, cells: Any) -> tuple[Tensor, int]:
         """Pixels [K, 3, H, W] or [K, F, 3, H, W] of a row, and how many of its media had another size."""
         cells = cells if isinstance(cells, list) else [cells]
-        if len(cells) != self.count:
-            raise DataError(
-                f"row {row}: {len(cells)} candidates, row 0 has {self.count}; give all rows the same number"
-            )
         media = self._read(row, cells)
         (height, width), multiple = media[0].shape[1:3], self.generator.pixel_multiple
         size = self.sizes.bucket(height, width, multiple)
@@ -221,16 +200,36 @@ class Encoder:
         return [clip[:frames] for clip in clips]
 
 
+def _count(rows: datasets.Dataset, column: str) -> int:
+    """K. Raises DataError for none, and naming the first row with another number."""
+    counts = np.concatenate([_counts(table[column]) for table in rows.select_columns([column]).iter(batch_size=1000)])
+    if not counts[0]:
+        raise DataError("row 0: no image; remove the row")
+    for row in (counts != counts[0]).nonzero()[0]:
+        raise DataError(f"row {row}: {counts[row]} candidates, row 0 has {counts[0]}; give all rows the same number")
+    return int(counts[0])
+
+
+def _counts(cells: Any) -> np.ndarray:
+    if not pa.types.is_list(cells.type):
+        return np.ones(len(cells), np.int64)
+    return pa_compute.fill_null(pa_compute.list_value_length(cells), 0).to_numpy()
+
+
 def phi_targets(rows: datasets.Dataset, count: int) -> dict[str, Tensor]:
     """{"phi": [N, K]} of ranked rows; 0 where the data has no phi. Raises DataError naming a row that does not fit."""
     if "phi" not in rows.column_names:
         return {"phi": torch.zeros(len(rows), count)}
-    phi = rows["phi"][:]
-    for row, values in enumerate(phi):
-        if len(values) != count or not all(0 <= value <= 1 for value in values):
-            wanted = f"{count} finite numbers within 0 and 1, one a candidate"
-            raise DataError(f"row {row}: phi is {values}; it must be {wanted}")
-    return {"phi": torch.tensor(phi, dtype=torch.float32)}
+    cells = rows.select_columns(["phi"]).with_format("arrow")[:]["phi"].combine_chunks()
+    values = pa_compute.fill_null(pa_compute.list_flatten(cells).cast(pa.float64()), float("nan")).to_numpy()
+    counts = pa_compute.fill_null(pa_compute.list_value_length(cells), 0).to_numpy()
+    is_good = counts == count
+    if is_good.all():
+        is_good = ((values >= 0) & (values <= 1)).reshape(len(rows), count).all(1)
+    for row in (~is_good).nonzero()[0]:
+        wanted = f"{count} finite numbers within 0 and 1, one a candidate"
+        raise DataError(f"row {row}: phi is {cells[row].as_py()}; it must be {wanted}")
+    return {"phi": torch.from_numpy(values.reshape(len(rows), count).astype(np.float32))}
 
 
 def encode_rows(
@@ -244,36 +243,30 @@ def encode_rows(
     targets: Callable[[datasets.Dataset, int], Mapping[str, Sequence[Tensor] | Tensor]] = phi_targets,
     ranks: Ranks = Ranks(),  # noqa: B008 - a frozen record
 ) -> LatentDataset:
-    """Encode `rows` (columns prompt, images or videos or latents; prompt_id optional) once, or reuse the cache.
+    """Encode `rows` (columns prompt, images or videos or latents; prompt_id optional); what is cached is not encoded.
 
     A column `image` or `video` holds a medium instead of a list. `targets(rows, K)` reads what the loss compares with;
-    targets are not part of the cache, so the same media under other labels share one. All processes of a job call
-    this together; each encodes a part. Raises DataError for missing columns, no rows, and, naming the row, for K that
-    differs, targets that do not fit, or a medium that cannot be decoded, is smaller than the model's patch or shorter
-    than `num_frames`.
+    targets are not part of the cache, so the same media under other labels share one. `batch_size` prompts are encoded
+    together. All processes of a job call this together; each encodes a part. Raises DataError for missing columns, no
+    rows, and, naming the row, for K that differs, targets that do not fit, or a medium that cannot be decoded, is
+    smaller than the model's patch or shorter than `num_frames`.
     """
     column = _media_column(generator, rows)
     if not len(rows):
         raise DataError("training data has no row")
-    rows = _with_ids(rows if column == LATENTS else _undecoded(rows, column))
-    count = _count(rows[0][column])
-    if not count:
-        raise DataError("row 0: no image; remove the row")
-    loaded = targets(rows, count)
-    key = cache_key(generator, rows, sizes)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    encoded = encode_cached(
-        rows,
-        Encoder(generator, column, count, sizes),
-        cache_dir / f"latents-{key}.json",
-        removed=[name for name in rows.column_names if name != "prompt_id"],
-        batch_size=batch_size if generator.modality == "image" else 1,
-        ranks=ranks,
+    encoder = Encoder(generator, _with_structs(rows, column), column, sizes)
+    loaded = targets(rows, encoder.count)
+    texts = rows[PROMPT][:]
+    names = [latents_key(generator, sizes), conditioning_key(generator)]
+    keys = [row_digests(encoder.rows, column, ranks), prompt_digests(texts)]
+    folders = [cache_dir / f"latents-{names[0]}", cache_dir / f"conditioning-{names[1]}"]
+    latents = Store(folders[0], ranks).rows(
+        keys[0], encoder.latents, batch_size if generator.modality == "image" else 1
     )
-    with torch.no_grad():
-        null = generator.encode_prompts([""])
-    shapes = {COND + name: tuple(tensor.shape[1:]) for name, tensor in null.tensors.items()}
-    return LatentDataset(encoded, loaded, shapes, plan, key)
+    cond = Store(folders[1], ranks).rows(keys[1], encoder.conditioning, batch_size)
+    ids = draw_ids(rows["prompt_id"][:] if "prompt_id" in rows.column_names else _ids(texts))
+    key = hashlib.sha256("\n".join([*names, *keys[0], *keys[1]]).encode()).hexdigest()[:16]
+    return LatentDataset(latents, cond, loaded, ids, plan, key=key)
 
 
 def _media_column(generator: PipelineGenerator, rows: datasets.Dataset) -> str:
@@ -294,65 +287,20 @@ def _media_column(generator: PipelineGenerator, rows: datasets.Dataset) -> str:
     return present[0]
 
 
-def _undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Media as bytes or paths: a damaged one is then named by its row, and nothing is decoded twice."""
+def _with_structs(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The rows with media as {bytes, path}; those that are bytes or paths alone are cast."""
     from datasets import Image as ImageFeature
     from datasets import List, Video
 
-    kind = (Video if column.startswith("video") else ImageFeature)(decode=False)
-    return rows.cast_column(column, List(kind) if isinstance(rows.features[column], List) else kind)
-
-
-def _count(cells: Any) -> int:
-    return len(cells) if isinstance(cells, list) else 1
-
-
-def _with_ids(rows: datasets.Dataset) -> datasets.Dataset:
-    """`prompt_id` from the text where the data has none (plain captioned images for SFT)."""
-    if "prompt_id" in rows.column_names:
+    feature = rows.features[column]
+    inner = feature.feature if isinstance(feature, List) else feature
+    if column == LATENTS or isinstance(inner, ImageFeature | Video):
         return rows
+    kind = (Video if column.startswith("video") else ImageFeature)(decode=False)
+    return rows.cast_column(column, List(kind) if isinstance(feature, List) else kind)
+
+
+def _ids(texts: Sequence[str]) -> list[str]:
+    """`prompt_id` from the text where the data has none (plain captioned images for SFT)."""
     # The row number is part of it: the same caption may belong to several images, each with its own draws.
-    ids = [f"{Prompt.from_text(text).id}-{i}" for i, text in enumerate(rows["prompt"])]
-    return rows.add_column("prompt_id", ids)
-
-
-def cache_key(generator: PipelineGenerator, rows: datasets.Dataset, sizes: Sizes = AS_THEY_ARE) -> str:
-    """Identifies codec weights, encoder weights, sizes, prompts and media; an edit to any of them gives another key.
-
-    A picture counts with its length and last bytes (a PNG's checksum, a JPEG's entropy code), one that is a file with
-    the file's size and time: quick on any amount.
-    """
-    components = generator.pipeline.components
-    encoders = [components.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    codec = components["vae"].config
-    digest = hashlib.sha256(f"{fingerprint(components['vae'])}{fingerprint(*encoders)}".encode())
-    scales = [codec.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
-    digest.update(json.dumps([FORMAT, scales, astuple(sizes), generator.pixel_multiple]).encode())
-    column = _media_column(generator, rows)
-    for table in rows.select_columns(["prompt_id", "prompt", column]).with_format("arrow").iter(batch_size=1000):
-        digest.update(json.dumps([table["prompt_id"].to_pylist(), table["prompt"].to_pylist()]).encode())
-        digest.update(_digest_of(table.select([column]), column))
-    return digest.hexdigest()[:16]
-
-
-def _digest_of(table: pa.Table, column: str) -> bytes:
-    if column == LATENTS:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        return hashlib.sha256(sink.getvalue()).digest()
-    is_list = pa.types.is_list(table[column].type)
-    media = pa_compute.list_flatten(table[column]) if is_list else table[column]
-    encoded = pa_compute.struct_field(media, "bytes")
-    paths = pa_compute.struct_field(media, "path").to_pylist()
-    tails = pa_compute.binary_slice(encoded, -32).to_pylist()
-    lengths = pa_compute.binary_length(encoded).to_pylist()
-    files = [_stamp(path) if length is None else None for path, length in zip(paths, lengths, strict=True)]
-    return repr([lengths, tails, paths, files]).encode()
-
-
-def _stamp(path: str | None) -> tuple[int, int] | None:
-    if path is None or not Path(path).is_file():
-        return None
-    status = Path(path).stat()
-    return status.st_size, status.st_mtime_ns
+    return [f"{Prompt.from_text(text).id}-{row}" for row, text in enumerate(texts)]

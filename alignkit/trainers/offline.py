@@ -24,7 +24,7 @@ from alignkit.trainers.buckets import BucketBatches, report
 from alignkit.trainers.config import AlignConfig, OfflineConfig
 from alignkit.trainers.data import EpochData
 from alignkit.trainers.draws import DrawPlan
-from alignkit.trainers.latents import PROMPT, LatentDataset, conditioning, encode_rows, phi_targets
+from alignkit.trainers.latents import CHANGED, PROMPT, LatentDataset, conditioning, encode_rows, phi_targets
 from alignkit.trainers.reference import epochs_needed, precompute, reference_key
 from alignkit.trainers.sharding import Ranks
 
@@ -71,11 +71,11 @@ class OfflineTrainer(AlignTrainer):
         with self._base_texts():
             encoded = encode_rows(self.generator, rows, plan, args.cache_folder, **options)
         if self.generator.model.trained_encoders:
-            encoded.rows = encoded.rows.add_column(PROMPT, list(rows[PROMPT]))
+            encoded.prompts = rows[PROMPT][:]
         if args.process_index == 0:
             self.generator.warn_of_cuts(rows["prompt"][:])
             media = sum(shape[0] for shape in encoded.latent_shapes)
-            report(Counter(encoded.latent_shapes), media, sum(encoded.rows["changed"][:]), args.train_batch_size)
+            report(Counter(encoded.latent_shapes), media, sum(encoded.rows[CHANGED][:]), args.train_batch_size)
         return encoded
 
     def _base_texts(self) -> AbstractContextManager[None]:

@@ -169,7 +169,7 @@ def _require_ranked(rows: Any) -> None:
     """Refuse, before anything is encoded, rows that cannot be ranked."""
     if "phi" not in rows.column_names:
         raise DataError(f"ranked rows need the column phi; these have {rows.column_names}. Run `alignkit rank` first")
-    if len(rows) and len(rows[0]["phi"]) < 2:
+    if len(rows) and len(rows.select_columns(["phi"])[0]["phi"]) < 2:
         raise DataError("ranked rows need K >= 2 candidates, these have 1; generate more seeds or more generators")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from alignkit.adapters import lora
 from alignkit.commands.doctor import memory
-from alignkit.commands.doctor.dry_step import Ledger, Run, dry_step, network_inputs
+from alignkit.commands.doctor.dry_step import Ledger, Run, dry_step, encoding_bytes, network_inputs
 from alignkit.commands.doctor.model_shapes import Model, read_model
 from alignkit.errors import ConfigError, DataError, UnknownNameError
 from alignkit.generators.description import LatentSize
@@ -217,3 +217,21 @@ def test_the_fewest_switches_that_fit(model):
 def test_what_is_on_or_means_nothing_is_no_switch(model):
     sft = replace(SETUP, candidates=1, dtype="bfloat16", bf16=True)
     assert [names for names, _ in memory.switches(sft)] == [(), ("activation_checkpointing: true",)]
+
+
+def test_filling_the_latents_cache_is_counted(load, model_folders):
+    """The VAE's activations are those of two real images at once, and the stage counts where it is the peak."""
+    model, vae = read_model(model_folders["flow"]), load("flow").pipeline.vae
+    setup = replace(SETUP, batch=1, candidates=2, lora_rank=1)
+    run = memory._run(setup)
+    with torch.no_grad(), Ledger([*vae.parameters(), *vae.buffers()]) as ledger:
+        vae.encode(torch.zeros(2, 3, 32, 32), return_dict=False)
+    assert encoding_bytes(model, run) == pytest.approx(ledger.peak, rel=0.1)
+    assert encoding_bytes(model, replace(run, dtype="bfloat16")) == pytest.approx(
+        encoding_bytes(model, run) / 2, rel=0.01
+    )
+    assert memory.total(model, setup) == max(sum(memory.parts(model, setup).values()), memory.encoding(model, setup))
+    weights = sum(model.stored(name) for name in model.shapes) * 4
+    added = 4 * memory.lora_parameters(model, TARGETS, 1)
+    assert memory.encoding(model, setup) == weights + added + encoding_bytes(model, run)
+    assert memory.encoding(model, replace(setup, caches_latents=False)) == 0

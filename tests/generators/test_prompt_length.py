@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_families import FAMILIES
 
-from alignkit.generators.prompt_length import cuts, tokenizers_of, warn_of_cuts
+from alignkit.generators.prompt_length import count_tokens, lost_end, tokenizers_of, warn_of_cuts
 from alignkit.records import Sampling
 from alignkit.sandbox import models
 
@@ -68,5 +68,24 @@ def test_short_prompts_say_nothing(load, family, caplog):
 
 def test_what_is_lost_is_shown():
     tokenizer = models.clip_tokenizer()
-    (lost,) = cuts(tokenizer, ["a red circle", "a red circle above a blue square"], 3)
-    assert lost == "above a blue square"
+    assert lost_end(tokenizer, "a red circle above a blue square", 3) == "above a blue square"
+
+
+@pytest.mark.parametrize("family", ["unet", "flow", "wan"])
+def test_the_bound_by_words_hides_no_long_prompt(load, family):
+    """Counts over the limit are those of the tokenizer, also after a call that truncates; others stay within it."""
+    texts = [
+        "a red circle",
+        "a red circle above a blue square",
+        "",
+        "Ein  grüner\tKreis, rechts: x-y!",
+        "a" * 40,
+        "。日本",
+    ]
+    for tokenizer in tokenizers_of(load(family).pipeline).values():
+        tokenizer(texts, truncation=True, padding="max_length", max_length=3)
+        counts = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        for room in (2, 5, 9):
+            found = count_tokens(tokenizer, texts, room)
+            assert [count > room for count in found] == [count > room for count in counts]
+            assert all(ours == true for ours, true in zip(found, counts, strict=True) if true > room)

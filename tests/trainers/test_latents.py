@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import datasets
@@ -14,11 +15,13 @@ from torch.utils.data import DataLoader
 
 from alignkit.errors import DataError
 from alignkit.media import decode_image, to_pixels
-from alignkit.trainers import latents
+from alignkit.trainers import content, latents
+from alignkit.trainers.buckets import Sizes
 from alignkit.trainers.data import collate
 from alignkit.trainers.draws import DrawPlan
 from alignkit.trainers.latents import conditioning, encode_rows
 from alignkit.trainers.rankdpo import keep_best_and_worst
+from alignkit.trainers.store import pack, unpack
 
 
 def plan(**changes):
@@ -140,8 +143,7 @@ def test_each_epoch_has_its_own_draws(make):
     dataset = trainer.train_dataset
     for epoch in range(3):
         drawn = torch.cat(seen[2 * epoch : 2 * epoch + 2]).sort().values
-        ids = [row["prompt_id"] for row in dataset.rows]
-        wanted = [dataset.plan.draw(name, epoch, (4, 4, 8, 8)).t[0] for name in ids]
+        wanted = [dataset.plan.draw(name, epoch, (4, 4, 8, 8)).t[0] for name in dataset.draw_ids]
         assert torch.equal(drawn, torch.stack(wanted).sort().values)
 
 
@@ -165,27 +167,167 @@ def test_cached_values_are_the_codecs(dataset, load, ranked_rows):
     assert torch.equal(conditioning(batch, null).tensors["pooled_projections"], batch["cond.pooled_projections"])
 
 
+class Counts:
+    """Notes the pixels [B, 3, H, W] of each call of a VAE, and how many prompts a generator encodes."""
+
+    def __init__(self, generator, monkeypatch):
+        self.images, self.prompts = [], []
+        codec, texts = generator.pipeline.vae.encode, generator.encode_prompts
+        monkeypatch.setattr(
+            generator.pipeline.vae, "encode", lambda x: (self.images.append(tuple(x.shape)), codec(x))[1]
+        )
+        monkeypatch.setattr(generator, "encode_prompts", lambda x: (self.prompts.append(len(x)), texts(x))[1])
+
+
+def files(folder, kind):
+    return sorted(folder.glob(f"{kind}-*/*.arrow"))
+
+
 def test_a_second_run_encodes_nothing(load, ranked_rows, tmp_path, monkeypatch):
-    """Nor do other labels, another noise seed or other LoRA weights; another codec or one changed picture does."""
+    """Nor do other labels, another noise seed or order, or other LoRA weights."""
     generator = load("flow")
-    encode_rows(generator, ranked_rows(4), plan(), tmp_path)
-    monkeypatch.setattr(latents.Encoder, "__call__", None)
+    first = encode_rows(generator, ranked_rows(4), plan(), tmp_path)
+    counts = Counts(generator, monkeypatch)
+    generator.add_lora(2, None, None, 0.0)
     again = encode_rows(generator, ranked_rows(4, [(0.1, 0.2, 0.3, 0.4)]), plan(noise_seed=5), tmp_path)
     assert again.targets["phi"][0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert len(list(tmp_path.glob("latents-*.arrow"))) == 1
-    key = latents.cache_key(generator, ranked_rows(4))
-    generator.add_lora(2, None, None, 0.0)
-    assert latents.cache_key(generator, ranked_rows(4)) == key
-    edited = ranked_rows(4).to_list()
-    edited[3]["images"][2] = edited[0]["images"][0]
-    changed = datasets.Dataset.from_list(edited, features=ranked_rows(4).features)
-    assert latents.cache_key(generator, changed) != key
+    turned = encode_rows(generator, ranked_rows(4).select([3, 1]), plan(), tmp_path)
+    for row, of in ((0, 3), (1, 1)):
+        assert torch.equal(turned[row]["latents"], first[of]["latents"])
+        assert torch.equal(turned[row]["cond.pooled_projections"], first[of]["cond.pooled_projections"])
+    assert (counts.images, counts.prompts) == ([], [])
+    assert first.key == again.key != turned.key
+
+
+def test_new_rows_alone_are_encoded(load, ranked_rows, tmp_path, monkeypatch):
+    """One new row among known ones; its prompt is known."""
+    generator = load("flow")
+    encode_rows(generator, ranked_rows(5).select([0, 1, 2, 4]), plan(), tmp_path)
+    counts = Counts(generator, monkeypatch)
+    dataset = encode_rows(generator, ranked_rows(5), plan(), tmp_path)
+    assert sum(shape[0] for shape in counts.images) == 4
+    assert sum(counts.prompts) == len(set(ranked_rows(5)["prompt"][:]) - set(ranked_rows(3)["prompt"][:]))
+    monkeypatch.undo()
+    fresh = encode_rows(generator, ranked_rows(5), plan(), tmp_path / "fresh")
+    for row in range(5):
+        assert torch.equal(dataset[row]["latents"], fresh[row]["latents"])
+
+
+def test_another_codec_encoder_tokenizer_or_size_has_a_cache_of_its_own(load):
+    keys = [content.latents_key(load("flow")), content.latents_key(load("flow"), Sizes(16))]
+    generator, other = load("flow"), load("flow")
     generator.pipeline.vae.register_to_config(scaling_factor=0.71)
-    assert latents.cache_key(generator, ranked_rows(4)) != key
-    other = load("flow")
     with torch.no_grad():
         next(other.pipeline.vae.parameters())[0] += 1e-3
-    assert latents.cache_key(other, ranked_rows(4)) != key
+    keys += [content.latents_key(generator), content.latents_key(other)]
+    assert len(set(keys)) == 4
+    texts = [content.conditioning_key(load("flow"))]
+    with torch.no_grad():
+        next(other.pipeline.text_encoder_3.parameters())[0] += 1e-3
+    generator._tokens -= 1
+    texts += [content.conditioning_key(generator), content.conditioning_key(other)]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("form", ["BMP", "TIFF", "PNG"])
+def test_one_other_pixel_is_another_image(load, ranked_rows, tmp_path, form):
+    """Also in files of equal length and equal last bytes, embedded or on disk."""
+
+    def encoded(value):
+        image = Image.new("RGB", (16, 16), (200, 30, 90))
+        image.putpixel((2, 3), (value, 0, 0))
+        buffer = io.BytesIO()
+        image.save(buffer, form)
+        return buffer.getvalue()
+
+    generator, file = load("flow"), tmp_path / "image"
+    kinds = {"image": datasets.Image(decode=False), "prompt": datasets.Value("string")}
+    for cell in (lambda data: {"bytes": data, "path": None}, lambda _: {"bytes": None, "path": str(file)}):
+        found = []
+        for value in (0, 255):
+            file.write_bytes(encoded(value))
+            os.utime(file, (1, 1))
+            rows = [{"image": cell(encoded(value)), "prompt": "a ring"}]
+            data = datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
+            found.append(encode_rows(generator, data, plan(), tmp_path / "cache")[0]["latents"])
+        assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["latents", "conditioning"])
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-200], lambda raw: bytes([raw[0] ^ 1]) + raw[1:], lambda raw: b""])
+def test_a_damaged_cache_is_made_again(load, ranked_rows, tmp_path, kind, damage, caplog):
+    """Truncated, flipped in any byte, or empty; and the run after that finds it whole."""
+    generator = load("flow")
+    expected = encode_rows(generator, ranked_rows(3), plan(), tmp_path)[1]
+    (file,) = files(tmp_path, kind)
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
+    for warnings in (1, 1):
+        item = encode_rows(generator, ranked_rows(3), plan(), tmp_path)[1]
+        assert all(torch.equal(value, item[name]) for name, value in expected.items())
+        assert len([record for record in caplog.records if "is damaged" in record.getMessage()]) == warnings
+    assert file.read_bytes() == good
+
+
+def test_one_flipped_bit_of_the_values_is_noticed(load, ranked_rows, tmp_path):
+    """The file stays a readable one, so a checksum alone tells."""
+    generator = load("flow")
+    expected = encode_rows(generator, ranked_rows(3), plan(), tmp_path)
+    (file,) = files(tmp_path, "latents")
+    raw, values = file.read_bytes(), expected.rows[1]["latents"]
+    place = raw.index(values) + 5
+    file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+    again = encode_rows(generator, ranked_rows(3), plan(), tmp_path)
+    assert again.rows[1]["latents"] == values
+
+
+def test_what_was_encoded_before_a_damaged_row_is_kept(load, ranked_rows, tmp_path, monkeypatch):
+    generator = load("flow")
+    with pytest.raises(DataError, match="row 19"):
+        encode_rows(generator, altered(ranked_rows(20), 19, _set_image(1, b"")), plan(), tmp_path)
+    counts = Counts(generator, monkeypatch)
+    encode_rows(generator, ranked_rows(20), plan(), tmp_path)
+    assert sum(shape[0] for shape in counts.images) == 4 * 4  # the batch of rows 16 to 19
+
+
+def test_conditioning_is_stored_once_a_prompt(load, ranked_rows, tmp_path, monkeypatch):
+    generator, rows = load("flow"), ranked_rows(8)
+    counts = Counts(generator, monkeypatch)
+    one = rows.remove_columns("prompt").add_column("prompt", ["a red ring"] * 8)
+    dataset = encode_rows(generator, one, plan(), tmp_path)
+    (file,) = files(tmp_path, "conditioning")
+    assert counts.prompts == [1]
+    assert len(datasets.Dataset.from_file(str(file))) == 1
+    assert torch.equal(dataset[0]["cond.encoder_hidden_states"], dataset[7]["cond.encoder_hidden_states"])
+
+
+def test_padding_with_zeros_takes_no_space():
+    tokens = torch.zeros(512, 64)
+    tokens[:9] = torch.randn(9, 64)
+    raw, name = pack(tokens, torch.float32)
+    assert len(raw) < 1.3 * 9 * 64 * 4
+    assert torch.equal(unpack(raw, tokens.shape, name), tokens)
+
+
+@pytest.mark.parametrize("candidates", [1, 4, 7])
+def test_the_codec_encodes_at_most_two_images_at_once(load, tmp_path, candidates, random_png, monkeypatch):
+    """Whatever K and batch; the values are those of one call."""
+    features = {"images": datasets.List(datasets.Image()), "prompt": datasets.Value("string")}
+    pictures = [{"bytes": random_png(16, 16, k), "path": None} for k in range(candidates)]
+    rows = [{"images": pictures[k:] + pictures[:k], "prompt": "a ring"} for k in range(3)]
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    generator = load("flow")
+    counts = Counts(generator, monkeypatch)
+    dataset = encode_rows(generator, data, plan(), tmp_path)
+    assert max(shape[0] for shape in counts.images) == min(2, candidates)
+    assert sum(shape[0] for shape in counts.images) == candidates * min(3, candidates)  # equal rows are encoded once
+    with torch.no_grad():
+        pixels = torch.stack([to_pixels(decode_image(picture, "here")) for picture in pictures])
+        torch.testing.assert_close(dataset[0]["latents"], generator.encode(pixels), rtol=0, atol=1e-5)
+    monkeypatch.setattr(latents, "PIXELS_A_CALL", 255)
+    counts.images.clear()
+    encode_rows(generator, data, plan(), tmp_path / "large")
+    assert {shape[0] for shape in counts.images} == {1}
 
 
 def test_plain_captioned_pictures_need_no_labels(load, ranked_rows, tmp_path):

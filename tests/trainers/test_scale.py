@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 
-import datasets
 import pytest
 import torch
 from two_processes import run_two
 
 from alignkit.errors import DataError
 from alignkit.records import Prompt, Sampling, Scores
-from alignkit.trainers.cache import encode_cached, share_of
 from alignkit.trainers.draws import DrawPlan
-from alignkit.trainers.latents import encode_rows, pack, unpack
+from alignkit.trainers.latents import encode_rows
 from alignkit.trainers.sharding import Ranks
+from alignkit.trainers.store import Store, pack, share_of, unpack
 from alignkit.trainers.validation import Validation
 
 SETTINGS = {
@@ -86,27 +85,26 @@ def test_shares_are_whole_batches_and_cover_all_rows(count, batch, world):
 
 
 class Quiet(Ranks):
-    """A process that waits for no other."""
+    """A process that waits for no other and has what rank 0 has."""
 
     def wait(self):
         pass
 
+    def broadcast(self, value):
+        return value
+
 
 def test_parts_in_another_folder_are_named(tmp_path):
     """Two nodes without a common folder: neither sees the other's part, and no training starts."""
-    rows = datasets.Dataset.from_dict({"x": list(range(4))})
-    options = {"removed": ["x"], "batch_size": 1}
+    keys = list("abcd")
 
-    def encode(batch, numbers):
-        return {"y": [10 * number for number in numbers]}
+    def make(numbers):
+        return [{"y": 10 * number} for number in numbers]
 
-    for rank, message in ((0, "the part .* of process 1 is missing"), (1, "not visible to process 1")):
-        folder = tmp_path / str(rank)
-        folder.mkdir()
-        with pytest.raises(DataError, match=message):
-            encode_cached(rows, encode, folder / "cache.json", ranks=Quiet(rank, 2), **options)
-    together = tmp_path / "1" / "cache.json"
-    found = encode_cached(rows, encode, together, ranks=Ranks(), **options)
+    for rank in (0, 1):
+        with pytest.raises(DataError, match=f"lacks rows that another process made, as seen by process {rank}"):
+            Store(tmp_path / str(rank), Quiet(rank, 2)).rows(keys, make, 1)
+    found = Store(tmp_path / "1", Ranks()).rows(keys, make, 1)
     assert found["y"][:] == [0, 10, 20, 30]
 
 
@@ -186,10 +184,12 @@ def test_nothing_is_rounded():
 def test_a_half_precision_encoder_takes_half_the_space(load, ranked_rows, tmp_path):
     generator = load("flow", dtype=torch.bfloat16)
     dataset = encode_rows(generator, ranked_rows(1), plan(), tmp_path)
-    row, item = dataset.rows[0], dataset[0]
-    assert set(row["dtypes"].values()) == {"bfloat16"}
-    for name, kind in row["dtypes"].items():
-        assert len(row[name]) == 2 * item[name].numel(), kind
+    row, item = {**dataset.rows[0], **dataset.conditioning[0]}, dataset[0]
+    names = [name for name in row if f"{name}.dtype" in row]
+    assert set(names) == {"latents", "cond.encoder_hidden_states", "cond.pooled_projections"}
+    for name in names:
+        assert row[f"{name}.dtype"] == "bfloat16"
+        assert len(row[name]) <= 2 * item[name].numel()
         assert item[name].dtype == torch.float32  # the loss's arithmetic
     with torch.no_grad():
         cond = generator.encode_prompts(ranked_rows(1)["prompt"][:])

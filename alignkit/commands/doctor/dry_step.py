@@ -36,9 +36,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from alignkit.adapters import lora
-from alignkit.commands.doctor.model_shapes import Model
+from alignkit.commands.doctor.model_shapes import Model, blank
 from alignkit.errors import ConfigError
 from alignkit.generators.description import FamilyDescription, LatentSize
+from alignkit.trainers.latents import IMAGES_A_CALL, PIXELS_A_CALL
 
 # What CUDA's autocast runs in bf16, and of what it runs in float32 the functions whose tensors are large.
 _BF16 = {linear, conv1d, conv2d, conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm}
@@ -99,6 +100,27 @@ def dry_step(model: Model, run: Run) -> Cost:
             (prediction - torch.zeros_like(prediction)).square().mean().backward()
     shared = 0 if run.checkpointing else card.copied  # a checkpointed block lets go of its copies
     return Cost(forward, ledger.flops - forward, ledger.peak - shared, shared)
+
+
+@functools.cache
+def encoding_bytes(model: Model, run: Run) -> int:
+    """Peak bytes of the VAE's activations while the latents cache is filled, in the precision of the frozen weights.
+
+    The trainer encodes at most two images at once, of more than a megapixel one, and of videos one. 0 without
+    a config of the VAE.
+    """
+    vae = blank("diffusers", model.vae["_class_name"], model.vae) if "_class_name" in model.vae else None
+    if vae is None:
+        return 0
+    vae = nn.Module.to(vae, vars(torch)[run.dtype]).eval()  # diffusers' own `to` warns of float32 modules
+    is_video = model.vae_frames > 1
+    count = 1 if is_video or run.height * run.width > PIXELS_A_CALL else IMAGES_A_CALL
+    has_time = any(len(shape) == 5 for shape in model.shapes["vae"].values())  # image families may have a video VAE
+    axes = (count, 3, *((run.frames,) if has_time else ()), run.height, run.width)
+    ledger = Ledger([*vae.parameters(), *vae.buffers()])
+    with torch.device("meta"), torch.no_grad(), ledger, _Card(False, 1):
+        vae.encode(torch.empty(axes, dtype=vars(torch)[run.dtype]), return_dict=False)
+    return ledger.peak
 
 
 def network_inputs(family: type[FamilyDescription], net: Any, size: LatentSize) -> dict[str, Any]:

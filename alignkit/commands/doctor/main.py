@@ -144,6 +144,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
         precompute_reference=job.precompute_reference,
         activation_checkpointing=job.activation_checkpointing,
         low_memory=job.low_memory and trainer.compares_candidates,
+        caches_latents=trainer.parking is not None,
     )
 
 
@@ -211,6 +212,8 @@ def _operation_lines(model: Model, setup: memory.Setup) -> list[str]:
 def _memory_lines(method: str, model: Model, setup: memory.Setup) -> list[str]:
     amounts = memory.parts(model, setup)
     amounts["all"] = sum(amounts.values())
+    if setup.caches_latents:
+        amounts["before it, filling the latents cache"] = memory.encoding(model, setup)
     count = f"{setup.batch} x {setup.candidates} {'pictures' if setup.frames == 1 else 'videos'}"
     precision = f"frozen weights in {setup.dtype}{', autocast to bf16' if setup.bf16 else ''}"
     return [

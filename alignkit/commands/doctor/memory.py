@@ -38,6 +38,7 @@ class Setup:
     precompute_reference: bool = False
     activation_checkpointing: bool = False
     low_memory: bool = False
+    caches_latents: bool = True
 
     @property
     def images_in_graph(self) -> int:
@@ -61,8 +62,20 @@ def parts(model: Model, setup: Setup) -> dict[str, int]:
 
 
 def total(model: Model, setup: Setup) -> int:
-    """Bytes at the peak."""
-    return sum(parts(model, setup).values())
+    """Bytes at the peak: of the step, or of filling the latents cache before it."""
+    return max(sum(parts(model, setup).values()), encoding(model, setup))
+
+
+def encoding(model: Model, setup: Setup) -> int:
+    """Bytes at the peak while the latents cache is filled: all weights, no gradients yet, the VAE's activations."""
+    from alignkit.commands.doctor.dry_step import encoding_bytes
+
+    if not setup.caches_latents:
+        return 0
+    held = parts(model, setup)
+    trained = held.pop("trained weights, gradients, AdamW") * 4 // ADAM_BYTES
+    held.pop("activations")
+    return sum(held.values()) + trained + encoding_bytes(model, _run(setup))
 
 
 def operations(model: Model, setup: Setup) -> dict[str, int]:
@@ -85,9 +98,15 @@ def lora_parameters(model: Model, targets: tuple[str, ...], rank: int) -> int:
 
 
 def _cost(model: Model, setup: Setup) -> Any:
-    from alignkit.commands.doctor.dry_step import Run, dry_step
+    from alignkit.commands.doctor.dry_step import dry_step
 
-    run = Run(
+    return dry_step(model, _run(setup))
+
+
+def _run(setup: Setup) -> Any:
+    from alignkit.commands.doctor.dry_step import Run
+
+    return Run(
         height=setup.height,
         width=setup.width,
         frames=setup.frames,
@@ -97,7 +116,6 @@ def _cost(model: Model, setup: Setup) -> Any:
         lora_targets=setup.lora_targets,
         checkpointing=setup.activation_checkpointing,
     )
-    return dry_step(model, run)
 
 
 # --- what fits ------------------------------------------------------------------------------------------------------
