@@ -87,7 +87,8 @@ def _refusal(folder: Path, changed: Collection[str], advice: Mapping[str, str]) 
     lines = [f"'{folder}' was made with another config or other inputs:", *(f"  {line}" for line in changed)]
     if any(CONTENT in line for line in changed):
         lines.append(f"('{CONTENT}' and 16 digits stand for what is in a file or folder.)")
-    ways = dict.fromkeys(way for key, way in advice.items() if any(line.startswith(f"{key}:") for line in changed))
+    keys = {line.partition(":")[0] for line in changed}
+    ways = dict.fromkeys(way for key, way in advice.items() if key in keys)
     return "\n".join([*lines, "Use the old values to continue it, or another folder.", *ways])
 
 

@@ -119,7 +119,9 @@ def _comparable(value: Any, *, is_path: bool) -> Any:
         return {str(name): _comparable(item, is_path=is_path) for name, item in value.items() if name != "cache"}
     if isinstance(value, list | tuple):
         return [_comparable(item, is_path=is_path) for item in value]
-    if isinstance(value, Path) or (is_path and isinstance(value, str)):
+    if isinstance(value, Path):
+        return content(value) if value.is_file() else _FOLDER  # also one that is not there yet
+    if is_path and isinstance(value, str):
         return _FOLDER if os.path.isdir(value) else content(value)  # noqa: PTH112 - Path fails for long texts
     return plain(value)
 

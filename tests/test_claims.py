@@ -182,6 +182,9 @@ def test_hub_ids_and_what_is_no_file_stand_for_themselves(tmp_path: Path, monkey
     assert GeneratorSpec(model="org/name").identity == "org/name"
     assert GeneratorSpec(model="org/name", dtype="bfloat16").identity != "org/name"
     assert comparable(GeneratorSpec(model="org/name"))["model"] == "org/name"
+    before = comparable(PromptsConfig(file=tmp_path / "later"))
+    Path("later").mkdir()
+    assert comparable(PromptsConfig(file=tmp_path / "later")) == before
     Path("rate").write_text("x", encoding="utf-8")
     assert comparable(Trainer(output_dir="o")) == {"max_steps": 5}
     assert content({"a": ["rate", "other", 3]}) == {"a": [f"content {fingerprint(Path('rate'))}", "other", 3]}

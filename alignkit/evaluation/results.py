@@ -11,6 +11,7 @@ Deliberately not here: generating and scoring (`paired`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -166,7 +167,8 @@ def _require_types(evaluation: Evaluation) -> None:
     numbers += [number for c in compared for number in (c.prompts, c.dropped)]
     numbers += [bound for interval in intervals for bound in (interval.mean, interval.low, interval.high)]
     names = [evaluation.base, evaluation.tuned, *(result.reward for result in evaluation.results)]
-    for value, kind in (*((number, int | float) for number in numbers), *((name, str) for name in names)):
+    kinds = [*zip(numbers, itertools.repeat(int | float)), *zip(names, itertools.repeat(str))]
+    for value, kind in kinds:
         if not isinstance(value, kind):
             raise TypeError(f"{value!r} is a {type(value).__name__}")
 

@@ -144,7 +144,7 @@ def _previews_table(previews: Sequence[tuple[str, float, str]]) -> str:
     """The candidates of one prompt as moving images, best first."""
     head = "| " + " | ".join(f"phi {phi:.2f}" for _, phi, _ in previews) + " |\n" + "|---" * len(previews) + "|"
     cells = "| " + " | ".join(f"![candidate]({name})" for *_, name in previews) + " |"
-    return f"\n{to_code(previews[0][0])}, best candidate first:\n\n{head}\n{cells}\n"
+    return f"\n{to_markdown(previews[0][0])}, best candidate first:\n\n{head}\n{cells}\n"
 
 
 def bias_sentence(bias: Mapping[str, Any]) -> str:
