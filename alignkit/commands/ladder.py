@@ -206,7 +206,7 @@ def _plan(job: LadderJob) -> list[str]:
 def _work(argv: Sequence[str], job: LadderJob) -> None:
     for name in job.arms:
         _arguments(job, name, job.seeds[0])  # a wrong key stops here, not in the last arm
-    free = {"title", "workers"}
+    free = {"title", "workers", "data"}  # `data` is a place; what is in it has records of its own
     if not holds_results(job.out / "arms"):
         free |= {*init_fields(LadderJob)} - {*init_fields(SynPicJob)}
     write_resolved(job.out, job, free)
