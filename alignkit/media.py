@@ -8,6 +8,7 @@ bytes, a path, or a cell of a `datasets` column, {"bytes", "path"}. PyAV is call
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,35 @@ GREY_16 = 65535  # white in the modes I and I;16, which hold 16-bit images
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DAMAGE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, *_BOMBS)
+ROUNDING = 0.5 / 255  # of pixels, which are stored with 8 bits
 PREVIEW_SIDE = 256  # pixels; larger videos are made smaller for a preview: a report shows dozens
 PREVIEW_FRAMES = 128  # of a longer video each second, third, ... frame
 PREVIEW_LOSSLESS_SIDE = 128  # previews up to this side lose nothing
+
+
+def checked_pixels(pixels: Any, count: int, where: str) -> Tensor:
+    """`pixels` as they are, if they are what a generator must return for `count` prompts.
+
+    That is a floating-point tensor [count, 3, H, W], or [count, F, 3, H, W] of videos, in [0, 1]; rounding may pass
+    the ends by half an 8-bit step. Raises DataError naming `where` for another type, shape or range, NumericsError for
+    pixels that are not finite.
+    """
+    import torch
+
+    expected = f"float pixels [{count}, 3, H, W], or [{count}, F, 3, H, W] of videos, in [0, 1]"
+    if not isinstance(pixels, torch.Tensor):
+        raise DataError(f"{where} returned a {type(pixels).__name__}, expected a tensor of {expected}")
+    if pixels.dim() not in (4, 5) or len(pixels) != count or pixels.shape[-3] != 3 or not pixels.numel():
+        raise DataError(f"{where} returned pixels {list(pixels.shape)}, expected {expected}")
+    low, high = (float(value) for value in pixels.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise NumericsError(
+            f"{where}: an image or video holds NaN or infinite pixels; run the model (or its VAE) in bf16 or fp32"
+        )
+    if not pixels.is_floating_point() or low < -ROUNDING or high > 1 + ROUNDING:
+        kind = str(pixels.dtype).removeprefix("torch.")
+        raise DataError(f"{where} returned {kind} pixels from {low:g} to {high:g}, expected {expected}; scale them")
+    return pixels
 
 
 def quantise(pixels: Tensor) -> np.ndarray:

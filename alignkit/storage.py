@@ -73,7 +73,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)  # noqa: PTH105 - the atomic step, by the name that tests break
-        _sync_folder(path.parent)
+        sync(path.parent)  # without it a power cut may forget the rename
     except AlignKitError:
         raise
     except OSError as error:
@@ -116,10 +116,11 @@ def write_text(path: Path, text: str) -> str:
     return write_atomic(path, text.encode())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)  # without it a power cut may forget the rename
+        os.fsync(handle)
     finally:
         os.close(handle)
 

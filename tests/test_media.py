@@ -45,6 +45,40 @@ def test_pixels_that_are_not_finite_are_refused(value):
         media.quantise(torch.tensor([0.5, value, 0.5]).reshape(3, 1, 1))
 
 
+RAMP = torch.linspace(0, 1, 96).reshape(2, 3, 4, 4)
+GENERATED = [
+    (RAMP * 255, DataError, "mine returned float32 pixels from 0 to 255, expected float pixels"),
+    (RAMP * 2 - 1, DataError, "float32 pixels from -1 to 1, expected .* scale them"),
+    (
+        torch.tensor([0, 1], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 3, 4, 4),
+        DataError,
+        "uint8 pixels from 0 to 1",
+    ),
+    (torch.full((2, 3, 4, 4), torch.nan), NumericsError, "mine: an image or video holds NaN or infinite pixels"),
+    (torch.full((2, 3, 4, 4), torch.inf), NumericsError, "NaN or infinite pixels"),
+    (torch.rand(3, 3, 4, 4), DataError, r"pixels \[3, 3, 4, 4\], expected float pixels \[2, 3, H, W\]"),
+    (torch.rand(2, 4, 4, 3), DataError, r"pixels \[2, 4, 4, 3\], expected"),
+    (torch.rand(2, 4, 4), DataError, r"pixels \[2, 4, 4\], expected"),
+    (torch.rand(2, 3, 0, 4), DataError, r"pixels \[2, 3, 0, 4\], expected"),
+    (torch.rand(2, 3, 4, 4).numpy(), DataError, "mine returned a ndarray, expected a tensor of float pixels"),
+    ([torch.rand(3, 4, 4)] * 2, DataError, "mine returned a list, expected"),
+]
+
+
+@pytest.mark.parametrize(("pixels", "kind", "match"), GENERATED)
+def test_what_no_generator_may_return(pixels, kind, match):
+    with pytest.raises(kind, match=match):
+        media.checked_pixels(pixels, 2, "mine")
+
+
+def test_what_a_generator_may_return():
+    """Images, videos, half precision; and rounding that 8 bits do not show."""
+    ends = torch.tensor([-0.0019, 1.0019]).reshape(2, 1, 1, 1).expand(2, 3, 4, 4)
+    assert media.quantise(ends).tolist() == media.quantise(ends.clamp(0, 1)).tolist()
+    for pixels in (torch.rand(2, 3, 4, 4), torch.rand(2, 5, 3, 4, 4), torch.rand(2, 3, 4, 4).bfloat16(), ends):
+        assert media.checked_pixels(pixels, 2, "mine") is pixels
+
+
 # --- images ---------------------------------------------------------------------------------------------------------
 
 

@@ -170,6 +170,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
             TrainingData(kind="ranked", path=job.shared / "ranked"),
             validation=validation,
             select=select,
+            sampling=job.evaluate.sampling,
         )
         sides = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}
         prompts = job.judged(held_out)

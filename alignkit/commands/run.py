@@ -23,7 +23,7 @@ from alignkit.commands.data import PolicyJob, data_sections
 from alignkit.commands.methods import DEFAULT_METHOD, unchecked_methods, with_trainer
 from alignkit.commands.report import ReportJob, gather
 from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, tuned_spec
-from alignkit.commands.stages import TRAIN_FURTHER, compare, fit, judge_evaluation
+from alignkit.commands.stages import RESUMABLE, TRAIN_FURTHER, compare, default_notes, fit, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError, require_at_least
@@ -98,12 +98,14 @@ def _schema(tree: Tree, problems: list[str], *, dry_run: bool) -> Any:
 def _plan(job: Any) -> list[str]:
     judges = [f"judge: base against tuned pair by pair, by {', '.join(job.judges)}"] if job.judges else []
     unchecked = unchecked_methods([job.method])
-    steps = "" if unchecked else f", {job.train.max_steps} steps"
+    steps = "" if unchecked else f", {job.train.length}"
+    notes = [] if unchecked else default_notes(job.train, job.aligned.model)
     return [
         *absences(job.generators),
         *job.data_plan(),
         *unchecked,
         f"train: {job.method} on {job.policy} ({job.aligned.model}){steps}",
+        *notes,
         f"evaluate: base against tuned on held-out prompts, scored by {', '.join(job.rewards)}",
         *judges,
         f"report: {job.out / 'report.html'}",
@@ -117,7 +119,8 @@ def _work(job: Any) -> None:
     write_config(job.out, _resolved(job))
     data = _stage(1, "training data", functools.partial(job.make_data, shares))
     validation = functools.partial(job.validation.build, shares.validation, job.rewards) if job.validation else None
-    training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, validation=validation)
+    options = {"validation": validation, "sampling": job.evaluate.sampling}
+    training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, **options)
     with locked(job.out / "train"):
         result = _stage(2, "train", training)
     sides, out = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}, job.out / "evaluation"
@@ -143,6 +146,8 @@ def _free(out: Path) -> set[str]:
         "evaluation": {"evaluate", "evaluate_prompts", "gold"},
     }
     free.update(*(names for stage, names in sections.items() if not has[stage]))
+    if not has["evaluation"]:
+        free |= RESUMABLE
     if not any(has.values()):
         free |= {"prompts", "generators", "policy"}
     if not (has["scores"] or has["train"] or has["evaluation"]):

@@ -86,10 +86,10 @@ def _work(job: SandboxJob) -> None:
         raise ConfigError(f"'{target}' is there already and stays as it is; choose another --out")
     write_resolved(work, job, free={"out"})
     result = work / "result"
-    if not finished(work):
+    if finished(work) is None:
         shutil.rmtree(result, ignore_errors=True)  # half a save of an interrupted run; the checkpoints are beside it
         _trainer(job, result)()
-        mark_finished(work)
+        mark_finished(work, {})
     partial = target.with_name(f"{target.name}.partial")
     shutil.copytree(result, partial, dirs_exist_ok=True)
     partial.rename(target)

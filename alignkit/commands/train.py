@@ -22,7 +22,7 @@ from alignkit.commands.specs import (
     absences,
     require_names,
 )
-from alignkit.commands.stages import TRAIN_FURTHER, fit
+from alignkit.commands.stages import RESUMABLE, default_notes, fit
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
@@ -165,18 +165,18 @@ def _plan(method: str, job: Any) -> list[str]:
     what = "all weights" if args.full_finetune else f"a LoRA of rank {args.lora_rank}"
     what += " on network and text encoders" if args.train_text_encoder else ""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    amount = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return [
         *absences({"model": job.policy}),
         *job.missing(),
-        f"train {what} of {job.model} with {method} on {job.source}: {amount} of {batch} prompts a device",
+        f"train {what} of {job.model} with {method} on {job.source}: {args.length} of {batch} prompts a device",
+        *default_notes(args, job.model),
         f"keep checkpoints, logs and the result in {args.output_dir}",
     ]
 
 
 def _work(method: str, job: Any) -> None:
     folder = Path(job.train.output_dir)
-    write_resolved(folder, job, advice=TRAIN_FURTHER)
+    write_resolved(folder, job, free=RESUMABLE)
     validation = None
     if job.validation is not None:
         held_out = job.prompts.split()[1]

@@ -26,7 +26,7 @@ from alignkit.config import Located, build, describe, init_fields, read_tree
 from alignkit.errors import ConfigError
 from alignkit.locks import locked
 from alignkit.provenance import dump, plain, without_defaults
-from alignkit.storage import write_text
+from alignkit.storage import read_json, write_json
 
 Job = TypeVar("Job")
 Tree = dict[str, Located]
@@ -170,14 +170,21 @@ def _default(field: Field[Any]) -> str:
 _FINISHED = "finished.json"
 
 
-def finished(folder: Path) -> bool:
-    """Whether `mark_finished` was reached in `folder`."""
-    return (folder / _FINISHED).is_file()
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What `mark_finished` noted in `folder`; None where it was not reached."""
+    path = folder / _FINISHED
+    note: dict[str, Any] | None = read_json(path) if path.is_file() else None
+    return note
 
 
-def mark_finished(folder: Path) -> None:
+def mark_unfinished(folder: Path) -> None:
+    """To be called before results of a finished stage are replaced."""
+    (folder / _FINISHED).unlink(missing_ok=True)
+
+
+def mark_finished(folder: Path, note: Mapping[str, Any]) -> None:
     """Note that all of a stage's results are in `folder`, so that running it again does nothing."""
-    write_text(folder / _FINISHED, "{}\n")
+    write_json(folder / _FINISHED, note)
 
 
 def counts_line(counts: Mapping[str, int]) -> str:

@@ -31,7 +31,7 @@ from alignkit.evaluation.results import (
 )
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
 from alignkit.locks import locked
-from alignkit.media import encode_medium, quantise, to_pixels
+from alignkit.media import checked_pixels, encode_medium, quantise, to_pixels
 from alignkit.protocols import ImageSource, Reward, as_scores, require_independent, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
@@ -206,6 +206,7 @@ def _generate_part(
     prompts = [item.prompt for item in batch]
     with torch.inference_mode():
         pixels = source.generate([prompt.text for prompt in prompts], [item.seed for item in batch], sampling)
+        pixels = checked_pixels(pixels, len(batch), f"generator '{source.name}'")
         stored = quantise(pixels)
         require_modality(rewards, "image" if stored.ndim == 4 else "video")
         media = to_pixels(stored).to(pixels.device)  # as it is stored, so that scores can be recomputed

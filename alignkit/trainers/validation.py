@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import NumericsError
-from alignkit.media import encode_image
+from alignkit.media import checked_pixels, encode_image
 from alignkit.protocols import ImageSource, Reward, as_scores
 from alignkit.records import Prompt, Sampling, texts
 from alignkit.seeds import derive_seed
@@ -49,7 +49,8 @@ class Validation:
             numbers = own[start : start + self.batch_size]
             prompts = [self.prompts[number] for number in numbers]
             seeds = [derive_seed(self.seed, prompt.id, 0) for prompt in prompts]
-            media = source.generate(texts(prompts), seeds, self.sampling).cpu()
+            pixels = source.generate(texts(prompts), seeds, self.sampling)
+            media = checked_pixels(pixels, len(prompts), f"validation: generator '{source.name}'").cpu()
             totals = {}
             for name, reward in self.rewards.items():
                 totals[name] = as_scores(reward(media, prompts), name, len(prompts)).total.tolist()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError
 from alignkit.locks import locked
-from alignkit.media import encode_medium, quantise
+from alignkit.media import checked_pixels, encode_medium, quantise
 from alignkit.protocols import ImageSource, Reward, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
@@ -282,10 +282,7 @@ class _Producer:
         """uint8 [B, H, W, 3], or [B, F, H, W, 3] of videos."""
         seeds = [derive_seed(self.config.seed, prompt.id, k) for prompt, k in batch]
         pixels = self.sources[source.name].generate([prompt.text for prompt, _ in batch], seeds, source.sampling)
-        if pixels.dim() not in _NAMES or len(pixels) != len(batch) or pixels.shape[-3] != 3:
-            expected = f"[{len(batch)}, 3, H, W], or [{len(batch)}, F, 3, H, W] of videos"
-            raise DataError(f"generator '{source.name}' returned pixels {list(pixels.shape)}, expected {expected}")
-        return quantise(pixels)
+        return quantise(checked_pixels(pixels, len(batch), f"generator '{source.name}'"))
 
     def write(self, name: str, rows: Sequence[Prompt], cells: list[list[Future[bytes]]]) -> Part:
         """Wait for the encoded media and make them a finished part."""

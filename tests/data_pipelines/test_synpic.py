@@ -350,7 +350,12 @@ def test_wrong_shapes_and_broken_pixels_are_named(world: Any, tmp_path: Path) ->
         (
             lambda p, s, q: torch.zeros(len(p), 8, 8, 3),
             DataError,
-            r"pixels \[4, 8, 8, 3\], expected \[4, 3, H, W\], or",
+            r"pixels \[4, 8, 8, 3\], expected float pixels \[4, 3, H, W\], or",
+        ),
+        (
+            lambda p, s, q: torch.full((len(p), 3, 8, 8), 200.0),
+            DataError,
+            r"generator '\w+' returned .* from 200 to 200",
         ),
         (lambda p, s, q: torch.full((len(p), 3, 8, 8), torch.nan), NumericsError, "NaN or infinite pixels"),
     )

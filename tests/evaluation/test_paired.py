@@ -185,6 +185,16 @@ def test_bad_input_is_refused_before_anything_is_drawn(world, tmp_path):
     assert base.drawn == []
 
 
+def test_a_source_out_of_range_is_refused(world, tmp_path, monkeypatch):
+    source = world.source("base")
+    generate = source.generate
+    monkeypatch.setattr(source, "generate", lambda *given: 255 * generate(*given))
+    with pytest.raises(DataError, match=r"generator 'base' returned float32 pixels from \S+ to \S+, expected float"):
+        evaluate(
+            source, world.source("tuned"), world.prompts, world.config, tmp_path, rewards=world.rewards(), gold="gold"
+        )
+
+
 def test_a_fingerprint_follows_names_and_bytes(tmp_path):
     (tmp_path / "unet").mkdir()
     weights = tmp_path / "unet" / "w.safetensors"
