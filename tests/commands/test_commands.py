@@ -90,7 +90,8 @@ def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, c
         "tuned": {"adapter": "mine/adapter"},
         "evaluate": {"sampling": told},
     }
-    told |= {"prompts": config["prompts"], "rewards": config["rewards"], "out": "judged"}
+    told |= {"prompts": config["prompts"], "out": "judged"}
+    told |= {"rewards": {"red": {"reward": "mine_for_commands:Red"}}}
     (work / "evaluate.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
     capsys.readouterr()
     assert cli.main(["evaluate", "--config=evaluate.yaml"]) == 2
