@@ -29,6 +29,13 @@ class Red:
         return Scores(media[:, 0].mean((1, 2)))
 
 
+class RedVideo(Red):
+    modality = "video"
+
+    def __call__(self, media, prompts):
+        return Scores(media[:, :, 0].mean((1, 2, 3)))
+
+
 class Dark(Red):
     name = "dark"
 

@@ -70,7 +70,7 @@ def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, c
     sampling = {"steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 5}
     config = {
         "prompts": {"file": "prompts.txt", "held_out": 0.6},
-        "rewards": {"red": {"reward": "mine_for_commands:Red"}},
+        "rewards": {"red": {"reward": "mine_for_commands:RedVideo"}},
         "validation": {"rewards": ["red"], "prompts": 1, "sampling": sampling},
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -90,8 +90,26 @@ def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, c
         "tuned": {"adapter": "mine/adapter"},
         "evaluate": {"sampling": told},
     }
-    told |= {"prompts": config["prompts"], "rewards": config["rewards"], "out": "judged"}
+    told |= {"prompts": config["prompts"], "out": "judged"}
+    told |= {"rewards": {"red": {"reward": "mine_for_commands:Red"}}}
     (work / "evaluate.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
     capsys.readouterr()
     assert cli.main(["evaluate", "--config=evaluate.yaml"]) == 2
     assert "reward 'red' scores images, but here are videos" in capsys.readouterr().err
+
+
+def test_a_failed_first_attempt_may_be_corrected_and_a_moved_folder_continued(work, capsys):
+    """Also with other values of what has not been used yet, and with absolute instead of relative paths."""
+    assert cli.main(["generate", "--config", "generate.yaml"]) == 0
+    wrong = yaml.safe_load((work / "score.yaml").read_text(encoding="utf-8"))
+    wrong["rewards"]["red"]["options"] = {"typo": 1}
+    wrong["score"]["batch_size"] = 2
+    (work / "wrong.yaml").write_text(yaml.safe_dump(wrong), encoding="utf-8")
+    assert cli.main(["score", "--config", "wrong.yaml"]) == 2
+    assert "has no option 'typo'" in capsys.readouterr().err
+    assert cli.main(["score", "--config", "score.yaml"]) == 0, capsys.readouterr().err
+    (work / "scores").rename(work / "moved")
+    again = ["--out", str(work / "moved"), "--candidates", str(work / "candidates")]
+    assert cli.main(["score", "--config", "score.yaml", *again]) == 0, capsys.readouterr().err
+    assert cli.main(["score", "--config", "wrong.yaml", *again]) == 2
+    assert "config.batch_size: 32 -> 2" in capsys.readouterr().err
