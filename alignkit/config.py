@@ -10,31 +10,22 @@ from __future__ import annotations
 import collections.abc
 import difflib
 import enum
+import math
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-import yaml
-
-from alignkit.errors import ConfigError, MissingFileError, nearest
+from alignkit.errors import ConfigError, nearest
+from alignkit.yaml_tree import Located, parse_yaml, read_yaml
 
 Config = TypeVar("Config")
 
 _BAD: Any = object()
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A value and where it came from. Mappings and lists hold Located values; `text` marks a flag not yet parsed."""
-
-    value: Any
-    where: str
-    text: bool = False
 
 
 def load(
@@ -73,45 +64,6 @@ def build(schema: type[Config], tree: Mapping[str, Located], problems: list[str]
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_yaml(path: Path, problems: list[str]) -> dict[str, Located]:
-    """The mapping in a YAML file with file and line of every value; duplicate keys are appended to `problems`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise MissingFileError(f"config file '{path}' does not exist or is no file; give one with --config") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    tree = _parse_yaml(text, str(path), problems)
-    if tree.value is None:
-        return {}
-    if not isinstance(tree.value, dict):
-        raise ConfigError(f"{path}: must hold 'key: value' lines, not {_show(tree)}")
-    return tree.value
-
-
-def _parse_yaml(text: str, source: str, problems: list[str], *, lines: bool = True) -> Located:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return Located(None, source) if node is None else _locate(node, source, problems, lines=lines)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _locate(node: yaml.Node, source: str, problems: list[str], *, lines: bool) -> Located:
-    where = f"{source}:{node.start_mark.line + 1}" if lines else source
-    if isinstance(node, yaml.SequenceNode):
-        return Located([_locate(item, source, problems, lines=lines) for item in node.value], where)
-    if not isinstance(node, yaml.MappingNode):
-        return Located(yaml.SafeLoader("").construct_object(node, deep=True), where)
-    mapping: dict[str, Located] = {}
-    for key, value in node.value:
-        if key.value in mapping:
-            line = f"{source}:{key.start_mark.line + 1}" if lines else source
-            problems.append(f"{line}: '{key.value}' is given twice (first at {mapping[key.value].where}); keep one")
-        mapping[key.value] = _locate(value, source, problems, lines=lines)
-    return Located(mapping, where)
-
-
 def _located(value: Any, where: str) -> Located:
     if isinstance(value, Mapping):
         return Located({str(k): _located(v, where) for k, v in value.items()}, where)
@@ -142,7 +94,7 @@ def _place(tree: dict[str, Located], path: list[str], flag: Located, problems: l
     """Set a flag at its dotted path, making the sections on the way."""
     for key in path[:-1]:
         section = tree.get(key, Located({}, flag.where))
-        section = _parse_yaml(section.value, section.where, problems, lines=False) if section.text else section
+        section = parse_yaml(section.value, section.where, problems, lines=False) if section.text else section
         if section.value is not None and not isinstance(section.value, dict):
             problems.append(f"{flag.where}: '{key}' is {_show(section)} at {section.where}, not a section")
             return
@@ -161,7 +113,7 @@ def coerce(given: Located, annotation: Any, key: str, problems: list[str]) -> An
     if origin in (Union, types.UnionType):
         return _coerce_union(given, annotation, key, problems)
     if given.text and origin not in (str, Path, Literal) and not _is_enum(origin):
-        given = _parse_yaml(given.value, given.where, problems, lines=False)
+        given = parse_yaml(given.value, given.where, problems, lines=False)
     if is_dataclass(origin):
         return _coerce_dataclass(given, typing.cast("type", origin), key, problems)
     if origin in (list, tuple, Sequence, collections.abc.Sequence):
@@ -175,8 +127,10 @@ def coerce(given: Located, annotation: Any, key: str, problems: list[str]) -> An
 
 
 def _complain(given: Located, annotation: Any, key: str, problems: list[str]) -> Any:
-    hint = " (quote it)" if annotation is str and isinstance(given.value, int | float | bool) else ""
+    hint = " (quote it)" if given.word or (annotation is str and isinstance(given.value, int | float | bool)) else ""
     choices = [str(choice) for choice in _choices(annotation)]
+    if annotation is int and type(given.value) is int:
+        hint = " (it must fit in 64 bits)"
     if choices and isinstance(given.value, str):
         hint = f".{nearest(given.value, choices)}"
     problems.append(f"{given.where}: {key} must be {describe(annotation)}, not {_show(given)}{hint}")
@@ -191,21 +145,34 @@ def _coerce_scalar(given: Located, annotation: Any) -> Any:
         matches = [c for c in _choices(annotation) if c == value or (given.text and str(c) == value)]
         matches = [c for c in matches if isinstance(c, bool) == isinstance(value, bool) or given.text]
         return (annotation(matches[0]) if _is_enum(annotation) else matches[0]) if matches else _BAD
-    if annotation is Path and isinstance(value, str) and value:
-        return Path(value).expanduser()
+    if annotation is Path and isinstance(value, str) and value and "\0" not in value:
+        return _path(value)
     if annotation is float:
         return _float(value)
-    if annotation in (None, type(None)):
-        return None if value is None else _BAD
+    annotation = type(None) if annotation is None else annotation
     # Exact types: bool is an int to Python, never to a reader.
-    return value if type(value) is annotation else _BAD
+    fits = type(value) is annotation and (annotation is not int or -(2**63) <= value < 2**63)
+    return value if fits else _BAD
+
+
+def _path(value: str) -> Path:
+    """With `~` at the start as the home folder; a name that only looks like one (`~x`, no such user) stays."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        return Path(value)
 
 
 def _float(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as text, so text that is wholly a number counts as one."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else _BAD
+    """A finite number. YAML 1.1 reads `1e-4` as text, so text that is wholly a number counts as one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number and not (isinstance(value, str) and _NUMBER.fullmatch(value)):
+        return _BAD
+    try:
+        number = float(value)
+    except OverflowError:
+        return _BAD
+    return number if math.isfinite(number) else _BAD
 
 
 def _coerce_union(given: Located, annotation: Any, key: str, problems: list[str]) -> Any:
@@ -342,4 +309,5 @@ def _required(field: Field[Any]) -> bool:
 def _show(given: Located) -> str:
     if isinstance(given.value, dict | list):
         return "a section" if isinstance(given.value, dict) else "a list"
-    return "nothing" if given.value is None else repr(given.value)
+    shown = "nothing" if given.value is None else repr(given.value)
+    return f"{shown}, which YAML makes of '{given.word}'" if given.word else shown

@@ -7,7 +7,7 @@ A message says what is wrong, where (file, row, key), which value, and what to d
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class AlignKitError(Exception):
@@ -59,3 +59,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" Did you mean '{match[0]}'?" if match else f" Known: {', '.join(names)}."
+
+
+def require_at_least(minimum: float, numbers: Mapping[str, float | None]) -> None:
+    """ConfigError for the first of the named numbers that is below `minimum` or NaN; None passes."""
+    for name, value in numbers.items():
+        if value is not None and not value >= minimum:
+            raise ConfigError(f"{name} is {value}; it must be at least {minimum}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, require_at_least
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,9 @@ class Prompt:
 class Sampling:
     """How images, or videos of `num_frames` at `fps`, are generated; `extra` goes to the pipeline call as it is.
 
-    `fps` is the frame rate that videos are stored and shown with; the network is not given it.
+    `fps` is the frame rate that videos are stored and shown with; it is no input of the network. Counts and sizes are
+    at least 1; `guidance_scale` is finite and not negative, `fps` finite and positive. Which sizes a model takes
+    (multiples of 8 or more) is checked by its generator. Raises ConfigError.
     """
 
     steps: int = 30
@@ -52,7 +55,11 @@ class Sampling:
     fps: float = 8.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.fps < float("inf"):
+        sizes = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
+        require_at_least(1, {"steps": self.steps, **sizes})
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ConfigError(f"guidance_scale is {self.guidance_scale}; it must be finite and not negative")
+        if not 0 < self.fps < math.inf:
             raise ConfigError(f"sampling: fps is {self.fps}; it must be positive, e.g. 8")
 
     def plain(self) -> dict[str, Any]:

@@ -11,16 +11,24 @@ from alignkit.errors import ConfigError, UnknownNameError, nearest
 from alignkit.protocols import Obtainable
 
 
+def require_known(name: str, table: Mapping[str, str], *, kind: str) -> None:
+    """UnknownNameError, with the nearest entry, for a name neither in `table` nor of the form `module:attribute`."""
+    module_name, _, attribute = name.partition(":")
+    is_own = attribute.isidentifier() and all(part.isidentifier() for part in module_name.split("."))
+    if name not in table and not is_own:
+        hint = nearest(name, table)
+        raise UnknownNameError(f"unknown {kind} '{name}'.{hint} Your own: 'package.module:attribute'.")
+
+
 def resolve(name: str, table: Mapping[str, str], *, kind: str) -> Any:
     """Import what `name` stands for: an entry of `table`, or `package.module:attribute` of the user's own.
 
+    Importing runs the user's module: configs and dry runs use `require_known`, which imports nothing.
+
     Raises UnknownNameError naming the nearest entry when `name` is neither, or when the attribute does not exist.
     """
-    target = table.get(name, name)
-    module_name, separator, attribute = target.partition(":")
-    if not separator:
-        hint = nearest(name, table)
-        raise UnknownNameError(f"unknown {kind} '{name}'.{hint} Your own: 'package.module:attribute'.")
+    require_known(name, table, kind=kind)
+    module_name, _, attribute = table.get(name, name).partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -6,8 +6,8 @@
     FOLDER/manifest.json    written when a stage is finished: rows, counts, checksums
 
 Everything is written to a temporary name, fsynced and renamed. Nothing that is hashed holds a time, so a run that was
-killed and run again ends with the bytes of an unbroken one. Not here: what is in a part; locking a folder against a
-second process.
+killed and run again ends with the bytes of an unbroken one. A record may come from someone else: the files that it
+names must be parquet files below its folder. Not here: what is in a part; locking a folder against a second process.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from alignkit.errors import AlignKitError, DataError, MissingFileError, ResumeError, StorageError
+from alignkit.paths import Bounds
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -171,8 +172,10 @@ def write_part(
 ) -> Part:
     """Write parquet files (`tables`, by path below `folder`), then the record that makes them a finished part.
 
-    With `page_checksums`, `read_table` notices damage without hashing the whole file.
+    With `page_checksums`, `read_table` notices damage without hashing the whole file. Raises DataError for a path that
+    leaves `folder`.
     """
+    _require_inside(folder, tables)
     # Sorted as in the record, so that a part just written and one read back are in the same order.
     files = {
         path: write_atomic(folder / path, _parquet(table, page_checksums=page_checksums))
@@ -196,16 +199,44 @@ def _record(folder: Path, name: str) -> Path:
     return folder / "parts" / f"{name}.json"
 
 
+def _to_part(record: Any, folder: Path, name: str) -> Part:
+    """The part `name` of a record as read.
+
+    Raises TypeError for what is no record, DataError where it has another name, or a file that is not below `folder`.
+    """
+    part = Part(**record)
+    if not all(isinstance(section, Mapping) for section in (part.files, part.inputs, part.notes)):
+        raise TypeError("files, inputs and notes must be mappings")
+    if part.name != name:
+        raise DataError(f"'{_record(folder, name)}' is the record of {part.name!r}, not of '{name}'; remove it")
+    _require_inside(folder, part.files)
+    return part
+
+
+def _require_inside(folder: Path, paths: Iterable[str]) -> None:
+    """DataError for the first of `paths` that is not a parquet file's relative path below `folder`.
+
+    An absolute path is refused too: a stage writes its results under the names that its inputs have.
+    """
+    for path in paths:
+        Bounds(folder).path(path, f"'{folder}', record of a part")
+        if Path(path).is_absolute() or not path.endswith(".parquet"):
+            raise DataError(f"'{folder}', record of a part: '{path}' is no relative path of a parquet file; remove it")
+
+
 def finished_part(folder: Path, name: str, *, inputs: Mapping[str, str] | None = None) -> Part | None:
     """The part if all its files are undamaged and it was made from `inputs` (where not None); else None.
 
-    A part that was finished and is damaged now is named in a warning; the caller rebuilds it.
+    A part that was finished and is damaged now is named in a warning; the caller rebuilds it. Raises DataError for a
+    record that names files outside `folder`.
     """
     record = _record(folder, name)
     if not record.is_file():
         return None
     try:
-        part = Part(**json.loads(record.read_bytes()))
+        part = _to_part(json.loads(record.read_bytes()), folder, name)
+    except DataError:
+        raise
     except (ValueError, TypeError) as error:
         logger.warning("'%s' is damaged (%s); %s is rebuilt", record, error, name)
         return None
@@ -322,13 +353,23 @@ def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, co
 def recorded_parts(folder: Path, stage: str) -> tuple[dict[str, Any], list[Part]]:
     """The manifest and the parts of a finished stage, in order; their files are not read (see `require_intact`).
 
-    Raises MissingFileError when the stage is not finished, DataError for the folder of another stage.
+    Raises MissingFileError when the stage is not finished, DataError for the folder of another stage, a manifest or
+    record that is none, and a record that names files outside `folder`.
     """
-    manifest = read_json(folder / "manifest.json")
+    path = folder / "manifest.json"
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or "stage" not in manifest or not isinstance(manifest.get("parts"), int):
+        raise DataError(f"'{path}' is no manifest of a stage; run the stage that made it again")
     if manifest["stage"] != stage:
         raise DataError(f"'{folder}' holds the stage '{manifest['stage']}', expected '{stage}'")
-    records = [read_json(_record(folder, part_name(index))) for index in range(manifest["parts"])]
-    return manifest, [Part(**record) for record in records]
+    parts = []
+    for name in map(part_name, range(manifest["parts"])):
+        record = _record(folder, name)
+        try:
+            parts.append(_to_part(read_json(record), folder, name))
+        except TypeError as error:
+            raise DataError(f"'{record}' is no record of a part: {error}; run the stage that made it again") from error
+    return manifest, parts
 
 
 def require_intact(folder: Path, part: Part) -> None:

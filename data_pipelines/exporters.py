@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.storage import atomic_file
+from data_pipelines.importers import load_ranked
 from data_pipelines.synpic.media_columns import find_column, media_feature
 
 if TYPE_CHECKING:
@@ -21,13 +22,31 @@ if TYPE_CHECKING:
 BATCH = 64  # rows held at a time
 
 
+def export(
+    data: str | Path,
+    path: str | Path,
+    *,
+    layout: str = "trl",
+    split: str = "train",
+    pairs: str = "best_vs_worst",
+    held_out: float = 0.0,
+) -> int:
+    """Load `data` as `importers.load_ranked` does and write its `split` ("train" or "heldout") with `export_pairs`.
+
+    Data without a split of its own goes out whole as "train", unless `held_out` says otherwise. Returns the pairs.
+    """
+    return export_pairs(load_ranked(data, split, held_out=held_out), path, layout=layout, pairs=pairs)
+
+
 def export_pairs(ranked: Dataset, path: str | Path, *, layout: str = "pickapic", pairs: str = "best_vs_worst") -> int:
     """Write one parquet file of pairs and return their number; rows whose phi all tie give none.
 
     `layout` is "pickapic" (jpg_0, jpg_1, label_0, caption; the two keep their order) or "trl" (prompt, chosen,
     rejected; the only one for videos). `pairs` is "best_vs_worst" (one a row) or "all" (every pair with different phi).
+    Labels are 1 or 0, for the programs that read them know no others: how sure a soft label was is lost.
 
-    Raises ConfigError for another layout or choice of pairs, DataError when `path` exists or no pair is left.
+    Raises ConfigError for another layout or choice of pairs, DataError when `path` exists, the rows are not ranked, or
+    no pair is left.
     """
     import pyarrow.parquet as pq
     from datasets import Image, List
@@ -38,6 +57,8 @@ def export_pairs(ranked: Dataset, path: str | Path, *, layout: str = "pickapic",
             raise ConfigError(f"{key}: unknown '{value}'.{nearest(value, known)}")
     if path.exists():
         raise DataError(f"'{path}' exists and is not overwritten; name another file")
+    if not {"prompt", "phi"}.issubset(ranked.column_names):
+        raise DataError(f"only ranked rows can be exported; the columns are {', '.join(ranked.column_names)}")
     column = find_column(ranked.column_names, "the ranked rows")
     if column == "videos" and layout == "pickapic":
         raise ConfigError("layout: Pick-a-Pic holds images only; export videos with layout 'trl'")

@@ -1,46 +1,48 @@
 """Prompt files -> `Prompt` records, and the split of prompts by hash.
 
-Not here: downloading a prompt set, and any change of wording; a prompt is folded and hashed by `Prompt.from_text` only.
+Not here: downloading a prompt set, the formats of tables (tables.py), and any change of wording; a prompt is folded and
+hashed by `Prompt.from_text` only.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import reprlib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import DataError, MissingFileError, nearest
+from alignkit.errors import DataError, MissingFileError
 from alignkit.records import Prompt
 from alignkit.seeds import derive_seed
+from data_pipelines.tables import read_rows, require_column
 
 logger = logging.getLogger(__name__)
 
-Row = tuple[str, dict[str, Any]]  # where it stands ("line 3"), and its columns
+MAX_PROMPT = 128 << 10  # characters, as many as a field of a CSV file may have
 
 
 def read_prompts(path: str | Path, *, column: str = "prompt") -> list[Prompt]:
     """Prompts of a .txt (one a line), .jsonl, .csv or .parquet file, in order, each once.
 
-    `column` names the text in every format but .txt; the other columns become `Prompt.metadata`. Blank lines are
-    skipped. Duplicates (equal `Prompt.id`) are dropped, the first one kept, and their number is logged as a warning.
+    `column` names the text in every format but .txt; the other columns become `Prompt.metadata`. Rows without text
+    are skipped, and counted in a warning where the file is a table. Duplicates (equal `Prompt.id`) are dropped, the
+    first one kept, and their number is logged as a warning.
 
-    Raises MissingFileError, or DataError naming file and line for an unknown ending, an empty file, bytes that are not
-    UTF-8, broken JSON, a missing column, or a prompt that is no text.
+    Raises MissingFileError, or DataError naming file and line for an unknown ending, an empty file, text that is not
+    UTF-8, broken JSON or CSV, a missing column, or a prompt that is no text.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"prompts file '{path}' does not exist; give a .txt, .jsonl, .csv or .parquet file")
-    if path.suffix not in _READERS:
-        raise DataError(f"prompts file '{path}': cannot read '{path.suffix}' files.{nearest(path.suffix, _READERS)}")
-    found = [_to_prompt(path, where, row, column) for where, row in _READERS[path.suffix](path, column)]
-    prompts, duplicates = drop_duplicates(prompt for prompt in found if prompt.text)
+    rows = [_to_prompt(row, column, f"'{path}', {where}") for where, row in read_rows(path, column)]
+    prompts, duplicates = drop_duplicates(prompt for prompt in rows if prompt.text)
     if not prompts:
         raise DataError(f"prompts file '{path}' holds no prompt; write at least one")
+    blank = sum(not prompt.text for prompt in rows)
+    if blank:
+        logger.warning("%s: %d rows without text in '%s' skipped", path, blank, column)
     if duplicates:
         logger.warning("%s: %d duplicate prompts dropped, %d kept", path, duplicates, len(prompts))
     return prompts
@@ -64,73 +66,25 @@ def split_of(prompt_id: str, held_out: float = 0.1) -> str:
     return "heldout" if derive_seed("split", prompt_id) < held_out * 2**63 else "train"
 
 
-def _to_prompt(path: Path, where: str, row: dict[str, Any], column: str) -> Prompt:
-    if column not in row:
-        hint = f"found: {', '.join(map(str, row)) or 'none'}"
-        raise DataError(f"prompts file '{path}', {where}: no column '{column}'; {hint}; name one as `column`")
-    text = row[column]
+def to_prompt(text: Any, where: str, *, column: str = "prompt") -> Prompt:
+    """A cell of a table as a `Prompt`, whose text may be empty.
+
+    Raises DataError naming `where` and `column` for what is no text, too long, or cannot be written as UTF-8.
+    """
     if not isinstance(text, str):
-        raise DataError(f"prompts file '{path}', {where}: '{column}' must be text, got {text!r}")
-    return replace(Prompt.from_text(text), metadata={key: value for key, value in row.items() if key != column})
-
-
-def _decode(path: Path) -> str:
-    data = path.read_bytes()
+        raise DataError(f"{where}: '{column}' must be text, got {reprlib.repr(text)}")
+    if len(text) > MAX_PROMPT:
+        raise DataError(f"{where}: '{column}' has {len(text)} characters, the limit is {MAX_PROMPT}; shorten it")
+    if "\0" in text:
+        raise DataError(f"{where}: '{column}' holds a NUL character; remove it")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        bad = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise DataError(f"prompts file '{path}', line {line}: {bad} is not UTF-8; save the file as UTF-8") from error
+        return Prompt.from_text(text)
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"{where}: '{column}' holds half of a character ({half}); write the whole one") from error
 
 
-def _read_txt(path: Path, column: str) -> Iterator[Row]:
-    for number, line in enumerate(_decode(path).split("\n"), start=1):
-        yield f"line {number}", {column: line}
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[Row]:
-    for number, line in enumerate(_decode(path).split("\n"), start=1):
-        if line.strip():
-            yield f"line {number}", _json_object(path, number, line, column)
-
-
-def _json_object(path: Path, number: int, line: str, column: str) -> dict[str, Any]:
-    shape = f'one JSON object a line, like {{"{column}": "a red cube"}}'
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"prompts file '{path}', line {number}: {error}; expected {shape}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"prompts file '{path}', line {number}: got {row!r}; expected {shape}")
-    return row
-
-
-def _read_csv(path: Path, column: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(_decode(path), newline=""))
-    if reader.fieldnames is not None and column not in reader.fieldnames:
-        _to_prompt(path, "line 1", dict.fromkeys(reader.fieldnames), column)
-    for row in reader:
-        yield f"line {reader.line_num}", row
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"prompts file '{path}' is no readable parquet file: {error}") from error
-    if column not in table.column_names:
-        _to_prompt(path, "schema", dict.fromkeys(table.column_names), column)
-    for number, row in enumerate(table.to_pylist()):
-        yield f"row {number}", row
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def _to_prompt(row: dict[str, Any], column: str, where: str) -> Prompt:
+    require_column(list(row), column, where)
+    metadata = {key: value for key, value in row.items() if key != column}
+    return replace(to_prompt(row[column], where, column=column), metadata=metadata)

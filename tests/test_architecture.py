@@ -24,7 +24,20 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 # Level of every part: a module imports its own level's part or lower ones, never higher. See docs of the layout.
 LEVELS = [
-    ("errors", "records", "seeds", "protocols", "resolve", "config", "storage", "media", "clips", "provenance"),
+    (
+        "errors",
+        "records",
+        "seeds",
+        "protocols",
+        "paths",
+        "resolve",
+        "yaml_tree",
+        "config",
+        "storage",
+        "media",
+        "clips",
+        "provenance",
+    ),
     ("diffusion", "losses", "precision"),
     ("backbones", "generators", "adapters"),
     ("trainers", "evaluation", "sandbox"),
@@ -32,7 +45,7 @@ LEVELS = [
     ("cli", "__main__"),
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "resolve", "storage", "media", "clips"}
+OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resolve", "storage", "media", "clips"}
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve"}
 

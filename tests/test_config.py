@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkit.config import load
@@ -137,6 +137,35 @@ def test_scientific_notation_in_yaml_is_a_number(read):
         ("", ["--name.first", "x", "--rate", "2"], "name must be str, not a section"),
         ("rate: -1\n", [], "rate is -1.0; it must be positive"),
         ("sampling: 3\n", [], "sampling must be section Sampling, not 3"),
+        ("sampling: {steps: -1}\n", [], "job.yaml:2: sampling: steps is -1; it must be at least 1"),
+        ("sampling: {height: 0}\n", [], "height is 0; it must be at least 1"),
+        ("sampling: {num_frames: 0}\n", [], "num_frames is 0; it must be at least 1"),
+        ("sampling: {guidance_scale: -1}\n", [], "guidance_scale is -1.0; it must be finite and not negative"),
+        ("sampling: {guidance_scale: .nan}\n", [], "job.yaml:2: .nan is no finite number"),
+        ("rate: .inf\n", [], "job.yaml:2: .inf is no finite number"),
+        ("rate: 1e400\n", [], "job.yaml:2: rate must be float, not '1e400'"),
+        ("", ["--rate=nan"], "flag --rate: rate must be float, not 'nan'"),
+        ("", ["--rate=1e999"], "flag --rate: rate must be float, not '1e999'"),
+        ("", ["--limit=9223372036854775808"], "limit must be int, not 9223372036854775808 (it must fit in 64 bits)"),
+        (f"limit: {'9' * 5000}\n", [], "job.yaml:2: a number of 5000 characters; the limit is 40"),
+        ("limit: 010\n", [], "job.yaml:2: 010 starts with 0, which is base 8 in YAML"),
+        ("limit: 1:30\n", [], "job.yaml:2: limit must be int, not '1:30'"),
+        ("name: on\n", [], "job.yaml:2: name must be str, not True, which YAML makes of 'on' (quote it)"),
+        ("loss: off\n", [], "job.yaml:2: loss must be pair | list, not False, which YAML makes of 'off' (quote it)"),
+        ("? [a]\n: 1\n", [], "job.yaml:2: a key must be a name, not a list or a mapping"),
+        ("? {a: 1}\n: 1\n", [], "job.yaml:2: a key must be a name"),
+        ("name: !!binary aGk=\n", [], "job.yaml:2: the tag '!!binary' is not read"),
+        ("seeds: !!set {1}\n", [], "job.yaml:2: the tag '!!set' is not read"),
+        ('name: "\\ud800"\n', [], "job.yaml:2: '\\ud800' holds half of a character"),
+        (
+            "sampling:\n\tsteps: 1\n",
+            [],
+            "job.yaml:3: not valid YAML: found character '\\t' that cannot start",
+        ),
+        ("name: a\0b\n", [], "job.yaml:2: not valid YAML: the character '\\x00' is not allowed"),
+        ("seeds: &a [*a]\n", [], "job.yaml:2: nested over 50 deep, the limit; does an anchor (&) contain itself?"),
+        (f"seeds: {'[' * 10_000}\n", [], "nested over 50 deep, the limit"),
+        ("name: x\n--- \nname: y\n", [], "job.yaml:3: not valid YAML: but found another document"),
     ],
 )
 def test_a_refusal_names_place_value_and_fix(read, text, argv, message):
@@ -176,11 +205,51 @@ def test_yaml_never_makes_python_objects(tmp_path):
         load(Job, file=path)
 
 
+def test_aliases_that_explode_are_bounded(read):
+    """Nine levels of nine aliases each stand for 9**9 values."""
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    told = refusal(read, "\n".join(levels))
+    assert "over 20000 values, the limit; an alias (*) counts with all its content" in told
+
+
+def test_an_alias_is_its_value(read):
+    job = read("specs: {a: &a {folder: x}, b: *a}\n")
+    assert job.specs["a"] == job.specs["b"] == Spec(folder=Path("x"))
+
+
+def test_dates_and_clock_times_stay_text(read):
+    job = read("specs: {a: {folder: 2026-01-31, options: {ratio: 16:9, on: 2026-01-31, off: yes}}}\nname: 12:30\n")
+    assert job.specs["a"] == Spec(folder=Path("2026-01-31"), options={"ratio": "16:9", "on": "2026-01-31", "off": True})
+    assert job.name == "12:30"
+
+
+def test_config_files_are_bounded_and_utf8(tmp_path):
+    path = tmp_path / "job.yaml"
+    for data, message in (
+        (b"name: x\n# " + b"x" * (1 << 19), "over 256 KiB, the limit for a config"),
+        (b"name: x\nrate: \xff\n", r"job\.yaml:2: not UTF-8 \(byte 14\)"),
+        ("name: x".encode("utf-16"), "not UTF-8"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=message):
+            load(Job, file=path)
+    path.write_bytes(b"\xef\xbb\xbf" + SPECS.encode())
+    assert load(Job, file=path).specs
+
+
+def test_a_home_folder_that_does_not_exist_is_a_name(read, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    job = read("specs: {a: {folder: ~nobody-of-this-name/x}, b: {folder: ~/x}, c: {folder: 'x~'}}\n")
+    assert [str(job.specs[name].folder) for name in "abc"] == ["~nobody-of-this-name/x", "/home/me/x", "x~"]
+
+
+@settings(deadline=None)
 @given(
     rate=st.floats(1e-9, 1e9),
     name=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=20),
     seeds=st.lists(st.integers(0, 2**62), max_size=4),
-    limit=st.none() | st.integers(),
+    limit=st.none() | st.integers(-(2**63), 2**63 - 1),
     steps=st.integers(1, 100),
 )
 def test_what_is_saved_loads_to_an_equal_config(tmp_path_factory, rate, name, seeds, limit, steps):

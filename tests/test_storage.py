@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -144,3 +146,83 @@ def test_unfinished_and_wrong_stages_are_told_apart(tmp_path: Path) -> None:
     assert storage.recorded_parts(tmp_path, "generate")[1] == [part]
     with pytest.raises(DataError, match="'generate', expected 'score'"):
         storage.recorded_parts(tmp_path, "score")
+
+
+def change_record(folder: Path, **changes: object) -> None:
+    path = folder / "parts" / "part-00000.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(record | changes), encoding="utf-8")
+
+
+HOSTILE = [
+    "../victim.parquet",
+    "ABSOLUTE",
+    "part-/../../victim.parquet",
+    "data\\..\\..\\victim.parquet",
+    "link/victim.parquet",
+    "link.parquet",
+    "file:///victim.parquet",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_record_names_no_file_outside(tmp_path: Path, name: str) -> None:
+    """It is refused by name, whether the file is there or not and whatever its checksum; so it is for writing."""
+    folder, victim = tmp_path / "stage", tmp_path / "victim.parquet"
+    part = storage.write_part(folder, "part-00000", TABLE)
+    storage.finish_run(folder, "generate", [part], rows=3, counts={})
+    (folder / "link").symlink_to(tmp_path)
+    (folder / "link.parquet").symlink_to(victim)
+    name = str(victim) if name == "ABSOLUTE" else name
+    sha = storage.write_atomic(victim, b"mine")
+    change_record(folder, files={name: sha})
+    before = sorted(tmp_path.rglob("*"))
+    for read in (
+        lambda: storage.finished_part(folder, "part-00000"),
+        lambda: storage.recorded_parts(folder, "generate"),
+        lambda: storage.write_part(folder, "part-00001", {name: TABLE["data/a.parquet"]}),
+    ):
+        with pytest.raises(DataError, match=f"stage', record of a part: .*{re.escape(repr(name)[1:-1])}.*"):
+            read()
+    assert victim.read_bytes() == b"mine"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.json", "data/a.parquet/../../x", "INSIDE"])
+def test_a_record_names_parquet_files_by_relative_paths(tmp_path: Path, name: str) -> None:
+    """A stage writes its own results under these names, so they must not lead back to the stage before."""
+    storage.write_part(tmp_path, "part-00000", TABLE)
+    change_record(tmp_path, files={str(tmp_path / "data" / "a.parquet") if name == "INSIDE" else name: "0"})
+    with pytest.raises(DataError, match="record of a part"):
+        storage.finished_part(tmp_path, "part-00000")
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/victim", "part-00001", None, 3])
+def test_a_record_has_the_name_of_its_part(tmp_path: Path, name: object) -> None:
+    part = storage.write_part(tmp_path, "part-00000", TABLE)
+    storage.finish_run(tmp_path, "generate", [part], rows=3, counts={})
+    change_record(tmp_path, name=name)
+    for read in (
+        lambda: storage.finished_part(tmp_path, "part-00000"),
+        lambda: storage.recorded_parts(tmp_path, "generate"),
+    ):
+        with pytest.raises(DataError, match=r"part-00000\.json' is the record of .*, not of 'part-00000'"):
+            read()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"stage": "generate", "parts": "1"}'])
+def test_a_manifest_is_checked(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match="is no manifest of a stage"):
+        storage.recorded_parts(tmp_path, "generate")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"name": "part-00000", "files": ["../x"]}'])
+def test_a_record_of_another_form_is_damage(tmp_path: Path, text: str) -> None:
+    part = storage.write_part(tmp_path, "part-00000", TABLE)
+    storage.finish_run(tmp_path, "generate", [part], rows=3, counts={})
+    (tmp_path / "parts" / "part-00000.json").write_text(text, encoding="utf-8")
+    assert storage.finished_part(tmp_path, "part-00000") is None
+    with pytest.raises(DataError, match="is no record of a part"):
+        storage.recorded_parts(tmp_path, "generate")

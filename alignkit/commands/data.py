@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from alignkit.commands.methods import find_method
+from alignkit.commands.methods import find_method, known_method
 from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
@@ -42,6 +42,7 @@ class TrainingData:
 
     kind: a key of `DATA`.
     path: the dataset; None for prompts alone.
+    root: the folder of the files that its rows name; None for the dataset's own.
     held_out: share of its rows for the held-out loss, where it has no split for that; 0 for none.
     excluded: ids of prompts whose rows are not trained on, because an evaluation uses them.
     prompts: training prompts and held-out prompts, where `path` is None.
@@ -49,6 +50,7 @@ class TrainingData:
 
     kind: str
     path: Path | None = None
+    root: Path | None = None
     held_out: float = 0.0
     excluded: frozenset[str] = frozenset()
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]] = ((), ())
@@ -82,7 +84,7 @@ class TrainingData:
         load = DATA[self.kind].load
         if load is None:
             raise ConfigError(f"data of the kind '{self.kind}' are the prompts themselves; they have no path")
-        return load(path, split, held_out=self.held_out)
+        return load(path, split, held_out=self.held_out, root=self.root)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,10 +230,12 @@ class DatasetConfig:
 
     path: a folder that `datasets` reads, or a parquet or JSON lines file.
     held_out: share of rows kept for the held-out loss, where the data has no split for it; 0 for none.
+    root: the folder of the files that rows name by their path; default: the dataset's own.
     """
 
     path: Path
     held_out: float = 0.0
+    root: Path | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -258,13 +262,16 @@ class DatasetJob(PolicyJob):
 
     def data_plan(self) -> list[str]:
         missing = [] if self.data.path.exists() else [f"NOT THERE YET: {self.data.path} (data)"]
-        kind = find_method(self.method).data
-        return [*missing, f"data: {DATA[kind].meaning} in {self.data.path}"]
+        method = known_method(self.method)
+        meaning = DATA[method.data].meaning if method else f"what '{self.method}' trains on,"
+        return [*missing, f"data: {meaning} in {self.data.path}"]
 
     def make_data(self, shares: PromptShares) -> TrainingData:
         excluded = frozenset(prompt.id for prompt in (*shares.validation, *shares.evaluation))
         kind = find_method(self.method).data
-        return TrainingData(kind=kind, path=self.data.path, held_out=self.data.held_out, excluded=excluded)
+        return TrainingData(
+            kind=kind, path=self.data.path, root=self.data.root, held_out=self.data.held_out, excluded=excluded
+        )
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -275,8 +282,8 @@ class DataKind:
     """One kind of training data.
 
     meaning: what the rows are, for messages and help.
-    load: (path, split, held_out=...) -> rows of "train" or "heldout", with the columns of the kind checked; None where
-        the data are the prompts themselves.
+    load: (path, split, held_out=..., root=...) -> rows of "train" or "heldout", with the columns of the kind checked;
+        None where the data are the prompts themselves.
     made: the sections of a run that makes such data; None where a run takes an existing dataset only.
     """
 
@@ -304,11 +311,15 @@ def data_kind(method: str) -> DataKind:
     return DATA[kind]
 
 
-def data_sections(method: str, tree: Tree, problems: list[str]) -> type[PolicyJob]:
+def data_sections(method: str, tree: Tree, problems: list[str], *, dry_run: bool = False) -> type[PolicyJob]:
     """The sections that a run of `method` has: those of an existing dataset where its config has a key `data`.
 
-    Keys of other sections are taken out of `tree` and reported in `problems`.
+    Keys of other sections are taken out of `tree` and reported in `problems`. In a dry run the sections of a user's own
+    method are those that the config has, for its module is not imported.
     """
+    if dry_run and known_method(method) is None:
+        synpic = SynPicJob if {"generate", "score", "rank"} & set(tree) else PolicyJob
+        return DatasetJob if "data" in tree else synpic
     kind = data_kind(method)
     sections: type[PolicyJob] = kind.made or DatasetJob
     if "data" in tree and kind.load is not None:

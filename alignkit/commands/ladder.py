@@ -26,12 +26,12 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from alignkit.commands.data import DATA, SynPicJob, TrainingData, data_kind
-from alignkit.commands.methods import DEFAULT_METHOD, config_class
+from alignkit.commands.methods import DEFAULT_METHOD, config_class, unchecked_methods
 from alignkit.commands.specs import ValidationConfig, absences, tuned_spec
 from alignkit.commands.stages import compare, fit
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
-from alignkit.errors import AlignKitError, ConfigError
+from alignkit.errors import AlignKitError, ConfigError, require_at_least
 from alignkit.evaluation.ladder import read_arm, table
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.provenance import write_resolved
@@ -88,10 +88,12 @@ class LadderJob(SynPicJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
+        require_at_least(0, {"evaluate_from": self.evaluate_from})
+        require_at_least(1, {"evaluate_prompts": self.evaluate_prompts, "workers": self.workers})
+        if not self.seeds or not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ConfigError(f"seeds is {list(self.seeds)}; give at least one, each from 0 to 2**32 - 1")
         reserved = {"output_dir", "cache_dir", "seed", "noise_seed"}
         for name, arm in self.arms.items():
-            if data_kind(arm.method) != DATA["ranked"]:
-                raise ConfigError(f"arms.{name}: method '{arm.method}' trains on other data; a ladder's is ranked")
             taken = sorted(reserved & {*self.train, *arm.train})
             if taken:
                 raise ConfigError(f"arms.{name}: {taken} are set by the ladder; remove them from train")
@@ -112,7 +114,13 @@ class LadderJob(SynPicJob):
 
 
 def _arguments(job: LadderJob, name: str, seed: int) -> Any:
-    """The trainer's config of one run. Raises ConfigError for a key that the method's trainer has not."""
+    """The trainer's config of one run.
+
+    Raises ConfigError for a key that the method's trainer has not, and for a method that trains on other data.
+    """
+    method = job.arms[name].method
+    if data_kind(method) != DATA["ranked"]:
+        raise ConfigError(f"arms.{name}: method '{method}' trains on other data; a ladder's is ranked")
     keys = {
         "disable_tqdm": True,
         **job.train,
@@ -123,7 +131,7 @@ def _arguments(job: LadderJob, name: str, seed: int) -> Any:
         "noise_seed": seed,
     }
     classes = {arm.method: config_class(arm.method) for arm in job.arms.values()}
-    own = classes[job.arms[name].method]
+    own = classes[method]
     # Drop shared keys that only another arm's method has. Unknown keys stay, so that `load` reports them.
     others = {key for other in classes.values() for key in init_fields(other)} - set(init_fields(own))
     keys = {key: value for key, value in keys.items() if key not in others - set(job.arms[name].train)}
@@ -177,10 +185,12 @@ def _rows(rows: Any, *, arm: ArmConfig, seed: int, policy: str) -> Any:
 
 def _plan(job: LadderJob) -> list[str]:
     runs = len(job.arms) * len(job.seeds)
-    for name in job.arms:
+    unchecked = unchecked_methods(arm.method for arm in job.arms.values())
+    for name in [] if unchecked else job.arms:  # which keys all arms share depends on every method
         _arguments(job, name, job.seeds[0])
     return [
         *absences(job.generators),
+        *unchecked,
         f"generate, score and rank {job.generate.candidates} candidates for the training share of {job.prompts}",
         f"train and evaluate {len(job.arms)} arms x {len(job.seeds)} seeds = {runs} runs, {job.workers} at a time",
         *(f"arm {name}: {arm.method}, {arm.labels} labels, {dict(arm.train)}" for name, arm in job.arms.items()),

@@ -5,11 +5,12 @@ The names are those of `alignkit.trainers.METHODS`, or `package.module:attribute
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import make_dataclass
 from typing import Any
 
 from alignkit.errors import ConfigError
-from alignkit.resolve import resolve
+from alignkit.resolve import require_known, resolve
 from alignkit.trainers import METHODS, Method
 
 DEFAULT_METHOD = next(iter(METHODS))
@@ -30,6 +31,21 @@ def find_method(name: str) -> Method:
     return record
 
 
+def known_method(name: str) -> Method | None:
+    """The record of method `name` without an import, for dry runs: None for one of the user's own.
+
+    Raises UnknownNameError for a name that is neither.
+    """
+    require_known(name, METHODS, kind="method")
+    return METHODS.get(name)
+
+
+def unchecked_methods(names: Iterable[str]) -> list[str]:
+    """Lines of a dry run about methods of the user's own; UnknownNameError for a name of no method."""
+    own = [name for name in dict.fromkeys(names) if known_method(name) is None]
+    return [f"method '{name}' is your own: its keys are not checked in a dry run" for name in own]
+
+
 def config_class(name: str) -> Any:
     """The trainer config of a method; imports torch."""
     return resolve(find_method(name).config, {}, kind=f"config of method '{name}'")
@@ -40,6 +56,11 @@ def trainer_class(name: str) -> Any:
     return resolve(find_method(name).trainer, {}, kind=f"trainer of method '{name}'")
 
 
-def with_trainer(name: str, *jobs: type) -> Any:
-    """A config class: the keys of `jobs`, and a section `train` typed as the config of method `name`."""
-    return make_dataclass(jobs[0].__name__, [("train", config_class(name))], bases=jobs, frozen=True, kw_only=True)
+def with_trainer(name: str, *jobs: type, dry_run: bool = False) -> Any:
+    """A config class: the keys of `jobs`, and a section `train` typed as the config of method `name`.
+
+    In a dry run the section of a user's own method is a mapping of unchecked keys, for its module is not imported.
+    """
+    is_unchecked = dry_run and known_method(name) is None
+    section: Any = Mapping[str, Any] if is_unchecked else config_class(name)
+    return make_dataclass(jobs[0].__name__, [("train", section)], bases=jobs, frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from alignkit.commands.verb import Verb, execute
-from alignkit.errors import ConfigError, DataError, MissingFileError
+from alignkit.errors import ConfigError, DataError, MissingFileError, require_at_least
 from alignkit.evaluation.report import ReportInputs, write_report
 
 
@@ -37,6 +37,7 @@ class ReportJob:
     out: Path | None = None
 
     def __post_init__(self) -> None:
+        require_at_least(0, {"gallery": self.gallery})
         if not (self.run or self.evaluation or self.training or self.data):
             raise ConfigError("nothing to report: give --run FOLDER, or --evaluation, --training or --data")
         if not (self.run or self.out):

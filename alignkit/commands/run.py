@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.commands.data import PolicyJob, data_sections
-from alignkit.commands.methods import DEFAULT_METHOD, with_trainer
+from alignkit.commands.methods import DEFAULT_METHOD, unchecked_methods, with_trainer
 from alignkit.commands.report import ReportJob, gather
 from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, tuned_spec
 from alignkit.commands.stages import compare, fit, judge_evaluation
-from alignkit.commands.verb import Tree, Verb, execute
+from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
 from alignkit.config import Located, coerce
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, require_at_least
 from alignkit.evaluation.card import CardInputs, write_card
 from alignkit.evaluation.judged import judged_lines, require_plain_names
 from alignkit.evaluation.paired import EvaluateConfig
@@ -41,6 +41,9 @@ class ReportConfig:
 
     title: str = "alignkit report"
     gallery: int = 6
+
+    def __post_init__(self) -> None:
+        require_at_least(0, {"gallery": self.gallery})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,11 @@ class RunJob(PolicyJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_at_least(1, {"evaluate_prompts": self.evaluate_prompts})
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
         require_plain_names(self.judges)
+        if isinstance(self.train, Mapping):
+            return  # a dry run of a method of the user's own, whose keys are not known
         if self.train.eval_strategy != "no" and self.validation is None and self.held_out_advice:
             raise ConfigError(
                 "train.eval_strategy asks for evaluations during training, but nothing is held out for them: give "
@@ -75,9 +81,9 @@ class RunJob(PolicyJob):
             )
 
 
-def _schema(tree: Tree, problems: list[str]) -> Any:
+def _schema(tree: Tree, problems: list[str], *, dry_run: bool) -> Any:
     method = coerce(tree.get("method", Located(DEFAULT_METHOD, "default")), str, "method", problems)
-    sections = data_sections(str(method), tree, problems)
+    sections = data_sections(str(method), tree, problems, dry_run=dry_run)
     train = tree.setdefault("train", Located({}, "default"))
     if isinstance(train.value, dict):
         if "output_dir" in train.value:
@@ -85,15 +91,18 @@ def _schema(tree: Tree, problems: list[str]) -> Any:
             problems.append(f"{where}: a run trains in OUT/train; remove train.output_dir")
         out = tree["out"].value if "out" in tree else ""
         train.value["output_dir"] = Located(f"{out}/train", "default")
-    return with_trainer(str(method), RunJob, sections)
+    return with_trainer(str(method), RunJob, sections, dry_run=dry_run)
 
 
 def _plan(job: Any) -> list[str]:
     judges = [f"judge: base against tuned pair by pair, by {', '.join(job.judges)}"] if job.judges else []
+    unchecked = unchecked_methods([job.method])
+    steps = "" if unchecked else f", {job.train.max_steps} steps"
     return [
         *absences(job.generators),
         *job.data_plan(),
-        f"train: {job.method} on {job.policy} ({job.aligned.model}), {job.train.max_steps} steps",
+        *unchecked,
+        f"train: {job.method} on {job.policy} ({job.aligned.model}){steps}",
         f"evaluate: base against tuned on held-out prompts, scored by {', '.join(job.rewards)}",
         *judges,
         f"report: {job.out / 'report.html'}",
@@ -165,4 +174,5 @@ def main(argv: Sequence[str]) -> None:
         "The whole job from one file: training data (made with Syn-Pic, or an existing dataset: --data.path FOLDER), "
         "training, evaluation, report."
     )
-    execute(Verb("run", summary, _schema, _plan, _work), argv)
+    schema = functools.partial(_schema, dry_run=is_dry_run(argv))
+    execute(Verb("run", summary, schema, _plan, _work), argv)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignkit.errors import ConfigError, UnknownNameError, nearest
+from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
 from alignkit.protocols import Judge, Reporting, require_independent
 from alignkit.provenance import fingerprint
 from alignkit.records import Prompt, Sampling
-from alignkit.resolve import construct, resolve
+from alignkit.resolve import construct, require_known, resolve
 from data_pipelines.prompts import read_prompts, split_of
 from rewards import JUDGES, REWARDS
 
@@ -118,13 +118,6 @@ class JudgeSpec:
         return _identity(self.judge, self.options)
 
 
-def require_known(name: str, table: Mapping[str, str], *, kind: str) -> None:
-    """UnknownNameError, with the nearest entry, for a name that is neither in `table` nor 'module:attribute'."""
-    if name not in table and ":" not in name:
-        hint = nearest(name, table)
-        raise UnknownNameError(f"unknown {kind} '{name}'.{hint} Your own: 'package.module:attribute'.")
-
-
 def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
     """`base` with the result of its training: an adapter, or (a folder with its own index) another model."""
     if (result / "model_index.json").is_file():
@@ -190,6 +183,7 @@ class PromptsConfig:
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
+        require_at_least(1, {"count": self.count})
         if (self.file is None) == (self.source is None):
             raise ConfigError("prompts: give either `file` or `source`")
         if self.source is not None and self.count is None:
@@ -228,6 +222,9 @@ class ValidationConfig:
     seed: int = 0
     batch_size: int = 16
     sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        require_at_least(1, {"prompts": self.prompts, "batch_size": self.batch_size})
 
     def build(self, prompts: Sequence[Prompt], rewards: Mapping[str, RewardSpec]) -> Validation:
         """Load the rewards, for the first held-out `prompts`. Raises ConfigError when there are none."""

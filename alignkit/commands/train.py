@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.commands.data import TrainingData, data_kind
-from alignkit.commands.methods import config_class, find_method, with_trainer
+from alignkit.commands.methods import config_class, find_method, known_method, unchecked_methods, with_trainer
 from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
@@ -23,7 +23,7 @@ from alignkit.commands.specs import (
     require_names,
 )
 from alignkit.commands.stages import fit
-from alignkit.commands.verb import Tree, Verb, execute
+from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
 from alignkit.provenance import write_resolved
@@ -76,11 +76,13 @@ class DataTrainJob(TrainJob):
 
     data: ranked dataset, or Pick-a-Pic or TRL pairs, or folders w/ and l/, or captioned images or clips; for a method
         on other data, a dataset of that kind.
+    data_root: the folder of the files that rows name by their path; default: the dataset's own.
     held_out: share of rows kept for the held-out loss, where the data has no split; 0 for none.
     prompts: where validation prompts come from (their held-out share is used).
     """
 
     data: Path
+    data_root: Path | None = None
     held_out: float = 0.1
     prompts: PromptsConfig | None = None
 
@@ -88,6 +90,8 @@ class DataTrainJob(TrainJob):
         super().__post_init__()
         if (self.validation is None) != (self.prompts is None):
             raise ConfigError("validation and prompts go together: give both or neither")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out is {self.held_out}; it must lie in [0, 1)")
 
     @property
     def source(self) -> str:
@@ -100,7 +104,8 @@ class DataTrainJob(TrainJob):
 
     def training_data(self, method: str) -> TrainingData:
         """The rows, loaded later."""
-        return TrainingData(kind=find_method(method).data, path=self.data, held_out=self.held_out)
+        kind = find_method(method).data
+        return TrainingData(kind=kind, path=self.data, root=self.data_root, held_out=self.held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +132,16 @@ class PromptsTrainJob(TrainJob):
         return TrainingData(kind=find_method(method).data, prompts=(train, held_out))
 
 
-def _schema(method: str, tree: Tree, problems: list[str]) -> Any:
+def _schema(method: str, tree: Tree, problems: list[str], *, dry_run: bool) -> Any:
     """The config class of a method's verb; moves the trainer's keys into their section."""
-    job = DataTrainJob if data_kind(method).load is not None else PromptsTrainJob
-    trainer, own = init_fields(config_class(method)), init_fields(job)
+    is_unchecked = dry_run and known_method(method) is None
+    takes_data = "data" in tree if is_unchecked else data_kind(method).load is not None
+    job = DataTrainJob if takes_data else PromptsTrainJob
+    own = init_fields(job)
     nested = tree.pop("train", None)  # as a saved config.yaml has it
     if nested is not None and isinstance(nested.value, dict):
         tree |= {name: value for name, value in nested.value.items() if name not in tree}
+    trainer = set(tree) - set(own) if is_unchecked else set(init_fields(config_class(method)))
     section: Tree = {name: tree.pop(name) for name in list(tree) if name in trainer}
     known = {*own, *trainer}
     unknown = [name for name in tree if name not in own]
@@ -141,11 +149,19 @@ def _schema(method: str, tree: Tree, problems: list[str]) -> Any:
     if "output_dir" not in section:
         problems.append("key 'output_dir' is missing: the folder of checkpoints, logs and the result")
     tree["train"] = Located(section, "config")
-    return with_trainer(method, job)
+    return with_trainer(method, job, dry_run=dry_run)
 
 
 def _plan(method: str, job: Any) -> list[str]:
     args = job.train
+    if isinstance(args, Mapping):
+        return [
+            *absences({"model": job.policy}),
+            *job.missing(),
+            *unchecked_methods([method]),
+            f"train {job.model} with {method} on {job.source}",
+            f"keep checkpoints, logs and the result in {args['output_dir']}",
+        ]
     what = "all weights" if args.full_finetune else f"a LoRA of rank {args.lora_rank}"
     what += " on network and text encoders" if args.train_text_encoder else ""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -175,6 +191,9 @@ def _work(method: str, job: Any) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb; the first word is the method: a name of `METHODS`, or `package.module:attribute` of a user's own."""
     method, *words = argv
-    schema, plan, work = (functools.partial(step, method) for step in (_schema, _plan, _work))
-    summary = find_method(method).summary
+    dry_run = is_dry_run(words)
+    plan, work = (functools.partial(step, method) for step in (_plan, _work))
+    schema = functools.partial(_schema, method, dry_run=dry_run)
+    record = known_method(method) if dry_run else find_method(method)
+    summary = record.summary if record else "A method of your own."
     execute(Verb(f"train {method}", summary, schema, plan, work, flat="train", distributed=True), words)

@@ -67,6 +67,11 @@ def execute(verb: Verb[Job], argv: Sequence[str]) -> None:
     verb.work(job)
 
 
+def is_dry_run(argv: Sequence[str]) -> bool:
+    """Whether the flags ask for a dry run, which imports no code that a config names."""
+    return not {"--dry-run", "--dry_run"}.isdisjoint(argv)
+
+
 def require_one_process(verb: str) -> None:
     """ConfigError under torchrun or `accelerate launch` (WORLD_SIZE above 1): all processes would write one folder."""
     processes = os.environ.get("WORLD_SIZE", "1")

@@ -78,6 +78,9 @@ class AlignConfig(TrainingArguments):
             raise ConfigError(f"hub_strategy is '{self.hub_strategy}': checkpoints hold pickles; use end or every_save")
         if self.remove_unused_columns or self.logging_nan_inf_filter:
             raise ConfigError("remove_unused_columns and logging_nan_inf_filter must be false: see their help")
+        for name, seed in {"seed": self.seed, "data_seed": self.data_seed}.items():
+            if seed is not None and not 0 <= seed < 2**32:
+                raise ConfigError(f"{name} is {seed}; NumPy takes seeds from 0 to 2**32 - 1")
         self._check_adapter_keys()
 
     def _check_adapter_keys(self) -> None:
@@ -89,6 +92,10 @@ class AlignConfig(TrainingArguments):
             raise ConfigError("text_encoder_targets needs train_text_encoder: true")
         if not self.full_finetune and self.lora_rank < 1:
             raise ConfigError(f"lora_rank is {self.lora_rank}; give at least 1, or full_finetune: true")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ConfigError(f"lora_alpha is {self.lora_alpha}; it must be positive, as the LoRA is scaled by it")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is {self.lora_dropout}; it must lie in [0, 1)")
 
 
 @dataclass
@@ -140,7 +147,7 @@ class OfflineConfig(AlignConfig):
         if self.error_space not in ("native", "velocity"):
             raise ConfigError(f"error_space is '{self.error_space}'; use native or velocity")
         for name, value in vars(self.sizes).items():
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; it must be positive")
         if not 0 <= self.t_min < 1:
             raise ConfigError(f"t_min is {self.t_min}; it must lie in [0, 1)")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from alignkit.errors import ConfigError, DataError
 from alignkit.losses import LOSSES, loser_scale
 from alignkit.records import LossOutput
-from alignkit.resolve import resolve
+from alignkit.resolve import require_known, resolve
 from alignkit.trainers.config import OfflineConfig
 from alignkit.trainers.draws import DrawPlan
 from alignkit.trainers.latents import LatentDataset
@@ -59,7 +59,7 @@ class RankDPOConfig(OfflineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        resolve(self.loss, LOSSES, kind="loss")
+        require_known(self.loss, LOSSES, kind="loss")  # imports nothing: a dry run comes here too
         for name, allowed in _CHOICES.items():
             value = {"rank_source": self.rank_source, "weighting": self.weighting}[name]
             if value not in allowed:

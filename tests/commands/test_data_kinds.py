@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,23 +13,20 @@ from alignkit import cli
 from alignkit.commands.data import DATA, TrainingData
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt
-from alignkit.trainers import METHODS
+from alignkit.trainers import METHODS, Method
 
 SAMPLING = {"height": 8, "width": 8}
-METHODS_OF_KINDS = """\
-from alignkit.trainers import Method
-
-DENSE, ASPECTS, PROMPTS, OTHER = (
-    Method("alignkit.trainers.sft:SFTConfig", "alignkit.trainers.sft:SFTTrainer", data=kind, summary="made up")
-    for kind in ("dense", "aspects", "prompts", "other")
-)
-"""
 
 
 @pytest.fixture
-def config(work):
-    """Writes run.yaml with changed keys (None takes a key out) and returns its command as a dry run."""
-    (work / "kinds.py").write_text(METHODS_OF_KINDS, encoding="utf-8")
+def config(work, monkeypatch):
+    """Writes run.yaml with changed keys (None takes a key out) and returns its command as a dry run.
+
+    A dry run imports no method of a user's own, so those of the other kinds stand in the table.
+    """
+    for kind in ("dense", "aspects", "prompts", "other"):
+        classes = ("alignkit.trainers.sft:SFTConfig", "alignkit.trainers.sft:SFTTrainer")
+        monkeypatch.setitem(METHODS, f"kinds:{kind.upper()}", Method(*classes, data=kind, summary="made up"))
 
     def write(**changes):
         keys = {
@@ -43,8 +39,7 @@ def config(work):
         (work / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
         return ["run", "--config=run.yaml", "--dry-run"]
 
-    yield write
-    sys.modules.pop("kinds", None)
+    return write
 
 
 SYNPIC = {"generate": {"sources": [{"name": "a", "seeds": 2, "sampling": SAMPLING}]}, "score": {"rewards": ["red"]}}
@@ -130,10 +125,43 @@ def test_the_columns_of_a_kind_are_required(tmp_path):
     with pytest.raises(DataError, match=r"lacks the columns videos or latents, labels; it has prompt, questions"):
         TrainingData(kind="dense", path=file).train()
     file.write_text('{"prompt": "a", "questions": []}\n{"prompt": " ", "questions": []}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="row 1: the prompt must be text"):
+    with pytest.raises(DataError, match="row 1: the prompt is empty"):
         TrainingData(kind="aspects", path=file).train()
     with pytest.raises(ConfigError, match="are the prompts themselves"):
         TrainingData(kind="prompts", path=file).train()
+
+
+def test_rows_name_videos_in_the_folder_or_a_wider_root(tmp_path):
+    """Also where the data has a held-out split of its own."""
+    (tmp_path / "lists").mkdir()
+    video = tmp_path / "a.mkv"
+    video.write_bytes(b"video")
+    for split in ("train", "test"):
+        row = {"prompt": split, "videos": [str(video), str(video)], "labels": [1, 0]}
+        (tmp_path / "lists" / f"{split}.jsonl").write_text(json.dumps(row), "utf-8")
+    data = TrainingData(kind="dense", path=tmp_path / "lists", root=tmp_path, held_out=0.5)
+    assert data.train().select_columns(["prompt", "videos", "labels"])[:] == {
+        "prompt": ["train"],
+        "videos": [[{"bytes": None, "path": str(video.resolve())}] * 2],
+        "labels": [[1, 0]],
+    }
+    assert data.heldout()["prompt"][:] == ["test"]
+    with pytest.raises(DataError, match=r"test\.jsonl', line 1, videos: '.*a\.mkv' is outside"):
+        TrainingData(kind="dense", path=tmp_path / "lists").train()
+    cells = [{"bytes": None, "path": str(video)}]
+    file = tmp_path / "lists" / "rows.parquet"
+    datasets.Dataset.from_dict({"prompt": ["a"], "videos": [cells], "labels": [[1]]}).to_parquet(file)
+    assert TrainingData(kind="dense", path=file, root=tmp_path).train()[0]["videos"] == cells
+    with pytest.raises(DataError, match=r"row 0, videos: '.*' is outside"):
+        TrainingData(kind="dense", path=file).train()
+
+
+@pytest.mark.parametrize("values", [[[1], "x"], [{"a": 1}, [2]]])
+def test_values_of_several_types_are_named(tmp_path, values):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": "a", "questions": value}) for value in values), "utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl', questions: the values are not of one type"):
+        TrainingData(kind="aspects", path=file).train()
 
 
 def test_prompts_alone_are_passed_on_as_they_are():

@@ -112,15 +112,20 @@ def test_help_and_dry_run_of_an_own_method(own, capsys):
     assert "Train on scaled errors." in text
     assert "--scale  float  [2.0]" in text
     words = ["--model=model", "--family=my_family:Perturbed", "--data=ranked", "--output_dir=out", "--scale=4"]
+    del sys.modules["my_method"]
     assert cli.main(["train", "my_method:METHOD", *words, "--dry-run"]) == 0, capsys.readouterr().err
     text = capsys.readouterr().out
-    assert "with my_method:METHOD on ranked" in text
-    assert "scale: 4.0" in text
+    assert "train model with my_method:METHOD on ranked" in text
+    assert "method 'my_method:METHOD' is your own: its keys are not checked in a dry run" in text
+    assert "scale: 4\n" in text
     assert cli.main(["run", "--config=run.yaml", "--dry-run"]) == 0, capsys.readouterr().err
     text = capsys.readouterr().out
-    assert "train: my_method:METHOD on mine (model), 1 steps" in text
+    assert "train: my_method:METHOD on mine (model)\n" in text
+    assert "method 'my_method:METHOD' is your own: its keys are not checked in a dry run" in text
+    assert "generate: 2 candidates (mine x 2)" in text
     assert "by mine" in text
     assert not (own / "run").exists()
+    assert "my_method" not in sys.modules
 
 
 @pytest.mark.parametrize(

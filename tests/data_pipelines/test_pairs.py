@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from alignkit.errors import ConfigError, DataError, MissingFileError
-from data_pipelines.exporters import export_pairs
+from data_pipelines.exporters import export, export_pairs
 from data_pipelines.importers import load_ranked
 from data_pipelines.synpic.rank import COLUMNS
 
@@ -37,6 +37,10 @@ def pickapic(path: Path, labels: list[float]) -> list[dict[str, Any]]:
 def encoded(ranked: datasets.Dataset) -> list[list[bytes]]:
     cells = ranked.cast_column("images", datasets.List(datasets.Image(decode=False)))["images"]
     return [[cell["bytes"] for cell in row] for row in cells]
+
+
+def better(ranked: datasets.Dataset) -> list[bytes]:
+    return [row[phi.index(max(phi))] for row, phi in zip(encoded(ranked), ranked["phi"][:], strict=True)]
 
 
 def test_pickapic_becomes_ranked_rows(world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -103,6 +107,33 @@ def test_trl_round_trip(world: Any, tmp_path: Path) -> None:
     assert encoded(back)[1] == [rows[1]["jpg_1"], rows[1]["jpg_0"]]
     export_pairs(back, tmp_path / "again.parquet", layout="trl")
     assert pq.read_table(tmp_path / "again.parquet").equals(table)
+
+
+@pytest.mark.parametrize("layout", ["trl", "pickapic"])
+def test_what_is_exported_comes_back(world: Any, tmp_path: Path, layout: str) -> None:
+    """Every pair keeps its prompt, its images and which is better; a soft label becomes a hard one."""
+    pickapic(tmp_path / "in.parquet", [0.75, 0.25, 0.5, 1.0])
+    assert export(tmp_path / "in.parquet", tmp_path / "out.parquet", layout=layout) == 3
+    before, after = (load_ranked(tmp_path / name, "train", held_out=0.0) for name in ("in.parquet", "out.parquet"))
+    assert after["prompt"][:] == before["prompt"][:] == ["caption 0", "caption 1", "caption 3"]
+    best = [
+        [row[phi.index(max(phi))] for row, phi in zip(encoded(d), d["phi"][:], strict=True)] for d in (before, after)
+    ]
+    assert best[0] == best[1]
+    assert [sorted(row) for row in encoded(after)] == [sorted(row) for row in encoded(before)]
+    assert [sorted(phi) for phi in after["phi"][:]] == [[0.0, 1.0]] * 3
+    if layout == "pickapic":
+        assert after["phi"][:] == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+        assert pq.read_table(tmp_path / "out.parquet")["label_0"].to_pylist() == [1.0, 0.0, 1.0]
+
+
+def test_export_of_a_split(world: Any, tmp_path: Path) -> None:
+    folder = world.ranked(tmp_path)
+    counts = {split: export(folder, tmp_path / f"{split}.parquet", split=split) for split in ("train", "heldout")}
+    assert counts == {split: len(load_ranked(folder, split)) for split in counts}
+    captioned = datasets.Dataset.from_dict({"video": ["a"], "prompt": ["x"]})
+    with pytest.raises(DataError, match="only ranked rows can be exported; the columns are video, prompt"):
+        export_pairs(captioned, tmp_path / "videos.parquet")
 
 
 def test_lists_become_pairs(world: Any, tmp_path: Path) -> None:

@@ -132,6 +132,35 @@ def test_damaged_part_is_named_and_rebuilt(world: Any, tmp_path: Path, caplog: p
     assert "part-00002.parquet' is missing" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["../victim.parquet", "absolute", "data/part-00000.parquet/../../../victim.parquet"])
+def test_a_record_that_names_a_file_outside_stops_every_stage(world: Any, tmp_path: Path, name: str) -> None:
+    """Nothing is read there, and nothing is written there or elsewhere."""
+    candidates, scores = world.scored(tmp_path)
+    victim = tmp_path / "victim.parquet"
+    victim.write_bytes((candidates / "data" / "part-00000.parquet").read_bytes())
+    name = str(victim) if name == "absolute" else name
+
+    def change(folder: Path) -> None:
+        record = folder / "parts" / "part-00000.json"
+        part = json.loads(record.read_text(encoding="utf-8"))
+        part["files"] = {name: storage.checksum(victim)}
+        record.write_text(json.dumps(part), encoding="utf-8")
+
+    def refused(stage: Callable[[], object]) -> None:
+        before = world.snapshot(tmp_path)
+        with pytest.raises(DataError, match=f"record of a part: '{name}' is"):
+            stage()
+        assert world.snapshot(tmp_path) == before
+
+    change(scores)
+    refused(lambda: synpic.rank_candidates(candidates, scores, synpic.RankConfig(), tmp_path / "ranked"))
+    change(candidates)
+    refused(lambda: world.generate(candidates))
+    others = tmp_path / "others"
+    refused(lambda: synpic.score_candidates(candidates, world.score, others, build_rewards=world.rewards))
+    refused(lambda: synpic.rank_candidates(candidates, scores, synpic.RankConfig(), tmp_path / "ranked"))
+
+
 def test_resume_with_other_settings_is_refused(world: Any, tmp_path: Path) -> None:
     folder = world.generate(tmp_path / "c")
     with pytest.raises(ResumeError, match=r"config\.seed: 7 -> 8"):

@@ -319,6 +319,11 @@ def test_protection_changes_gradients_and_no_value(make, batch_of, stir):
         ({"t_min": 1.0}, r"t_min is 1.0; it must lie in \[0, 1\)"),
         ({"caption_dropout": 1.5}, r"caption_dropout is 1.5; it must lie in \[0, 1\]"),
         ({"lora_rank": 0}, "lora_rank is 0; give at least 1"),
+        ({"lora_alpha": 0}, "lora_alpha is 0; it must be positive"),
+        ({"lora_dropout": 1.0}, r"lora_dropout is 1.0; it must lie in \[0, 1\)"),
+        ({"fps": float("nan")}, "fps is nan; it must be positive"),
+        ({"seed": -1}, r"seed is -1; NumPy takes seeds from 0 to 2\*\*32 - 1"),
+        ({"data_seed": 2**32}, "data_seed is 4294967296; NumPy takes"),
         ({"protect_winner": 0.9, "loss": "plackett_luce"}, "protect_winner needs pairs"),
         ({"protect_winner": 0.9, "low_memory": True}, "switch off low_memory"),
         ({"full_finetune": True, "lora_targets": ["to_q"]}, "exclude each other"),
@@ -338,6 +343,7 @@ def test_bf16_needs_no_word_of_the_cpu(tmp_path):
 
 
 def test_an_unknown_loss_is_named_at_once(tmp_path):
+    RankDPOConfig(output_dir=str(tmp_path), use_cpu=True, loss="not_imported:here")
     with pytest.raises(UnknownNameError, match=r"unknown loss 'rankdpo'\. Did you mean 'rank_dpo'"):
         RankDPOConfig(output_dir=str(tmp_path), use_cpu=True, loss="rankdpo")
 
