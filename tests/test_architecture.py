@@ -30,6 +30,7 @@ LEVELS = [
         "seeds",
         "protocols",
         "paths",
+        "shipped",
         "resolve",
         "yaml_tree",
         "config",

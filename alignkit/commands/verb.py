@@ -24,6 +24,7 @@ from typing import Any, Generic, TypeVar
 from alignkit.config import Located, build, describe, init_fields, read_tree
 from alignkit.errors import ConfigError
 from alignkit.provenance import dump, plain, without_defaults
+from alignkit.shipped import shipped_file
 from alignkit.storage import write_text
 
 Job = TypeVar("Job")
@@ -99,7 +100,7 @@ def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], set[str
             files.append(value if equals else words.pop(0))
     if len(files) > 1:
         raise ConfigError(f"flag --config is given {len(files)} times ({', '.join(files)}); keep one")
-    return rest, chosen, Path(files[0]) if files else None
+    return rest, chosen, shipped_file(Path(files[0])) if files else None
 
 
 # --- help -----------------------------------------------------------------------------------------------------------

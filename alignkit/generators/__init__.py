@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
 from alignkit.generators.table import GENERATORS
 from alignkit.resolve import resolve
+from alignkit.shipped import model_path
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ def load_generator(
     family: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PipelineGenerator:
-    """Load a diffusers folder or hub id, with an optional LoRA (folder or file), as a generator.
+    """Load a diffusers folder, hub id or `sandbox:NAME`, with an optional LoRA (folder or file), as a generator.
 
     `dtype` defaults to float32, `device` to cuda if there is one, else cpu; `quantize` (`int8`, `nf4`) quantises the
     network's frozen weights; `options` are the family's own keywords (Wan's `expert`). `family` names a family of your
@@ -126,9 +127,10 @@ def load_generator(
 
     from alignkit.generators.quantize import quantization
 
-    written = _index(str(model))
+    folder = model_path(str(model))
+    written = _index(folder)
     chosen = _family(written["_class_name"], str(model), options or {}, family)
-    index = read_model_index(str(model), optional=chosen.optional_parts)
+    index = read_model_index(folder, optional=chosen.optional_parts)
     left_out = [part for part, entry in index.items() if isinstance(entry, list) and entry[0] is None]
     for part in left_out:
         if written[part] != index[part]:
@@ -138,15 +140,16 @@ def load_generator(
     if quantize:
         networks = [part for part in ("unet", "transformer", "transformer_2") if index.get(part, [None])[0]]
         absent["quantization_config"] = quantization(quantize, networks, dtype)
-    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype, **absent)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **absent)
+    pipeline.register_to_config(_name_or_path=str(model))  # what cards and adapters name as their base
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in ("unet", "vae"):  # convolutions are faster so, on tensor cores and CPUs alike
         module = None if quantize and part == chosen.component else pipeline.components.get(part)
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
-    generator = chosen(pipeline, name or Path(model).name, **dict(options or {}))
+    generator = chosen(pipeline, name or Path(folder).name, **dict(options or {}))
     if adapter is not None:
-        generator.load_adapter(Path(adapter))
+        generator.load_adapter(Path(model_path(str(adapter))))
     return generator
 
 

@@ -18,6 +18,7 @@ from alignkit.commands.methods import DEFAULT_METHOD, trainer_class
 from alignkit.commands.specs import JudgeSpec, RewardSpec, require_known
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
+from alignkit.shipped import model_path, shipped_file
 from alignkit.storage import versions
 from alignkit.trainers import METHODS
 
@@ -147,7 +148,8 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
 
 
 def planned_model(folder: Path) -> Model:
-    """The model of a local folder. Raises MissingFileError naming missing component files."""
+    """The model of a local or shipped folder. Raises MissingFileError naming missing component files."""
+    folder = shipped_file(Path(model_path(str(folder))))
     if not folder.is_dir():
         advice = f"a hub id is downloaded first: hf download {folder} --local-dir FOLDER"
         raise ConfigError(f"'{folder}' is no local folder; {advice}")
