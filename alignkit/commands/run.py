@@ -84,11 +84,13 @@ class RunJob(PolicyJob):
 def _schema(tree: Tree, problems: list[str], *, dry_run: bool) -> Any:
     method = coerce(tree.get("method", Located(DEFAULT_METHOD, "default")), str, "method", problems)
     sections = data_sections(str(method), tree, problems, dry_run=dry_run)
+    if "output_dir" in tree and "out" not in tree:
+        tree["out"] = tree.pop("output_dir")
     train = tree.setdefault("train", Located({}, "default"))
     if isinstance(train.value, dict):
-        if "output_dir" in train.value:
-            where = train.value.pop("output_dir").where
-            problems.append(f"{where}: a run trains in OUT/train; remove train.output_dir")
+        for name in {"out", "output_dir"} & set(train.value):
+            where = train.value.pop(name).where
+            problems.append(f"{where}: a run trains in OUT/train; remove train.{name}")
         out = tree["out"].value if "out" in tree else ""
         train.value["output_dir"] = Located(f"{out}/train", "default")
     return with_trainer(str(method), RunJob, sections, dry_run=dry_run)

@@ -26,6 +26,7 @@ from alignkit.commands.stages import fit
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
+from alignkit.key_names import advice, with_own_names
 from alignkit.provenance import write_resolved
 
 
@@ -138,17 +139,24 @@ def _schema(method: str, tree: Tree, problems: list[str], *, dry_run: bool) -> A
     takes_data = "data" in tree if is_unchecked else data_kind(method).load is not None
     job = DataTrainJob if takes_data else PromptsTrainJob
     own = init_fields(job)
-    nested = tree.pop("train", None)  # as a saved config.yaml has it
-    if nested is not None and isinstance(nested.value, dict):
-        tree |= {name: value for name, value in nested.value.items() if name not in tree}
-    trainer = set(tree) - set(own) if is_unchecked else set(init_fields(config_class(method)))
-    section: Tree = {name: tree.pop(name) for name in list(tree) if name in trainer}
-    known = {*own, *trainer}
-    unknown = [name for name in tree if name not in own]
-    problems += [f"{tree.pop(name).where}: unknown key '{name}'.{nearest(name, known)}" for name in unknown]
-    if "output_dir" not in section:
-        problems.append("key 'output_dir' is missing: the folder of checkpoints, logs and the result")
-    tree["train"] = Located(section, "config")
+    nested = tree.pop("train", Located({}, "config"))  # as a saved config.yaml has it
+    saved = nested.value if isinstance(nested.value, dict) else {}
+    trainer = {*tree, *saved} - set(own) if is_unchecked else set(init_fields(config_class(method)))
+    trainer -= {"out", "output_dir"}  # one thing, which verbs call `out`
+    known = {*own, *trainer, "out"}
+    saved = with_own_names(saved, known, problems, "train.")
+    keys = saved | with_own_names(tree, known, problems)
+    unknown = [name for name in keys if name not in known]
+    for name in unknown:
+        hint = advice(name, known) or nearest(name, known)
+        problems.append(f"{keys.pop(name).where}: unknown key '{name}'.{hint}")
+    section: Tree = {name: given for name, given in keys.items() if name in trainer}
+    if "out" in keys:
+        section["output_dir"] = keys["out"]
+    else:
+        problems.append("key 'out' is missing: the folder of checkpoints, logs and the result")
+    tree.clear()
+    tree |= {name: given for name, given in keys.items() if name in own} | {"train": Located(section, "config")}
     return with_trainer(method, job, dry_run=dry_run)
 
 

@@ -46,7 +46,7 @@ class DoctorJob:
         operations and peak memory of a training are printed.
     method: a name in the table of methods, or 'package.module:attribute' of your own.
     resolution: side of the images; default: the model's own.
-    frames: frames of a video; default: what the family's pipeline generates, 1 for images.
+    num_frames: frames of a video; default: what the family's pipeline generates, 1 for images.
     batch: prompts a step and device.
     candidates: images or videos a prompt (K).
     dtype: the precision of the frozen weights.
@@ -61,7 +61,7 @@ class DoctorJob:
     model: Path | None = None
     method: str = DEFAULT_METHOD
     resolution: int | None = None
-    frames: int | None = None
+    num_frames: int | None = None
     batch: int = 1
     candidates: int = 4
     lora_rank: int = 16
@@ -81,8 +81,8 @@ class DoctorJob:
         if sum(value is not None for value in (self.model, self.reward, self.judge)) > 1:
             raise ConfigError("give --model, --reward or --judge, one at a time")
         require_known(self.method, METHODS, kind="method")
-        if min(self.batch, self.candidates, self.lora_rank, self.resolution or 1, self.frames or 1) < 1:
-            raise ConfigError("batch, candidates, lora_rank, resolution and frames must be at least 1")
+        if min(self.batch, self.candidates, self.lora_rank, self.resolution or 1, self.num_frames or 1) < 1:
+            raise ConfigError("batch, candidates, lora_rank, resolution and num_frames must be at least 1")
 
 
 def part_state(name: str) -> str:
@@ -132,7 +132,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
     return memory.Setup(
         height=job.resolution or height,
         width=job.resolution or width,
-        frames=job.frames or frames,
+        frames=job.num_frames or frames,
         batch=job.batch,
         candidates=job.candidates if trainer.compares_candidates else 1,
         lora_rank=job.lora_rank,
