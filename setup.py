@@ -1,4 +1,4 @@
-"""The packages of the wheel. `configs` becomes the data of `alignkit.configs`; all other metadata is in pyproject.toml."""
+"""The packages of the wheel: `configs` becomes data of `alignkit.configs`. All other metadata is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

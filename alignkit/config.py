@@ -285,6 +285,12 @@ def is_trainer_config(schema: type) -> bool:
     return any(base.__module__ == "transformers.training_args" for base in schema.__mro__)
 
 
+def own_keys(schema: type) -> list[str]:
+    """The keys that classes other than `transformers.TrainingArguments` declare, those of derived classes first."""
+    bases = [base for base in schema.__mro__ if not base.__module__.startswith("transformers.")]
+    return list(dict.fromkeys(name for base in bases for name in vars(base).get("__annotations__", {})))
+
+
 def describe(annotation: Any) -> str:
     """A short name of a type for help and messages: `int`, `list of str`, `'a' | 'b'`, `int or null`."""
     origin, arms = typing.get_origin(annotation), typing.get_args(annotation)

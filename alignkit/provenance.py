@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from alignkit.config import init_fields, is_trainer_config
+from alignkit.config import init_fields, is_trainer_config, own_keys
 from alignkit.storage import claim, write_text
 
 
@@ -33,21 +33,23 @@ def plain(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def without_defaults(config: Any) -> Any:
+def without_defaults(config: Any, *, keep_own: bool = False) -> Any:
     """`plain(config)`, less those keys of trainer configs (there are over a hundred) that stand at their defaults.
 
-    Defaults are those of a config made from its required keys alone, as its `__post_init__` leaves them.
+    `keep_own`: with the keys that alignkit adds to those of transformers. Defaults are those of a config made from its
+    required keys alone, as its `__post_init__` leaves them.
     """
     values, shown = vars_of(config), plain(config)
     if not is_trainer_config(type(config)):
         sections = {name: value for name, value in values.items() if is_dataclass(value) and name in shown}
-        return shown | {name: without_defaults(value) for name, value in sections.items()}
+        return shown | {name: without_defaults(value, keep_own=keep_own) for name, value in sections.items()}
     fields = init_fields(config).values()
     required = {field.name for field in fields if field.default is MISSING and field.default_factory is MISSING}
     # With a device of its own: to find one, TrainingArguments resets accelerate's state, which a training is using.
     schema = type(type(config).__name__, (type(config),), {"_setup_devices": "cpu"})
     defaults = vars_of(schema(**{name: values[name] for name in required}))
-    return {name: value for name, value in shown.items() if values[name] != defaults[name]}
+    kept = own_keys(type(config)) if keep_own else []
+    return {name: value for name, value in shown.items() if name in kept or values[name] != defaults[name]}
 
 
 def vars_of(config: Any) -> dict[str, Any]:

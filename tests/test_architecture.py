@@ -33,6 +33,7 @@ LEVELS = [
         "shipped",
         "resolve",
         "yaml_tree",
+        "key_names",
         "config",
         "storage",
         "media",

@@ -42,7 +42,7 @@ class GenerateJob:
 def _plan(job: GenerateJob) -> list[str]:
     sources = ", ".join(f"{source.name} x {source.seeds_per_prompt}" for source in job.generate.sources)
     candidates = f"{job.generate.candidates} candidates ({sources})"
-    return [*absences(job.generators), f"generate {candidates} for {job.prompts} into {job.out}"]
+    return [*absences(job.generators, prompts=job.prompts), f"generate {candidates} for {job.prompts} into {job.out}"]
 
 
 def _work(job: GenerateJob) -> None:

@@ -91,7 +91,9 @@ class LadderJob(SynPicJob):
         require_at_least(0, {"evaluate_from": self.evaluate_from})
         require_at_least(1, {"evaluate_prompts": self.evaluate_prompts, "workers": self.workers})
         if not self.training_seeds or not all(0 <= seed < 2**32 for seed in self.training_seeds):
-            raise ConfigError(f"training_seeds is {list(self.training_seeds)}; give at least one, each from 0 to 2**32 - 1")
+            raise ConfigError(
+                f"training_seeds is {list(self.training_seeds)}; give at least one, each from 0 to 2**32 - 1"
+            )
         reserved = {"out", "output_dir", "cache_dir", "seed", "noise_seed"}
         for name, arm in self.arms.items():
             taken = sorted(reserved & {*self.train, *arm.train})
@@ -189,10 +191,10 @@ def _plan(job: LadderJob) -> list[str]:
     for name in [] if unchecked else job.arms:  # which keys all arms share depends on every method
         _arguments(job, name, job.training_seeds[0])
     return [
-        *absences(job.generators),
+        *absences(job.generators, rewards=job.rewards, prompts=job.prompts),
         *unchecked,
         f"generate, score and rank {job.generate.candidates} candidates for the training share of {job.prompts}",
-        f"train and evaluate {len(job.arms)} arms x {len(job.training_seeds)} seeds = {runs} runs, {job.workers} at a time",
+        f"train and evaluate {len(job.arms)} arms x {len(job.training_seeds)} seeds = {runs} runs, by {job.workers}",
         *(f"arm {name}: {arm.method}, {arm.labels} labels, {dict(arm.train)}" for name, arm in job.arms.items()),
         f"write the table to {job.table}",
     ]
@@ -205,7 +207,9 @@ def _work(argv: Sequence[str], job: LadderJob) -> None:
     counts = job.make_ranked(job.prompts.split()[0], job.shared)
     print(counts)
     failed = _run_all(job, [(name, seed) for seed in job.training_seeds for name in job.arms])
-    results = [read_arm(name, [job.folder(name, seed) / "evaluation" for seed in job.training_seeds]) for name in job.arms]
+    results = [
+        read_arm(name, [job.folder(name, seed) / "evaluation" for seed in job.training_seeds]) for name in job.arms
+    ]
     page = table([arm for arm in results if arm is not None], title=job.title, settings=_settings(job, counts, argv))
     write_text(job.table, page)
     print(f"\n{page}\ntable: {job.table}")
@@ -215,7 +219,9 @@ def _work(argv: Sequence[str], job: LadderJob) -> None:
 
 def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
     """The lines above the table: the command, and what every number depends on."""
-    drawn = "; ".join(f"{s.name} x {s.seeds_per_prompt} at guidance {s.sampling.guidance_scale:g}" for s in job.generate.sources)
+    drawn = "; ".join(
+        f"{s.name} x {s.seeds_per_prompt} at guidance {s.sampling.guidance_scale:g}" for s in job.generate.sources
+    )
     sampling = job.evaluate.sampling
     judged = len(job.judged(job.prompts.split()[1]))
     return [

@@ -338,6 +338,21 @@ def build_judge(judge: str, options: Mapping[str, Any]) -> Judge:
     return built
 
 
-def absences(specs: Mapping[str, GeneratorSpec] | Mapping[str, RewardSpec], kind: str = "generator") -> list[str]:
-    """Lines for a dry run about weights that are not there yet."""
-    return [f"NOT THERE YET: {path} ({kind} '{name}')" for name, spec in specs.items() for path in spec.absent]
+def absences(
+    generators: Mapping[str, GeneratorSpec],
+    *,
+    rewards: Mapping[str, RewardSpec] | None = None,
+    prompts: PromptsConfig | None = None,
+) -> list[str]:
+    """Lines for a dry run about local files that are not there yet."""
+    kinds: dict[str, Mapping[str, GeneratorSpec] | Mapping[str, RewardSpec]] = {"generator": generators}
+    kinds["reward"] = rewards or {}
+    lines = [
+        f"NOT THERE YET: {path} ({kind} '{name}')"
+        for kind, specs in kinds.items()
+        for name, spec in specs.items()
+        for path in spec.absent
+    ]
+    if prompts is not None and prompts.file is not None and not shipped_file(prompts.file).exists():
+        lines.append(f"NOT THERE YET: {prompts.file} (prompts)")
+    return lines

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.commands.data import TrainingData, data_kind
-from alignkit.commands.methods import config_class, find_method, known_method, unchecked_methods, with_trainer
+from alignkit.commands.methods import (
+    config_class,
+    find_method,
+    known_method,
+    more_help,
+    unchecked_methods,
+    with_trainer,
+)
 from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
@@ -23,7 +30,7 @@ from alignkit.commands.specs import (
     require_names,
 )
 from alignkit.commands.stages import fit
-from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
+from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
 from alignkit.key_names import advice, with_own_names
@@ -133,11 +140,13 @@ class PromptsTrainJob(TrainJob):
         return TrainingData(kind=find_method(method).data, prompts=(train, held_out))
 
 
-def _schema(method: str, tree: Tree, problems: list[str], *, dry_run: bool) -> Any:
+def _schema(method: str, tree: Tree, problems: list[str], *, dry_run: bool, for_help: bool) -> Any:
     """The config class of a method's verb; moves the trainer's keys into their section."""
     is_unchecked = dry_run and known_method(method) is None
     takes_data = "data" in tree if is_unchecked else data_kind(method).load is not None
     job = DataTrainJob if takes_data else PromptsTrainJob
+    if for_help:
+        return with_trainer(method, job, for_help=True)
     own = init_fields(job)
     nested = tree.pop("train", Located({}, "config"))  # as a saved config.yaml has it
     saved = nested.value if isinstance(nested.value, dict) else {}
@@ -164,7 +173,7 @@ def _plan(method: str, job: Any) -> list[str]:
     args = job.train
     if isinstance(args, Mapping):
         return [
-            *absences({"model": job.policy}),
+            *absences({"model": job.policy}, rewards=job.rewards, prompts=job.prompts),
             *job.missing(),
             *unchecked_methods([method]),
             f"train {job.model} with {method} on {job.source}",
@@ -175,7 +184,7 @@ def _plan(method: str, job: Any) -> list[str]:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     amount = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return [
-        *absences({"model": job.policy}),
+        *absences({"model": job.policy}, rewards=job.rewards, prompts=job.prompts),
         *job.missing(),
         f"train {what} of {job.model} with {method} on {job.source}: {amount} of {batch} prompts a device",
         f"keep checkpoints, logs and the result in {args.output_dir}",
@@ -201,7 +210,9 @@ def main(argv: Sequence[str]) -> None:
     method, *words = argv
     dry_run = is_dry_run(words)
     plan, work = (functools.partial(step, method) for step in (_plan, _work))
-    schema = functools.partial(_schema, method, dry_run=dry_run)
+    schema = functools.partial(_schema, method, dry_run=dry_run, for_help=wants_outline(words))
     record = known_method(method) if dry_run else find_method(method)
     summary = record.summary if record else "A method of your own."
-    execute(Verb(f"train {method}", summary, schema, plan, work, flat="train", distributed=True), words)
+    name = f"train {method}"
+    more = more_help(name)
+    execute(Verb(name, summary, schema, plan, work, flat="train", distributed=True, more=more), words)

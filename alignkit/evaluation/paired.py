@@ -234,9 +234,7 @@ def _summarise(pairs: Pairs, names: tuple[str, str], config: EvaluateConfig, gol
         for reward in ordered
     )
     count = len(pairs.prompts) // pairs.seeds_per_prompt
-    return Evaluation(
-        *names, config.sampling, count, config.seeds_per_prompt, config.seed, config.confidence, results
-    )
+    return Evaluation(*names, config.sampling, count, config.seeds_per_prompt, config.seed, config.confidence, results)
 
 
 def _categories(pairs: Pairs, reward: str) -> list[str]:

@@ -82,10 +82,14 @@ class GenerateConfig:
             if value < 1:
                 raise ConfigError(f"{key} must be at least 1, got {value}")
         if any(source.seeds_per_prompt < 1 for source in self.sources):
-            raise ConfigError("every source needs `seeds_per_prompt` of at least 1; leave out a source that makes no candidate")
+            raise ConfigError(
+                "every source needs `seeds_per_prompt` of at least 1; leave out a source that makes no candidate"
+            )
         if self.candidates < 2:
             has = f"{names[0]} x {self.candidates}" if names else "no source"
-            raise ConfigError(f"one candidate a prompt cannot be ranked ({has}); set `seeds_per_prompt: 2` or add a second source")
+            raise ConfigError(
+                f"one candidate a prompt cannot be ranked ({has}); set `seeds_per_prompt: 2` or add a second source"
+            )
 
     @property
     def candidates(self) -> int:

@@ -32,7 +32,10 @@ def test_another_model_under_the_same_name_is_refused(work, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "--config", "generate.yaml", "--generate.sources=[{name: panter, seeds_per_prompt: 2}]"], "'painter'?"),
+        (
+            ["generate", "--config", "generate.yaml", "--generate.sources=[{name: panter, seeds_per_prompt: 2}]"],
+            "'painter'?",
+        ),
         (["score", "--config", "score.yaml", "--rewards.red.reward", "clip_scor"], "Did you mean 'clip_score'?"),
         (["score", "--config", "score.yaml", "--score.rewards", "[rd]"], "no reward 'rd' under `rewards`"),
         (["generate", "--config", "generate.yaml", "--generate.sources=[{name: painter}]"], "cannot be ranked"),

@@ -42,7 +42,10 @@ def config(work, monkeypatch):
     return write
 
 
-SYNPIC = {"generate": {"sources": [{"name": "a", "seeds_per_prompt": 2, "sampling": SAMPLING}]}, "score": {"rewards": ["red"]}}
+SYNPIC = {
+    "generate": {"sources": [{"name": "a", "seeds_per_prompt": 2, "sampling": SAMPLING}]},
+    "score": {"rewards": ["red"]},
+}
 
 
 @pytest.mark.parametrize(

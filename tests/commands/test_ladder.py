@@ -37,7 +37,9 @@ def ladder(work, model_folders):
             "rewards": {"red": {"reward": "mine_for_commands:Red"}, "dark": {"reward": "mine_for_commands:Dark"}},
             "policy": "policy",
             "gold": "dark",
-            "generate": {"sources": [{"name": n, "seeds_per_prompt": 1, "sampling": SAMPLING} for n in ("policy", "painter")]},
+            "generate": {
+                "sources": [{"name": n, "seeds_per_prompt": 1, "sampling": SAMPLING} for n in ("policy", "painter")]
+            },
             "score": {"rewards": ["red"]},
             "rank": {"held_out": 0.0},
             "evaluate": {"seeds_per_prompt": 1, "sampling": SAMPLING},

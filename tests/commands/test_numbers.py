@@ -41,8 +41,16 @@ JOBS = {
         ("ladder", "--evaluate_prompts=0", "evaluate_prompts is 0; it must be at least 1"),
         ("ladder", "--workers=0", "workers is 0; it must be at least 1"),
         ("ladder", "--training_seeds=[]", "training_seeds is []; give at least one"),
-        ("ladder", "--training_seeds=[0, -1]", "training_seeds is [0, -1]; give at least one, each from 0 to 2**32 - 1"),
-        ("ladder", "--training_seeds=[4294967296]", "training_seeds is [4294967296]; give at least one, each from 0 to 2**32 - 1"),
+        (
+            "ladder",
+            "--training_seeds=[0, -1]",
+            "training_seeds is [0, -1]; give at least one, each from 0 to 2**32 - 1",
+        ),
+        (
+            "ladder",
+            "--training_seeds=[4294967296]",
+            "training_seeds is [4294967296]; give at least one, each from 0 to 2**32 - 1",
+        ),
     ],
 )
 def test_a_number_out_of_range_is_refused(verb, flag, message, tmp_path, capsys):

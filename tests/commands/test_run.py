@@ -31,7 +31,9 @@ def run(work, model_folders):
             "rewards": {"red": {"reward": "mine_for_commands:Red"}, "dark": {"reward": "mine_for_commands:Dark"}},
             "policy": "policy",
             "gold": "dark",
-            "generate": {"sources": [{"name": n, "seeds_per_prompt": 1, "sampling": SAMPLING} for n in ("policy", "painter")]},
+            "generate": {
+                "sources": [{"name": n, "seeds_per_prompt": 1, "sampling": SAMPLING} for n in ("policy", "painter")]
+            },
             "score": {"rewards": ["red"]},
             "train": {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.1},
             "evaluate": {"seeds_per_prompt": 1, "sampling": SAMPLING},

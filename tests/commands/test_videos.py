@@ -33,7 +33,9 @@ from rewards.motion import Flicker, Motion
 SAMPLING = Sampling(steps=2, guidance_scale=1.0, height=32, width=32, num_frames=9, fps=6.0)
 PROMPTS = [Prompt.from_text(f"a <b>moving</b> thing number {number}") for number in range(3)]
 REWARDS = {"motion": Motion, "flicker": Flicker}
-GENERATE = synpic.GenerateConfig(sources=[synpic.SourceConfig(name="wan", seeds_per_prompt=2, sampling=SAMPLING)], part_size=2)
+GENERATE = synpic.GenerateConfig(
+    sources=[synpic.SourceConfig(name="wan", seeds_per_prompt=2, sampling=SAMPLING)], part_size=2
+)
 SCORE = synpic.ScoreConfig(rewards=list(REWARDS), batch_size=3)
 
 
