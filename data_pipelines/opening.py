@@ -234,7 +234,9 @@ def _from_table(path: Path, root: Path | None, values: Collection[str]) -> Datas
     media = {**dict.fromkeys(IMAGE_COLUMNS, Image(decode=False)), "video": Video(decode=False)}
     media |= {"videos": List(Video(decode=False)), "phi": List(Value("float64"))}
     kinds |= {name: media[name] for name in kinds if name in media}
-    columns = {name: [row.get(name) for row in rows] for name in kinds}
+    columns: dict[str, list[Any]] = {}
+    for name in kinds:
+        columns[name] = [row.get(name) for row in rows]
     kinds |= {name: _feature(columns[name], f"'{path}', {name}") for name in set(values) & set(kinds) - KNOWN}
     return Dataset.from_dict(columns, features=Features(kinds))
 

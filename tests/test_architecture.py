@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -249,6 +250,55 @@ def test_a_methods_name_is_in_its_file_and_in_the_table_alone(method):
         named = [n for n in lines_without_imports(path) if re.search(rf"\b{method}\b", text[n - 1])]
         wrong += [f"{place}:{n}: {text[n - 1].strip()}" for n in named if place not in allowed]
     assert not wrong, "\n".join(wrong)
+
+
+# --- habits ---------------------------------------------------------------------------------------------------------
+# Two habits of older code that new code does not take up. The bounds are today's counts: lower them, never raise them.
+
+SMALL_HELPERS = 98
+SEVERAL_COMPREHENSIONS = 61
+COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+
+
+def test_small_private_helpers_that_are_called_once_become_fewer():
+    """A function of five lines or fewer that one place calls is read by jumping; it belongs in that place.
+
+    One that stands in a table of functions, or is passed on, is not called there and does not count.
+    """
+    small = []
+    for path in SOURCES:
+        called = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+        calls, uses = Counter(map(_name_of, called)), Counter(map(_name_of, ast.walk(tree(path))))
+        for function in functions(path):
+            is_private = function.name.startswith("_") and not function.name.startswith("__")
+            if is_private and length(path, function) <= 5 and calls[function.name] == uses[function.name] == 1:
+                small.append(where(path, function, function.name))
+    assert len(small) <= SMALL_HELPERS, f"{len(small)} small helpers, at most {SMALL_HELPERS}:\n" + "\n".join(small)
+
+
+def _name_of(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def _own_comprehensions(statement: ast.stmt) -> int:
+    """Comprehensions in a statement, those of statements inside it left out."""
+    count, todo = 0, list(ast.iter_child_nodes(statement))
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, ast.stmt):
+            count += isinstance(node, COMPREHENSIONS)
+            todo += ast.iter_child_nodes(node)
+    return count
+
+
+def test_statements_with_several_comprehensions_become_fewer():
+    several = [
+        where(path, node, "several comprehensions in one statement")
+        for path in SOURCES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.stmt) and _own_comprehensions(node) > 1
+    ]
+    assert len(several) <= SEVERAL_COMPREHENSIONS, f"{len(several)}, at most {SEVERAL_COMPREHENSIONS}"
 
 
 # --- forbidden constructs -------------------------------------------------------------------------------------------

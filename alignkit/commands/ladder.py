@@ -201,9 +201,9 @@ def _plan(job: LadderJob) -> list[str]:
 
 
 def _work(argv: Sequence[str], job: LadderJob) -> None:
-    write_resolved(job.out, job)
     for name in job.arms:
         _arguments(job, name, job.training_seeds[0])  # a wrong key stops here, not in the last arm
+    write_resolved(job.out, job)
     counts = job.make_ranked(job.prompts.split()[0], job.shared)
     print(counts)
     failed = _run_all(job, [(name, seed) for seed in job.training_seeds for name in job.arms])

@@ -99,7 +99,7 @@ svg .raw { stroke-width:1; opacity:.3; }
 .two { display:grid; grid-template-columns:1fr 1fr; gap:1px; background:var(--line); }
 .two div { background:var(--card); }
 .two span { display:block; padding:6px 14px 5px; font-size:.74rem; letter-spacing:.03em; color:var(--soft); }
-.two img, .film img { width:100%; height:auto; aspect-ratio:1; object-fit:contain; display:block; background:#0e0f12; }
+.two img, .film img { width:100%; height:auto; display:block; }
 img.tiny { image-rendering:pixelated; }
 .film { margin-top:30px; }
 .frames { display:grid; grid-template-columns:repeat(8,minmax(0,1fr)); gap:8px; }

@@ -62,7 +62,6 @@ def add_configured_lora(generator: PipelineGenerator, peft_config: LoraConfig) -
     config = copy.deepcopy(peft_config)
     config.target_modules = config.target_modules or list(generator.lora_targets)
     lora.inject_config(generator.net, config)
-    lora.layer_weights(generator.net)  # the check is here, not in the export after the training
 
 
 def lora_settings(peft_config: LoraConfig) -> dict[str, Any]:

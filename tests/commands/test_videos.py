@@ -105,9 +105,10 @@ def test_candidates_hold_exactly_what_the_generator_made_and_scores_are_theirs(r
     assert read_json(ranked / "candidates" / "manifest.json")["counts"] == {"duplicate_prompts": 0, "videos": 6}
 
 
-def test_ranked_videos_open_with_datasets_and_the_card_shows_one_row(ranked):
+def test_ranked_videos_open_with_datasets_and_the_card_shows_one_row(ranked, tmp_path):
     folder = ranked / "ranked"
-    plain = datasets.load_dataset(str(folder), split="train")
+    # With a cache of its own: `datasets` would take another test's folder of this name for it.
+    plain = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path))
     rows = load_ranked(folder, "train", held_out=0.0)
     assert plain.column_names == rows.column_names == list(VIDEO_COLUMNS)
     assert [row["videos"] for row in plain] == [row["videos"] for row in rows_of(ranked / "candidates")]
