@@ -51,7 +51,7 @@ def _work(job: GenerateJob) -> None:
     known = identities(job.generators)
     result = generate_candidates(prompts, job.generate, job.out, build_sources=build_sources, identities=known)
     write_config(job.out, job)
-    print(f"{result.rows} prompts, {result.counts['pictures']} pictures in {result.folder}")
+    print(f"{result.rows} prompts, {result.counts['pictures']} images or videos in {result.folder}")
     print(f"next: alignkit score --candidates {job.out} --out {job.out.with_name('scores')} ...")
 
 

@@ -37,7 +37,7 @@ from alignkit.storage import claimed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """The report's title, and how many pictures a group its gallery shows."""
+    """The report's title, and how many images or videos each group of its gallery shows."""
 
     title: str = "alignkit report"
     gallery: int = 6

@@ -35,6 +35,7 @@ from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
 from alignkit.key_names import advice, with_own_names
 from alignkit.provenance import write_resolved
+from alignkit.shipped import model_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,7 @@ def _work(method: str, job: Any) -> None:
     if job.validation is not None:
         held_out = job.prompts.split()[1]
         validation = functools.partial(job.validation.build, held_out, job.rewards)
-    policy = (Path(job.model).name, job.policy)
+    policy = (Path(model_path(job.model)).name, job.policy)
     result = fit(method, policy, job.train, job.training_data(method), validation=validation)
     print(f"result: {result}")
     tuned = "model" if job.train.full_finetune else "adapter"

@@ -1,4 +1,4 @@
-"""The model card beside an adapter: README.md with front matter, settings, scores and example pictures.
+"""The model card beside an adapter: README.md with front matter, settings, scores and example images.
 
 Deliberately not here: uploading (transformers' `push_to_hub` takes the folder) and paths that the user did not give.
 """
@@ -50,7 +50,7 @@ _GRID = "validation.png"
 class CardInputs:
     """What a card reports. `base_model`: a hub id, path or `sandbox:NAME`, as the user named it. Others may be missing.
 
-    `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last pictures.
+    `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last images.
     `component` is the trained part of the pipeline, `loading` what `load_lora_weights` takes beside the folder,
     `modality` "image" or "video", where there is no evaluation that shows which.
     """
@@ -184,7 +184,7 @@ def _validation(card: CardInputs) -> str:
     ]
     head = ["| step | " + " | ".join(map(_cell, names)) + " |", "|--:|" + "--:|" * len(names)]
     note = "Means on held-out prompts and seeds, the same at every step."
-    picture = [f"![pictures of the last step](examples/{_GRID})"] if card.grid else []
+    picture = [f"![images of the last step](examples/{_GRID})"] if card.grid else []
     return "\n\n".join(["## During training", note, "\n".join([*head, *rows]), *picture])
 
 

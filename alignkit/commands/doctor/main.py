@@ -188,7 +188,7 @@ def _lora_lines(model: Model, setup: memory.Setup) -> list[str]:
 def _operation_lines(model: Model, setup: memory.Setup) -> list[str]:
     counts = memory.operations(model, setup)
     counts["all"] = sum(counts.values())
-    thing = "picture" if setup.frames == 1 else f"video of {setup.frames} frames"
+    thing = "image" if setup.frames == 1 else f"video of {setup.frames} frames"
     size = f"{setup.width}x{setup.height}"
     return [
         f"operations of a training step for one {thing} of {size} (a multiply-add is two; matrix products,",
@@ -200,7 +200,7 @@ def _operation_lines(model: Model, setup: memory.Setup) -> list[str]:
 def _memory_lines(method: str, model: Model, setup: memory.Setup) -> list[str]:
     amounts = memory.parts(model, setup)
     amounts["all"] = sum(amounts.values())
-    count = f"{setup.batch} x {setup.candidates} {'pictures' if setup.frames == 1 else 'videos'}"
+    count = f"{setup.batch} x {setup.candidates} {'images' if setup.frames == 1 else 'videos'}"
     precision = f"frozen weights in {setup.dtype}{', autocast to bf16' if setup.bf16 else ''}"
     return [
         f"peak memory of {method}, {count} a step, {precision} (GB: 10^9 bytes)",
