@@ -162,8 +162,9 @@ def wrap(pipeline: DiffusionPipeline, name: str | None = None, **options: Any) -
     for an unknown option.
     """
     class_name = type(pipeline).__name__
+    family = _family(class_name, name or class_name, options, None)
     origin = str(pipeline.config.get("_name_or_path") or class_name)
-    return _family(class_name, name or origin, options, None)(pipeline, name or Path(origin).name, **options)
+    return family(pipeline, name or Path(origin).name, **options)
 
 
 def _family(class_name: str, model: str, options: Mapping[str, Any], named: str | None) -> type[PipelineGenerator]:

@@ -46,7 +46,7 @@ def test_a_wrapped_pipeline_is_the_users_own(model_folders):
     assert generator.pipeline is pipeline
     assert generator.name == "mine"
     assert alignkit.wrap(pipeline).name == model_folders["unet"].name
-    with pytest.raises(UnknownNameError, match="'Linear' is no pipeline class with an adapter"):
+    with pytest.raises(UnknownNameError, match="is a Linear, a pipeline class without a family"):
         alignkit.wrap(torch.nn.Linear(1, 1))
 
 
