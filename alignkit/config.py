@@ -76,6 +76,7 @@ def _located(value: Any, where: str) -> Located:
 
 
 def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Located]:
+    """Flags by key: True for one without a value, the text of one value, a list of several."""
     flags: dict[str, Located] = {}
     words = list(argv)
     while words:
@@ -90,16 +91,10 @@ def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Located]:
             values.append(words.pop(0))
         if key in flags:
             problems.append(f"flag --{name} is given twice; keep one")
-        flags[key] = _flag_value(values, f"flag --{name}")
+        where = f"flag --{name}"
+        texts = [Located(value, where, text=True) for value in values]
+        flags[key] = texts[0] if len(texts) == 1 else Located(texts or True, where)
     return flags
-
-
-def _flag_value(values: list[str], where: str) -> Located:
-    """True for a flag without a value, the text of one value, a list of several."""
-    texts = [Located(value, where, text=True) for value in values]
-    if len(texts) == 1:
-        return texts[0]
-    return Located(texts, where) if texts else Located(True, where)
 
 
 def _place(tree: dict[str, Located], path: list[str], flag: Located, problems: list[str]) -> None:

@@ -7,7 +7,7 @@ many images or videos a prompt) and `training_seeds` (of a ladder). Deliberately
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -94,10 +94,7 @@ def _translated(name: str, given: Located, problems: list[str]) -> Located | Non
 
 def advice(name: str, known: Collection[str]) -> str:
     """` ...`: what to write instead of a key that was renamed, or that a user knows from TRL; empty for others."""
-    return next(_advice(name, known), "")
-
-
-def _advice(name: str, known: Collection[str]) -> Iterator[str]:
-    yield from (f" It is now called '{key}'; rename it." for key in RENAMED.get(name, ()) if key in known)
-    if name in REFUSED:
-        yield f" {REFUSED[name][0].upper()}{REFUSED[name][1:]}."
+    renamed = [key for key in RENAMED.get(name, ()) if key in known]
+    if renamed:
+        return f" It is now called '{renamed[0]}'; rename it."
+    return f" {REFUSED[name][0].upper()}{REFUSED[name][1:]}." if name in REFUSED else ""

@@ -51,7 +51,8 @@ def _work(job: GenerateJob) -> None:
     known = identities(job.generators)
     result = generate_candidates(prompts, job.generate, job.out, build_sources=build_sources, identities=known)
     write_config(job.out, job)
-    print(f"{result.rows} prompts, {result.counts['pictures']} images or videos in {result.folder}")
+    media = f"{result.counts['videos']} videos" if "videos" in result.counts else f"{result.counts['pictures']} images"
+    print(f"{result.rows} prompts, {media} in {result.folder}")
     print(f"next: alignkit score --candidates {job.out} --out {job.out.with_name('scores')} ...")
 
 

@@ -26,10 +26,12 @@ def help_text(name: str, summary: str, schema: Any, *, flat: str = "") -> str:
 
 
 def _key_lines(schema: Any, prefix: str, flat: str = "") -> Iterator[str]:
-    """Plain keys first, then section by section."""
-    hints, notes = typing.get_type_hints(schema), _notes(schema)
-    sections = {name: _section(hints[name]) for name in init_fields(schema)}
-    for name, field in _own_first(schema).items():
+    """Plain keys first, then section by section; in a trainer's config alignkit's keys before those of transformers."""
+    hints, notes, fields = typing.get_type_hints(schema), _notes(schema), init_fields(schema)
+    sections = {name: _section(hints[name]) for name in fields}
+    own = own_keys(schema) if is_trainer_config(schema) else []
+    fields = {name: fields[name] for name in [*own, *fields] if name in fields and name != "output_dir"}  # it is `out`
+    for name, field in fields.items():
         if sections[name] is None or sections[name][1]:
             yield f"  --{prefix}{name}  {describe(hints[name])}  {_default(field)}"
             yield from _note_lines(str(field.metadata.get("help", notes.get(name, ""))))
@@ -37,13 +39,6 @@ def _key_lines(schema: Any, prefix: str, flat: str = "") -> Iterator[str]:
     for name, (section, suffix) in sorted(nested.items(), key=lambda item: item[0] != flat):
         yield f"\n{prefix}{name}{suffix}: {notes.get(name) or _first_line(section)}"
         yield from _key_lines(section, "" if name == flat else f"{prefix}{name}{suffix}.")
-
-
-def _own_first(schema: Any) -> dict[str, Field[Any]]:
-    """The fields of a config; in a trainer's config the method's before those that all share, transformers' last."""
-    known = init_fields(schema)
-    own = own_keys(schema) if is_trainer_config(schema) else []
-    return {name: known[name] for name in [*own, *known] if name in known and name != "output_dir"}  # verbs' `out`
 
 
 def _section(annotation: Any) -> tuple[Any, str] | None:

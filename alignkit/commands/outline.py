@@ -64,19 +64,13 @@ def _entries(module: str, name: str) -> dict[str, Entry]:
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
             entries[line.target.id] = (line.target.id, _annotation(line.annotation), _field(line.value))
+    imports = [line for line in _module(module).body if isinstance(line, ast.ImportFrom)]
+    owners = {alias.name: line.module or "" for line in imports for alias in line.names}
     for base in [base.id for base in node.bases if isinstance(base, ast.Name)]:
-        owner = _owner(module, base)
+        owner = owners.get(base, module)
         if owner.partition(".")[0] not in _OUTSIDE:
             entries |= {key: entry for key, entry in _entries(owner, base).items() if key not in entries}
     return entries
-
-
-def _owner(module: str, name: str) -> str:
-    """The module that `module` imports `name` from, or `module` itself."""
-    for node in _module(module).body:
-        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
-            return node.module or ""
-    return module
 
 
 def _annotation(node: ast.expr) -> Any:

@@ -58,3 +58,25 @@ def test_ranked_rows_leave_as_pairs(words, columns, work, capsys):
     assert set(pq.read_table(work / "pairs.parquet").column_names) == columns
     assert cli.main(command) == 2
     assert "exists and is not overwritten" in capsys.readouterr().err
+
+
+FILM = """
+
+class Film(Painter):
+    modality = "video"
+
+    def generate(self, prompts, seeds, sampling):
+        images = super().generate(prompts, seeds, sampling)
+        return images.unsqueeze(1).repeat(1, sampling.num_frames, 1, 1, 1)
+"""
+
+
+@pytest.mark.parametrize(("model", "frames", "media"), [("Painter", 1, "9 images"), ("Film", 5, "9 videos")])
+def test_generate_counts_what_it_made(model, frames, media, work, capsys):
+    path = work / "mine_for_commands.py"
+    path.write_text(path.read_text(encoding="utf-8") + FILM, encoding="utf-8")
+    sampling = f"{{height: 16, width: 16, num_frames: {frames}}}"
+    sources = f"--generate.sources=[{{name: painter, seeds_per_prompt: 3, sampling: {sampling}}}]"
+    words = ["--config", "generate.yaml", f"--generators.painter.model=mine_for_commands:{model}", sources]
+    assert cli.main(["generate", *words]) == 0
+    assert f"3 prompts, {media} in candidates" in capsys.readouterr().out

@@ -211,7 +211,7 @@ def test_no_gain_gives_no_gains(world, tmp_path):
     evaluate(*sources, world.prompts, world.config, tmp_path, rewards=world.rewards(), gold="gold")
     chosen = choose(read_pairs(tmp_path), "gold", 3)
     assert (chosen["gains"], chosen["losses"], len(chosen["random"])) == ([], [], 3)
-    assert "No gain on gold can be told from chance" in render(ReportInputs("Same", tmp_path))
+    assert "No significant gain on gold" in render(ReportInputs("Same", tmp_path))
 
 
 def test_the_report_is_regenerated_but_hand_edits_are_kept(tmp_path):
