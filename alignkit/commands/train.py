@@ -42,7 +42,7 @@ from alignkit.shipped import model_path
 class TrainJob:
     """Train a generator; the keys of the trainer stand beside these.
 
-    model: a diffusers folder or a hub id.
+    model: a diffusers folder, a hub id, or sandbox:NAME.
     adapter: a LoRA folder to continue from, of its own rank and targets; the reference stays the model without it.
     dtype: the precision of the frozen weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes), for a LoRA on them.
