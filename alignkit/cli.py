@@ -6,6 +6,7 @@ any heavy import, so that `alignkit --help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignKitError, UnknownNameError, nearest
+from alignkit.escape import to_terminal
 from alignkit.resolve import resolve
 from alignkit.trainers import METHODS
 
@@ -33,6 +35,13 @@ COMMANDS = {
     "ladder": ("alignkit.commands.ladder:main", "Compare training methods, arm by arm, on the sandbox."),
 }
 
+# Causes outside the program that any write or read may meet, also one of a library; other errors keep their traceback.
+_KNOWN = {
+    errno.ENOSPC: "the disk is full: make room",
+    errno.EDQUOT: "the disk quota is used up: make room",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "mend the permissions of this file or its folder",
+}
 _USAGE = """\
 usage: alignkit VERB [--config FILE.yaml] [--key value ...] [--dry-run]
 
@@ -59,14 +68,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AlignKitError as error:
         if show_traceback:
             raise
-        print(f"alignkit: {error}", file=sys.stderr)
+        print(f"alignkit: {to_terminal(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read us (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if show_traceback or error.errno not in _KNOWN:
+            raise
+        print(
+            f"alignkit: {to_terminal(str(error))}; {_KNOWN[error.errno]}, then run the same command again",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         again = f"The same command continues:\n  {shlex.join(['alignkit', *words])}"
         print(f"\nalignkit: interrupted; finished parts are kept. {again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read us (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -27,6 +27,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 LEVELS = [
     (
         "errors",
+        "escape",
         "records",
         "seeds",
         "protocols",
@@ -37,6 +38,8 @@ LEVELS = [
         "key_names",
         "config",
         "storage",
+        "locks",
+        "claims",
         "media",
         "clips",
         "provenance",
@@ -48,7 +51,13 @@ LEVELS = [
     ("cli", "__main__"),
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resolve", "storage", "media", "clips"}
+OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resolve", "storage"} | {
+    "claims",
+    "escape",
+    "locks",
+    "media",
+    "clips",
+}
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve"}
 

@@ -265,6 +265,7 @@ def test_what_is_saved_loads_to_an_equal_config(tmp_path_factory, rate, name, se
 def test_a_folder_keeps_the_config_it_was_made_with(tmp_path):
     spec = {"s": Spec(folder=Path("a"))}
     write_resolved(tmp_path / "out", Job(specs=spec))
+    (tmp_path / "out" / "result").write_bytes(b"x")
     write_resolved(tmp_path / "out", Job(specs=spec))
     with pytest.raises(ResumeError, match=r"rate: 0\.0001 -> 0\.5\n  config\.sampling\.steps: 30 -> 4"):
         write_resolved(tmp_path / "out", Job(specs=spec, rate=0.5, sampling=Sampling(steps=4)))

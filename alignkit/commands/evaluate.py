@@ -80,4 +80,4 @@ def _work(job: EvaluateJob) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Compare base and tuned on the same prompts and seeds, with every reward, and with judges pair by pair."
-    execute(Verb("evaluate", summary, _schema, _plan, _work), argv)
+    execute(Verb("evaluate", summary, _schema, _plan, _work, lambda job: job.out), argv)

@@ -59,4 +59,4 @@ def _work(job: GenerateJob) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Generate candidates for prompts with several generators; run again, it continues."
-    execute(Verb("generate", summary, lambda *_: GenerateJob, _plan, _work), argv)
+    execute(Verb("generate", summary, lambda *_: GenerateJob, _plan, _work, lambda job: job.out), argv)

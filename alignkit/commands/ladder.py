@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from alignkit.claims import holds_results
 from alignkit.commands.data import DATA, SynPicJob, TrainingData, data_kind
 from alignkit.commands.methods import DEFAULT_METHOD, config_class, unchecked_methods
 from alignkit.commands.specs import ValidationConfig, absences, tuned_spec
@@ -32,8 +33,10 @@ from alignkit.commands.stages import compare, fit
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError, require_at_least
+from alignkit.escape import to_code, to_markdown
 from alignkit.evaluation.ladder import read_arm, table
 from alignkit.evaluation.paired import EvaluateConfig
+from alignkit.locks import locked
 from alignkit.provenance import write_resolved
 from alignkit.records import Prompt
 from alignkit.storage import write_text
@@ -156,6 +159,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
         (folder / "log.txt").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
+        locked(folder),
     ):
         validation = None
         if job.validation is not None:
@@ -168,6 +172,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
             TrainingData(kind="ranked", path=job.shared / "ranked"),
             validation=validation,
             select=select,
+            sampling=job.evaluate.sampling,
         )
         sides = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}
         prompts = job.judged(held_out)
@@ -203,7 +208,10 @@ def _plan(job: LadderJob) -> list[str]:
 def _work(argv: Sequence[str], job: LadderJob) -> None:
     for name in job.arms:
         _arguments(job, name, job.training_seeds[0])  # a wrong key stops here, not in the last arm
-    write_resolved(job.out, job)
+    free = {"title", "workers"}
+    if not holds_results(job.out / "arms"):
+        free |= {*init_fields(LadderJob)} - {*init_fields(SynPicJob)}
+    write_resolved(job.out, job, free)
     counts = job.make_ranked(job.prompts.split()[0], job.shared)
     print(counts)
     failed = _run_all(job, [(name, seed) for seed in job.training_seeds for name in job.arms])
@@ -225,10 +233,10 @@ def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
     sampling = job.evaluate.sampling
     judged = len(job.judged(job.prompts.split()[1]))
     return [
-        f"command: `{shlex.join(['alignkit', 'ladder', *argv])}`",
-        f"candidates: {drawn}; ranked by {', '.join(job.score.rewards)}; {counts}",
-        f"training, all arms: {json.dumps(dict(job.train))}",
-        *(f"arm {name}: {_words(arm)}" for name, arm in job.arms.items()),
+        f"command: {to_code(shlex.join(['alignkit', 'ladder', *argv]))}",
+        to_markdown(f"candidates: {drawn}; ranked by {', '.join(job.score.rewards)}; {counts}"),
+        f"training, all arms: {to_code(json.dumps(dict(job.train)))}",
+        *(f"arm {to_markdown(name)}: {_words(arm)}" for name, arm in job.arms.items()),
         (
             f"evaluation: {judged} held-out prompts x {job.evaluate.seeds_per_prompt} seeds, "
             f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}; training seeds {list(job.training_seeds)}"
@@ -238,7 +246,7 @@ def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
 
 def _words(arm: ArmConfig) -> str:
     own = ", own samples only" if arm.own_samples else ""
-    return f"{arm.method}, {arm.labels} labels{own}, {json.dumps(dict(arm.train))}"
+    return f"{to_markdown(arm.method)}, {arm.labels} labels{own}, {to_code(json.dumps(dict(arm.train)))}"
 
 
 def die_with_parent() -> None:
@@ -275,4 +283,5 @@ def _run_all(job: LadderJob, todo: Sequence[tuple[str, int]]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Train one generator in many ways on the same candidates, each with several seeds, and write a table."
-    execute(Verb("ladder", summary, lambda *_: LadderJob, _plan, functools.partial(_work, argv)), argv)
+    work = functools.partial(_work, argv)
+    execute(Verb("ladder", summary, lambda *_: LadderJob, _plan, work, lambda job: job.out), argv)

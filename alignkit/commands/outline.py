@@ -10,7 +10,6 @@ import ast
 import functools
 import importlib.util
 import operator
-from collections.abc import Callable
 from dataclasses import Field, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,8 @@ def _entries(module: str, name: str) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
-            entries[line.target.id] = (line.target.id, _annotation(line.annotation), _field(line.value))
+            read = _field(line.value, _constants(module))
+            entries[line.target.id] = (line.target.id, _annotation(line.annotation), read)
     imports = [line for line in _module(module).body if isinstance(line, ast.ImportFrom)]
     owners = {alias.name: line.module or "" for line in imports for alias in line.names}
     for base in [base.id for base in node.bases if isinstance(base, ast.Name)]:
@@ -84,23 +84,44 @@ def _annotation(node: ast.expr) -> Any:
     return _TYPES.get(ast.unparse(node), str)
 
 
-def _field(value: ast.expr) -> Field[Any]:
-    """`field(default=..., metadata={"help": ...})`, or a plain default, with the same default and help."""
-    if not isinstance(value, ast.Call):
-        return _with_default(value, {})
-    words = {word.arg: word.value for word in value.keywords}
-    metadata = ast.literal_eval(words["metadata"]) if "metadata" in words else {}
-    if "default" in words:
-        return _with_default(words["default"], metadata)
-    factory = words.get("default_factory", value)
-    return _with_default(factory.body if isinstance(factory, ast.Lambda) else factory, metadata)
+@functools.cache
+def _constants(module: str) -> dict[str, Any]:
+    """Names of literals in the module, its package's imported ones too, which defaults and help texts may use."""
+    known: dict[str, Any] = {}
+    for node in _module(module).body:
+        names = [alias.name for alias in node.names if alias.name.isupper()] if isinstance(node, ast.ImportFrom) else []
+        if names and isinstance(node, ast.ImportFrom) and (node.module or "").startswith(module.partition(".")[0]):
+            imported = _constants(node.module or "")
+            known |= {name: imported[name] for name in names if name in imported}
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            value = _literal(node.value, known)
+            known |= {} if isinstance(value, _Source) else {node.targets[0].id: value}
+    return known
 
 
-def _with_default(node: ast.expr, metadata: dict[str, Any]) -> Field[Any]:
+def _literal(node: ast.expr, constants: dict[str, Any]) -> Any:
+    """The value of a literal, of a constant, or of an f-string of them; any other expression as it is written."""
+    if isinstance(node, ast.Name) and node.id in constants:
+        return constants[node.id]
+    if isinstance(node, ast.FormattedValue):
+        spec = _literal(node.format_spec, constants) if node.format_spec else ""
+        value = _literal(node.value, constants)
+        return str(value) if isinstance(value, _Source) else format(value, str(spec))
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(_literal(part, constants)) for part in node.values)
     try:
-        default = ast.literal_eval(node)
+        return ast.literal_eval(node)
     except ValueError:
-        default = _Source(ast.unparse(node))
-    make: Callable[[], Any] = lambda: default  # noqa: E731 - a mutable default, such as a mapping
-    made: Field[Any] = field(default_factory=make, metadata=metadata)
+        return _Source(ast.unparse(node))
+
+
+def _field(value: ast.expr, constants: dict[str, Any]) -> Field[Any]:
+    """`field(default=..., metadata={"help": ...})`, or a plain default, with the same default and help."""
+    words = {word.arg: word.value for word in value.keywords} if isinstance(value, ast.Call) else {"default": value}
+    given = words.get("metadata")
+    entries = zip(given.keys, given.values, strict=True) if isinstance(given, ast.Dict) else ()
+    metadata = {_literal(key, constants): _literal(text, constants) for key, text in entries if key is not None}
+    factory = words.get("default", words.get("default_factory", value))
+    default = _literal(factory.body if isinstance(factory, ast.Lambda) else factory, constants)
+    made: Field[Any] = field(default_factory=lambda: default, metadata=metadata)
     return made

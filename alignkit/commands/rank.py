@@ -42,4 +42,4 @@ def _work(job: RankJob) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Turn raw scores into a ranked dataset (Syn-Pic win rates, filters, split); never scores again."
-    execute(Verb("rank", summary, lambda *_: RankJob, _plan, _work), argv)
+    execute(Verb("rank", summary, lambda *_: RankJob, _plan, _work, lambda job: job.out), argv)

@@ -49,4 +49,4 @@ def _work(job: ScoreJob) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Score candidates with several rewards; raw scores are kept, so ranking again never scores again."
-    execute(Verb("score", summary, lambda *_: ScoreJob, _plan, _work), argv)
+    execute(Verb("score", summary, lambda *_: ScoreJob, _plan, _work, lambda job: job.out), argv)

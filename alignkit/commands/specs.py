@@ -8,7 +8,6 @@ pickled to another process, and nothing is loaded until one is called.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
 from alignkit.protocols import Judge, Reporting, require_independent
-from alignkit.provenance import fingerprint
+from alignkit.provenance import content
 from alignkit.records import Prompt, Sampling
 from alignkit.resolve import construct, require_known, resolve
 from alignkit.shipped import SANDBOX, model_path, shipped_file
@@ -68,11 +67,12 @@ class GeneratorSpec:
 
     @property
     def identity(self) -> str:
-        """Changes with the weights of local folders; a hub id or a builder stands for itself."""
-        named = [self.model, *([str(self.adapter)] if self.adapter else []), *map(str, self.options.values())]
-        changes = {"quantize": self.quantize, "family": self.family}
-        loading = [f"{name}={value}" for name, value in changes.items() if value]
-        return " ".join([*named, *loading, *map(fingerprint, _local(named))])
+        """Changes with the weights of local folders, wherever they are; a hub id or a builder stands for itself."""
+        changes = {"adapter": self.adapter, "quantize": self.quantize, "family": self.family, **self.options}
+        if self.dtype != "float32":
+            changes["dtype"] = self.dtype
+        loading = [f"{name}={content(value)}" for name, value in changes.items() if value]
+        return " ".join([content(self.model), *loading])
 
     @property
     def absent(self) -> list[str]:
@@ -137,13 +137,12 @@ def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
 
 
 def _identity(name: str, options: Mapping[str, Any]) -> str:
-    """A name, its options and the fingerprints of the files in them.
+    """A name and its options, with the content of the files and folders that they name.
 
     `cache` is left out at every level: replies are added to it, but it does not change a score.
     """
-    options = _without_caches(options)
-    named = [f"{option}={value}" for option, value in sorted(options.items())]
-    return " ".join([name, *named, *map(fingerprint, _local(_leaves(options)))])
+    known = content(_without_caches(options))
+    return " ".join([name, *(f"{option}={value}" for option, value in sorted(known.items()))])
 
 
 def _without_caches(value: Any) -> Any:
@@ -160,12 +159,6 @@ def _leaves(value: Any) -> Iterable[str]:
     if isinstance(value, list | tuple):
         return [leaf for inner in value for leaf in _leaves(inner)]
     return [str(value)]
-
-
-def _local(names: Iterable[str]) -> list[Path]:
-    """Those of `names` that are files or folders here, or models of the sandbox."""
-    paths = [model_path(name) for name in names if name]
-    return [Path(path) for path in paths if os.path.exists(path)]  # noqa: PTH110 - Path fails for long texts
 
 
 def _with_paths(value: Any) -> Any:

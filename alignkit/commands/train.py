@@ -29,7 +29,7 @@ from alignkit.commands.specs import (
     absences,
     require_names,
 )
-from alignkit.commands.stages import fit
+from alignkit.commands.stages import RESUMABLE, default_notes, fit
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
@@ -183,18 +183,18 @@ def _plan(method: str, job: Any) -> list[str]:
     what = "all weights" if args.full_finetune else f"a LoRA of rank {args.lora_rank}"
     what += " on network and text encoders" if args.train_text_encoder else ""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    amount = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return [
         *absences({"model": job.policy}, rewards=job.rewards, prompts=job.prompts),
         *job.missing(),
-        f"train {what} of {job.model} with {method} on {job.source}: {amount} of {batch} prompts a device",
+        f"train {what} of {job.model} with {method} on {job.source}: {args.length} of {batch} prompts a device",
+        *default_notes(args, job.model),
         f"keep checkpoints, logs and the result in {args.output_dir}",
     ]
 
 
 def _work(method: str, job: Any) -> None:
     folder = Path(job.train.output_dir)
-    write_resolved(folder, job)
+    write_resolved(folder, job, free=RESUMABLE)
     validation = None
     if job.validation is not None:
         held_out = job.prompts.split()[1]
@@ -215,5 +215,15 @@ def main(argv: Sequence[str]) -> None:
     record = known_method(method) if dry_run else find_method(method)
     summary = record.summary if record else "A method of your own."
     name = f"train {method}"
-    more = more_help(name)
-    execute(Verb(name, summary, schema, plan, work, flat="train", distributed=True, more=more), words)
+    verb: Verb[Any] = Verb(
+        name,
+        summary,
+        schema,
+        plan,
+        work,
+        folder=lambda job: Path(job.train.output_dir),
+        flat="train",
+        distributed=True,
+        more=more_help(name),
+    )
+    execute(verb, words)

@@ -11,18 +11,20 @@ Deliberately not here: what a verb does (its own module) and how names become mo
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from alignkit.commands.help_text import help_text
 from alignkit.config import Located, build, read_tree
 from alignkit.errors import ConfigError
+from alignkit.locks import locked
 from alignkit.provenance import dump, without_defaults
 from alignkit.shipped import shipped_file
-from alignkit.storage import write_text
+from alignkit.storage import read_json, write_json
 
 Job = TypeVar("Job")
 Tree = dict[str, Located]
@@ -41,6 +43,7 @@ class Verb(Generic[Job]):
     schema: Callable[[Tree, list[str]], type[Job]]
     plan: Callable[[Job], list[str]]
     work: Callable[[Job], None]
+    folder: Callable[[Job], Path] | None = None  # held against a second process while the verb works
     flat: str = ""  # a section whose keys stand at the top
     distributed: bool = False
     more: str = ""
@@ -64,7 +67,8 @@ def execute(verb: Verb[Job], argv: Sequence[str]) -> None:
         return
     if not verb.distributed:
         require_one_process(verb.name)
-    verb.work(job)
+    with locked(verb.folder(job)) if verb.folder else contextlib.nullcontext():
+        verb.work(job)
 
 
 def _config_lines(verb: Verb[Job], job: Job) -> list[str]:
@@ -124,14 +128,21 @@ def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], set[str
 _FINISHED = "finished.json"
 
 
-def finished(folder: Path) -> bool:
-    """Whether `mark_finished` was reached in `folder`."""
-    return (folder / _FINISHED).is_file()
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What `mark_finished` noted in `folder`; None where it was not reached."""
+    path = folder / _FINISHED
+    note: dict[str, Any] | None = read_json(path) if path.is_file() else None
+    return note
 
 
-def mark_finished(folder: Path) -> None:
+def mark_unfinished(folder: Path) -> None:
+    """To be called before results of a finished stage are replaced."""
+    (folder / _FINISHED).unlink(missing_ok=True)
+
+
+def mark_finished(folder: Path, note: Mapping[str, Any]) -> None:
     """Note that all of a stage's results are in `folder`, so that running it again does nothing."""
-    write_text(folder / _FINISHED, "{}\n")
+    write_json(folder / _FINISHED, note)
 
 
 def counts_line(counts: Mapping[str, int]) -> str:

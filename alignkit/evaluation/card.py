@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from alignkit.escape import to_code, to_fence, to_markdown, to_terminal
 from alignkit.evaluation.gallery import Shown, choose, lead_reward, load
 from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.report import bounds, sampling_text, verdict
@@ -91,13 +92,13 @@ def write_card(card: CardInputs, folder: Path) -> Path:
 def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[str, list[Shown]]) -> str:
     """The card as Markdown with YAML front matter."""
     base = card.base_model
-    what = f"A LoRA adapter for `{base}`" if card.is_adapter else f"All weights of `{base}`"
+    what = f"A LoRA adapter for {to_code(base)}" if card.is_adapter else f"All weights of {to_code(base)}"
     loading = "".join(f", {name}={value!r}" for name, value in card.loading.items())
     use = _USE_ADAPTER if card.is_adapter else _USE_MODEL
-    code = (_LOAD_SANDBOX if base.startswith(SANDBOX) else _LOAD).format(name=json.dumps(base, ensure_ascii=False))
+    code = (_LOAD_SANDBOX if base.startswith(SANDBOX) else _LOAD).format(name=json.dumps(to_terminal(base)))
     parts = [
         _front_matter(card),
-        f"# {card.title}\n\n{what}, trained with {card.method} by alignkit.",
+        f"# {to_markdown(card.title)}\n\n{what}, trained with {to_markdown(card.method)} by alignkit.",
         use.format(code=code, loading=loading, component=card.component),
         _scores(evaluation),
         _pictures(shown),
@@ -123,22 +124,17 @@ def _scores(evaluation: Evaluation | None) -> str:
         return "## Scores\n\nNo paired evaluation of this result is recorded here."
     head = "| reward | base | tuned | paired gain | interval | win rate |\n|---|--:|--:|--:|:-:|--:|"
     rows = [
-        f"| {_cell(r.reward)}{' (held out)' if r.is_gold else ''} | {compact(r.overall.base.mean)} | "
+        f"| {to_markdown(r.reward)}{' (held out)' if r.is_gold else ''} | {compact(r.overall.base.mean)} | "
         f"{compact(r.overall.tuned.mean)} | {compact(r.overall.gain.mean, signed=True)} | "
         f"{bounds(r.overall.gain, signed=True)} | {compact(r.overall.win_rate.mean)} |"
         for r in evaluation.results
     ]
     note = (
         f"{evaluation.prompts} held-out prompts \N{MULTIPLICATION SIGN} {evaluation.seeds_per_prompt} seeds, the same "
-        f"for both sides. Sampler for every number: {sampling_text(evaluation.sampling)}. "
+        f"for both sides. Sampler for every number: {to_markdown(sampling_text(evaluation.sampling))}. "
         f"{evaluation.confidence:.0%} bootstrap intervals over prompts."
     )
-    return "\n".join(["## Scores", "", verdict(evaluation), "", head, *rows, "", note])
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break out of a Markdown table cell or become HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return "\n".join(["## Scores", "", to_markdown(verdict(evaluation)), "", head, *rows, "", note])
 
 
 def _examples(card: CardInputs, evaluation: Evaluation | None) -> dict[str, list[Shown]]:
@@ -161,7 +157,7 @@ def _suffix(pair: Shown) -> str:
 
 def _pictures(shown: Mapping[str, list[Shown]]) -> str:
     rows = [
-        f"| {group} | {_cell(pair.prompt.text)} | "
+        f"| {group} | {to_markdown(pair.prompt.text)} | "
         f"![base](examples/{group}-{number}-base.{_suffix(pair)}) | "
         f"![tuned](examples/{group}-{number}-tuned.{_suffix(pair)}) |"
         for group, pairs in shown.items()
@@ -182,7 +178,7 @@ def _validation(card: CardInputs) -> str:
         " | ".join(["", str(step), *(compact(metrics[n]) if n in metrics else "" for n in names), ""]).strip()
         for step, metrics in sorted(card.validation.items())
     ]
-    head = ["| step | " + " | ".join(map(_cell, names)) + " |", "|--:|" + "--:|" * len(names)]
+    head = ["| step | " + " | ".join(map(to_markdown, names)) + " |", "|--:|" + "--:|" * len(names)]
     note = "Means on held-out prompts and seeds, the same at every step."
     picture = [f"![images of the last step](examples/{_GRID})"] if card.grid else []
     return "\n\n".join(["## During training", note, "\n".join([*head, *rows]), *picture])
@@ -191,7 +187,8 @@ def _validation(card: CardInputs) -> str:
 def _block(title: str, value: Mapping[str, Any], otherwise: str) -> str:
     if not value:
         return f"## {title}\n\n{otherwise}"
-    return f"## {title}\n\n```yaml\n{yaml.safe_dump(_simple(value), sort_keys=False, allow_unicode=True).strip()}\n```"
+    text = yaml.safe_dump(_simple(value), sort_keys=False, allow_unicode=True).strip()
+    return f"## {title}\n\n{to_fence(text, 'yaml')}"
 
 
 def _simple(value: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
@@ -228,8 +227,9 @@ def phi_targets(rows: datasets.Dataset, count: int) -> dict[str, Tensor]:
         return {"phi": torch.zeros(len(rows), count)}
     phi = rows["phi"][:]
     for row, values in enumerate(phi):
-        if len(values) != count or not all(math.isfinite(value) for value in values):
-            raise DataError(f"row {row}: phi is {values}; it must be {count} finite numbers, one a candidate")
+        if len(values) != count or not all(0 <= value <= 1 for value in values):
+            wanted = f"{count} finite numbers within 0 and 1, one a candidate"
+            raise DataError(f"row {row}: phi is {values}; it must be {wanted}")
     return {"phi": torch.tensor(phi, dtype=torch.float32)}
 
 

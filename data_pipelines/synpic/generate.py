@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError
-from alignkit.media import encode_medium, quantise
+from alignkit.locks import locked
+from alignkit.media import checked_pixels, encode_medium, quantise
 from alignkit.protocols import ImageSource, Reward, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
@@ -28,7 +30,6 @@ from alignkit.storage import (
     STAGE_FILES,
     Part,
     StageResult,
-    claim,
     finish_run,
     finished_part,
     part_name,
@@ -117,8 +118,9 @@ def generate_candidates(
 
     Raises UnknownNameError for a source without a builder, DataError without prompts, ResumeError, StorageError.
     """
-    opened = _Candidates.open(Path(out_dir), config, prompts, build_sources, identities)
-    return opened.generate(build_sources, on_part)
+    with locked(Path(out_dir)):
+        opened = _Candidates.open(Path(out_dir), config, prompts, build_sources, identities)
+        return opened.generate(build_sources, on_part)
 
 
 def generate_and_score(
@@ -138,31 +140,32 @@ def generate_and_score(
     The identities are what those two take.
     """
     candidates_dir, scores_dir = map(Path, out_dirs)
-    opened = _Candidates.open(candidates_dir, generate, prompts, build_sources, source_identities)
-    rows = len(opened.prompts)
-    scorer = Scorer.open(scores_dir, score, candidates_dir, build_rewards, rows=rows, identities=reward_identities)
-    if not (scores_dir / "manifest.json").exists():
-        # Here, for loading a model in one thread disturbs generating in another (the default dtype).
-        rewards = scorer.rewards()
-        if any(source.sampling.num_frames > 1 for source in generate.sources):
-            require_modality(rewards, "video")
-    pending: list[Future[None]] = []
+    with locked(candidates_dir), locked(scores_dir):
+        opened = _Candidates.open(candidates_dir, generate, prompts, build_sources, source_identities)
+        rows = len(opened.prompts)
+        scorer = Scorer.open(scores_dir, score, candidates_dir, build_rewards, rows=rows, identities=reward_identities)
+        if not (scores_dir / "manifest.json").exists():
+            # Here, for loading a model in one thread disturbs generating in another (the default dtype).
+            rewards = scorer.rewards()
+            if any(source.sampling.num_frames > 1 for source in generate.sources):
+                require_modality(rewards, "video")
+        pending: list[Future[None]] = []
 
-    def score_later(part: Part) -> None:
-        for future in pending:
-            if future.done():
-                future.result()  # a reward that failed stops the generation too
-        pending.append(pool.submit(scorer.score, part))
+        def score_later(part: Part) -> None:
+            for future in pending:
+                if future.done():
+                    future.result()  # a reward that failed stops the generation too
+            pending.append(pool.submit(scorer.score, part))
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="score")
-    try:
-        generated = opened.generate(build_sources, score_later)
-        for future in pending:
-            future.result()
-        return generated, scorer.finish()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        scorer.bar.close()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="score")
+        try:
+            generated = opened.generate(build_sources, score_later)
+            for future in pending:
+                future.result()
+            return generated, scorer.finish()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            scorer.bar.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,10 +286,7 @@ class _Producer:
         """uint8 [B, H, W, 3], or [B, F, H, W, 3] of videos."""
         seeds = [derive_seed(self.config.seed, prompt.id, k) for prompt, k in batch]
         pixels = self.sources[source.name].generate([prompt.text for prompt, _ in batch], seeds, source.sampling)
-        if pixels.dim() not in _NAMES or len(pixels) != len(batch) or pixels.shape[-3] != 3:
-            expected = f"[{len(batch)}, 3, H, W], or [{len(batch)}, F, 3, H, W] of videos"
-            raise DataError(f"generator '{source.name}' returned pixels {list(pixels.shape)}, expected {expected}")
-        return quantise(pixels)
+        return quantise(checked_pixels(pixels, len(batch), f"generator '{source.name}'"))
 
     def write(self, name: str, rows: Sequence[Prompt], cells: list[list[Future[bytes]]]) -> Part:
         """Wait for the encoded media and make them a finished part."""

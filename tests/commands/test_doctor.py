@@ -69,6 +69,8 @@ def test_a_dry_run_asks_no_network_either(capsys):
 
 
 def test_a_model_folder_that_lacks_files(tmp_path, capsys):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "X", "unet": ["a", "b"]}', encoding="utf-8")
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}', encoding="utf-8"
+    )
     assert cli.main(["doctor", f"--model={tmp_path}"]) == 2
     assert "incomplete, missing: unet/" in capsys.readouterr().err

@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 import psutil
 
+from alignkit.claims import versions
 from alignkit.commands.doctor import memory
 from alignkit.commands.doctor.model_shapes import Model, read_model
-from alignkit.commands.methods import DEFAULT_METHOD, trainer_class
+from alignkit.commands.methods import DEFAULT_METHOD, config_class, trainer_class
 from alignkit.commands.specs import JudgeSpec, RewardSpec, require_known
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
+from alignkit.generators.table import GENERATORS
 from alignkit.shipped import model_path, shipped_file
-from alignkit.storage import versions
 from alignkit.trainers import METHODS
 
 OPTIONAL = {
@@ -148,7 +149,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
 
 
 def planned_model(folder: Path) -> Model:
-    """The model of a local or shipped folder. Raises MissingFileError naming missing component files."""
+    """The model of a local or shipped folder. Raises what `load_generator` raises for it, but not for NaN weights."""
     folder = shipped_file(Path(model_path(str(folder))))
     if not folder.is_dir():
         advice = f"a hub id is downloaded first: hf download {folder} --local-dir FOLDER"
@@ -162,6 +163,8 @@ def model_lines(job: DoctorJob, folder: Path) -> list[str]:
     setup = setup_of(job, model)
     blocks = [_size_lines(folder.name, model), _lora_lines(model, setup), _operation_lines(model, setup)]
     blocks += [_memory_lines(job.method, model, setup), _card_lines(model, setup)]
+    notes = config_class(job.method).model_defaults(str(folder))
+    blocks += [["defaults that depend on the model", *(f"  {note}" for note in notes.values())]] if notes else []
     return [line for block in blocks for line in [*block, ""]][:-1]
 
 
@@ -175,7 +178,17 @@ def _size_lines(name: str, model: Model) -> list[str]:
     sizes = {part: model.stored(part) for part in model.shapes} | {model.denoiser: model.denoiser_parameters()}
     notes = {model.denoiser: note}
     lines = [_row(part, f"{count / 1e6:9.1f}M{notes.get(part, '')}") for part, count in sizes.items()]
-    return [f"parameters of {name}, a {model.pipeline}", *lines]
+    return [f"parameters of {name}, a {model.pipeline}", *lines, *_family_lines(model.pipeline)]
+
+
+def _family_lines(pipeline: str) -> list[str]:
+    """What training needs beside the folder, where no family of the table loads it."""
+    if pipeline in GENERATORS:
+        return []
+    return [
+        f"no family of this version loads a {pipeline}: training needs one of your own, `family: package.module:Class`",
+        "(docs/add_a_generator.md)",
+    ]
 
 
 def _lora_lines(model: Model, setup: memory.Setup) -> list[str]:
