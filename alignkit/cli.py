@@ -21,12 +21,14 @@ from alignkit.trainers import METHODS
 
 _TRAIN = "alignkit.commands.train:main"  # called with the method's name as the first word
 COMMANDS = {
+    "init": ("alignkit.commands.init:main", "Copy a recipe into the current folder, to be changed."),
     "run": ("alignkit.commands.run:main", "The whole job: prompts to report, in one resumable folder."),
     "generate": ("alignkit.commands.generate:main", "Generate candidates for prompts with several generators."),
     "score": ("alignkit.commands.score:main", "Score candidates with several rewards; raw scores are kept."),
     "rank": ("alignkit.commands.rank:main", "Turn scores into a ranked dataset."),
     **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
     "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),
+    "export": ("alignkit.commands.export:main", "Write ranked data as pairs for TRL or Pick-a-Pic programs."),
     "report": ("alignkit.commands.report:main", "Write one self-contained report.html."),
     "doctor": ("alignkit.commands.doctor.main:main", "Show versions, devices, optional parts and memory estimates."),
     "sandbox train": ("alignkit.commands.sandbox:main", "Repeat the training of one model of the embedded sandbox."),
@@ -45,8 +47,9 @@ usage: alignkit VERB [--config FILE.yaml] [--key value ...] [--dry-run]
 
 {verbs}
 
-  --help        after a verb: every key with its type, default and meaning
-  --dry-run     print the resolved config and what would be done; loads no model
+  --help        after a verb: its keys with type, default and meaning
+  --help-all    after `run` and `train`: the keys of transformers.TrainingArguments as well
+  --dry-run     print the resolved config, which --config reads again, and what would be done; loads no model
   --traceback   show where an error came from
   --version     print the version
 """

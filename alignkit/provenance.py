@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from alignkit.claims import CONTENT, claim
-from alignkit.config import init_fields, is_trainer_config
+from alignkit.config import init_fields, is_trainer_config, own_keys
 from alignkit.errors import DataError
+from alignkit.shipped import model_path
 from alignkit.storage import write_text
 
 
@@ -36,21 +37,23 @@ def plain(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def without_defaults(config: Any) -> Any:
+def without_defaults(config: Any, *, keep_own: bool = False) -> Any:
     """`plain(config)`, less those keys of trainer configs (there are over a hundred) that stand at their defaults.
 
-    Defaults are those of a config made from its required keys alone, as its `__post_init__` leaves them.
+    `keep_own`: with the keys that alignkit adds to those of transformers. Defaults are those of a config made from its
+    required keys alone, as its `__post_init__` leaves them.
     """
     values, shown = vars_of(config), plain(config)
     if not is_trainer_config(type(config)):
         sections = {name: value for name, value in values.items() if is_dataclass(value) and name in shown}
-        return shown | {name: without_defaults(value) for name, value in sections.items()}
+        return shown | {name: without_defaults(value, keep_own=keep_own) for name, value in sections.items()}
     fields = init_fields(config).values()
     required = {field.name for field in fields if field.default is MISSING and field.default_factory is MISSING}
     # With a device of its own: to find one, TrainingArguments resets accelerate's state, which a training is using.
     schema = type(type(config).__name__, (type(config),), {"_setup_devices": "cpu"})
     defaults = vars_of(schema(**{name: values[name] for name in required}))
-    return {name: value for name, value in shown.items() if values[name] != defaults[name]}
+    kept = own_keys(type(config)) if keep_own else []
+    return {name: value for name, value in shown.items() if name in kept or values[name] != defaults[name]}
 
 
 def vars_of(config: Any) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def _comparable(value: Any, *, is_path: bool) -> Any:
 
 
 def content(value: Any) -> Any:
-    """Nested values in which each text that names a file or folder here is "content" and its fingerprint.
+    """Nested values in which each text that names files here, or sandbox weights, is "content" and a fingerprint.
 
     So a moved file, or another way to write its path, is no difference. A text that names none stays, as a hub id does.
     """
@@ -135,8 +138,9 @@ def content(value: Any) -> Any:
         return {name: content(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [content(item) for item in value]
-    if isinstance(value, str | Path) and str(value) and os.path.exists(value):  # noqa: PTH110 - Path fails for long texts
-        return f"{CONTENT} {fingerprint(Path(value))}"
+    path = model_path(str(value)) if isinstance(value, str | Path) else ""
+    if path and os.path.exists(path):  # noqa: PTH110 - Path fails for long texts
+        return f"{CONTENT} {fingerprint(Path(path))}"
     return str(value) if isinstance(value, Path) else value
 
 

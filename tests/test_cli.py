@@ -21,7 +21,7 @@ GENERATE = """\
 out: {out}
 prompts: {{file: prompts.txt}}
 generators: {{a: {{model: ./models/a}}}}
-generate: {{sources: [{{name: a, seeds: 2}}]}}
+generate: {{sources: [{{name: a, seeds_per_prompt: 2}}]}}
 """
 
 

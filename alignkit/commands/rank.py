@@ -36,7 +36,7 @@ def _work(job: RankJob) -> None:
     result = rank_candidates(job.candidates, job.scores, job.rank, job.out)
     write_config(job.out, job)
     print(f"{result.rows} ranked rows in {result.folder}: {counts_line(result.counts)}")
-    print(f"next: alignkit train {DEFAULT_METHOD} --data {job.out} --model MODEL --output_dir OUT")
+    print(f"next: alignkit train {DEFAULT_METHOD} --data {job.out} --model MODEL --out OUT")
 
 
 def main(argv: Sequence[str]) -> None:

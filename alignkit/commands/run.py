@@ -20,11 +20,11 @@ from typing import Any
 
 from alignkit.claims import holds_results
 from alignkit.commands.data import PolicyJob, data_sections
-from alignkit.commands.methods import DEFAULT_METHOD, unchecked_methods, with_trainer
+from alignkit.commands.methods import DEFAULT_METHOD, more_help, unchecked_methods, with_trainer
 from alignkit.commands.report import ReportJob, gather
 from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, tuned_spec
 from alignkit.commands.stages import RESUMABLE, TRAIN_FURTHER, compare, default_notes, fit, judge_evaluation
-from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
+from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError, require_at_least
 from alignkit.evaluation.card import CardInputs, write_card
@@ -38,7 +38,7 @@ from alignkit.provenance import claim_config, plain, write_config
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """The report's title, and how many pictures a group its gallery shows."""
+    """The report's title, and how many images or videos each group of its gallery shows."""
 
     title: str = "alignkit report"
     gallery: int = 6
@@ -82,17 +82,19 @@ class RunJob(PolicyJob):
             )
 
 
-def _schema(tree: Tree, problems: list[str], *, dry_run: bool) -> Any:
+def _schema(tree: Tree, problems: list[str], *, dry_run: bool, for_help: bool) -> Any:
     method = coerce(tree.get("method", Located(DEFAULT_METHOD, "default")), str, "method", problems)
     sections = data_sections(str(method), tree, problems, dry_run=dry_run)
+    if "output_dir" in tree and "out" not in tree:
+        tree["out"] = tree.pop("output_dir")
     train = tree.setdefault("train", Located({}, "default"))
     if isinstance(train.value, dict):
-        if "output_dir" in train.value:
-            where = train.value.pop("output_dir").where
-            problems.append(f"{where}: a run trains in OUT/train; remove train.output_dir")
+        for name in {"out", "output_dir"} & set(train.value):
+            where = train.value.pop(name).where
+            problems.append(f"{where}: a run trains in OUT/train; remove train.{name}")
         out = tree["out"].value if "out" in tree else ""
         train.value["output_dir"] = Located(f"{out}/train", "default")
-    return with_trainer(str(method), RunJob, sections, dry_run=dry_run)
+    return with_trainer(str(method), RunJob, sections, dry_run=dry_run, for_help=for_help)
 
 
 def _plan(job: Any) -> list[str]:
@@ -101,7 +103,7 @@ def _plan(job: Any) -> list[str]:
     steps = "" if unchecked else f", {job.train.length}"
     notes = [] if unchecked else default_notes(job.train, job.aligned.model)
     return [
-        *absences(job.generators),
+        *absences(job.generators, rewards=job.rewards, prompts=job.prompts),
         *job.data_plan(),
         *unchecked,
         f"train: {job.method} on {job.policy} ({job.aligned.model}){steps}",
@@ -191,5 +193,5 @@ def main(argv: Sequence[str]) -> None:
         "The whole job from one file: training data (made with Syn-Pic, or an existing dataset: --data.path FOLDER), "
         "training, evaluation, report."
     )
-    schema = functools.partial(_schema, dry_run=is_dry_run(argv))
-    execute(Verb("run", summary, schema, _plan, _work, lambda job: job.out), argv)
+    schema = functools.partial(_schema, dry_run=is_dry_run(argv), for_help=wants_outline(argv))
+    execute(Verb("run", summary, schema, _plan, _work, lambda job: job.out, more=more_help("run")), argv)

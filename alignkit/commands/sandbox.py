@@ -36,9 +36,9 @@ NEEDS = {
 class SandboxJob:
     """Train one model of the sandbox.
 
-    name: vae; clip, the CLIP proxy; reader, where picture and words meet; careful and showy, the
+    name: vae; clip, the CLIP proxy; reader, which matches images and words; careful and showy, the
         preference heads; unet_first to unet_clean, four stages of a generator, and unet, which is made from
-        it; flow, another one; vlm, which answers questions about pictures and clips.
+        it; flow, another one; vlm, which answers questions about images and videos.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.commands.specs import RewardBuilders, RewardSpec, identities, require_names
+from alignkit.commands.specs import RewardBuilders, RewardSpec, absences, identities, require_names
 from alignkit.commands.verb import Verb, counts_line, execute
 from alignkit.provenance import write_config
 from data_pipelines.synpic import ScoreConfig, score_candidates
@@ -32,7 +32,8 @@ class ScoreJob:
 
 
 def _plan(job: ScoreJob) -> list[str]:
-    return [f"score the candidates in {job.candidates} with {', '.join(job.score.rewards)} into {job.out}"]
+    missing = absences({}, rewards={name: job.rewards[name] for name in job.score.rewards})
+    return [*missing, f"score the candidates in {job.candidates} with {', '.join(job.score.rewards)} into {job.out}"]
 
 
 def _work(job: ScoreJob) -> None:

@@ -1,12 +1,11 @@
-"""The model card beside an adapter: README.md with front matter, settings, scores and example pictures.
+"""The model card beside an adapter: README.md with front matter, settings, scores and example images.
 
-Deliberately not here: uploading (transformers' `push_to_hub` takes the folder) and paths of the machine it ran on.
+Deliberately not here: uploading (transformers' `push_to_hub` takes the folder) and paths that the user did not give.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,14 +19,13 @@ from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.report import bounds, sampling_text, verdict
 from alignkit.evaluation.results import Evaluation, read_evaluation, read_pairs
 from alignkit.evaluation.svg import compact
+from alignkit.shipped import SANDBOX
 from alignkit.storage import write_atomic
 
 _USE_ADAPTER = """## Use
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({base})
+{code}
 pipe.load_lora_weights("path/to/this/folder"{loading})
 ```
 
@@ -40,16 +38,21 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
 ```"""
+_LOAD = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({name})"""
+_LOAD_SANDBOX = """from alignkit import load_generator
+
+pipe = load_generator({name}).pipeline"""
 _GRID = "validation.png"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class CardInputs:
-    """What a card tells. `base_model` is a hub id or a folder (only its name is printed); the rest may be missing.
+    """What a card reports. `base_model`: a hub id, path or `sandbox:NAME`, as the user named it. Others may be missing.
 
-    `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last pictures.
-    `component` is the trained part of the pipeline, `loading` what `load_lora_weights` is told beside the folder,
+    `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last images.
+    `component` is the trained part of the pipeline, `loading` what `load_lora_weights` takes beside the folder,
     `modality` "image" or "video", where there is no evaluation that shows which.
     """
 
@@ -88,15 +91,15 @@ def write_card(card: CardInputs, folder: Path) -> Path:
 
 def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[str, list[Shown]]) -> str:
     """The card as Markdown with YAML front matter."""
-    base = Path(card.base_model).name if Path(card.base_model).is_dir() else card.base_model
+    base = card.base_model
     what = f"A LoRA adapter for {to_code(base)}" if card.is_adapter else f"All weights of {to_code(base)}"
-    told = "".join(f", {name}={value!r}" for name, value in card.loading.items())
+    loading = "".join(f", {name}={value!r}" for name, value in card.loading.items())
+    use = _USE_ADAPTER if card.is_adapter else _USE_MODEL
+    code = (_LOAD_SANDBOX if base.startswith(SANDBOX) else _LOAD).format(name=json.dumps(to_terminal(base)))
     parts = [
-        _front_matter(card, base),
+        _front_matter(card),
         f"# {to_markdown(card.title)}\n\n{what}, trained with {to_markdown(card.method)} by alignkit.",
-        (_USE_ADAPTER if card.is_adapter else _USE_MODEL).format(
-            base=json.dumps(to_terminal(base)), loading=told, component=card.component
-        ),
+        use.format(code=code, loading=loading, component=card.component),
         _scores(evaluation),
         _pictures(shown),
         _validation(card),
@@ -106,12 +109,11 @@ def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[
     return "\n\n".join(part for part in parts if part)
 
 
-def _front_matter(card: CardInputs, base: str) -> str:
+def _front_matter(card: CardInputs) -> str:
     task = f"text-to-{card.modality}"
     fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     fields["tags"] = ["alignkit", card.method.lower(), *(["lora"] if card.is_adapter else []), task]
-    if _HUB_ID.fullmatch(base):
-        fields["base_model"] = base
+    fields["base_model"] = card.base_model
     if card.licence:
         fields["license"] = card.licence
     return f"---\n{yaml.safe_dump(fields, sort_keys=False).strip()}\n---"
@@ -178,7 +180,7 @@ def _validation(card: CardInputs) -> str:
     ]
     head = ["| step | " + " | ".join(map(to_markdown, names)) + " |", "|--:|" + "--:|" * len(names)]
     note = "Means on held-out prompts and seeds, the same at every step."
-    picture = [f"![pictures of the last step](examples/{_GRID})"] if card.grid else []
+    picture = [f"![images of the last step](examples/{_GRID})"] if card.grid else []
     return "\n\n".join(["## During training", note, "\n".join([*head, *rows]), *picture])
 
 

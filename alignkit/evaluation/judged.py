@@ -135,7 +135,7 @@ def _compare(judge: Judge, name: str, pairs: Pairs, rows: Sequence[int]) -> list
 
 def _summary(name: str, verdicts: Sequence[int], pairs: Pairs, config: EvaluateConfig) -> Judged:
     verdicts_PS = np.array(verdicts, np.float64).reshape(-1, pairs.seeds_per_prompt)
-    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, derive_seed("bootstrap", config.run_seed))
+    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, derive_seed("bootstrap", config.seed))
     rate = compare(np.zeros_like(verdicts_PS), verdicts_PS, bootstrap).win_rate
     counts = {verdict: verdicts.count(verdict) for verdict in (1, -1, 0)}
     low, high = (float(bound) if np.isfinite(bound) else None for bound in (rate.low, rate.high))

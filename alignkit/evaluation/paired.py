@@ -42,10 +42,10 @@ MOST_NOT_FINITE = 0.05  # share of a side's images or videos that a reward may f
 
 @dataclass(frozen=True, slots=True)
 class EvaluateConfig:
-    """How an evaluation is generated. Seed k of a prompt is `derive_seed(run_seed, prompt.id, k)`, for both sides."""
+    """How an evaluation is generated. Seed k of a prompt is `derive_seed(seed, prompt.id, k)`, for both sides."""
 
     seeds_per_prompt: int = 4
-    run_seed: int = 0
+    seed: int = 0
     batch_size: int = 8
     sampling: Sampling = field(default_factory=Sampling)
     bootstrap_samples: int = 2000
@@ -96,7 +96,7 @@ def evaluate(
         base_side = {"inputs": {name: known[name] for name in known if name != "tuned"}, "evaluation": settings}
         cached = _cache_folder(base_cache, base_side)
         items = [
-            _Item(prompt, derive_seed(config.run_seed, prompt.id, index))
+            _Item(prompt, derive_seed(config.seed, prompt.id, index))
             for prompt in prompts
             for index in range(config.seeds_per_prompt)
         ]
@@ -134,7 +134,7 @@ def _settings(prompts: Sequence[Prompt], config: EvaluateConfig, rewards: Mappin
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(listed.encode()).hexdigest(),
         "seeds_per_prompt": config.seeds_per_prompt,
-        "run_seed": config.run_seed,
+        "run_seed": config.seed,
         "batch_size": config.batch_size,
         "sampling": config.sampling.to_json(),
         "rewards": {name: f"{reward.name} ({reward.source})" for name, reward in rewards.items()},
@@ -236,7 +236,7 @@ def _count_failures(table: pa.Table, failures: dict[str, int], most: float) -> N
 
 
 def _summarise(pairs: Pairs, names: tuple[str, str], config: EvaluateConfig, gold: str | None) -> Evaluation:
-    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, derive_seed("bootstrap", config.run_seed))
+    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, derive_seed("bootstrap", config.seed))
     ordered = sorted(pairs.base, key=lambda reward: reward != gold)
     results = tuple(
         RewardResult(
@@ -249,9 +249,7 @@ def _summarise(pairs: Pairs, names: tuple[str, str], config: EvaluateConfig, gol
         for reward in ordered
     )
     count = len(pairs.prompts) // pairs.seeds_per_prompt
-    return Evaluation(
-        *names, config.sampling, count, config.seeds_per_prompt, config.run_seed, config.confidence, results
-    )
+    return Evaluation(*names, config.sampling, count, config.seeds_per_prompt, config.seed, config.confidence, results)
 
 
 def _categories(pairs: Pairs, reward: str) -> list[str]:

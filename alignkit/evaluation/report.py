@@ -92,11 +92,11 @@ def bounds(interval: Interval, *, signed: bool = False) -> str:
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """One sentence that says what the numbers allow to say, and no more."""
+    """One sentence: the lead reward before and after with its interval, or that the interval contains zero."""
     lead = evaluation.result(lead_reward(evaluation))
     gain = lead.overall.gain
     if not gain.excludes(0):
-        return f"No gain on {lead.reward} can be told from chance: the interval {bounds(gain, signed=True)} holds zero."
+        return f"No significant gain on {lead.reward}: the interval {bounds(gain, signed=True)} contains zero."
     moved = "rose" if gain.mean > 0 else "fell"
     ends = f"from {compact(lead.overall.base.mean)} to {compact(lead.overall.tuned.mean)}"
     return f"{lead.reward} {moved} {ends}; the {evaluation.confidence:.0%} interval is {bounds(gain, signed=True)}."

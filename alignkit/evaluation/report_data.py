@@ -31,7 +31,7 @@ def _bias(value: Any) -> str:
 
 
 def _agreement(value: Any) -> str:
-    note = "How often two rewards order a pair of pictures alike; 0.5 is chance."
+    note = "How often two rewards order a pair of candidates alike; 0.5 is chance."
     if isinstance(value, Mapping) and value and all(isinstance(row, Mapping) for row in value.values()):
         return page.panel(
             "Agreement between rewards", note, _matrix(value, "A reward that ties agrees with itself by less than 1.")

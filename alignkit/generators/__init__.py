@@ -15,6 +15,7 @@ from alignkit.errors import ConfigError, MissingFileError, UnknownNameError
 from alignkit.generators.folders import component_names, read_index, read_model_index
 from alignkit.generators.table import GENERATORS
 from alignkit.resolve import resolve
+from alignkit.shipped import model_path
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ def load_generator(
     family: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PipelineGenerator:
-    """Load a diffusers folder or hub id, with an optional LoRA (folder or file), as a generator.
+    """Load a diffusers folder, hub id or `sandbox:NAME`, with an optional LoRA (folder or file), as a generator.
 
     `dtype` defaults to float32, `device` to cuda if there is one, else cpu; `quantize` (`int8`, `nf4`) quantises the
     network's frozen weights; `options` are the family's own keywords (Wan's `expert`). `family` names a family of your
@@ -51,21 +52,22 @@ def load_generator(
     """
     import torch
 
-    written = read_index(str(model))
+    named = model_path(str(model))
+    written = read_index(named)
     chosen = _family(written["_class_name"], str(model), options or {}, family)
-    folder = _local(str(model), chosen)
+    folder = _local(named, chosen)
     index = read_model_index(folder, optional=chosen.optional_parts, unused=chosen.unused_parts)
     _report_left_out(str(model), written, index, chosen)
     pipeline = _load_pipeline(folder, index, chosen, dtype or torch.float32, quantize)
-    pipeline.register_to_config(_name_or_path=str(model))
+    pipeline.register_to_config(_name_or_path=str(model))  # what cards and adapters name as their base
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in ("unet", "vae"):  # convolutions are faster so, on tensor cores and CPUs alike
         module = None if quantize and part == chosen.component else pipeline.components.get(part)
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
-    generator = chosen(pipeline, name or Path(model).name, **dict(options or {}))
+    generator = chosen(pipeline, name or Path(folder).name, **dict(options or {}))
     if adapter is not None:
-        generator.load_adapter(Path(adapter))
+        generator.load_adapter(Path(model_path(str(adapter))))
     return generator
 
 

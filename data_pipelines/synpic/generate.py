@@ -58,13 +58,13 @@ class SourceConfig:
     """One generator: its name among the builders, candidates for each prompt, and how they are sampled."""
 
     name: str
-    seeds: int = 1
+    seeds_per_prompt: int = 1
     sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
-    """Which candidates to generate. K, the candidates of a prompt, is the sum of the sources' `seeds`.
+    """Which candidates to generate. K, the candidates of a prompt, is the sum of the sources' `seeds_per_prompt`.
 
     `part_size` prompts make one file; `batch_size` candidates go into one call of a generator, never across parts.
     The paper takes one image from each of four generators.
@@ -78,20 +78,24 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
-            raise ConfigError(f"sources: {names} names one twice; raise its `seeds` instead")
+            raise ConfigError(f"sources: {names} names one twice; raise its `seeds_per_prompt` instead")
         for key, value in (("part_size", self.part_size), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ConfigError(f"{key} must be at least 1, got {value}")
-        if any(source.seeds < 1 for source in self.sources):
-            raise ConfigError("every source needs `seeds` of at least 1; leave out a source that makes no candidate")
+        if any(source.seeds_per_prompt < 1 for source in self.sources):
+            raise ConfigError(
+                "every source needs `seeds_per_prompt` of at least 1; leave out a source that makes no candidate"
+            )
         if self.candidates < 2:
             has = f"{names[0]} x {self.candidates}" if names else "no source"
-            raise ConfigError(f"one candidate a prompt cannot be ranked ({has}); set `seeds: 2` or add a second source")
+            raise ConfigError(
+                f"one candidate a prompt cannot be ranked ({has}); set `seeds_per_prompt: 2` or add a second source"
+            )
 
     @property
     def candidates(self) -> int:
         """K, the number of candidates a prompt."""
-        return sum(source.seeds for source in self.sources)
+        return sum(source.seeds_per_prompt for source in self.sources)
 
 
 def generate_candidates(
@@ -263,7 +267,7 @@ class _Producer:
         cells: list[list[Future[bytes]]] = [[] for _ in rows]
         first = 0
         for source in self.config.sources:
-            jobs = [(row, k) for row in range(len(rows)) for k in range(first, first + source.seeds)]
+            jobs = [(row, k) for row in range(len(rows)) for k in range(first, first + source.seeds_per_prompt)]
             for start in range(0, len(jobs), self.config.batch_size):
                 batch = jobs[start : start + self.config.batch_size]
                 media = self._media(source, [(rows[row], k) for row, k in batch])
@@ -275,7 +279,7 @@ class _Producer:
                 for (row, _), medium in zip(batch, media, strict=True):
                     cells[row].append(encoders.submit(encode_medium, medium, source.sampling.fps))
                 bar.update(len(batch))
-            first += source.seeds
+            first += source.seeds_per_prompt
         return cells
 
     def _media(self, source: SourceConfig, batch: Sequence[tuple[Prompt, int]]) -> np.ndarray:
@@ -297,7 +301,7 @@ class _Producer:
         text, texts, whole = Value("string"), List(Value("string")), List(Value("int64"))
         named = {"prompt_id": text, "prompt": text, "metadata": text, column: List(media_feature(column))}
         schema = Features({**named, "generators": texts, "seeds": whole, "sampling": text}).arrow_schema
-        generators = [source.name for source in self.config.sources for _ in range(source.seeds)]
+        generators = [source.name for source in self.config.sources for _ in range(source.seeds_per_prompt)]
         sampling = json.dumps({s.name: s.sampling.plain() for s in self.config.sources}, sort_keys=True)
         columns = {
             "prompt_id": [prompt.id for prompt in rows],

@@ -53,7 +53,7 @@ def work(tmp_path, monkeypatch):
         "out": "candidates",
         "prompts": {"file": "prompts.txt"},
         "generators": {"painter": {"model": "mine_for_commands:Painter"}},
-        "generate": {"sources": [{"name": "painter", "seeds": 3, "sampling": {"height": 8, "width": 8}}]},
+        "generate": {"sources": [{"name": "painter", "seeds_per_prompt": 3, "sampling": {"height": 8, "width": 8}}]},
     }
     rewards = {"red": {"reward": "mine_for_commands:Red"}}
     score = {"candidates": "candidates", "out": "scores", "rewards": rewards, "score": {"rewards": ["red"]}}

@@ -32,7 +32,10 @@ def test_another_model_under_the_same_name_is_refused(work, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "--config", "generate.yaml", "--generate.sources=[{name: panter, seeds: 2}]"], "'painter'?"),
+        (
+            ["generate", "--config", "generate.yaml", "--generate.sources=[{name: panter, seeds_per_prompt: 2}]"],
+            "'painter'?",
+        ),
         (["score", "--config", "score.yaml", "--rewards.red.reward", "clip_scor"], "Did you mean 'clip_score'?"),
         (["score", "--config", "score.yaml", "--score.rewards", "[rd]"], "no reward 'rd' under `rewards`"),
         (["generate", "--config", "generate.yaml", "--generate.sources=[{name: painter}]"], "cannot be ranked"),
@@ -52,7 +55,7 @@ def test_training_pushes_its_result_with_the_card(work, model_folders, uploads):
     for verb in ("generate", "score"):
         assert cli.main([verb, "--config", f"{verb}.yaml"]) == 0
     assert cli.main(["rank", "--candidates=candidates", "--scores=scores", "--out=ranked", "--rank.held_out=0"]) == 0
-    options = ["--max_steps=1", "--per_device_train_batch_size=2", "--push_to_hub=true", "--output_dir=mine"]
+    options = ["--max_steps=1", "--per_device_train_batch_size=2", "--push_to_hub=true", "--out=mine"]
     model = f"--model={model_folders['flow']}"
     assert cli.main(["train", "rankdpo", model, "--data=ranked", "--held_out=0", *options]) == 0
     assert uploads[-1]["repo_id"] == "someone/mine"
@@ -77,7 +80,7 @@ def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, c
     }
     (work / "clips.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     model = f"--model={model_folders['wan']}"
-    options = ["--max_steps=1", "--per_device_train_batch_size=1", "--held_out=0", "--output_dir=mine", "--bf16=true"]
+    options = ["--max_steps=1", "--per_device_train_batch_size=1", "--held_out=0", "--out=mine", "--bf16=true"]
     assert cli.main(["train", "sft", "--config=clips.yaml", model, "--data=clips", *options]) == 0
     (strip,) = (work / "mine" / "validation").glob("*.png")
     with Image.open(strip) as picture:

@@ -32,7 +32,9 @@ def run(work, model_folders):
             "rewards": {"red": {"reward": "mine_for_commands:Red"}, "dark": {"reward": "mine_for_commands:Dark"}},
             "policy": "policy",
             "gold": "dark",
-            "generate": {"sources": [{"name": n, "seeds": 1, "sampling": SAMPLING} for n in ("policy", "painter")]},
+            "generate": {
+                "sources": [{"name": n, "seeds_per_prompt": 1, "sampling": SAMPLING} for n in ("policy", "painter")]
+            },
             "score": {"rewards": ["red"]},
             "train": {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.1},
             "evaluate": {"seeds_per_prompt": 1, "sampling": SAMPLING},
@@ -97,7 +99,7 @@ def test_other_weights_under_the_same_name_are_seen(work, run, model_folders, ca
 def test_a_saved_training_config_can_be_given_again(work, run, capsys):
     assert cli.main(run()) == 0, capsys.readouterr().err
     options = ["--data=run/ranked", "--held_out=0", "--max_steps=1", "--per_device_train_batch_size=2"]
-    assert cli.main(["train", "rankdpo", "--model=model", "--output_dir=mine", "--save_merged=true", *options]) == 0
+    assert cli.main(["train", "rankdpo", "--model=model", "--out=mine", "--save_merged=true", *options]) == 0
     assert (work / "mine" / "merged" / "model_index.json").is_file()
     assert cli.main(["train", "rankdpo", "--config", "mine/config.yaml", "--dry-run"]) == 0, capsys.readouterr().err
 

@@ -182,17 +182,17 @@ def test_candidates_of_an_earlier_version_are_not_continued_but_ranked(world: An
 
 
 def test_one_candidate_is_refused_with_the_fix(world: Any) -> None:
-    with pytest.raises(ConfigError, match=r"dull x 1.*seeds: 2.*second source"):
+    with pytest.raises(ConfigError, match=r"dull x 1.*seeds_per_prompt: 2.*second source"):
         world.config(sources=[synpic.SourceConfig(name="dull")])
 
 
 def test_other_bad_configs_are_refused(world: Any) -> None:
-    source = synpic.SourceConfig(name="dull", seeds=2)
+    source = synpic.SourceConfig(name="dull", seeds_per_prompt=2)
     for changes, message in (
         ({"part_size": 0}, "part_size must be at least 1"),
         ({"sources": [source, source]}, "names one twice"),
         ({"sources": []}, "no source"),
-        ({"sources": [source, synpic.SourceConfig(name="x", seeds=0)]}, "seeds"),
+        ({"sources": [source, synpic.SourceConfig(name="x", seeds_per_prompt=0)]}, "seeds_per_prompt"),
     ):
         with pytest.raises(ConfigError, match=message):
             world.config(**changes)
@@ -203,7 +203,7 @@ def test_other_bad_configs_are_refused(world: Any) -> None:
 
 def test_unknown_names_get_the_nearest(world: Any, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"generator 'brigth'\. Did you mean 'bright'"):
-        world.generate(tmp_path / "c", sources=[synpic.SourceConfig(name="brigth", seeds=2)])
+        world.generate(tmp_path / "c", sources=[synpic.SourceConfig(name="brigth", seeds_per_prompt=2)])
     assert not (tmp_path / "c").exists()
     candidates = world.generate(tmp_path / "d")
     config = synpic.ScoreConfig(rewards=["gren"])

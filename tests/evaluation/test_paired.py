@@ -98,7 +98,7 @@ def test_the_base_side_is_drawn_once_for_many_adapters(world, tmp_path):
     assert len(base.drawn) == 48
 
 
-@pytest.mark.parametrize("change", [{"run_seed": 6}, {"seeds_per_prompt": 2}, {"sampling": Sampling(3, 1.0, 8, 8)}])
+@pytest.mark.parametrize("change", [{"seed": 6}, {"seeds_per_prompt": 2}, {"sampling": Sampling(3, 1.0, 8, 8)}])
 def test_a_cached_base_is_not_reused_for_other_settings(world, tmp_path, change):
     base, cache = world.source("base"), {"inputs": {"base": "weights-1"}, "base_cache": tmp_path / "cache"}
     for out, config in (("a", world.config), ("b", dataclasses.replace(world.config, **change))):
@@ -120,7 +120,7 @@ def test_the_folder_is_whole_without_the_cache(world, tmp_path):
 def test_another_evaluation_in_the_same_folder_is_refused_with_the_difference(world, tmp_path):
     world.run(tmp_path)
     before = _files(tmp_path)
-    config = dataclasses.replace(world.config, run_seed=6)
+    config = dataclasses.replace(world.config, seed=6)
     args = (world.source("base"), world.source("tuned"), world.prompts, config, tmp_path)
     with pytest.raises(ResumeError, match=r"evaluation\.run_seed: 5 -> 6"):
         evaluate(*args, rewards=world.rewards(), gold="gold")
