@@ -72,10 +72,13 @@ class ModuleTree:
         children = list(self.root.children())
         self._upper = [self.root, *children, *chain.from_iterable(child.children() for child in children)]
         self._configs = self._present_configs()
-        slots = [_slots(part, "_modules") for part in self._upper]
-        slots += [[slot for slot in _slots(part, "_modules") if isinstance(slot[2], LoraLayer)] for part in modules]
-        slots += [[slot for slot in _slots(part, "_parameters") if _is_trained(slot[2])] for part in modules]
-        self._slots = tuple(zip(*chain.from_iterable(slots), strict=True))
+        slots: list[tuple[Any, str, Any]] = []
+        for part in self._upper:
+            slots += _slots(part, "_modules")
+        for part in modules:
+            slots += [slot for slot in _slots(part, "_modules") if isinstance(slot[2], LoraLayer)]
+            slots += [slot for slot in _slots(part, "_parameters") if slot[2] is not None and slot[2].requires_grad]
+        self._slots = tuple(zip(*slots, strict=True))
 
     def _is_current(self) -> bool:
         holders, names, held = self._slots
@@ -90,10 +93,6 @@ class ModuleTree:
 
 def _slots(module: nn.Module, kind: str) -> list[tuple[dict[str, Any], str, Any]]:
     return [(vars(module)[kind], name, value) for name, value in vars(module)[kind].items()]
-
-
-def _is_trained(parameter: Any) -> bool:
-    return parameter is not None and parameter.requires_grad
 
 
 def _first_float(network: Any) -> nn.Parameter | None:

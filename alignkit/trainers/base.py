@@ -202,6 +202,7 @@ class AlignTrainer(ResumingTrainer):
 
     @override
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As in Trainer, without a walk over all modules: DDP and FSDP hold the parameters of the module itself."""
         if self._has_mixed_mesh_grads(model):
             return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_(self._tree.parameters(), self.args.max_grad_norm)

@@ -140,7 +140,10 @@ class Encoder:
                 latents, changed = self._given_latents(number, cells), 0
             else:
                 pixels, changed = self._row(number, cells)
-                latents = self._encoded(pixels)
+                is_alone = self.is_video or pixels[0, 0].numel() > PIXELS_A_CALL
+                # No call holds media of two rows, so a row's values depend on the row alone.
+                parts = pixels.split(1 if is_alone else IMAGES_A_CALL)
+                latents = torch.cat([self.generator.encode(part.to(self.generator.device)) for part in parts])
             made.append({**packed({LATENTS: (latents, dtype)}), CHANGED: changed})
         return made
 
@@ -148,10 +151,11 @@ class Encoder:
     def conditioning(self, numbers: list[int]) -> list[dict[str, Any]]:
         """The conditioning of these rows' prompts."""
         cond = self.generator.encode_prompts(self.rows[numbers][PROMPT].to_pylist())
-        return [
-            packed({COND + name: (tensor[row], tensor.dtype) for name, tensor in cond.tensors.items()})
-            for row in range(len(numbers))
-        ]
+        made = []
+        for row in range(len(numbers)):
+            tensors = {COND + name: (tensor[row], tensor.dtype) for name, tensor in cond.tensors.items()}
+            made.append(packed(tensors))
+        return made
 
     def _given_latents(self, row: int, cells: Any) -> Tensor:
         latents = torch.from_numpy(np.asarray(cells, np.float32))
@@ -164,13 +168,6 @@ class Encoder:
                 f"in row 0 and C = {channels}"
             )
         return latents
-
-    def _encoded(self, pixels: Tensor) -> Tensor:
-        """Latents [K, ...] of a row's pixels; a call holds media of one row, so values do not depend on others."""
-        *_, height, width = pixels.shape
-        is_alone = self.is_video or height * width > PIXELS_A_CALL
-        parts = pixels.split(1 if is_alone else IMAGES_A_CALL)
-        return torch.cat([self.generator.encode(part.to(self.generator.device)) for part in parts])
 
     def _row(self, row: int, cells: Any) -> tuple[Tensor, int]:
         """Pixels [K, 3, H, W] or [K, F, 3, H, W] of a row, and how many of its media had another size."""
@@ -202,18 +199,18 @@ class Encoder:
 
 def _count(rows: datasets.Dataset, column: str) -> int:
     """K. Raises DataError for none, and naming the first row with another number."""
-    counts = np.concatenate([_counts(table[column]) for table in rows.select_columns([column]).iter(batch_size=1000)])
+    parts = [np.ones(0, np.int64)]
+    for table in rows.select_columns([column]).iter(batch_size=1000):
+        cells = table[column]
+        is_list = pa.types.is_list(cells.type)
+        counted = pa_compute.fill_null(pa_compute.list_value_length(cells), 0).to_numpy() if is_list else None
+        parts.append(np.ones(len(cells), np.int64) if counted is None else counted)
+    counts = np.concatenate(parts)
     if not counts[0]:
         raise DataError("row 0: no image; remove the row")
     for row in (counts != counts[0]).nonzero()[0]:
         raise DataError(f"row {row}: {counts[row]} candidates, row 0 has {counts[0]}; give all rows the same number")
     return int(counts[0])
-
-
-def _counts(cells: Any) -> np.ndarray:
-    if not pa.types.is_list(cells.type):
-        return np.ones(len(cells), np.int64)
-    return pa_compute.fill_null(pa_compute.list_value_length(cells), 0).to_numpy()
 
 
 def phi_targets(rows: datasets.Dataset, count: int) -> dict[str, Tensor]:
@@ -264,9 +261,12 @@ def encode_rows(
         keys[0], encoder.latents, batch_size if generator.modality == "image" else 1
     )
     cond = Store(folders[1], ranks).rows(keys[1], encoder.conditioning, batch_size)
-    ids = draw_ids(rows["prompt_id"][:] if "prompt_id" in rows.column_names else _ids(texts))
+    if "prompt_id" in rows.column_names:
+        ids = rows["prompt_id"][:]
+    else:  # plain captioned images; the same caption may belong to several, each with its own draws
+        ids = [f"{Prompt.from_text(text).id}-{row}" for row, text in enumerate(texts)]
     key = hashlib.sha256("\n".join([*names, *keys[0], *keys[1]]).encode()).hexdigest()[:16]
-    return LatentDataset(latents, cond, loaded, ids, plan, key=key)
+    return LatentDataset(latents, cond, loaded, draw_ids(ids), plan, key=key)
 
 
 def _media_column(generator: PipelineGenerator, rows: datasets.Dataset) -> str:
@@ -298,9 +298,3 @@ def _with_structs(rows: datasets.Dataset, column: str) -> datasets.Dataset:
         return rows
     kind = (Video if column.startswith("video") else ImageFeature)(decode=False)
     return rows.cast_column(column, List(kind) if isinstance(feature, List) else kind)
-
-
-def _ids(texts: Sequence[str]) -> list[str]:
-    """`prompt_id` from the text where the data has none (plain captioned images for SFT)."""
-    # The row number is part of it: the same caption may belong to several images, each with its own draws.
-    return [f"{Prompt.from_text(text).id}-{row}" for row, text in enumerate(texts)]
