@@ -6,6 +6,7 @@ any heavy import, so that `alignkit --help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -14,30 +15,41 @@ from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignKitError, UnknownNameError, nearest
+from alignkit.escape import to_terminal
 from alignkit.resolve import resolve
 from alignkit.trainers import METHODS
 
 _TRAIN = "alignkit.commands.train:main"  # called with the method's name as the first word
 COMMANDS = {
+    "init": ("alignkit.commands.init:main", "Copy a recipe into the current folder, to be changed."),
     "run": ("alignkit.commands.run:main", "The whole job: prompts to report, in one resumable folder."),
     "generate": ("alignkit.commands.generate:main", "Generate candidates for prompts with several generators."),
     "score": ("alignkit.commands.score:main", "Score candidates with several rewards; raw scores are kept."),
     "rank": ("alignkit.commands.rank:main", "Turn scores into a ranked dataset."),
     **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
     "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),
+    "export": ("alignkit.commands.export:main", "Write ranked data as pairs for TRL or Pick-a-Pic programs."),
     "report": ("alignkit.commands.report:main", "Write one self-contained report.html."),
     "doctor": ("alignkit.commands.doctor.main:main", "Show versions, devices, optional parts and memory estimates."),
     "sandbox train": ("alignkit.commands.sandbox:main", "Repeat the training of one model of the embedded sandbox."),
     "ladder": ("alignkit.commands.ladder:main", "Compare training methods, arm by arm, on the sandbox."),
 }
 
+# Causes outside the program that any write or read may meet, also one of a library; other errors keep their traceback.
+_KNOWN = {
+    errno.ENOSPC: "the disk is full: make room",
+    errno.EDQUOT: "the disk quota is used up: make room",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "mend the permissions of this file or its folder",
+}
 _USAGE = """\
 usage: alignkit VERB [--config FILE.yaml] [--key value ...] [--dry-run]
 
 {verbs}
 
-  --help        after a verb: every key with its type, default and meaning
-  --dry-run     print the resolved config and what would be done; loads no model
+  --help        after a verb: its keys with type, default and meaning
+  --help-all    after `run` and `train`: the keys of transformers.TrainingArguments as well
+  --dry-run     print the resolved config, which --config reads again, and what would be done; loads no model
   --traceback   show where an error came from
   --version     print the version
 """
@@ -58,14 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AlignKitError as error:
         if show_traceback:
             raise
-        print(f"alignkit: {error}", file=sys.stderr)
+        print(f"alignkit: {to_terminal(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read us (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if show_traceback or error.errno not in _KNOWN:
+            raise
+        print(
+            f"alignkit: {to_terminal(str(error))}; {_KNOWN[error.errno]}, then run the same command again",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         again = f"The same command continues:\n  {shlex.join(['alignkit', *words])}"
         print(f"\nalignkit: interrupted; finished parts are kept. {again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read us (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from alignkit.errors import DataError
 
@@ -18,6 +19,7 @@ from alignkit.errors import DataError
 _FORMAT, _PIXELS = "matroska", "bgr0"
 _CONTAINER_OPTIONS = {"fflags": "+bitexact"}
 _CODEC_OPTIONS = {"level": "3", "slicecrc": "1", "flags": "+bitexact"}
+LARGEST_CLIP = 16  # decoded pixels of a clip, in units of PIL's limit for an image: 4 GiB
 _LARGEST_DENOMINATOR = 1001  # of a frame rate, as in 30000/1001
 
 
@@ -43,7 +45,10 @@ def decode(source: bytes | str | Path, where: str, *, count: int | None, fps: fl
         decoded = container.decode(stream)
         if fps is not None:
             decoded = _nearest(_timed(decoded, where), Fraction(fps))
-        frames = [_upright(frame, where) for frame in itertools.islice(decoded, count)]
+        frames = []
+        for frame in itertools.islice(decoded, count):
+            frames.append(_upright(frame, where))
+            _require_bounded(frame, len(frames), where)
     if not frames:
         raise DataError(f"{where}: the clip has no frame; remove or replace it")
     if len({frame.shape for frame in frames}) > 1:
@@ -65,12 +70,28 @@ def _opened(source: bytes | str | Path, where: str) -> Iterator[tuple[Any, Any]]
     import av
 
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+        # Files are opened here, so that no path is read as a URL, and what a file names (a playlist) is not opened.
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
+            av.open(file, options={"protocol_whitelist": "none"}) as container,
+        ):
             if not container.streams.video:
                 raise DataError(f"{where}: the file holds no video; remove or replace it")
+            _require_bounded(container.streams.video[0], 1, where)
             yield container, container.streams.video[0]
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{where}: the clip cannot be decoded ({error.strerror}); remove or replace it") from error
+
+
+def _require_bounded(frame: Any, count: int, where: str) -> None:
+    """DataError where `count` frames of this size would take more memory than any sensible clip."""
+    pixels, limit = frame.width * frame.height, Image.MAX_IMAGE_PIXELS
+    if limit and (pixels > limit or count * pixels > LARGEST_CLIP * limit):
+        facts = f"{count} or more frames of {frame.width} x {frame.height}; the limit is {limit:,} a frame"
+        raise DataError(
+            f"{where}: the clip has too many pixels ({facts} and {LARGEST_CLIP * limit:,} in all); make it smaller or "
+            "shorter"
+        )
 
 
 def _upright(frame: Any, where: str) -> np.ndarray:

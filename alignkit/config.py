@@ -1,7 +1,8 @@
 """Strict configuration: dataclasses from a YAML file and flags, with every problem reported at once.
 
 Unknown, abbreviated, duplicate and wrongly typed keys are errors naming the file, the line and the nearest valid key.
-Sections are nested dataclasses in YAML and dotted flags on the command line (`--sampling.steps 20`); flags win.
+Sections are nested dataclasses in YAML and dotted flags on the command line (`--sampling.steps 20`); flags win. A list
+is several words (`--lora_targets to_q to_k`) or YAML (`'[to_q, to_k]'`). Names of other libraries are in `key_names`.
 Deliberately not here: what the keys mean (each dataclass lives beside its owner) and any import of torch.
 """
 
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from alignkit.errors import ConfigError, nearest
+from alignkit.key_names import advice, with_own_names
 from alignkit.yaml_tree import Located, parse_yaml, read_yaml
 
 Config = TypeVar("Config")
 
 _BAD: Any = object()
+_LISTS = (list, tuple, collections.abc.Sequence)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -73,20 +76,24 @@ def _located(value: Any, where: str) -> Located:
 
 
 def _read_flags(argv: Sequence[str], problems: list[str]) -> dict[str, Located]:
+    """Flags by key: True for one without a value, the text of one value, a list of several."""
     flags: dict[str, Located] = {}
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            problems.append(f"unexpected word '{word}': flags are '--key value'; a list is one value, '[1, 2]'")
+            problems.append(f"unexpected word '{word}': flags are '--key value', a list is '--key a b c'")
             continue
         name, equals, value = word[2:].partition("=")
         key = name.replace("-", "_")
-        if not equals and words and not words[0].startswith("--"):
-            equals, value = "=", words.pop(0)
+        values = [value] if equals else []
+        while words and not equals and not words[0].startswith("--"):
+            values.append(words.pop(0))
         if key in flags:
             problems.append(f"flag --{name} is given twice; keep one")
-        flags[key] = Located(value, f"flag --{name}", text=True) if equals else Located(True, f"flag --{name}")
+        where = f"flag --{name}"
+        texts = [Located(value, where, text=True) for value in values]
+        flags[key] = texts[0] if len(texts) == 1 else Located(texts or True, where)
     return flags
 
 
@@ -113,10 +120,12 @@ def coerce(given: Located, annotation: Any, key: str, problems: list[str]) -> An
     if origin in (Union, types.UnionType):
         return _coerce_union(given, annotation, key, problems)
     if given.text and origin not in (str, Path, Literal) and not _is_enum(origin):
-        given = parse_yaml(given.value, given.where, problems, lines=False)
+        word, given = given, parse_yaml(given.value, given.where, problems, lines=False)
+        if origin in _LISTS and isinstance(given.value, str | int | float):
+            given = Located([word], word.where)  # a list of one
     if is_dataclass(origin):
         return _coerce_dataclass(given, typing.cast("type", origin), key, problems)
-    if origin in (list, tuple, Sequence, collections.abc.Sequence):
+    if origin in _LISTS:
         return _coerce_list(given, annotation, key, problems)
     if origin in (dict, Mapping, collections.abc.Mapping):
         return _coerce_mapping(given, annotation, key, problems)
@@ -179,6 +188,8 @@ def _coerce_union(given: Located, annotation: Any, key: str, problems: list[str]
     """The first arm that fits; text is tried last, so `--x null` is None and `--x 3` an int where both may be."""
     rank = {type(None): -1, float: 1, str: 2, Path: 2}
     arms = sorted(typing.get_args(annotation), key=lambda arm: rank.get(arm, 0))
+    if str in arms and given.text and not given.value.startswith("["):  # `--report_to tensorboard` is no list
+        arms = [arm for arm in arms if (typing.get_origin(arm) or arm) not in _LISTS]
     if any(_is_enum(arm) for arm in arms):  # transformers writes `IntervalStrategy | str` and means the former
         arms = [arm for arm in arms if arm is not str]
     real = [arm for arm in arms if arm is not type(None)]
@@ -215,14 +226,14 @@ def _coerce_dataclass(given: Located, schema: type, key: str, problems: list[str
         return _complain(given, schema, key, problems)
     known, hints = init_fields(schema), typing.get_type_hints(schema)
     before, values = len(problems), {}
-    for name, value in given.value.items():
-        path = f"{key}.{name}" if key else name
-        if name in known:
-            values[name] = coerce(value, hints[name], path, problems)
-        else:
-            problems.append(f"{value.where}: unknown key '{path}'.{suggest(name, schema)}")
     prefix = f"{key}." if key else ""
-    absent = [name for name, field in known.items() if name not in given.value and _required(field)]
+    tree = with_own_names(given.value, known, problems, prefix)
+    for name, value in tree.items():
+        if name in known:
+            values[name] = coerce(value, hints[name], prefix + name, problems)
+        else:
+            problems.append(f"{value.where}: unknown key '{prefix}{name}'.{suggest(name, schema)}")
+    absent = [name for name, field in known.items() if name not in tree and _required(field)]
     problems += [f"{given.where}: key '{prefix}{name}' is missing; it has no default" for name in absent]
     if len(problems) > before:
         return _BAD
@@ -250,10 +261,13 @@ def init_fields(schema: Any) -> dict[str, Field[Any]]:
 
 
 def suggest(name: str, schema: type) -> str:
-    """` Did you mean 'x'?` among the keys of `schema`, then among the last words of those in its sections."""
+    """` Did you mean 'x'?` among the keys of `schema`, then among the last words of those in its sections.
+
+    For a key that was renamed, or that belongs to TRL and has no counterpart, what to write instead.
+    """
     known, hints = init_fields(schema), typing.get_type_hints(schema)
-    hint = nearest(name, known)
-    if hint.startswith(" Did"):
+    hint = advice(name, known) or nearest(name, known)
+    if not hint.startswith(" Known"):
         return hint
     sections = [(key, hints[key]) for key in known if is_dataclass(hints[key])]
     inner = {leaf: f"{key}.{leaf}" for key, section in sections for leaf in init_fields(section)}
@@ -264,6 +278,12 @@ def suggest(name: str, schema: type) -> str:
 def is_trainer_config(schema: type) -> bool:
     """Whether a config extends `transformers.TrainingArguments`; told without importing it."""
     return any(base.__module__ == "transformers.training_args" for base in schema.__mro__)
+
+
+def own_keys(schema: type) -> list[str]:
+    """The keys that classes other than `transformers.TrainingArguments` declare, those of derived classes first."""
+    bases = [base for base in schema.__mro__ if not base.__module__.startswith("transformers.")]
+    return list(dict.fromkeys(name for base in bases for name in vars(base).get("__annotations__", {})))
 
 
 def describe(annotation: Any) -> str:

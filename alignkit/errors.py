@@ -34,6 +34,10 @@ class ResumeError(AlignKitError, RuntimeError):
     """An interrupted run cannot be continued: another config, or no complete checkpoint."""
 
 
+class FolderInUseError(ResumeError):
+    """Another process works in the folder; its lock says who."""
+
+
 class CheckpointMismatchError(ResumeError):
     """A checkpoint was written by a run with other trainable weights."""
 

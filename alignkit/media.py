@@ -8,6 +8,7 @@ bytes, a path, or a cell of a `datasets` column, {"bytes", "path"}. PyAV is call
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,37 @@ Encoded = bytes | str | Path | Mapping[str, Any]
 
 GREY_16 = 65535  # white in the modes I and I;16, which hold 16-bit images
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
-_DAMAGE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_DAMAGE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, *_BOMBS)
+ROUNDING = 0.5 / 255  # of pixels, which are stored with 8 bits
 PREVIEW_SIDE = 256  # pixels; larger videos are made smaller for a preview: a report shows dozens
+PREVIEW_FRAMES = 128  # of a longer video each second, third, ... frame
 PREVIEW_LOSSLESS_SIDE = 128  # previews up to this side lose nothing
+
+
+def checked_pixels(pixels: Any, count: int, where: str) -> Tensor:
+    """`pixels` as they are, if they are what a generator must return for `count` prompts.
+
+    That is a floating-point tensor [count, 3, H, W], or [count, F, 3, H, W] of videos, in [0, 1]; rounding may pass
+    the ends by half an 8-bit step. Raises DataError naming `where` for another type, shape or range, NumericsError for
+    pixels that are not finite.
+    """
+    import torch
+
+    expected = f"float pixels [{count}, 3, H, W], or [{count}, F, 3, H, W] of videos, in [0, 1]"
+    if not isinstance(pixels, torch.Tensor):
+        raise DataError(f"{where} returned a {type(pixels).__name__}, expected a tensor of {expected}")
+    if pixels.dim() not in (4, 5) or len(pixels) != count or pixels.shape[-3] != 3 or not pixels.numel():
+        raise DataError(f"{where} returned pixels {list(pixels.shape)}, expected {expected}")
+    low, high = (float(value) for value in pixels.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise NumericsError(
+            f"{where}: an image or video holds NaN or infinite pixels; run the model (or its VAE) in bf16 or fp32"
+        )
+    if not pixels.is_floating_point() or low < -ROUNDING or high > 1 + ROUNDING:
+        kind = str(pixels.dtype).removeprefix("torch.")
+        raise DataError(f"{where} returned {kind} pixels from {low:g} to {high:g}, expected {expected}; scale them")
+    return pixels
 
 
 def quantise(pixels: Tensor) -> np.ndarray:
@@ -68,6 +97,7 @@ def image_size(data: Encoded, where: str) -> tuple[int, int]:
     source = _source(data, where)
     try:
         with Image.open(_opened(source)) as image:
+            _require_bounded(image)
             # PIL decodes all of a PNG to look for metadata behind its pixels: only where there can be some.
             may_be_turned = True
             if image.format == "PNG" and isinstance(source, bytes):
@@ -90,12 +120,19 @@ def decode_image(data: Encoded | Image.Image, where: str, *, background: str = "
     source = _source(data, where)
     try:
         with Image.open(_opened(source)) as image:
+            _require_bounded(image)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image), where, background)
     except DataError:
         raise
     except _DAMAGE as error:
         raise _damaged(source, where, error) from error
+
+
+def _require_bounded(image: Image.Image) -> None:
+    """DecompressionBombError from PIL's limit on; PIL itself only warns up to twice as many pixels."""
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
 
 
 def _to_rgb(image: Image.Image, where: str, background: str) -> np.ndarray:
@@ -137,6 +174,13 @@ def _opened(source: bytes | str | Path) -> Any:
 
 
 def _damaged(source: bytes | str | Path, where: str, error: Exception) -> DataError:
+    if isinstance(error, _BOMBS):
+        limit = f"the limit is {Image.MAX_IMAGE_PIXELS:,}"
+        return DataError(
+            f"{where}: the image has too many pixels ({error}; {limit}); make it smaller or remove the row"
+        )
+    if isinstance(error, ValueError) and "text" in str(error).lower():
+        return DataError(f"{where}: the image has too large text chunks ({error}); save it without its metadata")
     size = f"{len(source)} bytes" if isinstance(source, bytes) else f"'{source}'"
     return DataError(
         f"{where}: the image cannot be decoded: truncated or not an image ({size}: {error}); replace it or remove the "
@@ -185,7 +229,9 @@ def clip_shape(data: Encoded, where: str) -> tuple[int, int, int]:
 
 
 def clip_preview(frames: np.ndarray, fps: float) -> bytes:
-    """uint8 [F, H, W, 3] -> an animated WebP of at most 256 pixels a side, which an `<img>` plays in a loop."""
+    """uint8 [F, H, W, 3] -> an animated WebP of at most 256 pixels a side and 128 frames, which plays in a loop."""
+    step = -(-len(frames) // PREVIEW_FRAMES)
+    frames = frames[::step]
     height, width = frames.shape[1:3]
     scale = min(1.0, PREVIEW_SIDE / max(height, width))
     images = [Image.fromarray(frame) for frame in frames]
@@ -197,7 +243,7 @@ def clip_preview(frames: np.ndarray, fps: float) -> bytes:
         format="WEBP",
         save_all=True,
         append_images=images[1:],
-        duration=round(1000 / fps),
+        duration=round(1000 * step / fps),
         loop=0,
         lossless=max(height, width) <= PREVIEW_LOSSLESS_SIDE,
         quality=75,

@@ -7,9 +7,9 @@ Shape letters: B batch, C/H/W latent or pixel channels and size, F frames, T lat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt, Sampling, Scores
 
 if TYPE_CHECKING:
@@ -47,7 +47,10 @@ class Reward(Protocol):
     source: str
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Scores of media [B, 3, H, W] (or [B, F, 3, H, W]) in [0, 1] with their own prompts, row by row."""
+        """Scores of media [B, 3, H, W] (or [B, F, 3, H, W]) in [0, 1] with their own prompts, row by row.
+
+        Callers read it with `as_scores`, so a bare tensor, array or list of B numbers will do.
+        """
         ...
 
 
@@ -85,6 +88,38 @@ def require_modality(rewards: Mapping[str, object], modality: str) -> None:
                 f"reward '{name}' scores {reward.modality}s, but here are {modality}s; leave it out, or name a "
                 f"reward of modality {modality}"
             )
+
+
+def as_scores(value: Any, name: str, count: int) -> Scores:
+    """What reward `name` returned for `count` media, as scores [count] of a floating dtype; gradients stay.
+
+    Besides `Scores`, a tensor, a NumPy array, or a list or tuple of numbers is taken where it holds exactly one real
+    number for each medium. NaN and infinity pass: each caller counts them. Raises DataError naming the reward.
+    """
+    if not isinstance(value, Scores):
+        return Scores(_score_tensor(value, name, count))
+    parts = {part: _score_tensor(item, f"{name}/{part}", count) for part, item in value.parts.items()}
+    return Scores(_score_tensor(value.total, name, count), parts)
+
+
+def _score_tensor(value: Any, name: str, count: int) -> Tensor:
+    import numpy as np
+    import torch
+
+    expected = f"expected Scores, a tensor, an array or a list of [{count}] numbers, one for each image or video"
+    if isinstance(value, list | tuple):
+        items = [item.item() if isinstance(item, torch.Tensor) and item.dim() == 0 else item for item in value]
+        try:
+            value = np.asarray(items)
+        except (TypeError, ValueError) as error:  # lists of several lengths
+            raise DataError(f"reward '{name}' returned {str(value)[:80]!r}, {expected}") from error
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.tensor(value.astype(np.float64))
+    if not isinstance(value, torch.Tensor) or value.is_complex():
+        raise DataError(f"reward '{name}' returned a {type(value).__name__}: {str(value)[:80]!r}, {expected}")
+    if tuple(value.shape) != (count,):
+        raise DataError(f"reward '{name}' returned scores {list(value.shape)}, {expected}")
+    return value if value.is_floating_point() else value.double()
 
 
 @runtime_checkable

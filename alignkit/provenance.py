@@ -1,6 +1,6 @@
 """What a result was made with: the resolved config as YAML, and fingerprints of models and data.
 
-Deliberately not here: reading configs (`config`), and the record that resume compares (`storage.claim`).
+Deliberately not here: reading configs (`config`), and the record that resume compares (`claims.claim`).
 """
 
 from __future__ import annotations
@@ -8,15 +8,19 @@ from __future__ import annotations
 import enum
 import hashlib
 import operator
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from alignkit.config import init_fields, is_trainer_config
-from alignkit.storage import claim, write_text
+from alignkit.claims import CONTENT, claim
+from alignkit.config import init_fields, is_trainer_config, own_keys
+from alignkit.errors import DataError
+from alignkit.shipped import model_path
+from alignkit.storage import write_text
 
 
 def plain(config: Any) -> Any:
@@ -33,21 +37,23 @@ def plain(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def without_defaults(config: Any) -> Any:
+def without_defaults(config: Any, *, keep_own: bool = False) -> Any:
     """`plain(config)`, less those keys of trainer configs (there are over a hundred) that stand at their defaults.
 
-    Defaults are those of a config made from its required keys alone, as its `__post_init__` leaves them.
+    `keep_own`: with the keys that alignkit adds to those of transformers. Defaults are those of a config made from its
+    required keys alone, as its `__post_init__` leaves them.
     """
     values, shown = vars_of(config), plain(config)
     if not is_trainer_config(type(config)):
         sections = {name: value for name, value in values.items() if is_dataclass(value) and name in shown}
-        return shown | {name: without_defaults(value) for name, value in sections.items()}
+        return shown | {name: without_defaults(value, keep_own=keep_own) for name, value in sections.items()}
     fields = init_fields(config).values()
     required = {field.name for field in fields if field.default is MISSING and field.default_factory is MISSING}
     # With a device of its own: to find one, TrainingArguments resets accelerate's state, which a training is using.
     schema = type(type(config).__name__, (type(config),), {"_setup_devices": "cpu"})
     defaults = vars_of(schema(**{name: values[name] for name in required}))
-    return {name: value for name, value in shown.items() if values[name] != defaults[name]}
+    kept = own_keys(type(config)) if keep_own else []
+    return {name: value for name, value in shown.items() if name in kept or values[name] != defaults[name]}
 
 
 def vars_of(config: Any) -> dict[str, Any]:
@@ -67,14 +73,75 @@ def write_config(folder: Path, config: Any) -> None:
         write_text(target, text)
 
 
-def write_resolved(folder: Path, config: Any, free: Collection[str] = ()) -> None:
-    """Claim `folder` for `config` (see `storage.claim`) and save it as `config.yaml`.
-
-    Raises ResumeError with the differences when the folder was made with another config; sections of the config in
-    `free` may differ.
-    """
-    claim(folder, {"config": plain(config)}, free={f"config.{name}" for name in free})
+def write_resolved(
+    folder: Path, config: Any, free: Collection[str] = (), *, advice: Mapping[str, str] | None = None
+) -> None:
+    """Claim `folder` for `config` (see `claim_config`) and save it as `config.yaml`."""
+    claim_config(folder, config, free, advice=advice)
     write_config(folder, config)
+
+
+def claim_config(
+    folder: Path, config: Any, free: Collection[str] = (), *, advice: Mapping[str, str] | None = None
+) -> None:
+    """Claim `folder` for what is `comparable` of `config`; sections in `free` may differ.
+
+    `advice` says by the key of a setting ("train.max_steps") how else to get what a changed value asks for. Raises
+    ResumeError with the differences when results in the folder were made with another config.
+    """
+    ways = {f"config.{name}": way for name, way in (advice or {}).items()}
+    claim(folder, {"config": comparable(config)}, free={f"config.{name}" for name in free}, advice=ways)
+
+
+# Keys of a config that say where results go, and keys of a trainer that change no result.
+_PLACES = {"out", "output_dir", "logging_dir", "cache_dir", "work", "table", "resume_from_checkpoint"}
+_REPORTING = {
+    *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_level_replica", "log_on_each_node"),
+    *("report_to", "run_name", "project", "trackio_space_id", "disable_tqdm", "save_total_limit", "push_to_hub"),
+    *("hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision", "local_rank"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+}
+_NAMES_OF_FILES = {"model", "options"}  # texts in these that name a file here are paths
+_FOLDER = "a folder"
+
+
+def comparable(config: Any) -> Any:
+    """`plain(config)` as far as results depend on it, so that neither a moved run nor a relative path is a difference.
+
+    Left out are the places of results, secrets, and keys of a trainer that only report. A file is compared by its
+    content. A folder is only called one: models and data are compared by content as inputs of each stage.
+    """
+    return _comparable(config, is_path=False)
+
+
+def _comparable(value: Any, *, is_path: bool) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        shown = {n: v for n, v in vars_of(value).items() if not n.endswith("_token") and n not in _PLACES | _REPORTING}
+        return {name: _comparable(item, is_path=name in _NAMES_OF_FILES) for name, item in shown.items()}
+    if isinstance(value, Mapping):
+        return {str(name): _comparable(item, is_path=is_path) for name, item in value.items() if name != "cache"}
+    if isinstance(value, list | tuple):
+        return [_comparable(item, is_path=is_path) for item in value]
+    if isinstance(value, Path):
+        return content(value) if value.is_file() else _FOLDER  # also one that is not there yet
+    if is_path and isinstance(value, str):
+        return _FOLDER if os.path.isdir(value) else content(value)  # noqa: PTH112 - Path fails for long texts
+    return plain(value)
+
+
+def content(value: Any) -> Any:
+    """Nested values in which each text that names files here, or sandbox weights, is "content" and a fingerprint.
+
+    So a moved file, or another way to write its path, is no difference. A text that names none stays, as a hub id does.
+    """
+    if isinstance(value, Mapping):
+        return {name: content(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [content(item) for item in value]
+    path = model_path(str(value)) if isinstance(value, str | Path) else ""
+    if path and os.path.exists(path):  # noqa: PTH110 - Path fails for long texts
+        return f"{CONTENT} {fingerprint(Path(path))}"
+    return str(value) if isinstance(value, Path) else value
 
 
 _WHOLE, _SAMPLES, _SAMPLE = 1 << 20, 16, 1 << 16
@@ -91,12 +158,21 @@ def fingerprint(path: Path) -> str:
     for file in files:
         if file.name == "README.md" or "examples" in file.relative_to(path).parts:
             continue  # a card, which is written again when more is known
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            if size <= _WHOLE:
-                digest.update(stream.read())
-            for index in range(_SAMPLES if size > _WHOLE else 0):
-                stream.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE))
+        try:
+            for piece in _pieces(file, str(file.relative_to(path))):
+                digest.update(piece)
+        except OSError as error:
+            raise DataError(f"'{file}' cannot be read: {error}; mend its permissions") from error
     return digest.hexdigest()[:16]
+
+
+def _pieces(file: Path, name: str) -> Iterator[bytes]:
+    """What stands for a file in a fingerprint: its name, its size, and its bytes or stretches of them."""
+    size = file.stat().st_size
+    yield f"{name}\0{size}\0".encode()
+    with file.open("rb") as stream:
+        if size <= _WHOLE:
+            yield stream.read()
+        for index in range(_SAMPLES if size > _WHOLE else 0):
+            stream.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
+            yield stream.read(_SAMPLE)

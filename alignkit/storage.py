@@ -1,32 +1,29 @@
-"""Files on disk: atomic writing, JSON, checksums, resumable parts, and one record of what a folder was made with.
+"""Files on disk: atomic writing, JSON, checksums and resumable parts.
 
-    FOLDER/run.json         what its results depend on, in named sections; claimed once, compared ever after
-    FOLDER/versions.json    library versions; informative, a difference is only warned of
     FOLDER/parts/           one small record for each finished part, written after the part's files
     FOLDER/manifest.json    written when a stage is finished: rows, counts, checksums
 
 Everything is written to a temporary name, fsynced and renamed. Nothing that is hashed holds a time, so a run that was
 killed and run again ends with the bytes of an unbroken one. A record may come from someone else: the files that it
-names must be parquet files below its folder. Not here: what is in a part; locking a folder against a second process.
+names must be parquet files below its folder. Not here: what is in a part; what a folder was made with (`claims`);
+keeping a second process out of it (`locks`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import json
 import logging
 import os
-import platform
 import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from alignkit.errors import AlignKitError, DataError, MissingFileError, ResumeError, StorageError
+from alignkit.errors import AlignKitError, DataError, MissingFileError, StorageError
 from alignkit.paths import Bounds
 
 if TYPE_CHECKING:
@@ -34,23 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
 STAGE_FILES = ("data", "parts", "manifest.json", "README.md")  # what a data stage writes
-EARLIER_RECORDS = ("config.yaml", "inputs.json", "settings.json")  # of version 0.1.0 before run.json
-PACKAGES = (
-    "accelerate",
-    "alignkit",
-    "av",
-    "datasets",
-    "diffusers",
-    "numpy",
-    "peft",
-    "pillow",
-    "pyarrow",
-    "torch",
-    "transformers",
-    "trl",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,26 +73,28 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)  # noqa: PTH105 - the atomic step, by the name that tests break
-        _sync_folder(path.parent)
+        sync(path.parent)  # without it a power cut may forget the rename
     except AlignKitError:
         raise
     except OSError as error:
         advice = "what was finished before is unchanged; make room or fix the folder, then run the same command again"
         raise StorageError(f"could not write '{path}': {error}; {advice}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error above says what is wrong with the folder
+            temporary.unlink(missing_ok=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove temporary files, up to two folders deep, whose process on this machine does not run any more."""
     for pattern in ("", "*/", "*/*/"):
         for entry in list(folder.glob(f"{pattern}.*.{socket.gethostname()}-*.tmp")):
             process = entry.name.removesuffix(".tmp").rpartition("-")[2]
-            if process.isdecimal() and not _is_running(int(process)):
+            if process.isdecimal() and not is_running(int(process)):
                 entry.unlink(missing_ok=True)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -133,10 +116,11 @@ def write_text(path: Path, text: str) -> str:
     return write_atomic(path, text.encode())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)  # without it a power cut may forget the rename
+        os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -157,7 +141,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise MissingFileError(f"'{path}' does not exist; '{path.parent}' is not a finished stage") from error
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"'{path}' is not JSON: {error}; remove it and run the same command again") from error
 
 
@@ -237,7 +223,9 @@ def finished_part(folder: Path, name: str, *, inputs: Mapping[str, str] | None =
         part = _to_part(json.loads(record.read_bytes()), folder, name)
     except DataError:
         raise
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise DataError(f"'{record}' cannot be read: {error}; mend its permissions") from error
+    except (ValueError, TypeError, RecursionError) as error:
         logger.warning("'%s' is damaged (%s); %s is rebuilt", record, error, name)
         return None
     for path, expected in part.files.items():
@@ -252,9 +240,14 @@ def finished_part(folder: Path, name: str, *, inputs: Mapping[str, str] | None =
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """SHA-256 of a file, in hex. Raises MissingFileError or DataError naming a file that cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise MissingFileError(f"'{path}' does not exist; run the stage that made it again") from error
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
 
 
 def _fault(path: Path, expected: str) -> str | None:
@@ -263,87 +256,15 @@ def _fault(path: Path, expected: str) -> str | None:
     return None if checksum(path) == expected else "is damaged (its checksum differs)"
 
 
-def claim(folder: Path, record: Mapping[str, Any], *, free: Collection[str] = (), writes: Collection[str] = ()) -> None:
-    """Begin or resume `folder`: `run.json` holds what its results depend on, `versions.json` the library versions.
-
-    `record` has named sections ("config", "inputs", ...). A section that `run.json` lacks is added; one that it has
-    must be equal, except for the keys in `free` (dotted, as "config.report"), which are replaced. `writes` are names
-    that the caller will write in `folder`: without a `run.json` none of them may exist.
-
-    Raises ResumeError with the differences, key by key, or when the files in `folder` are of another origin.
-    """
-    path = folder / RUN
-    _remove_abandoned(folder)
-    known = claimed(folder)
-    if not known:
-        _require_unused(folder, writes)
-    sections: dict[str, Any] = json.loads(to_json(record))  # as it will be read back
-    changed = [
-        line
-        for section in sorted(sections.keys() & known.keys())
-        for line in differences(known[section], sections[section], section, free=free)
-    ]
-    if changed:
-        lines = "\n  ".join(changed)
-        advice = "Use the old values to continue it, or another folder."
-        raise ResumeError(f"'{folder}' was made with another config or other inputs:\n  {lines}\n{advice}")
-    if known != known | sections:
-        write_json(path, known | sections)
-    _note_versions(folder / "versions.json")
-
-
-def claimed(folder: Path) -> dict[str, Any]:
-    """The sections of `run.json`; empty where nothing has been claimed yet."""
-    path = folder / RUN
-    record: dict[str, Any] = read_json(path) if path.exists() else {}
-    return record
-
-
-def _require_unused(folder: Path, writes: Collection[str]) -> None:
-    present = [name for name in (*writes, *EARLIER_RECORDS) if (folder / name).exists()]
-    if present:
-        raise ResumeError(
-            f"'{folder}' holds {', '.join(present)} but no {RUN}, so this version did not make it. Finished results of "
-            "an earlier version can be read, but not continued: use another folder"
-        )
-
-
-def differences(old: Any, new: Any, key: str = "", *, free: Collection[str] = ()) -> list[str]:
-    """Lines `key: old -> new` (values as JSON) for every leaf that differs, less the dotted keys in `free`."""
-    if key in free:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted({*old, *new})
-        inner = [(f"{key}.{name}" if key else name, old.get(name), new.get(name)) for name in names]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        inner = [(f"{key}[{index}]", *pair) for index, pair in enumerate(zip(old, new, strict=True))]
-    else:
-        before, now = (json.dumps(value, ensure_ascii=False) for value in (old, new))
-        return [] if old == new else [f"{key}: {before} -> {now}"]
-    return [line for name, first, second in inner for line in differences(first, second, name, free=free)]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, the platform and the libraries a result depends on; imports none of them."""
-    installed = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed[name] = "absent"
-    return installed
-
-
-def _note_versions(path: Path) -> None:
-    if not path.exists():
-        write_json(path, versions())
-        return
-    for line in differences(read_json(path), versions()):
-        logger.warning("'%s' was begun with other library versions (%s); new results may differ slightly", path, line)
-
-
 def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, counts: Mapping[str, int]) -> StageResult:
-    """Write `manifest.json`: rows, counts and the checksum of every file."""
+    """Write `manifest.json`: rows, counts and the checksum of every file.
+
+    Raises DataError where a part or one of its files is not there any more.
+    """
+    for part in parts:
+        for path in (_record(folder, part.name), *(folder / name for name in part.files)):
+            if not path.is_file():
+                raise DataError(f"'{path}' was removed while the stage ran; run the same command again to rebuild it")
     files = {path: value for part in parts for path, value in part.files.items()}
     manifest = {"stage": stage, "rows": rows, "counts": counts, "parts": len(parts), "files": files}
     write_json(folder / "manifest.json", manifest)
@@ -380,15 +301,33 @@ def require_intact(folder: Path, part: Part) -> None:
             raise DataError(f"'{folder / path}' {fault}; run the stage that made it again, which rebuilds this part")
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A parquet file, or some columns of it; DataError naming the file when it cannot be read."""
-    import pyarrow as pa
+def read_schema(path: Path) -> pa.Schema:
+    """The schema of a parquet file; DataError naming the file when it cannot be read."""
     import pyarrow.parquet as pq
 
-    try:
+    with _reading(path):
+        return pq.read_schema(path)
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A parquet file, or some columns of it; DataError naming the file when it cannot be read."""
+    import pyarrow.parquet as pq
+
+    with _reading(path):
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """MissingFileError or DataError naming the parquet file at `path`, which is read inside."""
+    import pyarrow as pa
+
+    try:
+        yield
     except FileNotFoundError as error:
         raise MissingFileError(f"'{path}' does not exist; run the stage that made it again") from error
+    except PermissionError as error:
+        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"'{path}' is damaged or not a parquet file ({error}); run the stage that made it again, which rebuilds it"

@@ -70,7 +70,7 @@ def make_prompts(count: int, start: int = 0) -> list[Prompt]:
 def config(options: argparse.Namespace, part_size: int, candidates: int = 2) -> synpic.GenerateConfig:
     """One source, `candidates` pictures a prompt."""
     sampling = Sampling(steps=options.steps, guidance_scale=options.guidance, height=SIZE, width=SIZE)
-    source = synpic.SourceConfig(name="source", seeds=candidates, sampling=sampling)
+    source = synpic.SourceConfig(name="source", seeds_per_prompt=candidates, sampling=sampling)
     return synpic.GenerateConfig(sources=(source,), part_size=part_size, batch_size=options.batch_size)
 
 

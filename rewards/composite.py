@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.errors import ConfigError, DataError, MissingFileError, nearest
-from alignkit.protocols import Dependent, Reward
+from alignkit.protocols import Dependent, Reward, as_scores
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import construct, resolve
 from rewards import REWARDS
@@ -216,7 +216,9 @@ class Composite:
         import torch
 
         check_media(media, prompts, self)
-        said = {key: member.reward(media, prompts) for key, member in self._members.items()}
+        said = {}
+        for key, member in self._members.items():
+            said[key] = as_scores(member.reward(media, prompts), key, len(prompts))
         raw = _alike([said[key].total for key in self._counted], media)
         is_whole = torch.isfinite(raw).all(0)
         counted = zip(self._counted.items(), raw, strict=True)

@@ -104,7 +104,7 @@ class Sharpness(Statistic):
 
     def measure(self, media: Tensor) -> Tensor:
         if min(media.shape[-2:]) < 3:
-            raise DataError(f"sharpness: pictures of {list(media.shape[-2:])}; the Laplacian needs sides of at least 3")
+            raise DataError(f"sharpness: images of {list(media.shape[-2:])}; the Laplacian needs sides of at least 3")
         grey = luminance(media)
         inner = grey[:, 1:-1, 1:-1]
         laplacian = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:] - 4 * inner

@@ -27,14 +27,19 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 LEVELS = [
     (
         "errors",
+        "escape",
         "records",
         "seeds",
         "protocols",
         "paths",
+        "shipped",
         "resolve",
         "yaml_tree",
+        "key_names",
         "config",
         "storage",
+        "locks",
+        "claims",
         "media",
         "clips",
         "provenance",
@@ -46,7 +51,13 @@ LEVELS = [
     ("cli", "__main__"),
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resolve", "storage", "media", "clips"}
+OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resolve", "storage"} | {
+    "claims",
+    "escape",
+    "locks",
+    "media",
+    "clips",
+}
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve"}
 

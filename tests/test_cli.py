@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -19,7 +21,7 @@ GENERATE = """\
 out: {out}
 prompts: {{file: prompts.txt}}
 generators: {{a: {{model: ./models/a}}}}
-generate: {{sources: [{{name: a, seeds: 2}}]}}
+generate: {{sources: [{{name: a, seeds_per_prompt: 2}}]}}
 """
 
 
@@ -50,7 +52,8 @@ def test_every_verb_lists_its_keys(verb, capsys):
 def test_help_tells_type_default_and_meaning(capsys):
     cli.main(["train", "rankdpo", "--help"])
     told = capsys.readouterr().out
-    assert "--beta  float  [5000.0]" in told
+    assert "--beta  float or null  [None]" in told
+    assert "--lora_rank  int  [16]" in told
     assert "--data  path  (required)" in told
     assert "ranked dataset" in told
 
@@ -126,6 +129,22 @@ def test_dry_run_loads_no_torch_and_writes_nothing(tmp_path):
     assert "generate 2 candidates (a x 2) for all prompts of prompts.txt" in done.stdout
     assert "NOT THERE YET: ./models/a" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+CAUSES = [(errno.ENOSPC, "make room"), (errno.EACCES, "permissions"), (errno.EIO, "")]
+
+
+@pytest.mark.parametrize(("number", "says"), CAUSES)
+def test_known_causes_of_a_library_are_clear_and_others_keep_their_traceback(monkeypatch, capsys, number, says):
+    def fail(*_):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    if says:
+        assert cli.main(["run"]) == 2
+        assert re.search(rf"^alignkit: .*'some/file'; .*{says}.*run the same command again$", capsys.readouterr().err)
+    with pytest.raises(OSError, match="some/file"):
+        cli.main(["run", *(["--traceback"] if says else [])])
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])

@@ -81,8 +81,9 @@ def test_flags_override_the_file_section_by_section(read):
 
 
 def test_flag_forms_are_alike(read):
-    forms = (["--seeds", "[3, 4]"], ["--seeds=[3, 4]"])
-    assert [read(SPECS, *form).seeds for form in forms] == [(3, 4), (3, 4)]
+    forms = (["--seeds", "[3, 4]"], ["--seeds=[3, 4]"], ["--seeds", "3", "4"])
+    assert [read(SPECS, *form).seeds for form in forms] == [(3, 4)] * 3
+    assert read(SPECS, "--seeds", "5", "--rate", "2").seeds == (5,)
 
 
 def test_a_flag_reaches_into_a_mapping_of_sections(read):
@@ -132,7 +133,8 @@ def test_scientific_notation_in_yaml_is_a_number(read):
         ("loss: pairs\n", [], "loss must be pair | list, not 'pairs'. Did you mean 'pair'?"),
         ("seeds: [1, x]\n", [], "seeds[1] must be int, not 'x'"),
         ("limit: many\n", [], "limit must be int, not 'many'"),
-        ("", ["--seeds", "1", "2"], "unexpected word '2'"),
+        ("", ["seeds", "--rate", "2"], "unexpected word 'seeds'"),
+        ("", ["--rate", "1", "2"], "flag --rate: rate must be float, not a list"),
         ("", ["--specs.base.foldr", "x"], "unknown key 'specs.base.foldr'. Did you mean 'folder'?"),
         ("", ["--name.first", "x", "--rate", "2"], "name must be str, not a section"),
         ("rate: -1\n", [], "rate is -1.0; it must be positive"),
@@ -263,6 +265,7 @@ def test_what_is_saved_loads_to_an_equal_config(tmp_path_factory, rate, name, se
 def test_a_folder_keeps_the_config_it_was_made_with(tmp_path):
     spec = {"s": Spec(folder=Path("a"))}
     write_resolved(tmp_path / "out", Job(specs=spec))
+    (tmp_path / "out" / "result").write_bytes(b"x")
     write_resolved(tmp_path / "out", Job(specs=spec))
     with pytest.raises(ResumeError, match=r"rate: 0\.0001 -> 0\.5\n  config\.sampling\.steps: 30 -> 4"):
         write_resolved(tmp_path / "out", Job(specs=spec, rate=0.5, sampling=Sampling(steps=4)))

@@ -15,13 +15,13 @@ PROMPTS = f"prompts: {{source: '{CODE}:prompts', count: 2}}\n"
 MODELS = f"generators: {{a: {{model: '{CODE}:a'}}}}\n"
 REWARDS = f"rewards: {{r: {{reward: '{CODE}:r'}}}}\n"
 CONFIGS = {
-    "generate": PROMPTS + MODELS + "generate: {sources: [{name: a, seeds: 2}]}\nout: out\n",
+    "generate": PROMPTS + MODELS + "generate: {sources: [{name: a, seeds_per_prompt: 2}]}\nout: out\n",
     "score": REWARDS + "score: {rewards: [r]}\ncandidates: candidates\nout: out\n",
     "evaluate": PROMPTS + REWARDS + f"base: {{model: '{CODE}:a'}}\ntuned: {{model: '{CODE}:b'}}\nout: out\n",
 }
 
 
-SOURCES = "sources: [{name: a, seeds: 2, sampling: {height: 8, width: 8}}]"
+SOURCES = "sources: [{name: a, seeds_per_prompt: 2, sampling: {height: 8, width: 8}}]"
 POLICY = PROMPTS + MODELS + REWARDS + "policy: a\nout: out\n"
 SYNPIC = POLICY + f"generate: {{{SOURCES}}}\nscore: {{rewards: [r]}}\n"
 OWN = f"method: '{CODE}:METHOD'\ntrain: {{my_key: [1, two]}}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from fractions import Fraction
 
 import av
@@ -11,6 +12,7 @@ import pytest
 import torch
 from clips import frames
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from alignkit import media
 from alignkit.errors import DataError, NumericsError
@@ -41,6 +43,40 @@ def test_every_level_survives_the_round_trip_and_halves_round_to_even():
 def test_pixels_that_are_not_finite_are_refused(value):
     with pytest.raises(NumericsError, match="NaN or infinite pixels"):
         media.quantise(torch.tensor([0.5, value, 0.5]).reshape(3, 1, 1))
+
+
+RAMP = torch.linspace(0, 1, 96).reshape(2, 3, 4, 4)
+GENERATED = [
+    (RAMP * 255, DataError, "mine returned float32 pixels from 0 to 255, expected float pixels"),
+    (RAMP * 2 - 1, DataError, "float32 pixels from -1 to 1, expected .* scale them"),
+    (
+        torch.tensor([0, 1], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 3, 4, 4),
+        DataError,
+        "uint8 pixels from 0 to 1",
+    ),
+    (torch.full((2, 3, 4, 4), torch.nan), NumericsError, "mine: an image or video holds NaN or infinite pixels"),
+    (torch.full((2, 3, 4, 4), torch.inf), NumericsError, "NaN or infinite pixels"),
+    (torch.rand(3, 3, 4, 4), DataError, r"pixels \[3, 3, 4, 4\], expected float pixels \[2, 3, H, W\]"),
+    (torch.rand(2, 4, 4, 3), DataError, r"pixels \[2, 4, 4, 3\], expected"),
+    (torch.rand(2, 4, 4), DataError, r"pixels \[2, 4, 4\], expected"),
+    (torch.rand(2, 3, 0, 4), DataError, r"pixels \[2, 3, 0, 4\], expected"),
+    (torch.rand(2, 3, 4, 4).numpy(), DataError, "mine returned a ndarray, expected a tensor of float pixels"),
+    ([torch.rand(3, 4, 4)] * 2, DataError, "mine returned a list, expected"),
+]
+
+
+@pytest.mark.parametrize(("pixels", "kind", "match"), GENERATED)
+def test_what_no_generator_may_return(pixels, kind, match):
+    with pytest.raises(kind, match=match):
+        media.checked_pixels(pixels, 2, "mine")
+
+
+def test_what_a_generator_may_return():
+    """Images, videos, half precision; and rounding that 8 bits do not show."""
+    ends = torch.tensor([-0.0019, 1.0019]).reshape(2, 1, 1, 1).expand(2, 3, 4, 4)
+    assert media.quantise(ends).tolist() == media.quantise(ends.clamp(0, 1)).tolist()
+    for pixels in (torch.rand(2, 3, 4, 4), torch.rand(2, 5, 3, 4, 4), torch.rand(2, 3, 4, 4).bfloat16(), ends):
+        assert media.checked_pixels(pixels, 2, "mine") is pixels
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
@@ -287,3 +323,50 @@ def test_these_modules_load_neither_torch_nor_pyav():
 
     code = "import sys, alignkit.media, alignkit.storage; sys.exit(bool({'torch', 'av'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("size", [(11, 10), (30, 10)], ids=["PIL warns", "PIL refuses"])
+def test_decompression_bombs_are_named(monkeypatch, size):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for read in (media.decode_image, media.image_size):
+        with pytest.raises(DataError, match=r"^row 3: the image has too many pixels \(.*100\); make it smaller"):
+            read(saved(Image.new("1", size)), "row 3")
+        read(saved(Image.new("1", (10, 10))), "row 3")
+
+
+def test_large_text_chunks_are_named():
+    texts = PngInfo()
+    texts.add_text("prompt", "x" * 2_000_000, zip=True)
+    data = saved(Image.new("RGB", (4, 4)), pnginfo=texts)
+    assert len(data) < 10_000
+    with pytest.raises(DataError, match=r"^row 3: the image has too large text chunks"):
+        media.decode_image(data, "row 3")
+
+
+def test_a_clip_of_too_many_pixels_is_named(monkeypatch):
+    data = media.encode_clip(np.zeros((17, 8, 8, 3), np.uint8), 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)  # of a clip, sixteen times as many
+    assert media.decode_clip(data, "row 3", count=16).shape[0] == 16
+    with pytest.raises(DataError, match=r"^row 3: the clip has too many pixels \(17 or more frames of 8 x 8;"):
+        media.decode_clip(data, "row 3")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
+    for read in (media.decode_clip, media.clip_shape):
+        with pytest.raises(DataError, match=r"^row 3: the clip has too many pixels \(1 or more"):
+            read(data, "row 3")
+
+
+def test_no_clip_leads_to_the_network(tmp_path):
+    """Neither by its path nor by what is in it (a session description would wait for packets)."""
+    session = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+    session += b"a=rtpmap:96 H264/90000\n"
+    (tmp_path / "x.sdp").write_bytes(session)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/clip.mkv"
+        playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{url}\n#EXT-X-ENDLIST\n".encode()
+        listing = f"ffconcat version 1.0\nfile {url}\n".encode()
+        for data in (url, {"bytes": None, "path": url}, playlist, listing, session, tmp_path / "x.sdp"):
+            with pytest.raises(DataError, match=r"^row 3: the clip cannot be decoded"):
+                media.decode_clip(data, "row 3")
+        with pytest.raises(BlockingIOError):
+            server.accept()

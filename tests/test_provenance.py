@@ -27,6 +27,7 @@ class Job:
 
 def test_a_folder_keeps_the_config_it_was_made_with(tmp_path):
     write_resolved(tmp_path / "run", Job())
+    (tmp_path / "run" / "result").write_bytes(b"x")
     write_resolved(tmp_path / "run", Job())
     with pytest.raises(ResumeError, match=r"train\.rate: 0\.1 -> 0\.2"):
         write_resolved(tmp_path / "run", Job(train=Section(rate=0.2)))
@@ -36,6 +37,7 @@ def test_a_folder_keeps_the_config_it_was_made_with(tmp_path):
 
 def test_sections_that_nothing_was_made_with_may_change(tmp_path):
     write_resolved(tmp_path, Job())
+    (tmp_path / "result").write_bytes(b"x")
     write_resolved(tmp_path, Job(train=Section(rate=0.2)), free={"train"})
     assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))["train"]["rate"] == 0.2
     with pytest.raises(ResumeError, match="names"):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from alignkit import storage
-from alignkit.errors import DataError, MissingFileError, ResumeError, StorageError
+from alignkit import claims, storage
+from alignkit.errors import DataError, MissingFileError, StorageError
 
 TABLE = {"data/a.parquet": pa.table({"x": [1, 2, 3]})}
 
@@ -66,66 +66,6 @@ def test_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.Monk
     assert path.read_bytes() == b"old"
 
 
-def test_other_config_is_refused_key_by_key(tmp_path: Path) -> None:
-    record = {"config": {"seed": 1, "sources": [{"name": "a", "seeds": 2}], "same": 0}}
-    storage.claim(tmp_path, record)
-    storage.claim(tmp_path, record)
-    with pytest.raises(ResumeError) as caught:
-        storage.claim(tmp_path, {"config": {"seed": 2, "sources": [{"name": "a", "seeds": 3}], "same": 0}})
-    message = str(caught.value)
-    assert "config.seed: 1 -> 2" in message
-    assert "config.sources[0].seeds: 2 -> 3" in message
-    assert "same" not in message
-    assert storage.claimed(tmp_path) == record
-
-
-def test_sections_are_claimed_one_after_the_other(tmp_path: Path) -> None:
-    assert storage.claimed(tmp_path) == {}
-    storage.claim(tmp_path, {"config": {"seed": 1}})
-    storage.claim(tmp_path, {"inputs": {"policy": "m 1", "data": "d"}})
-    storage.claim(tmp_path, {"inputs": {"data": "d", "policy": "m 1"}})
-    with pytest.raises(ResumeError, match=r'inputs\.policy: "m 1" -> "m 2"'):
-        storage.claim(tmp_path, {"inputs": {"policy": "m 2", "data": "d"}})
-    assert storage.claimed(tmp_path) == {"config": {"seed": 1}, "inputs": {"policy": "m 1", "data": "d"}}
-
-
-def test_free_keys_are_replaced_and_the_others_compared(tmp_path: Path) -> None:
-    storage.claim(tmp_path, {"config": {"train": {"rate": 1}, "seed": 1}})
-    storage.claim(tmp_path, {"config": {"train": {"rate": 2}, "seed": 1}}, free={"config.train"})
-    assert storage.claimed(tmp_path) == {"config": {"train": {"rate": 2}, "seed": 1}}
-    with pytest.raises(ResumeError, match=r"config\.seed: 1 -> 2"):
-        storage.claim(tmp_path, {"config": {"train": {"rate": 3}, "seed": 2}}, free={"config.train"})
-    with pytest.raises(ResumeError, match=r"config\.train\.rate: 2 -> 3"):
-        storage.claim(tmp_path, {"config": {"train": {"rate": 3}, "seed": 1}})
-
-
-def test_differences_name_leaves() -> None:
-    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
-    assert storage.differences(old, new) == ["a.c: 2 -> 4", "d: 3 -> null", "e: null -> 5"]
-    assert storage.differences(old, new, free={"a", "e"}) == ["d: 3 -> null"]
-
-
-def test_foreign_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(ResumeError, match=r"README\.md but no run\.json"):
-        storage.claim(tmp_path, {"stage": "rank"}, writes=storage.STAGE_FILES)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["README.md"]
-
-
-@pytest.mark.parametrize("name", storage.EARLIER_RECORDS)
-def test_a_folder_of_an_earlier_version_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(ResumeError, match=rf"{name} but no run\.json.*can be read.*another folder"):
-        storage.claim(tmp_path, {"config": {}})
-
-
-def test_versions_are_noted_and_never_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    storage.claim(tmp_path, {"config": {}})
-    storage.write_json(tmp_path / "versions.json", storage.read_json(tmp_path / "versions.json") | {"torch": "0.1"})
-    storage.claim(tmp_path, {"config": {}})
-    assert 'torch: "0.1" -> ' in caplog.text
-
-
 def test_what_a_killed_process_left_is_removed_but_not_what_a_running_one_writes(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
@@ -134,7 +74,7 @@ def test_what_a_killed_process_left_is_removed_but_not_what_a_running_one_writes
     for name in (*names, elsewhere):
         (tmp_path / "parts").mkdir(exist_ok=True)
         (tmp_path / "parts" / name).write_bytes(b"")
-    storage.claim(tmp_path, {"config": {}})
+    claims.claim(tmp_path, {"config": {}})
     assert {entry.name for entry in (tmp_path / "parts").iterdir()} == {names[1], elsewhere}
 
 
@@ -226,3 +166,38 @@ def test_a_record_of_another_form_is_damage(tmp_path: Path, text: str) -> None:
     assert storage.finished_part(tmp_path, "part-00000") is None
     with pytest.raises(DataError, match="is no record of a part"):
         storage.recorded_parts(tmp_path, "generate")
+
+
+@pytest.mark.parametrize("lost", ["data/a.parquet", "parts/part-00000.json"])
+def test_a_stage_whose_output_was_removed_does_not_finish(tmp_path: Path, lost: str) -> None:
+    part = storage.write_part(tmp_path, "part-00000", TABLE)
+    (tmp_path / lost).unlink()
+    with pytest.raises(DataError, match=rf"{lost}' was removed while the stage ran; run the same command again"):
+        storage.finish_run(tmp_path, "generate", [part], rows=3, counts={})
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """A folder stands for a file without permission, which the superuser could read."""
+    for read in (storage.read_json, storage.checksum, storage.read_schema):
+        with pytest.raises(DataError, match=rf"'{tmp_path}' (cannot be read: .*directory|is damaged)"):
+            read(tmp_path)
+    for read in (storage.read_json, storage.checksum, storage.read_schema, storage.read_table):
+        with pytest.raises(MissingFileError, match="none' does not exist"):
+            read(tmp_path / "none")
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 200_000, encoding="utf-8")
+    with pytest.raises(DataError, match=r"deep\.json' is not JSON"):
+        storage.read_json(deep)
+    table = tmp_path / "a.parquet"
+    storage.write_part(tmp_path, "part-00000", {"a.parquet": TABLE["data/a.parquet"]})
+    table.write_bytes(table.read_bytes()[:-9])
+    for read in (storage.read_table, storage.read_schema):
+        with pytest.raises(DataError, match=r"a\.parquet' is damaged or not a parquet file"):
+            read(table)
+
+
+def test_a_place_below_a_file_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"could not write '.*file/out/x'.*Not a directory"):
+        storage.write_text(tmp_path / "file" / "out" / "x", "text")

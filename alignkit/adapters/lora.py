@@ -186,9 +186,9 @@ def inject_config(net: Any, config: LoraConfig, *, name: str = NAME) -> Coverage
         if missing:
             raise _no_layer(net, missing, len(config.target_modules))
     _add(net, config, name)
-    coverage = _coverage(net, name)
-    logger.info("LoRA '%s' on %s: %s", name, type(net).__name__, coverage)
-    return coverage
+    covered = coverage(net, name)
+    logger.info("LoRA '%s' on %s: %s", name, type(net).__name__, covered)
+    return covered
 
 
 def unmatched(net: nn.Module, targets: Iterable[str]) -> list[str]:
@@ -233,7 +233,8 @@ def _add(net: Any, config: LoraConfig, name: str, *, trainable: bool = True) -> 
     set_trainable(net, trained | ({name} if trainable else set()))
 
 
-def _coverage(net: nn.Module, name: str) -> Coverage:
+def coverage(net: nn.Module, name: str) -> Coverage:
+    """What adapter `name` covers of `net`: layers, and parameters of the base in them."""
     layers = lora_layers(net, name)
     base = [parameter for key, parameter in net.named_parameters() if "lora_" not in key]
     adapted = [parameter for layer in layers for parameter in layer.get_base_layer().parameters()]

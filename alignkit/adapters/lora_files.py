@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from alignkit.adapters import lora
@@ -132,12 +131,11 @@ def read(path: Path, parts: Mapping[str, nn.Module], network: str, origins: Orig
     """The file that was read, and what it holds for each part that it names."""
     file = path if path.is_file() else path / lora.DIFFUSERS_FILE
     if file.is_file():
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-        weights = _dotted(file, load_file(file), parts, origins)
+        stored, header = _tensors(file)
+        weights = _dotted(file, stored, parts, origins)
         weights = {re.sub(r"^diffusion_model\.", f"{network}.", key): value for key, value in weights.items()}
-        found = _split(weights, json.loads(header.get(METADATA_KEY, "{}")), parts)
-        bases = json.loads(header.get(BASE_KEY, "{}"))
+        found = _split(weights, _json(header.get(METADATA_KEY, "{}"), f"the header of '{file}'"), parts)
+        bases = _json(header.get(BASE_KEY, "{}"), f"the header of '{file}'")
         return file, {name: _with_alphas(stored, bases.get(name, "")) for name, stored in found.items()}
     folders = {name: path / name for name in parts if name != network} | {network: path}
     found = {name: _peft(folder) for name, folder in folders.items() if (folder / lora.PEFT_FILE).is_file()}
@@ -147,14 +145,36 @@ def read(path: Path, parts: Mapping[str, nn.Module], network: str, origins: Orig
 
 
 def _peft(folder: Path) -> Stored:
-    file = folder / lora.PEFT_FILE
-    weights = load_file(file)
-    with safe_open(file, framework="pt") as opened:
-        bases = json.loads((opened.metadata() or {}).get(BASE_KEY, "{}"))
-    config = json.loads((folder / lora.PEFT_CONFIG).read_text(encoding="utf-8"))
+    file, config_file = folder / lora.PEFT_FILE, folder / lora.PEFT_CONFIG
+    if not config_file.is_file():
+        raise MissingFileError(f"'{config_file}' is missing beside {lora.PEFT_FILE}; copy the adapter again")
+    weights, header = _tensors(file)
+    bases = _json(header.get(BASE_KEY, "{}"), f"the header of '{file}'")
+    config = _json(config_file.read_text(encoding="utf-8", errors="replace"), f"'{config_file}'")
     return Stored(
         {key.removeprefix(lora.PEFT_PREFIX): value for key, value in weights.items()}, config, bases.get("", "")
     )
+
+
+def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises AdapterError where it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+            return tensors, opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"'{file}' is truncated or no safetensors file ({error}); copy it again") from error
+
+
+def _json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object. Raises AdapterError naming `where`."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{where} is no valid JSON ({error}); copy the adapter again") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{where} holds a {type(values).__name__}, not a JSON object; copy the adapter again")
+    return values
 
 
 def _split(

@@ -190,7 +190,7 @@ class SynPicJob(PolicyJob):
         return f", or rank.held_out above prompts.held_out ({self.prompts.held_out})"
 
     def data_plan(self) -> list[str]:
-        sources = ", ".join(f"{source.name} x {source.seeds}" for source in self.generate.sources)
+        sources = ", ".join(f"{source.name} x {source.seeds_per_prompt}" for source in self.generate.sources)
         candidates = f"{self.generate.candidates} candidates ({sources})"
         return [
             f"generate: {candidates} for the training share of {self.prompts}",

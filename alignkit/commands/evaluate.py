@@ -59,7 +59,7 @@ def _plan(job: EvaluateJob) -> list[str]:
     amount = f"{job.evaluate.seeds_per_prompt} seeds, {job.evaluate.sampling.steps} steps"
     judges = [f"judge tuned against base pair by pair with {', '.join(job.judges)}"] if job.judges else []
     return [
-        *absences({"base": job.base, "tuned": job.tuned}),
+        *absences({"base": job.base, "tuned": job.tuned}, rewards=job.rewards, prompts=job.prompts),
         f"generate both sides for the held-out share of {job.prompts}, {amount}, into {job.out}",
         f"score them with {', '.join(job.rewards)} (gold: {job.gold or 'none'})",
         *judges,
@@ -80,4 +80,4 @@ def _work(job: EvaluateJob) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Compare base and tuned on the same prompts and seeds, with every reward, and with judges pair by pair."
-    execute(Verb("evaluate", summary, _schema, _plan, _work), argv)
+    execute(Verb("evaluate", summary, _schema, _plan, _work, lambda job: job.out), argv)

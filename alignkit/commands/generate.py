@@ -40,9 +40,9 @@ class GenerateJob:
 
 
 def _plan(job: GenerateJob) -> list[str]:
-    sources = ", ".join(f"{source.name} x {source.seeds}" for source in job.generate.sources)
+    sources = ", ".join(f"{source.name} x {source.seeds_per_prompt}" for source in job.generate.sources)
     candidates = f"{job.generate.candidates} candidates ({sources})"
-    return [*absences(job.generators), f"generate {candidates} for {job.prompts} into {job.out}"]
+    return [*absences(job.generators, prompts=job.prompts), f"generate {candidates} for {job.prompts} into {job.out}"]
 
 
 def _work(job: GenerateJob) -> None:
@@ -51,11 +51,12 @@ def _work(job: GenerateJob) -> None:
     known = identities(job.generators)
     result = generate_candidates(prompts, job.generate, job.out, build_sources=build_sources, identities=known)
     write_config(job.out, job)
-    print(f"{result.rows} prompts, {result.counts['pictures']} pictures in {result.folder}")
+    media = f"{result.counts['videos']} videos" if "videos" in result.counts else f"{result.counts['pictures']} images"
+    print(f"{result.rows} prompts, {media} in {result.folder}")
     print(f"next: alignkit score --candidates {job.out} --out {job.out.with_name('scores')} ...")
 
 
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Generate candidates for prompts with several generators; run again, it continues."
-    execute(Verb("generate", summary, lambda *_: GenerateJob, _plan, _work), argv)
+    execute(Verb("generate", summary, lambda *_: GenerateJob, _plan, _work, lambda job: job.out), argv)

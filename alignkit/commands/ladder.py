@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from alignkit.claims import holds_results
 from alignkit.commands.data import DATA, SynPicJob, TrainingData, data_kind
 from alignkit.commands.methods import DEFAULT_METHOD, config_class, unchecked_methods
 from alignkit.commands.specs import ValidationConfig, absences, tuned_spec
@@ -32,8 +33,10 @@ from alignkit.commands.stages import compare, fit
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError, require_at_least
+from alignkit.escape import to_code, to_markdown
 from alignkit.evaluation.ladder import read_arm, table
 from alignkit.evaluation.paired import EvaluateConfig
+from alignkit.locks import locked
 from alignkit.provenance import write_resolved
 from alignkit.records import Prompt
 from alignkit.storage import write_text
@@ -61,7 +64,7 @@ class LadderJob(SynPicJob):
 
     data: where candidates, rankings and caches are; ladders that name the same folder share them (default: out).
     arms: the ways of learning, by name.
-    seeds: each arm is trained with each of them (LoRA start, order, noise, shuffled labels).
+    training_seeds: each arm is trained with each of them (LoRA start, order, noise, shuffled labels).
     train: trainer keys that all arms share. An arm leaves out those that its method does not have and another arm's
         method has; a key that no arm's method has is an error.
     validation: media scored during training.
@@ -75,7 +78,7 @@ class LadderJob(SynPicJob):
 
     data: Path | None = None
     arms: Mapping[str, ArmConfig]
-    seeds: Sequence[int] = (0, 1, 2)
+    training_seeds: Sequence[int] = (0, 1, 2)
     train: Mapping[str, Any] = field(default_factory=dict)
     validation: ValidationConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -90,9 +93,11 @@ class LadderJob(SynPicJob):
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
         require_at_least(0, {"evaluate_from": self.evaluate_from})
         require_at_least(1, {"evaluate_prompts": self.evaluate_prompts, "workers": self.workers})
-        if not self.seeds or not all(0 <= seed < 2**32 for seed in self.seeds):
-            raise ConfigError(f"seeds is {list(self.seeds)}; give at least one, each from 0 to 2**32 - 1")
-        reserved = {"output_dir", "cache_dir", "seed", "noise_seed"}
+        if not self.training_seeds or not all(0 <= seed < 2**32 for seed in self.training_seeds):
+            raise ConfigError(
+                f"training_seeds is {list(self.training_seeds)}; give at least one, each from 0 to 2**32 - 1"
+            )
+        reserved = {"out", "output_dir", "cache_dir", "seed", "noise_seed"}
         for name, arm in self.arms.items():
             taken = sorted(reserved & {*self.train, *arm.train})
             if taken:
@@ -154,6 +159,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
         (folder / "log.txt").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
+        locked(folder),
     ):
         validation = None
         if job.validation is not None:
@@ -166,6 +172,7 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
             TrainingData(kind="ranked", path=job.shared / "ranked"),
             validation=validation,
             select=select,
+            sampling=job.evaluate.sampling,
         )
         sides = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}
         prompts = job.judged(held_out)
@@ -184,15 +191,15 @@ def _rows(rows: Any, *, arm: ArmConfig, seed: int, policy: str) -> Any:
 
 
 def _plan(job: LadderJob) -> list[str]:
-    runs = len(job.arms) * len(job.seeds)
+    runs = len(job.arms) * len(job.training_seeds)
     unchecked = unchecked_methods(arm.method for arm in job.arms.values())
     for name in [] if unchecked else job.arms:  # which keys all arms share depends on every method
-        _arguments(job, name, job.seeds[0])
+        _arguments(job, name, job.training_seeds[0])
     return [
-        *absences(job.generators),
+        *absences(job.generators, rewards=job.rewards, prompts=job.prompts),
         *unchecked,
         f"generate, score and rank {job.generate.candidates} candidates for the training share of {job.prompts}",
-        f"train and evaluate {len(job.arms)} arms x {len(job.seeds)} seeds = {runs} runs, {job.workers} at a time",
+        f"train and evaluate {len(job.arms)} arms x {len(job.training_seeds)} seeds = {runs} runs, by {job.workers}",
         *(f"arm {name}: {arm.method}, {arm.labels} labels, {dict(arm.train)}" for name, arm in job.arms.items()),
         f"write the table to {job.table}",
     ]
@@ -200,12 +207,17 @@ def _plan(job: LadderJob) -> list[str]:
 
 def _work(argv: Sequence[str], job: LadderJob) -> None:
     for name in job.arms:
-        _arguments(job, name, job.seeds[0])  # a wrong key stops here, not in the last arm
-    write_resolved(job.out, job)
+        _arguments(job, name, job.training_seeds[0])  # a wrong key stops here, not in the last arm
+    free = {"title", "workers", "data"}  # `data` is a place; what is in it has records of its own
+    if not holds_results(job.out / "arms"):
+        free |= {*init_fields(LadderJob)} - {*init_fields(SynPicJob)}
+    write_resolved(job.out, job, free)
     counts = job.make_ranked(job.prompts.split()[0], job.shared)
     print(counts)
-    failed = _run_all(job, [(name, seed) for seed in job.seeds for name in job.arms])
-    results = [read_arm(name, [job.folder(name, seed) / "evaluation" for seed in job.seeds]) for name in job.arms]
+    failed = _run_all(job, [(name, seed) for seed in job.training_seeds for name in job.arms])
+    results = [
+        read_arm(name, [job.folder(name, seed) / "evaluation" for seed in job.training_seeds]) for name in job.arms
+    ]
     page = table([arm for arm in results if arm is not None], title=job.title, settings=_settings(job, counts, argv))
     write_text(job.table, page)
     print(f"\n{page}\ntable: {job.table}")
@@ -215,24 +227,26 @@ def _work(argv: Sequence[str], job: LadderJob) -> None:
 
 def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
     """The lines above the table: the command, and what every number depends on."""
-    drawn = "; ".join(f"{s.name} x {s.seeds} at guidance {s.sampling.guidance_scale:g}" for s in job.generate.sources)
+    drawn = "; ".join(
+        f"{s.name} x {s.seeds_per_prompt} at guidance {s.sampling.guidance_scale:g}" for s in job.generate.sources
+    )
     sampling = job.evaluate.sampling
     judged = len(job.judged(job.prompts.split()[1]))
     return [
-        f"command: `{shlex.join(['alignkit', 'ladder', *argv])}`",
-        f"candidates: {drawn}; ranked by {', '.join(job.score.rewards)}; {counts}",
-        f"training, all arms: {json.dumps(dict(job.train))}",
-        *(f"arm {name}: {_words(arm)}" for name, arm in job.arms.items()),
+        f"command: {to_code(shlex.join(['alignkit', 'ladder', *argv]))}",
+        to_markdown(f"candidates: {drawn}; ranked by {', '.join(job.score.rewards)}; {counts}"),
+        f"training, all arms: {to_code(json.dumps(dict(job.train)))}",
+        *(f"arm {to_markdown(name)}: {_words(arm)}" for name, arm in job.arms.items()),
         (
             f"evaluation: {judged} held-out prompts x {job.evaluate.seeds_per_prompt} seeds, "
-            f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}; training seeds {list(job.seeds)}"
+            f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}; training seeds {list(job.training_seeds)}"
         ),
     ]
 
 
 def _words(arm: ArmConfig) -> str:
     own = ", own samples only" if arm.own_samples else ""
-    return f"{arm.method}, {arm.labels} labels{own}, {json.dumps(dict(arm.train))}"
+    return f"{to_markdown(arm.method)}, {arm.labels} labels{own}, {to_code(json.dumps(dict(arm.train)))}"
 
 
 def die_with_parent() -> None:
@@ -269,4 +283,5 @@ def _run_all(job: LadderJob, todo: Sequence[tuple[str, int]]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Train one generator in many ways on the same candidates, each with several seeds, and write a table."
-    execute(Verb("ladder", summary, lambda *_: LadderJob, _plan, functools.partial(_work, argv)), argv)
+    work = functools.partial(_work, argv)
+    execute(Verb("ladder", summary, lambda *_: LadderJob, _plan, work, lambda job: job.out), argv)

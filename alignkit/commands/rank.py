@@ -36,10 +36,10 @@ def _work(job: RankJob) -> None:
     result = rank_candidates(job.candidates, job.scores, job.rank, job.out)
     write_config(job.out, job)
     print(f"{result.rows} ranked rows in {result.folder}: {counts_line(result.counts)}")
-    print(f"next: alignkit train {DEFAULT_METHOD} --data {job.out} --model MODEL --output_dir OUT")
+    print(f"next: alignkit train {DEFAULT_METHOD} --data {job.out} --model MODEL --out OUT")
 
 
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Turn raw scores into a ranked dataset (Syn-Pic win rates, filters, split); never scores again."
-    execute(Verb("rank", summary, lambda *_: RankJob, _plan, _work), argv)
+    execute(Verb("rank", summary, lambda *_: RankJob, _plan, _work, lambda job: job.out), argv)

@@ -24,7 +24,7 @@ class ReportJob:
     training: the folder of a training.
     data: the folder of a ranked dataset.
     title: the page's title.
-    gallery: pictures a group in the gallery.
+    gallery: images or videos in each group of the gallery.
     out: the page, or report.html in the run's folder.
     """
 

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignkit.claims import holds_results
 from alignkit.commands.data import PolicyJob, data_sections
-from alignkit.commands.methods import DEFAULT_METHOD, unchecked_methods, with_trainer
+from alignkit.commands.methods import DEFAULT_METHOD, more_help, unchecked_methods, with_trainer
 from alignkit.commands.report import ReportJob, gather
 from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, tuned_spec
-from alignkit.commands.stages import compare, fit, judge_evaluation
-from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
+from alignkit.commands.stages import RESUMABLE, TRAIN_FURTHER, compare, default_notes, fit, judge_evaluation
+from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError, require_at_least
 from alignkit.evaluation.card import CardInputs, write_card
@@ -31,13 +32,13 @@ from alignkit.evaluation.judged import judged_lines, require_plain_names
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.report import write_report
 from alignkit.evaluation.terminal import before_after
-from alignkit.provenance import plain, write_resolved
-from alignkit.storage import claimed
+from alignkit.locks import locked
+from alignkit.provenance import claim_config, plain, write_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """The report's title, and how many pictures a group its gallery shows."""
+    """The report's title, and how many images or videos each group of its gallery shows."""
 
     title: str = "alignkit report"
     gallery: int = 6
@@ -81,28 +82,32 @@ class RunJob(PolicyJob):
             )
 
 
-def _schema(tree: Tree, problems: list[str], *, dry_run: bool) -> Any:
+def _schema(tree: Tree, problems: list[str], *, dry_run: bool, for_help: bool) -> Any:
     method = coerce(tree.get("method", Located(DEFAULT_METHOD, "default")), str, "method", problems)
     sections = data_sections(str(method), tree, problems, dry_run=dry_run)
+    if "output_dir" in tree and "out" not in tree:
+        tree["out"] = tree.pop("output_dir")
     train = tree.setdefault("train", Located({}, "default"))
     if isinstance(train.value, dict):
-        if "output_dir" in train.value:
-            where = train.value.pop("output_dir").where
-            problems.append(f"{where}: a run trains in OUT/train; remove train.output_dir")
+        for name in {"out", "output_dir"} & set(train.value):
+            where = train.value.pop(name).where
+            problems.append(f"{where}: a run trains in OUT/train; remove train.{name}")
         out = tree["out"].value if "out" in tree else ""
         train.value["output_dir"] = Located(f"{out}/train", "default")
-    return with_trainer(str(method), RunJob, sections, dry_run=dry_run)
+    return with_trainer(str(method), RunJob, sections, dry_run=dry_run, for_help=for_help)
 
 
 def _plan(job: Any) -> list[str]:
     judges = [f"judge: base against tuned pair by pair, by {', '.join(job.judges)}"] if job.judges else []
     unchecked = unchecked_methods([job.method])
-    steps = "" if unchecked else f", {job.train.max_steps} steps"
+    steps = "" if unchecked else f", {job.train.length}"
+    notes = [] if unchecked else default_notes(job.train, job.aligned.model)
     return [
-        *absences(job.generators),
+        *absences(job.generators, rewards=job.rewards, prompts=job.prompts),
         *job.data_plan(),
         *unchecked,
         f"train: {job.method} on {job.policy} ({job.aligned.model}){steps}",
+        *notes,
         f"evaluate: base against tuned on held-out prompts, scored by {', '.join(job.rewards)}",
         *judges,
         f"report: {job.out / 'report.html'}",
@@ -112,11 +117,14 @@ def _plan(job: Any) -> list[str]:
 def _work(job: Any) -> None:
     shares = job.share_prompts(job.validation.prompts if job.validation else 0)
     evaluated = shares.evaluation[: job.evaluate_prompts]
-    write_resolved(job.out, _resolved(job), free=_free(job.out))
+    claim_config(job.out, job, _free(job.out), advice=TRAIN_FURTHER)
+    write_config(job.out, _resolved(job))
     data = _stage(1, "training data", functools.partial(job.make_data, shares))
     validation = functools.partial(job.validation.build, shares.validation, job.rewards) if job.validation else None
-    training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, validation=validation)
-    result = _stage(2, "train", training)
+    options = {"validation": validation, "sampling": job.evaluate.sampling}
+    training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, **options)
+    with locked(job.out / "train"):
+        result = _stage(2, "train", training)
     sides, out = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}, job.out / "evaluation"
     scoring = functools.partial(compare, sides, evaluated, job.evaluate, out, rewards=job.rewards, gold=job.gold)
     evaluation = _stage(3, "evaluate", scoring)
@@ -129,12 +137,23 @@ def _work(job: Any) -> None:
 
 
 def _free(out: Path) -> set[str]:
-    """Sections that may still change: nothing has been made with them."""
+    """Sections that may still change: nothing has been made with them. Each stage compares what it was made with."""
     free = {"report", "judges"}
-    if not claimed(out / "train"):
-        free |= {"method", "data", "train", "validation"}
-    if not claimed(out / "evaluation"):
-        free |= {"evaluate", "evaluate_prompts"}
+    has = {stage: holds_results(out / stage) for stage in ("candidates", "scores", "ranked", "train", "evaluation")}
+    sections = {
+        "candidates": {"generate"},
+        "scores": {"score"},
+        "ranked": {"rank"},
+        "train": {"method", "data", "train", "validation"},
+        "evaluation": {"evaluate", "evaluate_prompts", "gold"},
+    }
+    free.update(*(names for stage, names in sections.items() if not has[stage]))
+    if not has["evaluation"]:
+        free |= RESUMABLE
+    if not any(has.values()):
+        free |= {"prompts", "generators", "policy"}
+    if not (has["scores"] or has["train"] or has["evaluation"]):
+        free.add("rewards")
     return free
 
 
@@ -174,5 +193,5 @@ def main(argv: Sequence[str]) -> None:
         "The whole job from one file: training data (made with Syn-Pic, or an existing dataset: --data.path FOLDER), "
         "training, evaluation, report."
     )
-    schema = functools.partial(_schema, dry_run=is_dry_run(argv))
-    execute(Verb("run", summary, schema, _plan, _work), argv)
+    schema = functools.partial(_schema, dry_run=is_dry_run(argv), for_help=wants_outline(argv))
+    execute(Verb("run", summary, schema, _plan, _work, lambda job: job.out, more=more_help("run")), argv)

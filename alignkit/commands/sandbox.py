@@ -36,9 +36,9 @@ NEEDS = {
 class SandboxJob:
     """Train one model of the sandbox.
 
-    name: vae; clip, the CLIP proxy; reader, where picture and words meet; careful and showy, the
+    name: vae; clip, the CLIP proxy; reader, which matches images and words; careful and showy, the
         preference heads; unet_first to unet_clean, four stages of a generator, and unet, which is made from
-        it; flow, another one; vlm, which answers questions about pictures and clips.
+        it; flow, another one; vlm, which answers questions about images and videos.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """
@@ -86,10 +86,10 @@ def _work(job: SandboxJob) -> None:
         raise ConfigError(f"'{target}' is there already and stays as it is; choose another --out")
     write_resolved(work, job, free={"out"})
     result = work / "result"
-    if not finished(work):
+    if finished(work) is None:
         shutil.rmtree(result, ignore_errors=True)  # half a save of an interrupted run; the checkpoints are beside it
         _trainer(job, result)()
-        mark_finished(work)
+        mark_finished(work, {})
     partial = target.with_name(f"{target.name}.partial")
     shutil.copytree(result, partial, dirs_exist_ok=True)
     partial.rename(target)
@@ -100,4 +100,4 @@ def main(argv: Sequence[str]) -> None:
     """The verb; the name may stand alone as the first word."""
     words = ["--name", *argv] if argv and not argv[0].startswith("-") else list(argv)
     summary = f"Repeat the training of one sandbox model: {', '.join(NEEDS)}."
-    execute(Verb("sandbox train", summary, lambda *_: SandboxJob, _plan, _work), words)
+    execute(Verb("sandbox train", summary, lambda *_: SandboxJob, _plan, _work, lambda job: job.work / job.name), words)

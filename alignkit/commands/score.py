@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.commands.specs import RewardBuilders, RewardSpec, identities, require_names
+from alignkit.commands.specs import RewardBuilders, RewardSpec, absences, identities, require_names
 from alignkit.commands.verb import Verb, counts_line, execute
 from alignkit.provenance import write_config
 from data_pipelines.synpic import ScoreConfig, score_candidates
@@ -32,7 +32,8 @@ class ScoreJob:
 
 
 def _plan(job: ScoreJob) -> list[str]:
-    return [f"score the candidates in {job.candidates} with {', '.join(job.score.rewards)} into {job.out}"]
+    missing = absences({}, rewards={name: job.rewards[name] for name in job.score.rewards})
+    return [*missing, f"score the candidates in {job.candidates} with {', '.join(job.score.rewards)} into {job.out}"]
 
 
 def _work(job: ScoreJob) -> None:
@@ -48,4 +49,4 @@ def _work(job: ScoreJob) -> None:
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     summary = "Score candidates with several rewards; raw scores are kept, so ranking again never scores again."
-    execute(Verb("score", summary, lambda *_: ScoreJob, _plan, _work), argv)
+    execute(Verb("score", summary, lambda *_: ScoreJob, _plan, _work, lambda job: job.out), argv)

@@ -8,7 +8,6 @@ pickled to another process, and nothing is loaded until one is called.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
 from alignkit.protocols import Judge, Reporting, require_independent
-from alignkit.provenance import fingerprint
+from alignkit.provenance import content
 from alignkit.records import Prompt, Sampling
 from alignkit.resolve import construct, require_known, resolve
+from alignkit.shipped import SANDBOX, model_path, shipped_file
 from data_pipelines.prompts import read_prompts, split_of
 from rewards import JUDGES, REWARDS
 
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from alignkit.protocols import ImageSource, Reward
     from alignkit.trainers.validation import Validation
 
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorSpec:
     """A generator.
 
-    model: a diffusers folder, a hub id, or 'package.module:attribute' of your own builder.
+    model: a diffusers folder, a hub id, 'sandbox:NAME', or 'package.module:attribute' of your own builder.
     adapter: a LoRA folder to load on it.
     dtype: the precision of its weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes); text encoders and VAE keep `dtype`.
@@ -56,26 +58,29 @@ class GeneratorSpec:
             )
         if self.family is not None:
             require_known(self.family, GENERATORS, kind="generator family")
+        model_path(self.model)  # an unknown model of the sandbox stops here, before any work
 
     @property
     def is_own(self) -> bool:
         """Whether `model` names a builder rather than weights."""
-        return ":" in self.model and not Path(self.model).exists()
+        return ":" in self.model and not self.model.startswith(SANDBOX) and not Path(self.model).exists()
 
     @property
     def identity(self) -> str:
-        """Changes with the weights of local folders; a hub id or a builder stands for itself."""
-        named = [self.model, *([str(self.adapter)] if self.adapter else []), *map(str, self.options.values())]
-        changes = {"quantize": self.quantize, "family": self.family}
-        loading = [f"{name}={value}" for name, value in changes.items() if value]
-        return " ".join([*named, *loading, *map(fingerprint, _local(named))])
+        """Changes with the weights of local folders, wherever they are; a hub id or a builder stands for itself."""
+        changes = {"adapter": self.adapter, "quantize": self.quantize, "family": self.family, **self.options}
+        if self.dtype != "float32":
+            changes["dtype"] = self.dtype
+        loading = [f"{name}={content(value)}" for name, value in changes.items() if value]
+        return " ".join([content(self.model), *loading])
 
     @property
     def absent(self) -> list[str]:
         """Local folders that are named but not there (a name with one slash may be a hub id)."""
         local = self.model.startswith((".", "/", "~")) or self.model.count("/") != 1
         named = [self.model] if local and not self.is_own else []
-        return [name for name in [*named, *([str(self.adapter)] if self.adapter else [])] if not Path(name).exists()]
+        named += [str(self.adapter)] if self.adapter else []
+        return [name for name in named if not Path(model_path(name)).exists()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +101,12 @@ class RewardSpec:
     def identity(self) -> str:
         """Changes with the options and with the files that they name, a composite's `state` among them."""
         return _identity(self.reward, self.options)
+
+    @property
+    def absent(self) -> list[str]:
+        """Files of weights that the options name and that are not there."""
+        files = [leaf for leaf in _leaves(self.options) if Path(leaf).suffix in WEIGHT_FILES]
+        return [file for file in files if not Path(file).exists()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,13 +137,12 @@ def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
 
 
 def _identity(name: str, options: Mapping[str, Any]) -> str:
-    """A name, its options and the fingerprints of the files in them.
+    """A name and its options, with the content of the files and folders that they name.
 
     `cache` is left out at every level: replies are added to it, but it does not change a score.
     """
-    options = _without_caches(options)
-    named = [f"{option}={value}" for option, value in sorted(options.items())]
-    return " ".join([name, *named, *map(fingerprint, _local(_leaves(options)))])
+    known = content(_without_caches(options))
+    return " ".join([name, *(f"{option}={value}" for option, value in sorted(known.items()))])
 
 
 def _without_caches(value: Any) -> Any:
@@ -151,9 +161,13 @@ def _leaves(value: Any) -> Iterable[str]:
     return [str(value)]
 
 
-def _local(names: Iterable[str]) -> list[Path]:
-    """Those of `names` that are files or folders here."""
-    return [Path(name) for name in names if name and os.path.exists(name)]  # noqa: PTH110 - Path fails for long texts
+def _with_paths(value: Any) -> Any:
+    """Nested options with `sandbox:NAME` as the folder that it stands for."""
+    if isinstance(value, Mapping):
+        return {name: _with_paths(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_paths(inner) for inner in value]
+    return model_path(value) if isinstance(value, str) else value
 
 
 def identities(
@@ -167,7 +181,7 @@ def identities(
 class PromptsConfig:
     """Where prompts come from: a file, or a function of yours that makes them.
 
-    file: .txt (one a line), .jsonl, .csv or .parquet.
+    file: .txt (one a line), .jsonl, .csv or .parquet; configs/prompts/general.jsonl and video.jsonl are shipped.
     column: the text's column in formats that have columns.
     source: 'package.module:attribute', called as source(count, **options), returning Prompt records.
     options: keywords for `source`.
@@ -199,7 +213,7 @@ class PromptsConfig:
         """All prompts, in order. Raises DataError naming file and row, UnknownNameError for an unknown source."""
         if self.source is not None:
             return list(resolve(self.source, {}, kind="prompt source")(self.count, **self.options))
-        return read_prompts(self.file or "", column=self.column)[: self.count]
+        return read_prompts(shipped_file(self.file or Path()), column=self.column)[: self.count]
 
     def split(self) -> tuple[list[Prompt], list[Prompt]]:
         """Training and held-out prompts."""
@@ -304,12 +318,12 @@ def _build_beside(built: dict[str, Reward], name: str, spec: RewardSpec) -> Rewa
 
 def build_reward(reward: str, options: Mapping[str, Any]) -> Any:
     """Construct a reward. Raises UnknownNameError for an unknown name, ConfigError for options that do not fit."""
-    return construct(resolve(reward, REWARDS, kind="reward"), options, what=f"reward '{reward}'")
+    return construct(resolve(reward, REWARDS, kind="reward"), _with_paths(options), what=f"reward '{reward}'")
 
 
 def build_judge(judge: str, options: Mapping[str, Any]) -> Judge:
     """Construct a judge. Raises UnknownNameError for an unknown name, ConfigError for options that do not fit."""
-    built = construct(resolve(judge, JUDGES, kind="judge"), options, what=f"judge '{judge}'")
+    built = construct(resolve(judge, JUDGES, kind="judge"), _with_paths(options), what=f"judge '{judge}'")
     if not isinstance(built, Judge):
         raise ConfigError(
             f"judge '{judge}' is a {type(built).__name__} without `compare`; see alignkit.protocols.Judge"
@@ -317,6 +331,21 @@ def build_judge(judge: str, options: Mapping[str, Any]) -> Judge:
     return built
 
 
-def absences(specs: Mapping[str, GeneratorSpec]) -> list[str]:
-    """Lines for a dry run about folders that are not there yet."""
-    return [f"NOT THERE YET: {path} (generator '{name}')" for name, spec in specs.items() for path in spec.absent]
+def absences(
+    generators: Mapping[str, GeneratorSpec],
+    *,
+    rewards: Mapping[str, RewardSpec] | None = None,
+    prompts: PromptsConfig | None = None,
+) -> list[str]:
+    """Lines for a dry run about local files that are not there yet."""
+    kinds: dict[str, Mapping[str, GeneratorSpec] | Mapping[str, RewardSpec]] = {"generator": generators}
+    kinds["reward"] = rewards or {}
+    lines = [
+        f"NOT THERE YET: {path} ({kind} '{name}')"
+        for kind, specs in kinds.items()
+        for name, spec in specs.items()
+        for path in spec.absent
+    ]
+    if prompts is not None and prompts.file is not None and not shipped_file(prompts.file).exists():
+        lines.append(f"NOT THERE YET: {prompts.file} (prompts)")
+    return lines

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.commands.data import TrainingData, data_kind
-from alignkit.commands.methods import config_class, find_method, known_method, unchecked_methods, with_trainer
+from alignkit.commands.methods import (
+    config_class,
+    find_method,
+    known_method,
+    more_help,
+    unchecked_methods,
+    with_trainer,
+)
 from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
@@ -22,18 +29,20 @@ from alignkit.commands.specs import (
     absences,
     require_names,
 )
-from alignkit.commands.stages import fit
-from alignkit.commands.verb import Tree, Verb, execute, is_dry_run
+from alignkit.commands.stages import RESUMABLE, default_notes, fit
+from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
+from alignkit.key_names import advice, with_own_names
 from alignkit.provenance import write_resolved
+from alignkit.shipped import model_path
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
     """Train a generator; the keys of the trainer stand beside these.
 
-    model: a diffusers folder or a hub id.
+    model: a diffusers folder, a hub id, or sandbox:NAME.
     adapter: a LoRA folder to continue from, of its own rank and targets; the reference stays the model without it.
     dtype: the precision of the frozen weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes), for a LoRA on them.
@@ -132,23 +141,32 @@ class PromptsTrainJob(TrainJob):
         return TrainingData(kind=find_method(method).data, prompts=(train, held_out))
 
 
-def _schema(method: str, tree: Tree, problems: list[str], *, dry_run: bool) -> Any:
+def _schema(method: str, tree: Tree, problems: list[str], *, dry_run: bool, for_help: bool) -> Any:
     """The config class of a method's verb; moves the trainer's keys into their section."""
     is_unchecked = dry_run and known_method(method) is None
     takes_data = "data" in tree if is_unchecked else data_kind(method).load is not None
     job = DataTrainJob if takes_data else PromptsTrainJob
+    if for_help:
+        return with_trainer(method, job, for_help=True)
     own = init_fields(job)
-    nested = tree.pop("train", None)  # as a saved config.yaml has it
-    if nested is not None and isinstance(nested.value, dict):
-        tree |= {name: value for name, value in nested.value.items() if name not in tree}
-    trainer = set(tree) - set(own) if is_unchecked else set(init_fields(config_class(method)))
-    section: Tree = {name: tree.pop(name) for name in list(tree) if name in trainer}
-    known = {*own, *trainer}
-    unknown = [name for name in tree if name not in own]
-    problems += [f"{tree.pop(name).where}: unknown key '{name}'.{nearest(name, known)}" for name in unknown]
-    if "output_dir" not in section:
-        problems.append("key 'output_dir' is missing: the folder of checkpoints, logs and the result")
-    tree["train"] = Located(section, "config")
+    nested = tree.pop("train", Located({}, "config"))  # as a saved config.yaml has it
+    saved = nested.value if isinstance(nested.value, dict) else {}
+    trainer = {*tree, *saved} - set(own) if is_unchecked else set(init_fields(config_class(method)))
+    trainer -= {"out", "output_dir"}  # one thing, which verbs call `out`
+    known = {*own, *trainer, "out"}
+    saved = with_own_names(saved, known, problems, "train.")
+    keys = saved | with_own_names(tree, known, problems)
+    unknown = [name for name in keys if name not in known]
+    for name in unknown:
+        hint = advice(name, known) or nearest(name, known)
+        problems.append(f"{keys.pop(name).where}: unknown key '{name}'.{hint}")
+    section: Tree = {name: given for name, given in keys.items() if name in trainer}
+    if "out" in keys:
+        section["output_dir"] = keys["out"]
+    else:
+        problems.append("key 'out' is missing: the folder of checkpoints, logs and the result")
+    tree.clear()
+    tree |= {name: given for name, given in keys.items() if name in own} | {"train": Located(section, "config")}
     return with_trainer(method, job, dry_run=dry_run)
 
 
@@ -156,7 +174,7 @@ def _plan(method: str, job: Any) -> list[str]:
     args = job.train
     if isinstance(args, Mapping):
         return [
-            *absences({"model": job.policy}),
+            *absences({"model": job.policy}, rewards=job.rewards, prompts=job.prompts),
             *job.missing(),
             *unchecked_methods([method]),
             f"train {job.model} with {method} on {job.source}",
@@ -165,23 +183,23 @@ def _plan(method: str, job: Any) -> list[str]:
     what = "all weights" if args.full_finetune else f"a LoRA of rank {args.lora_rank}"
     what += " on network and text encoders" if args.train_text_encoder else ""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    amount = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return [
-        *absences({"model": job.policy}),
+        *absences({"model": job.policy}, rewards=job.rewards, prompts=job.prompts),
         *job.missing(),
-        f"train {what} of {job.model} with {method} on {job.source}: {amount} of {batch} prompts a device",
+        f"train {what} of {job.model} with {method} on {job.source}: {args.length} of {batch} prompts a device",
+        *default_notes(args, job.model),
         f"keep checkpoints, logs and the result in {args.output_dir}",
     ]
 
 
 def _work(method: str, job: Any) -> None:
     folder = Path(job.train.output_dir)
-    write_resolved(folder, job)
+    write_resolved(folder, job, free=RESUMABLE)
     validation = None
     if job.validation is not None:
         held_out = job.prompts.split()[1]
         validation = functools.partial(job.validation.build, held_out, job.rewards)
-    policy = (Path(job.model).name, job.policy)
+    policy = (Path(model_path(job.model)).name, job.policy)
     result = fit(method, policy, job.train, job.training_data(method), validation=validation)
     print(f"result: {result}")
     tuned = "model" if job.train.full_finetune else "adapter"
@@ -193,7 +211,19 @@ def main(argv: Sequence[str]) -> None:
     method, *words = argv
     dry_run = is_dry_run(words)
     plan, work = (functools.partial(step, method) for step in (_plan, _work))
-    schema = functools.partial(_schema, method, dry_run=dry_run)
+    schema = functools.partial(_schema, method, dry_run=dry_run, for_help=wants_outline(words))
     record = known_method(method) if dry_run else find_method(method)
     summary = record.summary if record else "A method of your own."
-    execute(Verb(f"train {method}", summary, schema, plan, work, flat="train", distributed=True), words)
+    name = f"train {method}"
+    verb: Verb[Any] = Verb(
+        name,
+        summary,
+        schema,
+        plan,
+        work,
+        folder=lambda job: Path(job.train.output_dir),
+        flat="train",
+        distributed=True,
+        more=more_help(name),
+    )
+    execute(verb, words)

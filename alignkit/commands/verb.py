@@ -11,20 +11,20 @@ Deliberately not here: what a verb does (its own module) and how names become mo
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import os
-import re
-import textwrap
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from alignkit.config import Located, build, describe, init_fields, read_tree
+from alignkit.commands.help_text import help_text
+from alignkit.config import Located, build, read_tree
 from alignkit.errors import ConfigError
-from alignkit.provenance import dump, plain, without_defaults
-from alignkit.storage import write_text
+from alignkit.locks import locked
+from alignkit.provenance import dump, without_defaults
+from alignkit.shipped import shipped_file
+from alignkit.storage import read_json, write_json
 
 Job = TypeVar("Job")
 Tree = dict[str, Located]
@@ -35,7 +35,7 @@ class Verb(Generic[Job]):
     """A verb of the program: its config, what it would do in words, and the doing of it.
 
     `schema` gets the untyped tree, which it may also put in order, for verbs whose keys depend on a method. Only a
-    `distributed` verb works in several processes of torchrun or `accelerate launch`.
+    `distributed` verb works in several processes of torchrun or `accelerate launch`. `more` is the end of its help.
     """
 
     name: str
@@ -43,8 +43,10 @@ class Verb(Generic[Job]):
     schema: Callable[[Tree, list[str]], type[Job]]
     plan: Callable[[Job], list[str]]
     work: Callable[[Job], None]
+    folder: Callable[[Job], Path] | None = None  # held against a second process while the verb works
     flat: str = ""  # a section whose keys stand at the top
     distributed: bool = False
+    more: str = ""
 
 
 def execute(verb: Verb[Job], argv: Sequence[str]) -> None:
@@ -53,18 +55,37 @@ def execute(verb: Verb[Job], argv: Sequence[str]) -> None:
     words, switches, file = _split(argv, problems)
     tree = read_tree(words, file, problems)
     schema = verb.schema(tree, problems)
-    if "--help" in switches:
-        print(help_text(verb, schema))
+    if switches & {"--help", "--help-all"}:
+        print(help_text(verb.name, verb.summary, schema, flat=verb.flat))
+        print(verb.more if wants_outline(argv) else "", end="")
         return
     job = build(schema, tree, problems)
     if "--dry-run" in switches:
-        print(f"# alignkit {verb.name}, resolved config (keys of a trainer at their default are left out)")
-        print(dump(without_defaults(job)).rstrip())
-        print("\n".join(["# what would be done", *(f"# - {line}" for line in verb.plan(job))]))
+        print(
+            "\n".join([*_config_lines(verb, job), "# what would be done", *(f"# - {line}" for line in verb.plan(job))])
+        )
         return
     if not verb.distributed:
         require_one_process(verb.name)
-    verb.work(job)
+    with locked(verb.folder(job)) if verb.folder else contextlib.nullcontext():
+        verb.work(job)
+
+
+def _config_lines(verb: Verb[Job], job: Job) -> list[str]:
+    """The config of a dry run: `--config` reads it again as it is printed."""
+    shown = without_defaults(job, keep_own=True)
+    train = shown.get("train")
+    if not isinstance(train, dict):
+        return [f"# alignkit {verb.name}, resolved config", dump(shown).rstrip()]
+    if not verb.flat:
+        train.pop("output_dir", None)  # a run sets it
+    note = "keys of transformers.TrainingArguments at their default are left out"
+    return [f"# alignkit {verb.name}, resolved config ({note})", dump(shown).rstrip()]
+
+
+def wants_outline(argv: Sequence[str]) -> bool:
+    """Whether the flags ask for help with the keys of the verb and its method, without those of transformers."""
+    return not {"--help", "-h"}.isdisjoint(argv) and "--help-all" not in argv
 
 
 def is_dry_run(argv: Sequence[str]) -> bool:
@@ -86,7 +107,7 @@ def require_one_process(verb: str) -> None:
 def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], set[str], Path | None]:
     """Flags of the config apart from `--help`, `--dry-run` and `--config FILE`."""
     words, rest, files = list(argv), [], []
-    switches = {"-h": "--help", "--help": "--help", "--dry-run": "--dry-run", "--dry_run": "--dry-run"}
+    switches = {"-h": "--help", "--dry_run": "--dry-run", **{w: w for w in ("--help", "--help-all", "--dry-run")}}
     chosen = {switches[word] for word in words if word in switches}
     words = [word for word in words if word not in switches]
     while words:
@@ -99,66 +120,7 @@ def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], set[str
             files.append(value if equals else words.pop(0))
     if len(files) > 1:
         raise ConfigError(f"flag --config is given {len(files)} times ({', '.join(files)}); keep one")
-    return rest, chosen, Path(files[0]) if files else None
-
-
-# --- help -----------------------------------------------------------------------------------------------------------
-
-
-def help_text(verb: Verb[Any], schema: Any) -> str:
-    """Usage of a verb with every key: type, default and meaning."""
-    lines = [f"usage: alignkit {verb.name} [--config FILE.yaml] [--key value ...] [--dry-run]", "", verb.summary, ""]
-    return "\n".join([*lines, *_key_lines(schema, "", verb.flat)])
-
-
-def _key_lines(schema: Any, prefix: str, flat: str = "") -> Iterator[str]:
-    """Plain keys first, then section by section."""
-    hints, notes = typing.get_type_hints(schema), _notes(schema)
-    sections = {name: _section(hints[name]) for name in init_fields(schema)}
-    for name, field in init_fields(schema).items():
-        if sections[name] is None or sections[name][1]:
-            yield f"  --{prefix}{name}  {describe(hints[name])}  {_default(field)}"
-            yield from _note_lines(str(field.metadata.get("help", notes.get(name, ""))))
-    for name, (section, suffix) in ((name, found) for name, found in sections.items() if found):
-        yield f"\n{prefix}{name}{suffix}: {notes.get(name) or _first_line(section)}"
-        yield from _key_lines(section, "" if name == flat else f"{prefix}{name}{suffix}.")
-
-
-def _section(annotation: Any) -> tuple[Any, str] | None:
-    """The dataclass that `annotation` is, may be, or holds many of, and what stands for one of many in a key."""
-    if is_dataclass(annotation):
-        return annotation, ""
-    origin = typing.get_origin(annotation)
-    many = {Sequence: "[]", list: "[]", tuple: "[]", Mapping: ".NAME", dict: ".NAME"}
-    inner = [found for arm in typing.get_args(annotation) if (found := _section(arm)) is not None]
-    return (inner[0][0], many.get(origin, "")) if inner else None
-
-
-def _note_lines(note: str) -> list[str]:
-    return textwrap.wrap(" ".join(note.split()), width=110, initial_indent=" " * 8, subsequent_indent=" " * 8)
-
-
-def _notes(schema: Any) -> dict[str, str]:
-    """Meanings of keys by the docstrings of a dataclass and its bases: lines `name: meaning`, else a sentence."""
-    notes: dict[str, str] = {}
-    for base in reversed([base for base in schema.__mro__ if is_dataclass(base)]):
-        doc = inspect.cleandoc(vars(base)["__doc__"] or "")
-        sentences = re.split(r"(?<=\.)\s+", " ".join(doc.split()))
-        mentioned = {name: next((s for s in sentences if f"`{name}`" in s), "") for name in init_fields(base)}
-        lines = re.findall(r"^(\w+): (.+(?:\n[ ]+\S.*)*)", doc, flags=re.MULTILINE)
-        notes |= {name: note for name, note in [*mentioned.items(), *lines] if note}
-    return notes
-
-
-def _first_line(schema: Any) -> str:
-    return (inspect.getdoc(schema) or "").split("\n", maxsplit=1)[0]
-
-
-def _default(field: Field[Any]) -> str:
-    if field.default is MISSING and field.default_factory is MISSING:
-        return "(required)"
-    value = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-    return f"[{plain(value)}]"
+    return rest, chosen, shipped_file(Path(files[0])) if files else None
 
 
 # --- small things that verbs share ----------------------------------------------------------------------------------
@@ -166,14 +128,21 @@ def _default(field: Field[Any]) -> str:
 _FINISHED = "finished.json"
 
 
-def finished(folder: Path) -> bool:
-    """Whether `mark_finished` was reached in `folder`."""
-    return (folder / _FINISHED).is_file()
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What `mark_finished` noted in `folder`; None where it was not reached."""
+    path = folder / _FINISHED
+    note: dict[str, Any] | None = read_json(path) if path.is_file() else None
+    return note
 
 
-def mark_finished(folder: Path) -> None:
+def mark_unfinished(folder: Path) -> None:
+    """To be called before results of a finished stage are replaced."""
+    (folder / _FINISHED).unlink(missing_ok=True)
+
+
+def mark_finished(folder: Path, note: Mapping[str, Any]) -> None:
     """Note that all of a stage's results are in `folder`, so that running it again does nothing."""
-    write_text(folder / _FINISHED, "{}\n")
+    write_json(folder / _FINISHED, note)
 
 
 def counts_line(counts: Mapping[str, int]) -> str:

@@ -1,11 +1,11 @@
-"""The model card beside an adapter: README.md with front matter, settings, scores and example pictures.
+"""The model card beside an adapter: README.md with front matter, settings, scores and example images.
 
-Deliberately not here: uploading (transformers' `push_to_hub` takes the folder) and paths of the machine it ran on.
+Deliberately not here: uploading (transformers' `push_to_hub` takes the folder) and paths that the user did not give.
 """
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,19 +13,19 @@ from typing import Any
 
 import yaml
 
+from alignkit.escape import to_code, to_fence, to_markdown, to_terminal
 from alignkit.evaluation.gallery import Shown, choose, lead_reward, load
 from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.report import bounds, sampling_text, verdict
 from alignkit.evaluation.results import Evaluation, read_evaluation, read_pairs
 from alignkit.evaluation.svg import compact
+from alignkit.shipped import SANDBOX
 from alignkit.storage import write_atomic
 
 _USE_ADAPTER = """## Use
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{base}")
+{code}
 pipe.load_lora_weights("path/to/this/folder"{loading})
 ```
 
@@ -38,16 +38,21 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
 ```"""
+_LOAD = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({name})"""
+_LOAD_SANDBOX = """from alignkit import load_generator
+
+pipe = load_generator({name}).pipeline"""
 _GRID = "validation.png"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class CardInputs:
-    """What a card tells. `base_model` is a hub id or a folder (only its name is printed); the rest may be missing.
+    """What a card reports. `base_model`: a hub id, path or `sandbox:NAME`, as the user named it. Others may be missing.
 
-    `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last pictures.
-    `component` is the trained part of the pipeline, `loading` what `load_lora_weights` is told beside the folder,
+    `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last images.
+    `component` is the trained part of the pipeline, `loading` what `load_lora_weights` takes beside the folder,
     `modality` "image" or "video", where there is no evaluation that shows which.
     """
 
@@ -86,13 +91,15 @@ def write_card(card: CardInputs, folder: Path) -> Path:
 
 def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[str, list[Shown]]) -> str:
     """The card as Markdown with YAML front matter."""
-    base = Path(card.base_model).name if Path(card.base_model).is_dir() else card.base_model
-    what = f"A LoRA adapter for `{base}`" if card.is_adapter else f"All weights of `{base}`"
-    told = "".join(f", {name}={value!r}" for name, value in card.loading.items())
+    base = card.base_model
+    what = f"A LoRA adapter for {to_code(base)}" if card.is_adapter else f"All weights of {to_code(base)}"
+    loading = "".join(f", {name}={value!r}" for name, value in card.loading.items())
+    use = _USE_ADAPTER if card.is_adapter else _USE_MODEL
+    code = (_LOAD_SANDBOX if base.startswith(SANDBOX) else _LOAD).format(name=json.dumps(to_terminal(base)))
     parts = [
-        _front_matter(card, base),
-        f"# {card.title}\n\n{what}, trained with {card.method} by alignkit.",
-        (_USE_ADAPTER if card.is_adapter else _USE_MODEL).format(base=base, loading=told, component=card.component),
+        _front_matter(card),
+        f"# {to_markdown(card.title)}\n\n{what}, trained with {to_markdown(card.method)} by alignkit.",
+        use.format(code=code, loading=loading, component=card.component),
         _scores(evaluation),
         _pictures(shown),
         _validation(card),
@@ -102,12 +109,11 @@ def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[
     return "\n\n".join(part for part in parts if part)
 
 
-def _front_matter(card: CardInputs, base: str) -> str:
+def _front_matter(card: CardInputs) -> str:
     task = f"text-to-{card.modality}"
     fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     fields["tags"] = ["alignkit", card.method.lower(), *(["lora"] if card.is_adapter else []), task]
-    if _HUB_ID.fullmatch(base):
-        fields["base_model"] = base
+    fields["base_model"] = card.base_model
     if card.licence:
         fields["license"] = card.licence
     return f"---\n{yaml.safe_dump(fields, sort_keys=False).strip()}\n---"
@@ -118,22 +124,17 @@ def _scores(evaluation: Evaluation | None) -> str:
         return "## Scores\n\nNo paired evaluation of this result is recorded here."
     head = "| reward | base | tuned | paired gain | interval | win rate |\n|---|--:|--:|--:|:-:|--:|"
     rows = [
-        f"| {_cell(r.reward)}{' (held out)' if r.is_gold else ''} | {compact(r.overall.base.mean)} | "
+        f"| {to_markdown(r.reward)}{' (held out)' if r.is_gold else ''} | {compact(r.overall.base.mean)} | "
         f"{compact(r.overall.tuned.mean)} | {compact(r.overall.gain.mean, signed=True)} | "
         f"{bounds(r.overall.gain, signed=True)} | {compact(r.overall.win_rate.mean)} |"
         for r in evaluation.results
     ]
     note = (
         f"{evaluation.prompts} held-out prompts \N{MULTIPLICATION SIGN} {evaluation.seeds_per_prompt} seeds, the same "
-        f"for both sides. Sampler for every number: {sampling_text(evaluation.sampling)}. "
+        f"for both sides. Sampler for every number: {to_markdown(sampling_text(evaluation.sampling))}. "
         f"{evaluation.confidence:.0%} bootstrap intervals over prompts."
     )
-    return "\n".join(["## Scores", "", verdict(evaluation), "", head, *rows, "", note])
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break out of a Markdown table cell or become HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return "\n".join(["## Scores", "", to_markdown(verdict(evaluation)), "", head, *rows, "", note])
 
 
 def _examples(card: CardInputs, evaluation: Evaluation | None) -> dict[str, list[Shown]]:
@@ -156,7 +157,7 @@ def _suffix(pair: Shown) -> str:
 
 def _pictures(shown: Mapping[str, list[Shown]]) -> str:
     rows = [
-        f"| {group} | {_cell(pair.prompt.text)} | "
+        f"| {group} | {to_markdown(pair.prompt.text)} | "
         f"![base](examples/{group}-{number}-base.{_suffix(pair)}) | "
         f"![tuned](examples/{group}-{number}-tuned.{_suffix(pair)}) |"
         for group, pairs in shown.items()
@@ -177,16 +178,17 @@ def _validation(card: CardInputs) -> str:
         " | ".join(["", str(step), *(compact(metrics[n]) if n in metrics else "" for n in names), ""]).strip()
         for step, metrics in sorted(card.validation.items())
     ]
-    head = ["| step | " + " | ".join(map(_cell, names)) + " |", "|--:|" + "--:|" * len(names)]
+    head = ["| step | " + " | ".join(map(to_markdown, names)) + " |", "|--:|" + "--:|" * len(names)]
     note = "Means on held-out prompts and seeds, the same at every step."
-    picture = [f"![pictures of the last step](examples/{_GRID})"] if card.grid else []
+    picture = [f"![images of the last step](examples/{_GRID})"] if card.grid else []
     return "\n\n".join(["## During training", note, "\n".join([*head, *rows]), *picture])
 
 
 def _block(title: str, value: Mapping[str, Any], otherwise: str) -> str:
     if not value:
         return f"## {title}\n\n{otherwise}"
-    return f"## {title}\n\n```yaml\n{yaml.safe_dump(_simple(value), sort_keys=False, allow_unicode=True).strip()}\n```"
+    text = yaml.safe_dump(_simple(value), sort_keys=False, allow_unicode=True).strip()
+    return f"## {title}\n\n{to_fence(text, 'yaml')}"
 
 
 def _simple(value: Any) -> Any:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from alignkit.claims import holds_results
 from alignkit.errors import ConfigError, DataError, ResumeError
+from alignkit.escape import to_html
 from alignkit.evaluation import page
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.results import Pairs, read_pairs
@@ -86,19 +87,32 @@ def read_judged(folder: Path, name: str, identity: str) -> Judged | None:
     target = folder / FOLDER / name
     _claim(target, identity)
     stored = target / "result.json"
-    return Judged(**read_json(stored)) if stored.is_file() else None
+    return _read_result(stored) if stored.is_file() else None
 
 
 def read_all(folder: Path) -> dict[str, Judged]:
     """The results of all judges that have finished the evaluation in `folder`, by name."""
-    results = [Judged(**read_json(path)) for path in sorted((folder / FOLDER).glob("*/result.json"))]
+    results = [_read_result(path) for path in sorted((folder / FOLDER).glob("*/result.json"))]
     return {result.judge: result for result in results}
+
+
+def _read_result(path: Path) -> Judged:
+    """DataError for a result that has other keys, or a text where a number belongs."""
+    stored = read_json(path)
+    try:
+        result = Judged(**stored)
+    except TypeError as error:
+        raise DataError(f"'{path}' has other keys than this version writes ({error}); judge again") from error
+    numbers = (result.wins, result.losses, result.abstentions, result.win_rate, result.low or 0, result.high or 0)
+    if not isinstance(result.judge, str) or not all(isinstance(number, int | float) for number in numbers):
+        raise DataError(f"'{path}' holds a text where a number belongs; judge again")
+    return result
 
 
 def _claim(target: Path, identity: str) -> None:
     path = target / "judge.json"
     before = read_json(path)["identity"] if path.is_file() else identity
-    if before != identity:
+    if before != identity and holds_results(target):
         raise ResumeError(
             f"'{target}' holds the verdicts of another judge; give this one another name.\n"
             f"  {before!r} there, {identity!r} now"
@@ -121,7 +135,7 @@ def _compare(judge: Judge, name: str, pairs: Pairs, rows: Sequence[int]) -> list
 
 def _summary(name: str, verdicts: Sequence[int], pairs: Pairs, config: EvaluateConfig) -> Judged:
     verdicts_PS = np.array(verdicts, np.float64).reshape(-1, pairs.seeds_per_prompt)
-    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, derive_seed("bootstrap", config.run_seed))
+    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, derive_seed("bootstrap", config.seed))
     rate = compare(np.zeros_like(verdicts_PS), verdicts_PS, bootstrap).win_rate
     counts = {verdict: verdicts.count(verdict) for verdict in (1, -1, 0)}
     low, high = (float(bound) if np.isfinite(bound) else None for bound in (rate.low, rate.high))
@@ -141,7 +155,7 @@ def judged_section(results: Mapping[str, Judged]) -> str:
     if not results:
         return ""
     lead = "Each judge compares tuned with base, pair by pair. Tuned's win rate counts an abstention as half a win."
-    rows = [[escape(name), _rate(result), _counts(result)] for name, result in results.items()]
+    rows = [[to_html(name), _rate(result), _counts(result)] for name, result in results.items()]
     table = page.table(["Judge", "Win rate of tuned", "Pairs"], rows, "Win rates with bootstrap intervals over prompts")
     return page.section("judges", "Judges", lead, table)
 

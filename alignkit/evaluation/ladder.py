@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.errors import DataError
+from alignkit.escape import to_markdown
 from alignkit.evaluation.results import Evaluation, Pairs, read_evaluation, read_pairs
 from alignkit.evaluation.statistics import Bootstrap, Combined, combine_runs
 
@@ -62,30 +63,32 @@ def points(combined: Combined, scale: float = 100.0) -> str:
 
 
 def table(arms: Sequence[ArmResult], *, title: str, settings: Sequence[str]) -> str:
-    """A Markdown page: settings, gold and proxies by arm, gold by category by arm."""
+    """A Markdown page: settings (lines of Markdown), gold and proxies by arm, gold by category by arm."""
     if not arms:
         raise DataError("no arm of the ladder has finished; its logs are in OUT/arms/*/seed-*/log.txt")
     first = arms[0].evaluation
     base = {result.reward: result.overall.base.mean for result in first.results}
     gold = arms[0].evaluation.gold
-    lines = [f"# {title}", "", *(f"- {line}" for line in settings), ""]
+    lines = [f"# {to_markdown(title)}", "", *(f"- {line}" for line in settings), ""]
     proxies = [name for name in base if gold is None or name != gold.reward]
     if gold is not None:
         lines += [f"Base: gold {100 * base[gold.reward]:.1f} points; gains are paired, in points of gold accuracy,"]
         lines += [f"with {first.confidence:.0%} intervals over prompts and runs; proxies are in their own units.", ""]
-    lines += _rows(["arm", "gold gain", "single runs", *proxies], [_arm_row(arm, proxies) for arm in arms])
+    lines += _rows(
+        ["arm", "gold gain", "single runs", *map(to_markdown, proxies)], [_arm_row(arm, proxies) for arm in arms]
+    )
     groups = sorted(arms[0].categories)
     if gold is not None and groups:
         means = [f"{100 * gold.categories[group].base.mean:.0f}" for group in groups]
-        rows = [["base (level)", *means], *([arm.name, *_category_row(arm, groups)] for arm in arms)]
-        lines += ["", "## Gold by category (mean gain in points)", "", *_rows(["arm", *groups], rows)]
+        rows = [["base (level)", *means], *([to_markdown(arm.name), *_category_row(arm, groups)] for arm in arms)]
+        lines += ["", "## Gold by category (mean gain in points)", "", *_rows(["arm", *map(to_markdown, groups)], rows)]
     return "\n".join([*lines, ""])
 
 
 def _arm_row(arm: ArmResult, proxies: Sequence[str]) -> list[str]:
     runs = ", ".join(f"{100 * run:+.1f}" for run in arm.gold.runs) if arm.evaluation.gold else "-"
     gold = points(arm.gold) if arm.evaluation.gold else "-"
-    return [arm.name, gold, runs, *(f"{arm.rewards[name].gain.mean:+.3f}" for name in proxies)]
+    return [to_markdown(arm.name), gold, runs, *(f"{arm.rewards[name].gain.mean:+.3f}" for name in proxies)]
 
 
 def _category_row(arm: ArmResult, groups: Sequence[str]) -> list[str]:

@@ -10,15 +10,20 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from alignkit.escape import to_html
 from alignkit.evaluation.style import CSS
 from alignkit.evaluation.svg import compact
+from alignkit.media import decode_image, encode_image, image_size
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 LARGEST_SIDE = 384  # pixels of an embedded image; larger ones are made smaller, the folder has them whole
+LARGEST_FILE = 1 << 20  # bytes; a PNG may hold more text than pixels
+PNG = b"\x89PNG\r\n\x1a\n"
 TINY_SIDE = 128  # images up to this side are enlarged pixel by pixel
 
 
@@ -26,69 +31,78 @@ def document(title: str, body: str) -> str:
     """The whole page with its stylesheet inside."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="generator" content="alignkit">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n"
+        f"<title>{to_html(title)}</title>\n<style>{CSS}</style>\n</head>\n"
         f'<body>\n<div class="wrap">\n{body}\n</div>\n</body>\n</html>'
     )
 
 
 def section(anchor: str, title: str, lead: str, body: str) -> str:
     """A titled section; `lead` is plain text under the title."""
-    intro = f'<p class="lead">{escape(lead)}</p>' if lead else ""
-    heading = f'<h2 id="{anchor}-title">{escape(title)}</h2>'
+    intro = f'<p class="lead">{to_html(lead)}</p>' if lead else ""
+    heading = f'<h2 id="{anchor}-title">{to_html(title)}</h2>'
     return f'<section id="{anchor}" aria-labelledby="{anchor}-title">{heading}{intro}{body}</section>\n'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, *, mark_first: bool = False) -> str:
     """A table that scrolls sideways on narrow screens. Cells are HTML; the first of a row is its header."""
-    titles = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    titles = "".join(f'<th scope="col">{to_html(name)}</th>' for name in head)
     lines = []
     for number, (first, *cells) in enumerate(rows):
         css = ' class="first"' if mark_first and number == 0 else ""
         lines.append(f'<tr{css}><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    label = escape(caption, quote=True)
+    label = to_html(caption)
     body = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody>"
     scroll = f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table>{body}</table></div>'
-    return f'<figure>{scroll}<figcaption class="note">{escape(caption)}</figcaption></figure>'
+    return f'<figure>{scroll}<figcaption class="note">{to_html(caption)}</figcaption></figure>'
 
 
 def panel(title: str, note: str, content: str) -> str:
     """A chart in its frame, with a title and what it shows in one line."""
-    heading = f"<figcaption><b>{escape(title)}</b><span>{escape(note)}</span></figcaption>"
+    heading = f"<figcaption><b>{to_html(title)}</b><span>{to_html(note)}</span></figcaption>"
     return f'<figure class="panel">{heading}{content}</figure>'
 
 
 def legend(entries: Mapping[str, str]) -> str:
     """tone -> what it stands for."""
-    items = "".join(f'<li><i class="{tone}"></i>{escape(name)}</li>' for tone, name in entries.items())
+    items = "".join(f'<li><i class="{tone}"></i>{to_html(name)}</li>' for tone, name in entries.items())
     return f'<ul class="legend">{items}</ul>'
 
 
 def details(summary: str, body: str, *, is_open: bool = False) -> str:
     """A part that folds away."""
     state = " open" if is_open else ""
-    return f'<details{state}><summary>{escape(summary)}</summary><div class="inside">{body}</div></details>'
+    return f'<details{state}><summary>{to_html(summary)}</summary><div class="inside">{body}</div></details>'
 
 
 def missing(sentence: str) -> str:
     """What a run did not record."""
-    return f'<p class="missing">{escape(sentence)}</p>'
+    return f'<p class="missing">{to_html(sentence)}</p>'
 
 
 def picture(data: bytes, alt: str) -> str:
-    """An embedded PNG or animated WebP. A PNG is made smaller to LARGEST_SIDE; small ones keep hard pixel edges."""
-    with Image.open(io.BytesIO(data)) as image:
-        kind, side = str(image.format).lower(), max(image.size)
-        if side > LARGEST_SIDE and kind == "png":
-            image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-            sink = io.BytesIO()
-            image.save(sink, format="PNG", optimize=True)
-            data = sink.getvalue()
+    """An embedded PNG or animated WebP; small images keep hard pixel edges.
+
+    Still images larger than LARGEST_SIDE or LARGEST_FILE, or in another format, are encoded again, at most
+    LARGEST_SIDE. Raises DataError naming `alt` for what cannot be decoded.
+    """
+    height, width = image_size(data, alt)
+    side, kind = max(width, height), "webp" if _is_animated(data) else "png"
+    if kind == "png" and (side > LARGEST_SIDE or len(data) > LARGEST_FILE or not data.startswith(PNG)):
+        image = Image.fromarray(decode_image(data, alt))
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         width, height = image.size
+        data = encode_image(np.asarray(image))
     css = ' class="tiny"' if side <= TINY_SIDE else ""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<img{css} width="{width}" height="{height}" alt="{escape(alt, quote=True)}" src="{source}">'
+    return f'<img{css} width="{width}" height="{height}" alt="{to_html(alt)}" src="{source}">'
+
+
+def _is_animated(data: bytes) -> bool:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.format == "WEBP"
 
 
 def tree(value: Mapping[str, Any]) -> str:
@@ -96,9 +110,9 @@ def tree(value: Mapping[str, Any]) -> str:
     rows = []
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            rows.append(f'<dt class="branch">{escape(str(key))}</dt><dd class="nested">{tree(item)}</dd>')
+            rows.append(f'<dt class="branch">{to_html(str(key))}</dt><dd class="nested">{tree(item)}</dd>')
         else:
-            rows.append(f"<dt>{escape(str(key))}</dt><dd>{escape(plain(item))}</dd>")
+            rows.append(f"<dt>{to_html(str(key))}</dt><dd>{to_html(plain(item))}</dd>")
     return f'<dl class="tree">{"".join(rows)}</dl>'
 
 
@@ -121,9 +135,9 @@ def change(before: float, after: float) -> str:
 
 def warning(sentence: str) -> str:
     """Something the reader should not miss."""
-    return f'<p class="warning" role="note"><b>Warning.</b> {escape(sentence)}</p>'
+    return f'<p class="warning" role="note"><b>Warning.</b> {to_html(sentence)}</p>'
 
 
 def fine(sentence: str) -> str:
     """A check that passed."""
-    return f'<p class="fine">{escape(sentence)}</p>'
+    return f'<p class="fine">{to_html(sentence)}</p>'

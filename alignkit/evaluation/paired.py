@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
 from alignkit.evaluation.results import (
     SCORE,
@@ -30,21 +30,22 @@ from alignkit.evaluation.results import (
     write_evaluation,
 )
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
-from alignkit.media import encode_medium, quantise, to_pixels
-from alignkit.protocols import ImageSource, Reward, require_independent, require_modality
+from alignkit.locks import locked
+from alignkit.media import checked_pixels, encode_medium, quantise, to_pixels
+from alignkit.protocols import ImageSource, Reward, as_scores, require_independent, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
-from alignkit.storage import claim, finished_part, read_table, to_json, write_part
+from alignkit.storage import finished_part, read_table, to_json, write_atomic, write_part
 
 MOST_NOT_FINITE = 0.05  # share of a side's images or videos that a reward may fail on before the evaluation stops
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateConfig:
-    """How an evaluation is generated. Seed k of a prompt is `derive_seed(run_seed, prompt.id, k)`, for both sides."""
+    """How an evaluation is generated. Seed k of a prompt is `derive_seed(seed, prompt.id, k)`, for both sides."""
 
     seeds_per_prompt: int = 4
-    run_seed: int = 0
+    seed: int = 0
     batch_size: int = 8
     sampling: Sampling = field(default_factory=Sampling)
     bootstrap_samples: int = 2000
@@ -88,23 +89,25 @@ def evaluate(
     and counted).
     """
     _check(prompts, rewards, gold, config.sampling)
-    inputs = dict(inputs or {})
-    settings = _settings(prompts, config, rewards) | {"base": base.name}
-    claim(out_dir, {"inputs": inputs, "evaluation": settings | {"tuned": tuned.name}})
-    base_side = {"inputs": {name: inputs[name] for name in inputs if name != "tuned"}, "evaluation": settings}
-    cached = _cache_folder(base_cache, base_side)
-    items = [
-        _Item(prompt, derive_seed(config.run_seed, prompt.id, index))
-        for prompt in prompts
-        for index in range(config.seeds_per_prompt)
-    ]
-    _write_side(cached or out_dir / "base", base, items, config, rewards)
-    if cached:
-        _adopt(cached, out_dir / "base")
-    _write_side(out_dir / "tuned", tuned, items, config, rewards)
-    evaluation = _summarise(read_pairs(out_dir), (base.name, tuned.name), config, gold)
-    write_evaluation(out_dir, evaluation)
-    return evaluation
+    known = dict(inputs or {})
+    with locked(out_dir):
+        settings = _settings(prompts, config, rewards) | {"base": base.name}
+        claim(out_dir, {"inputs": known, "evaluation": settings | {"tuned": tuned.name}})
+        base_side = {"inputs": {name: known[name] for name in known if name != "tuned"}, "evaluation": settings}
+        cached = _cache_folder(base_cache, base_side)
+        items = [
+            _Item(prompt, derive_seed(config.seed, prompt.id, index))
+            for prompt in prompts
+            for index in range(config.seeds_per_prompt)
+        ]
+        _write_side(cached or out_dir / "base", base, items, config, rewards)
+        if cached:
+            _adopt(cached, out_dir / "base")
+        _write_side(out_dir / "tuned", tuned, items, config, rewards)
+        _require_whole(out_dir, -(-len(items) // config.batch_size))
+        evaluation = _summarise(read_pairs(out_dir), (base.name, tuned.name), config, gold)
+        write_evaluation(out_dir, evaluation)
+        return evaluation
 
 
 def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str | None, sampling: Sampling) -> None:
@@ -131,7 +134,7 @@ def _settings(prompts: Sequence[Prompt], config: EvaluateConfig, rewards: Mappin
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(listed.encode()).hexdigest(),
         "seeds_per_prompt": config.seeds_per_prompt,
-        "run_seed": config.run_seed,
+        "run_seed": config.seed,
         "batch_size": config.batch_size,
         "sampling": config.sampling.to_json(),
         "rewards": {name: f"{reward.name} ({reward.source})" for name, reward in rewards.items()},
@@ -160,12 +163,21 @@ def _adopt(cached: Path, side: Path) -> None:
     """Make the evaluation folder whole: hard links (parts never change) or, across disks, copies."""
     for part in (*part_files(cached), *(cached / "parts").glob("*.json")):
         target = side / part.relative_to(cached)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
             os.link(part, target)
         except OSError:
-            shutil.copyfile(part, target)
+            write_atomic(target, part.read_bytes())
+
+
+def _require_whole(folder: Path, parts: int) -> None:
+    """DataError for the first part of either side that was removed while the evaluation ran."""
+    for side in ("base", "tuned"):
+        for number in range(parts):
+            path = folder / side / f"{number:05d}.parquet"
+            if not path.is_file():
+                raise DataError(f"'{path}' was removed while the evaluation ran; run the same command again")
 
 
 def _write_side(
@@ -194,10 +206,13 @@ def _generate_part(
     prompts = [item.prompt for item in batch]
     with torch.inference_mode():
         pixels = source.generate([prompt.text for prompt in prompts], [item.seed for item in batch], sampling)
+        pixels = checked_pixels(pixels, len(batch), f"generator '{source.name}'")
         stored = quantise(pixels)
         require_modality(rewards, "image" if stored.ndim == 4 else "video")
         media = to_pixels(stored).to(pixels.device)  # as it is stored, so that scores can be recomputed
-        scores = {name: reward(media, prompts).total.double().cpu().tolist() for name, reward in rewards.items()}
+        scores = {}
+        for name, reward in rewards.items():
+            scores[name] = as_scores(reward(media, prompts), name, len(batch)).total.double().cpu().tolist()
     columns = {
         "prompt_id": [prompt.id for prompt in prompts],
         "prompt": [prompt.text for prompt in prompts],
@@ -221,7 +236,7 @@ def _count_failures(table: pa.Table, failures: dict[str, int], most: float) -> N
 
 
 def _summarise(pairs: Pairs, names: tuple[str, str], config: EvaluateConfig, gold: str | None) -> Evaluation:
-    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, derive_seed("bootstrap", config.run_seed))
+    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, derive_seed("bootstrap", config.seed))
     ordered = sorted(pairs.base, key=lambda reward: reward != gold)
     results = tuple(
         RewardResult(
@@ -234,9 +249,7 @@ def _summarise(pairs: Pairs, names: tuple[str, str], config: EvaluateConfig, gol
         for reward in ordered
     )
     count = len(pairs.prompts) // pairs.seeds_per_prompt
-    return Evaluation(
-        *names, config.sampling, count, config.seeds_per_prompt, config.run_seed, config.confidence, results
-    )
+    return Evaluation(*names, config.sampling, count, config.seeds_per_prompt, config.seed, config.confidence, results)
 
 
 def _categories(pairs: Pairs, reward: str) -> list[str]:

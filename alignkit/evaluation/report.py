@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from alignkit.escape import to_html
 from alignkit.evaluation import page
 from alignkit.evaluation.gallery import Shown, choose, lead_reward, load
 from alignkit.evaluation.generated import write_generated
@@ -92,11 +92,11 @@ def bounds(interval: Interval, *, signed: bool = False) -> str:
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """One sentence that says what the numbers allow to say, and no more."""
+    """One sentence: the lead reward before and after with its interval, or that the interval contains zero."""
     lead = evaluation.result(lead_reward(evaluation))
     gain = lead.overall.gain
     if not gain.excludes(0):
-        return f"No gain on {lead.reward} can be told from chance: the interval {bounds(gain, signed=True)} holds zero."
+        return f"No significant gain on {lead.reward}: the interval {bounds(gain, signed=True)} contains zero."
     moved = "rose" if gain.mean > 0 else "fell"
     ends = f"from {compact(lead.overall.base.mean)} to {compact(lead.overall.tuned.mean)}"
     return f"{lead.reward} {moved} {ends}; the {evaluation.confidence:.0%} interval is {bounds(gain, signed=True)}."
@@ -117,8 +117,8 @@ def _header(run: ReportInputs, evaluation: Evaluation | None) -> str:
     )
     models = ""
     if evaluation:
-        models = f'<p class="models"><b>{escape(evaluation.base)}</b> against <b>{escape(evaluation.tuned)}</b></p>'
-    head = f'<p class="eyebrow">alignkit report</p><h1>{escape(run.title)}</h1>{models}'
+        models = f'<p class="models"><b>{to_html(evaluation.base)}</b> against <b>{to_html(evaluation.tuned)}</b></p>'
+    head = f'<p class="eyebrow">alignkit report</p><h1>{to_html(run.title)}</h1>{models}'
     navigation = f'<nav aria-label="Sections">{links}</nav>'
     return (
         f"<header>{head}{navigation}</header>\n{_hero(evaluation) if evaluation else ''}{_filmstrip(run, evaluation)}"
@@ -135,10 +135,10 @@ def _hero(evaluation: Evaluation) -> str:
         "Sampler": sampling_text(evaluation.sampling),
         "Intervals": f"{evaluation.confidence:.0%}, bootstrap over prompts",
     }
-    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    items = "".join(f"<div><dt>{to_html(name)}</dt><dd>{to_html(value)}</dd></div>" for name, value in facts.items())
     number = f'<p class="big {tone(overall.gain)}">{compact(overall.gain.mean, signed=True)}</p>'
-    eyebrow = f'<p class="eyebrow">Paired gain on {escape(lead.reward)} \N{MIDDLE DOT} {kind}</p>'
-    note = f'<p class="big-note">{escape(verdict(evaluation))}</p>'
+    eyebrow = f'<p class="eyebrow">Paired gain on {to_html(lead.reward)} \N{MIDDLE DOT} {kind}</p>'
+    note = f'<p class="big-note">{to_html(verdict(evaluation))}</p>'
     body = f'<div>{eyebrow}{number}{note}</div><dl class="facts">{items}</dl>'
     return f'<section class="hero" aria-label="Headline">{body}</section>\n'
 
@@ -188,7 +188,7 @@ def _result_row(result: RewardResult, evaluation: Evaluation) -> list[str]:
     dropped = f'<span class="sub">{overall.dropped} dropped</span>' if overall.dropped else ""
     pairs = f"{overall.prompts} \N{MULTIPLICATION SIGN} {evaluation.seeds_per_prompt}{dropped}"
     return [
-        escape(result.reward) + tag,
+        to_html(result.reward) + tag,
         compact(overall.base.mean),
         compact(overall.tuned.mean),
         gain,
@@ -254,12 +254,12 @@ def _card(shown: Shown) -> str:
         for side, data in shown.previews().items()
     )
     chips = "".join(
-        f'<li class="{_direction(before, after)}">{escape(name)} {page.change(before, after)}</li>'
+        f'<li class="{_direction(before, after)}">{to_html(name)} {page.change(before, after)}</li>'
         for name, (before, after) in shown.scores.items()
     )
-    category = escape(_words(shown.prompt.metadata["category"]))
+    category = to_html(_words(shown.prompt.metadata["category"]))
     meta = f'<p class="meta">{category} \N{MIDDLE DOT} seed {shown.seed}</p>'
-    words = f'<p class="prompt">{escape(shown.prompt.text)}</p>{meta}'
+    words = f'<p class="prompt">{to_html(shown.prompt.text)}</p>{meta}'
     told = f'<figcaption>{words}<ul class="chips">{chips}</ul></figcaption>'
     return f'<figure class="pair"><div class="two">{sides}</div>{told}</figure>'
 
@@ -281,5 +281,5 @@ def _setup_section(run: ReportInputs) -> str:
     versions = (
         page.details("Versions", page.tree(run.versions)) if run.versions else page.missing("No versions recorded.")
     )
-    command = f"<h3>Print this report again</h3><pre><code>{escape(run.command)}</code></pre>" if run.command else ""
+    command = f"<h3>Print this report again</h3><pre><code>{to_html(run.command)}</code></pre>" if run.command else ""
     return page.section("setup", "Setup", "", config + versions + command)

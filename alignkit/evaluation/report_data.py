@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from alignkit.escape import to_html
 from alignkit.evaluation import page
 from alignkit.evaluation.statistics import Interval
 from alignkit.evaluation.svg import Row, bar_chart, compact, histogram
@@ -31,7 +31,7 @@ def _bias(value: Any) -> str:
 
 
 def _agreement(value: Any) -> str:
-    note = "How often two rewards order a pair of pictures alike; 0.5 is chance."
+    note = "How often two rewards order a pair of candidates alike; 0.5 is chance."
     if isinstance(value, Mapping) and value and all(isinstance(row, Mapping) for row in value.values()):
         return page.panel(
             "Agreement between rewards", note, _matrix(value, "A reward that ties agrees with itself by less than 1.")
@@ -83,7 +83,7 @@ def _numbers(title: str, note: str, value: Any) -> str:
 def _group(name: str, values: Mapping[str, Any]) -> str:
     if all(_is_number(item) for item in values.values()):
         rows = [Row(str(key), [("tuned", name, _exact(item))]) for key, item in values.items()]
-        return f'<p class="note">{escape(name)}</p>' + bar_chart(rows, alt=name)
+        return f'<p class="note">{to_html(name)}</p>' + bar_chart(rows, alt=name)
     if all(isinstance(item, Mapping) for item in values.values()):
         return _matrix(values, name)
     return page.tree({name: values})
@@ -95,14 +95,14 @@ def _exact(value: float) -> Interval:
 
 def _matrix(value: Mapping[str, Mapping[str, Any]], caption: str) -> str:
     names = list(dict.fromkeys(name for row in value.values() for name in row))
-    rows = [[escape(str(first)), *(_cell(row.get(name)) for name in names)] for first, row in value.items()]
+    rows = [[to_html(str(first)), *(_cell(row.get(name)) for name in names)] for first, row in value.items()]
     return page.table(["", *map(_words, names)], rows, caption)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
-    return compact(value) if isinstance(value, float) else escape(page.plain(value))
+    return compact(value) if isinstance(value, float) else to_html(page.plain(value))
 
 
 def _words(name: str) -> str:

@@ -11,6 +11,7 @@ Deliberately not here: generating and scoring (`paired`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -19,12 +20,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from alignkit.errors import DataError, MissingFileError
 from alignkit.evaluation.statistics import Comparison, Floats, Interval
 from alignkit.records import Prompt, Sampling
-from alignkit.storage import read_json, read_table, write_json
+from alignkit.storage import read_json, read_schema, read_table, write_json
 
 SCORE = "score/"
 MEDIA = ("image", "video")
@@ -86,14 +86,14 @@ class Pairs:
     @property
     def modality(self) -> str:
         """What was generated, "image" or "video"; also the name of the column."""
-        return next(name for name in MEDIA if name in pq.read_schema(part_files(self.folder / "base")[0]).names)
+        return next(name for name in MEDIA if name in read_schema(part_files(self.folder / "base")[0]).names)
 
     def media(self, side: str, rows: Collection[int]) -> dict[int, bytes]:
         """Encoded bytes of some rows of one side ("base" or "tuned"); only their parts are read."""
         encoded: dict[int, bytes] = {}
         start, column = 0, self.modality
         for part in part_files(self.folder / side):
-            size = pq.read_metadata(part).num_rows
+            size = len(read_table(part, columns=["seed"]))
             inside = [row for row in rows if start <= row < start + size]
             if inside:
                 values = read_table(part, columns=[column])[column]
@@ -127,7 +127,7 @@ def _read_side(folder: Path) -> dict[str, list[Any]]:
     parts = part_files(folder)
     if not parts:
         raise MissingFileError(f"{folder} holds no results; run `alignkit evaluate` first.")
-    columns = [name for name in pq.read_schema(parts[0]).names if name not in MEDIA]
+    columns = [name for name in read_schema(parts[0]).names if name not in MEDIA]
     table = pa.concat_tables([read_table(part, columns) for part in parts])
     return {name: table[name].to_pylist() for name in columns}
 
@@ -152,9 +152,25 @@ def read_evaluation(folder: Path) -> Evaluation:
     plain = read_json(path)
     try:
         results = tuple(_result(result) for result in plain.pop("results"))
-        return Evaluation(sampling=Sampling(**plain.pop("sampling")), results=results, **plain)
-    except (KeyError, TypeError) as error:
+        evaluation = Evaluation(sampling=Sampling(**plain.pop("sampling")), results=results, **plain)
+        _require_types(evaluation)
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} has other keys than this version writes ({error}); evaluate again.") from error
+    return evaluation
+
+
+def _require_types(evaluation: Evaluation) -> None:
+    """TypeError for a text where a number belongs, or the reverse: the file may be of someone else."""
+    compared = [c for result in evaluation.results for c in (result.overall, *result.categories.values())]
+    intervals = [interval for c in compared for interval in (c.base, c.tuned, c.gain, c.win_rate)]
+    numbers = [evaluation.prompts, evaluation.seeds_per_prompt, evaluation.run_seed, evaluation.confidence]
+    numbers += [number for c in compared for number in (c.prompts, c.dropped)]
+    numbers += [bound for interval in intervals for bound in (interval.mean, interval.low, interval.high)]
+    names = [evaluation.base, evaluation.tuned, *(result.reward for result in evaluation.results)]
+    kinds = [*zip(numbers, itertools.repeat(int | float)), *zip(names, itertools.repeat(str))]
+    for value, kind in kinds:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
 def _result(plain: dict[str, Any]) -> RewardResult:

@@ -76,7 +76,7 @@ def compare(base_PS: Floats, tuned_PS: Floats, bootstrap: Bootstrap) -> Comparis
         raise DataError(f"paired scores must have one shape [P, S]; base {base_PS.shape}, tuned {tuned_PS.shape}.")
     valid_PS = np.isfinite(base_PS) & np.isfinite(tuned_PS)
     if not valid_PS.any():
-        raise DataError("no pair has finite scores on both sides; look at the reward's output on one picture.")
+        raise DataError("no pair has finite scores on both sides; look at the reward's output on one image.")
     gain_PS = np.where(valid_PS, tuned_PS, 0) - np.where(valid_PS, base_PS, 0)
     wins_PS = (np.sign(gain_PS) + 1) / 2
     base, tuned, gain, wins = _intervals([base_PS, tuned_PS, gain_PS, wins_PS], valid_PS, bootstrap)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
+from alignkit.escape import to_html
 from alignkit.evaluation.statistics import Interval
 
 WIDTH = 330.0
@@ -126,7 +126,7 @@ def win_strip(interval: Interval) -> str:
     shade = tone(Interval(interval.mean - 0.5, interval.low - 0.5, interval.high - 0.5))
     marks.append(_whisker(axis, 8, interval, shade))
     marks.append(f'<circle class="t-{shade} fill" cx="{axis.at(interval.mean):.1f}" cy="8" r="3.6"/>')
-    return f'<svg class="strip" viewBox="0 0 90 16" role="img" aria-label="{escape(hint)}">{"".join(marks)}</svg>'
+    return f'<svg class="strip" viewBox="0 0 90 16" role="img" aria-label="{to_html(hint)}">{"".join(marks)}</svg>'
 
 
 def histogram(edges: Sequence[float], counts: Sequence[float], *, alt: str, height: float = 150.0) -> str:
@@ -137,7 +137,7 @@ def histogram(edges: Sequence[float], counts: Sequence[float], *, alt: str, heig
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
         x, y = x_axis.at(left) + 1, y_axis.at(count)
         size = f'width="{max(1.0, x_axis.at(right) - x - 1):.1f}" height="{y_axis.at(0) - y:.1f}"'
-        hint = escape(f"{compact(left)} to {compact(right)}: {count:g}")
+        hint = to_html(f"{compact(left)} to {compact(right)}: {count:g}")
         parts.append(f'<rect class="t-tuned fill" x="{x:.1f}" y="{y:.1f}" {size} rx="1.5"><title>{hint}</title></rect>')
     parts += [_x_label(x_axis, tick, height) for tick in x_axis.ticks(4)]
     return _svg(height, alt, parts)
@@ -197,7 +197,7 @@ def _curve(series: Series, x_axis: _Axis, y_axis: _Axis) -> str:
     raw = _path(points, x_axis, y_axis, f"t-{series.tone} raw") if smooth is not points else ""
     last_x, last_y = smooth[-1]
     end = f'<circle class="t-{series.tone} fill" cx="{x_axis.at(last_x):.1f}" cy="{y_axis.at(last_y):.1f}" r="3">'
-    hint = escape(f"{series.name}: {compact(last_y)} at {last_x:g}")
+    hint = to_html(f"{series.name}: {compact(last_y)} at {last_x:g}")
     return raw + _path(smooth, x_axis, y_axis, f"t-{series.tone} line") + end + f"<title>{hint}</title></circle>"
 
 
@@ -231,7 +231,7 @@ def _mark(axis: _Axis, top: float, mark: tuple[str, str, Interval], *, bar: bool
         shape = f'<circle class="t-{shade} fill" cx="{x:.1f}" cy="{y}" r="4.2"/>'
     whisker = _whisker(axis, y, interval, "ink" if bar else shade)
     back = shape + whisker if bar else whisker + shape
-    return f"<g><title>{escape(hint)}</title>{back}{_text(326, y + 4, shown, 'value end')}</g>"
+    return f"<g><title>{to_html(hint)}</title>{back}{_text(326, y + 4, shown, 'value end')}</g>"
 
 
 def _whisker(axis: _Axis, y: float, interval: Interval, shade: str) -> str:
@@ -245,9 +245,9 @@ def _line(start: Point, end: Point, css: str) -> str:
 
 
 def _text(x: float, y: float, text: str, css: str) -> str:
-    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}">{to_html(text)}</text>'
 
 
 def _svg(height: float, alt: str, parts: Sequence[str]) -> str:
-    box = f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(alt)}"'
+    box = f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{to_html(alt)}"'
     return f'<svg class="chart" {box}>{"".join(parts)}</svg>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from alignkit.escape import to_terminal
 from alignkit.evaluation.results import Evaluation, RewardResult
 from alignkit.evaluation.statistics import Interval
 
@@ -27,10 +28,8 @@ def before_after(evaluation: Evaluation) -> str:
 
 
 def _row(result: RewardResult) -> tuple[str, ...]:
-    overall = result.overall
-    name = (
-        result.reward if len(result.reward) <= _NAME - 2 else result.reward[: _NAME - 5] + "..."
-    ) + " *" * result.is_gold
+    overall, reward = result.overall, to_terminal(result.reward)
+    name = (reward if len(reward) <= _NAME - 2 else reward[: _NAME - 5] + "...") + " *" * result.is_gold
     gain = overall.gain
     return (
         name,

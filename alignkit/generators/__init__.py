@@ -6,15 +6,16 @@ A new family is one file with a class and one line in `GENERATORS` (module `tabl
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
+from alignkit.errors import ConfigError, MissingFileError, UnknownNameError
+from alignkit.generators.folders import component_names, read_index, read_model_index
 from alignkit.generators.table import GENERATORS
 from alignkit.resolve import resolve
+from alignkit.shipped import model_path
 
 if TYPE_CHECKING:
     import torch
@@ -23,81 +24,6 @@ if TYPE_CHECKING:
     from alignkit.generators.pipeline import PipelineGenerator
 
 logger = logging.getLogger(__name__)
-_WEIGHTLESS = (
-    "scheduler",
-    "tokenizer",
-    "tokenizer_2",
-    "tokenizer_3",
-    "feature_extractor",
-    "image_processor",
-    "processor",
-)
-
-
-def read_model_index(model: str, *, weights: bool = True, optional: Collection[str] = ()) -> dict[str, Any]:
-    """`model_index.json` of a folder or hub id, with every component of a local folder checked for its files.
-
-    Without `weights`, configs are enough. A component of `optional` whose folder is missing becomes [None, None], the
-    entry of a component that was left out. Raises MissingFileError naming all that is missing, DataError for an index
-    that is no JSON.
-    """
-    components = _index(model)
-    if not Path(model).exists():
-        return components
-    for name in optional:
-        if name in components and not _has_files(Path(model) / name):
-            components[name] = [None, None]
-    missing = [
-        problem for name, entry in components.items() for problem in _missing(Path(model), name, entry, weights=weights)
-    ]
-    if missing:
-        raise MissingFileError(f"model folder '{model}' is incomplete, missing: {', '.join(missing)}; copy it again")
-    return components
-
-
-def _index(model: str) -> dict[str, Any]:
-    """`model_index.json` as it is written."""
-    if not Path(model).exists():
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:
-            raise MissingFileError(f"no model folder '{model}'; give a diffusers folder or a hub id such as org/name")
-        from diffusers import DiffusionPipeline
-
-        try:
-            return dict(DiffusionPipeline.load_config(model))
-        except OSError as error:
-            raise MissingFileError(f"'{model}' is no folder here, and no model with that hub id: {error}") from error
-    index = Path(model) / "model_index.json"
-    if not index.is_file():
-        raise MissingFileError(f"'{model}' is no diffusers folder: model_index.json is missing")
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise DataError(f"{index} is no valid JSON: {error}") from error
-
-
-def _has_files(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _missing(model: Path, name: str, entry: Any, *, weights: bool) -> list[str]:
-    """Files that component `name` should have and has not."""
-    if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
-        return []
-    folder = model / name
-    if not _has_files(folder):
-        return [f"{name}/"]
-    if name in _WEIGHTLESS:
-        return []
-    missing = [] if (folder / "config.json").is_file() else [f"{name}/config.json"]
-    if not weights:
-        return missing
-    shards = {
-        shard
-        for index in folder.glob("*.safetensors.index.json")
-        for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    }
-    missing += [f"{name}/{shard}" for shard in sorted(shards) if not (folder / shard).is_file()]
-    return missing if shards or any(folder.glob("*.safetensors")) else [*missing, f"{name}/*.safetensors"]
 
 
 def load_generator(
@@ -111,43 +37,82 @@ def load_generator(
     family: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> PipelineGenerator:
-    """Load a diffusers folder or hub id, with an optional LoRA (folder or file), as a generator.
+    """Load a diffusers folder, hub id or `sandbox:NAME`, with an optional LoRA (folder or file), as a generator.
 
     `dtype` defaults to float32, `device` to cuda if there is one, else cpu; `quantize` (`int8`, `nf4`) quantises the
     network's frozen weights; `options` are the family's own keywords (Wan's `expert`). `family` names a family of your
     own, `package.module:attribute`, for a pipeline class that is not in `GENERATORS`. A component that the model was
-    saved without, or an optional one whose folder is missing (SD3's T5), is left out, the latter with a warning.
+    saved without, or an optional one whose folder is missing (SD3's T5), is left out, the latter with a warning. Where
+    a component has weights of a variant only (`*.fp16.safetensors`), those are loaded, with a warning. A safety checker
+    is never loaded: images that it blacked out would be ranked.
 
-    Raises MissingFileError for missing files, UnknownNameError for a pipeline class without a family, AdapterError for
-    an adapter that does not fit, ConfigError for an unknown option or a quantiser that is not installed.
+    Raises MissingFileError for missing files, DataError for weights that are damaged, not finite or do not fill the
+    networks, UnknownNameError for a pipeline class without a family, AdapterError for an adapter that does not fit,
+    ConfigError for an unknown option or a quantiser that is not installed.
     """
     import torch
-    from diffusers import DiffusionPipeline
 
-    from alignkit.generators.quantize import quantization
-
-    written = _index(str(model))
+    named = model_path(str(model))
+    written = read_index(named)
     chosen = _family(written["_class_name"], str(model), options or {}, family)
-    index = read_model_index(str(model), optional=chosen.optional_parts)
-    left_out = [part for part, entry in index.items() if isinstance(entry, list) and entry[0] is None]
-    for part in left_out:
-        if written[part] != index[part]:
-            logger.warning("%s of '%s' is missing; the model is loaded without it", part, model)
-    absent = dict.fromkeys([*chosen.unused_parts, *left_out])
-    dtype = dtype or torch.float32
-    if quantize:
-        networks = [part for part in ("unet", "transformer", "transformer_2") if index.get(part, [None])[0]]
-        absent["quantization_config"] = quantization(quantize, networks, dtype)
-    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype, **absent)
+    folder = _local(named, chosen)
+    index = read_model_index(folder, optional=chosen.optional_parts, unused=chosen.unused_parts)
+    _report_left_out(str(model), written, index, chosen)
+    pipeline = _load_pipeline(folder, index, chosen, dtype or torch.float32, quantize)
+    pipeline.register_to_config(_name_or_path=str(model))  # what cards and adapters name as their base
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in ("unet", "vae"):  # convolutions are faster so, on tensor cores and CPUs alike
         module = None if quantize and part == chosen.component else pipeline.components.get(part)
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
-    generator = chosen(pipeline, name or Path(model).name, **dict(options or {}))
+    generator = chosen(pipeline, name or Path(folder).name, **dict(options or {}))
     if adapter is not None:
-        generator.load_adapter(Path(adapter))
+        generator.load_adapter(Path(model_path(str(adapter))))
     return generator
+
+
+def _local(model: str, family: type[PipelineGenerator]) -> str:
+    """The folder of a model; a hub id is downloaded, less the components that are never loaded."""
+    if Path(model).exists():
+        return model
+    from diffusers import DiffusionPipeline
+
+    try:
+        return str(DiffusionPipeline.download(model, **dict.fromkeys(family.unused_parts)))
+    except (OSError, ValueError) as error:
+        advice = f"download it yourself: hf download {model} --local-dir FOLDER, and give FOLDER"
+        raise MissingFileError(f"'{model}' cannot be downloaded: {error}; {advice}") from error
+
+
+def _report_left_out(
+    model: str, written: Mapping[str, Any], index: Mapping[str, Any], family: type[PipelineGenerator]
+) -> None:
+    """Warn of components that the index names and that are not loaded."""
+    for name in component_names(index):
+        if written[name] == index[name]:
+            continue
+        if name == "safety_checker":
+            logger.warning(
+                "the safety checker of '%s' is not loaded: images that it blacks out cannot be ranked", model
+            )
+        elif name not in family.unused_parts:
+            logger.warning("%s of '%s' is missing; the model is loaded without it", name, model)
+
+
+def _load_pipeline(
+    folder: str, index: Mapping[str, Any], family: type[PipelineGenerator], dtype: torch.dtype, quantize: str | None
+) -> Any:
+    """The diffusers pipeline of `folder`, each network loaded with its checks and the rest by diffusers."""
+    from alignkit.generators.components import assemble, load_networks
+    from alignkit.generators.quantize import quantizers
+
+    denoisers = [part for part in ("unet", "transformer", "transformer_2") if index.get(part, [None])[0]]
+    configs = quantizers(quantize, denoisers, dtype) if quantize else {}
+    networks, variants = load_networks(Path(folder), index, dtype, configs)
+    if variants:
+        names = ", ".join(f"{name} ({variant})" for name, variant in variants.items())
+        logger.warning("'%s' has no other weights than variants of %s; they are loaded", folder, names)
+    return assemble(folder, index, family.unused_parts, networks)
 
 
 def wrap(pipeline: DiffusionPipeline, name: str | None = None, **options: Any) -> PipelineGenerator:

@@ -8,6 +8,7 @@ add a time axis (`alignkit.generators.families.video`).
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from alignkit.adapters.fingerprint import base_of
 from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import Schedule, expand
 from alignkit.diffusion.solvers import Grid, ddim_step
-from alignkit.errors import AdapterError
+from alignkit.errors import AdapterError, ConfigError, DataError, nearest
 from alignkit.generators.codec import Codec
 from alignkit.generators.conditioner import Conditioner
 from alignkit.generators.denoiser import Denoiser
@@ -109,6 +110,22 @@ class PipelineGenerator(FamilyDescription, Codec):
         return "", min(tokenizer.model_max_length, self._tokens)
 
     # --- the same for all ---
+
+    def require_sampling(self, sampling: Sampling) -> None:
+        """ConfigError for keywords in `extra` that the pipeline's call lacks, and for sides that it would change."""
+        reserved = ("self", "prompt", "generator", "output_type")
+        known = [name for name in inspect.signature(type(self.pipeline).__call__).parameters if name not in reserved]
+        for name in sampling.extra:
+            if name not in known:
+                kind = type(self.pipeline).__name__
+                raise ConfigError(f"sampling.extra: '{name}' is no keyword of a {kind}.{nearest(name, known)}")
+        for name, side in (("height", sampling.height), ("width", sampling.width)):
+            below = side - side % self.pixel_multiple
+            if below != side:
+                sides = " or ".join(str(size) for size in (below, below + self.pixel_multiple) if size)
+                raise ConfigError(
+                    f"sampling: {name} is {side}; {self.name} takes multiples of {self.pixel_multiple}: {sides}"
+                )
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
         """Warn, once per generator, of prompts that are longer than its text encoders read."""
@@ -221,7 +238,11 @@ class PipelineGenerator(FamilyDescription, Codec):
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        """The vanilla pipeline with one torch generator per item: pixels [B, 3, H, W] in [0, 1]."""
+        """The vanilla pipeline with one torch generator per item: pixels [B, 3, H, W] in [0, 1].
+
+        A safety checker is off meanwhile. Raises DataError for images that the pipeline replaced nevertheless.
+        """
+        self.require_sampling(sampling)
         self.warn_of_cuts(prompts)
         modes = (self.conditioner.training, self.net.training)
         self.conditioner.eval()
@@ -233,7 +254,30 @@ class PipelineGenerator(FamilyDescription, Codec):
         return pixels.float()
 
     def _run_pipeline(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
-        return self.pipeline(prompt=prompts, generator=sources, output_type="pt", **arguments)[0]
+        with self._without_safety_checker():
+            output = self.pipeline(prompt=prompts, generator=sources, output_type="pt", **arguments)
+        flags = output.get("nsfw_content_detected") if isinstance(output, Mapping) else None
+        if flags and any(flags):
+            named = [prompt for prompt, is_flagged in zip(prompts, flags, strict=True) if is_flagged]
+            raise DataError(
+                f"generator '{self.name}': its pipeline replaced {len(named)} of {len(prompts)} images as unsafe, so "
+                f"they cannot be ranked; switch that check off, or leave out these prompts: {named}"
+            )
+        pixels: Tensor = output[0]
+        return pixels
+
+    @contextmanager
+    def _without_safety_checker(self) -> Iterator[None]:
+        """The pipeline of a user may have one; an image that it blacks out says nothing about the model."""
+        checker = self.pipeline.components.get("safety_checker")
+        if checker is None:
+            yield
+            return
+        self.pipeline.register_modules(safety_checker=None)
+        try:
+            yield
+        finally:
+            self.pipeline.register_modules(safety_checker=checker)
 
     # --- adapters ---
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from alignkit.errors import ConfigError, UnknownNameError, nearest
-
-if TYPE_CHECKING:
-    from diffusers import PipelineQuantizationConfig
 
 
 def _int8(_: torch.dtype) -> Any:
@@ -38,8 +35,8 @@ QUANTIZERS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
 }
 
 
-def quantization(name: str, components: Sequence[str], dtype: torch.dtype) -> PipelineQuantizationConfig:
-    """For `from_pretrained`: `components` quantised, computing in `dtype`.
+def quantizers(name: str, components: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+    """The quantisation config of each of `components`, computing in `dtype`, for its `from_pretrained`.
 
     Raises UnknownNameError for another name than those of `QUANTIZERS`, ConfigError where the package or a
     GPU that it needs is missing.
@@ -51,6 +48,4 @@ def quantization(name: str, components: Sequence[str], dtype: torch.dtype) -> Pi
         raise ConfigError(f"quantize: {name} needs the package {package}: pip install {package}")
     if name == "nf4" and not torch.cuda.is_available():
         raise ConfigError("quantize: nf4 needs a CUDA device; int8 runs everywhere")
-    from diffusers import PipelineQuantizationConfig
-
-    return PipelineQuantizationConfig(quant_mapping={component: config(dtype) for component in components})
+    return {component: config(dtype) for component in components}

@@ -17,23 +17,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
-from transformers import (
-    CLIPModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import CLIPModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from alignkit.precision import fast_bf16
 from alignkit.sandbox import models
 from alignkit.sandbox.raters import ASPECTS, TASTES, Comparisons, Readings
 from alignkit.sandbox.scenes import PALETTE, SHAPES
 from alignkit.sandbox.worlds import Captioned
-from alignkit.trainers.checkpoint import find_checkpoint, mark_complete
+from alignkit.trainers.resuming import ResumingTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +60,6 @@ HEADS = {
 }
 
 
-class _Whole(TrainerCallback):
-    """Marks each checkpoint once all of it is written; one without the mark was interrupted and is not resumed."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
-        mark_complete(Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
 def fit(module: nn.Module, dataset: Dataset[Any], recipe: Recipe, work: Path, collate: Any = None) -> None:
     """Train `module` (its forward returns {"loss": ...}) under `transformers.Trainer`; continues from a checkpoint."""
     arguments = TrainingArguments(
@@ -100,10 +84,8 @@ def fit(module: nn.Module, dataset: Dataset[Any], recipe: Recipe, work: Path, co
         logging_nan_inf_filter=False,
         dataloader_num_workers=0,
     )
-    marks: list[Any] = [_Whole()]
-    trainer = Trainer(module, arguments, train_dataset=dataset, data_collator=collate, callbacks=marks)
-    found = find_checkpoint(work)
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    trainer = ResumingTrainer(module, arguments, train_dataset=dataset, data_collator=collate)
+    trainer.train(resume_from_checkpoint=True)
 
 
 class _Objective(nn.Module):

@@ -26,22 +26,22 @@ from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 from typing_extensions import override
 
 from alignkit.adapters.module_tree import ModuleTree
-from alignkit.errors import CheckpointMismatchError, ConfigError, NumericsError
+from alignkit.errors import CheckpointMismatchError, ConfigError, DataError, NumericsError
 from alignkit.evaluation.card import CardInputs, write_card
 from alignkit.provenance import without_defaults
 from alignkit.records import LossOutput
-from alignkit.trainers.checkpoint import find_checkpoint, mark_complete, mark_incomplete, require_whole
 from alignkit.trainers.config import AlignConfig
 from alignkit.trainers.data import EpochData, PromptData, collate
 from alignkit.trainers.means import WeightedMeans, mean_over
 from alignkit.trainers.preparation import as_generator, lora_settings, prepare
+from alignkit.trainers.resuming import ResumingTrainer
 from alignkit.trainers.sharding import Ranks, fill, gather, settle_layout, whole
 from alignkit.trainers.validation import Validation
 
@@ -65,7 +65,7 @@ class _Epochs(TrainerCallback):
         self.dataset.epoch = int(state.epoch or 0)
 
 
-class AlignTrainer(Trainer):
+class AlignTrainer(ResumingTrainer):
     """Trains a generator with a method's loss.
 
     Args:
@@ -95,13 +95,15 @@ class AlignTrainer(Trainer):
         **trainer_options: Any,
     ) -> None:
         self.generator, self.validation = as_generator(model, args.device), validation
+        if validation is not None:
+            self.generator.require_sampling(validation.sampling)
         self.generator.pipeline.to(args.device)
         args._n_gpu = min(args.n_gpu, 1)  # noqa: SLF001 - no DataParallel: several GPUs are torchrun's or accelerate's
         self.ranks = Ranks(args.process_index, args.world_size)
         self._health = WeightedMeans()
         self._peft_config = peft_config
         self.prepare_model(args)
-        train, held_out = (self.prepare_data(rows, args) for rows in (train_dataset, eval_dataset))
+        train, held_out = (self._rows(rows, args) for rows in (train_dataset, eval_dataset))
         # Trainer refuses eval_strategy without a dataset, also when there is only validation.
         super().__init__(
             self.trained_module(),
@@ -116,6 +118,15 @@ class AlignTrainer(Trainer):
         self._held_out, self._tree = held_out, ModuleTree(self.trained_module())
         if train is not None:
             self.add_callback(_Epochs(train))
+
+    def _rows(self, rows: Any, args: AlignConfig) -> EpochData | None:
+        """`prepare_data`; DataError for no rows, before it or after it."""
+        dataset = rows
+        if rows is not None and len(rows) > 0:
+            dataset = self.prepare_data(rows, args)
+        if dataset is not None and len(dataset) == 0:
+            raise DataError(f"of {len(rows)} rows none is left to train on or to evaluate; look at what filters them")
+        return dataset
 
     # --- what a method may change ---
 
@@ -225,7 +236,7 @@ class AlignTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out loss on fixed draws and held-out reward means on fixed prompts and seeds, both logged."""
-        dataset = self._held_out if eval_dataset is None else self.prepare_data(eval_dataset, self.args)
+        dataset = self._held_out if eval_dataset is None else self._rows(eval_dataset, self.args)
         metrics: dict[str, float] = {}
         if dataset is not None:
             metrics |= {f"{metric_key_prefix}_{name}": mean for name, mean in self._held_out_means(dataset).items()}
@@ -280,16 +291,11 @@ class AlignTrainer(Trainer):
 
     @override
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """Trainer's train; `True` or "latest" means the newest whole checkpoint, a named damaged one is refused."""
-        if resume_from_checkpoint in (True, "latest"):
-            found = find_checkpoint(Path(self.args.output_dir))
-            resume_from_checkpoint = str(found) if found else None
-        elif resume_from_checkpoint:
-            require_whole(Path(resume_from_checkpoint))
+        """ResumingTrainer's train, with the parts that it does not call on the device `parking`."""
         self.generator.model.reset_lists()
         self._tree.reset()
         with self.components_on(self.parking or self.args.device):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+            return super().train(resume_from_checkpoint, **options)
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.trained_module().named_parameters() if p.requires_grad}
@@ -305,19 +311,6 @@ class AlignTrainer(Trainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / SAFE_WEIGHTS_NAME)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            mark_incomplete(folder)
-        # Trainer would delete the old checkpoints before this one is marked whole: a kill in between would lose all.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(folder)
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -12,6 +12,10 @@ from transformers.trainer_utils import HubStrategy
 from alignkit.errors import ConfigError
 from alignkit.precision import fast_bf16
 from alignkit.trainers.buckets import Sizes
+from alignkit.trainers.ranges import LENGTHS, POSITIVE, TRAINER_RANGES, require_in_range
+
+STEPS = 400  # where neither max_steps nor num_train_epochs is set
+EPOCHS = 3.0  # of transformers, where max_steps is -1 and num_train_epochs is not set
 
 
 @dataclass
@@ -20,7 +24,13 @@ class AlignConfig(TrainingArguments):
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning-rate schedule."})
-    max_steps: int = field(default=400, metadata={"help": "Optimizer steps; RankDPO's paper trains 400."})
+    max_steps: None | int = field(  # noqa: RUF036
+        default=None,
+        metadata={"help": f"Optimizer steps; default: {STEPS}, as RankDPO's paper, or what num_train_epochs gives."},
+    )
+    num_train_epochs: None | float = field(  # noqa: RUF036
+        default=None, metadata={"help": "Times that each row is trained on, instead of max_steps."}
+    )
     logging_steps: float = field(default=1, metadata={"help": "Log the health panel every so many steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: a NaN has to be seen."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay off: batches are ours."})
@@ -68,7 +78,19 @@ class AlignConfig(TrainingArguments):
     full_finetune: bool = field(default=False, metadata={"help": "Train all weights of the network, no LoRA."})
     noise_seed: int = field(default=0, metadata={"help": "Seeds timestep, noise and caption draws of every item."})
 
+    @classmethod
+    def model_defaults(cls, model: str) -> dict[str, str]:  # noqa: ARG003 - for some methods
+        """By key, a sentence about a default that depends on `model` (a folder or hub id), which is not loaded."""
+        return {}
+
+    @property
+    def length(self) -> str:
+        """How long the training is: `400 steps` or `3 epochs`."""
+        return f"{self.max_steps} steps" if (self.max_steps or 0) > 0 else f"{self.num_train_epochs:g} epochs"
+
     def __post_init__(self) -> None:
+        require_in_range(vars(self), TRAINER_RANGES)
+        self._settle_length()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else Trainer refuses bf16
         if self.bf16 is None:
@@ -82,6 +104,21 @@ class AlignConfig(TrainingArguments):
             if seed is not None and not 0 <= seed < 2**32:
                 raise ConfigError(f"{name} is {seed}; NumPy takes seeds from 0 to 2**32 - 1")
         self._check_adapter_keys()
+
+    def _settle_length(self) -> None:
+        """Of `max_steps` and `num_train_epochs` the one that was set counts; the other gets its value for "unused".
+
+        Those are -1 steps, as in transformers, and 0 epochs: a saved config holds both and is read back as it was.
+        """
+        steps = None if self.max_steps == -1 else self.max_steps
+        epochs = None if steps is not None and self.num_train_epochs == 0 else self.num_train_epochs
+        if steps is not None and epochs is not None:
+            raise ConfigError(f"max_steps ({steps}) and num_train_epochs ({epochs}) are both set; keep one")
+        if steps is None and epochs is None:
+            steps, epochs = (STEPS, None) if self.max_steps is None else (None, EPOCHS)
+        require_in_range({"max_steps": steps, "num_train_epochs": epochs}, LENGTHS)
+        self.max_steps = -1 if steps is None else steps
+        self.num_train_epochs = 0.0 if epochs is None else epochs
 
     def _check_adapter_keys(self) -> None:
         if self.full_finetune and self.lora_targets:
@@ -146,9 +183,7 @@ class OfflineConfig(AlignConfig):
         super().__post_init__()
         if self.error_space not in ("native", "velocity"):
             raise ConfigError(f"error_space is '{self.error_space}'; use native or velocity")
-        for name, value in vars(self.sizes).items():
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is {value}; it must be positive")
+        require_in_range(vars(self.sizes), dict.fromkeys(vars(self.sizes), POSITIVE))
         if not 0 <= self.t_min < 1:
             raise ConfigError(f"t_min is {self.t_min}; it must lie in [0, 1)")
         if not 0 <= self.caption_dropout <= 1:

@@ -222,9 +222,10 @@ def phi_targets(rows: datasets.Dataset, count: int) -> dict[str, Tensor]:
     counts = pa_compute.fill_null(pa_compute.list_value_length(cells), 0).to_numpy()
     is_good = counts == count
     if is_good.all():
-        is_good = np.isfinite(values).reshape(len(rows), count).all(1)
+        is_good = ((values >= 0) & (values <= 1)).reshape(len(rows), count).all(1)
     for row in (~is_good).nonzero()[0]:
-        raise DataError(f"row {row}: phi is {cells[row].as_py()}; it must be {count} finite numbers, one a candidate")
+        wanted = f"{count} finite numbers within 0 and 1, one a candidate"
+        raise DataError(f"row {row}: phi is {cells[row].as_py()}; it must be {wanted}")
     return {"phi": torch.from_numpy(values.reshape(len(rows), count).astype(np.float32))}
 
 

@@ -50,8 +50,20 @@ def prepare(
         if peft_config is not None:
             rank, alpha, dropout = peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout
         generator.add_text_lora(rank, alpha, args.text_encoder_targets, dropout)
+    if args.process_index == 0:
+        print("\n".join(trained_lines(generator)))
     if args.fsdp and generator.model.trained_encoders:
         raise ConfigError("the adapter trains text encoders, which fsdp does not shard here; train without fsdp")
+
+
+def trained_lines(generator: PipelineGenerator) -> list[str]:
+    """What is trained, a line each: the share that every trainable adapter covers, or all parameters."""
+    lines: list[str] = []
+    for part, net in generator.adapted.items():
+        names = sorted(lora.trainable_adapters(net))
+        lines += [f"LoRA '{name}' on {part}: {lora.coverage(net, name)}" for name in names]
+    count = sum(parameter.numel() for parameter in generator.net.parameters())
+    return lines or [f"all {count:,} parameters of {generator.component} are trained"]
 
 
 def add_configured_lora(generator: PipelineGenerator, peft_config: LoraConfig) -> None:

@@ -28,24 +28,30 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.losses import LOSSES, loser_scale
 from alignkit.records import LossOutput
 from alignkit.resolve import require_known, resolve
+from alignkit.trainers.beta import BETA, FLOW_BETA, beta_note, default_beta, stored_prediction
 from alignkit.trainers.config import OfflineConfig
 from alignkit.trainers.draws import DrawPlan
 from alignkit.trainers.latents import LatentDataset
 from alignkit.trainers.offline import OfflineTrainer
+from alignkit.trainers.ranges import DECAY, NOT_NEGATIVE, POSITIVE, require_in_range
 
 logger = logging.getLogger(__name__)
 WINDOW = 10  # logs in each half of the window that the drift warning compares
+_RANGES = {"beta": POSITIVE, "protect_winner": DECAY, "sft_weight": NOT_NEGATIVE}
 _CHOICES = {"rank_source": ("label", "model"), "weighting": ("rank_gain", "gain", "none")}
 
 
 @dataclass
 class RankDPOConfig(OfflineConfig):
-    """Default beta: that of Diffusion-DPO's SDXL runs (mean squared errors, factor 1/2); RankDPO's paper gives none."""
+    """RankDPO's paper gives no beta; the defaults are for mean squared errors and a factor of 1/2 (see `beta`)."""
 
     loss: str = field(
         default="rank_dpo", metadata={"help": "rank_dpo, diffusion_dpo (best against worst), plackett_luce, or yours."}
     )
-    beta: float = field(default=5000.0, metadata={"help": "Pull to the reference; flow models: 100-2000."})
+    beta: float | None = field(
+        default=None,
+        metadata={"help": f"Pull to the reference; default: {FLOW_BETA:g} for flow models, {BETA:g} for others."},
+    )
     rank_source: str = field(default="label", metadata={"help": "rank_dpo: tau from label or model order."})
     weighting: str = field(default="rank_gain", metadata={"help": "rank_dpo: rank_gain, gain or none (all-pairs DPO)."})
     share_noise: bool = field(default=True, metadata={"help": "One noise for all candidates of a prompt."})
@@ -64,12 +70,15 @@ class RankDPOConfig(OfflineConfig):
             value = {"rank_source": self.rank_source, "weighting": self.weighting}[name]
             if value not in allowed:
                 raise ConfigError(f"{name} is '{value}'; use {' or '.join(allowed)}")
-        if self.beta <= 0:
-            raise ConfigError(f"beta is {self.beta}; it must be positive")
+        require_in_range(vars(self), _RANGES)
         if self.protect_winner is not None and self.loss == "plackett_luce":
             raise ConfigError("protect_winner needs pairs; plackett_luce has none. Use rank_dpo or diffusion_dpo")
         if self.protect_winner is not None and self.low_memory:
             raise ConfigError("protect_winner needs all candidates' outputs at once; switch off low_memory")
+
+    @classmethod
+    def model_defaults(cls, model: str) -> dict[str, str]:
+        return {"beta": beta_note(stored_prediction(model))}
 
 
 class RankDPOTrainer(OfflineTrainer):
@@ -81,6 +90,10 @@ class RankDPOTrainer(OfflineTrainer):
 
     def __init__(self, model: Any, args: RankDPOConfig, train_dataset: Any, *rest: Any, **options: Any) -> None:
         super().__init__(model, args, train_dataset, *rest, **options)
+        if args.beta is None:
+            args.beta = default_beta(self.generator.prediction)
+            if self.is_world_process_zero():
+                print(beta_note(self.generator.prediction))
         self._objective = _objective(args)
         self._drift: deque[tuple[float, float]] = deque(maxlen=2 * WINDOW)
         if args.precompute_reference:

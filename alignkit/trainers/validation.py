@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from alignkit.protocols import ImageSource, Reward
+from alignkit.errors import NumericsError
+from alignkit.media import checked_pixels, encode_image
+from alignkit.protocols import ImageSource, Reward, as_scores
 from alignkit.records import Prompt, Sampling, texts
 from alignkit.seeds import derive_seed
+from alignkit.storage import write_atomic
 from alignkit.trainers.sharding import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,11 @@ class Validation:
             numbers = own[start : start + self.batch_size]
             prompts = [self.prompts[number] for number in numbers]
             seeds = [derive_seed(self.seed, prompt.id, 0) for prompt in prompts]
-            media = source.generate(texts(prompts), seeds, self.sampling).cpu()
-            totals = {name: reward(media, prompts).total.tolist() for name, reward in self.rewards.items()}
+            pixels = source.generate(texts(prompts), seeds, self.sampling)
+            media = checked_pixels(pixels, len(prompts), f"validation: generator '{source.name}'").cpu()
+            totals = {}
+            for name, reward in self.rewards.items():
+                totals[name] = as_scores(reward(media, prompts), name, len(prompts)).total.tolist()
             for row, number in enumerate(numbers):
                 scores.append((number, {name: values[row] for name, values in totals.items()}))
                 if number < self.shown and grid is not None:
@@ -54,8 +63,19 @@ class Validation:
             save_grid(torch.stack([image for _, image in images]), grid)
         means: dict[str, float] = {}
         for name in self.rewards:
-            means[name] = float(torch.tensor([values[name] for _, values in scores]).mean())
+            means[name] = _mean(name, [values[name] for _, values in scores])
         return means | ({"mean": float(np.mean(list(means.values())))} if len(means) > 1 else {})
+
+
+def _mean(name: str, values: Sequence[float]) -> float:
+    """The mean of the finite values: a single NaN would make every checkpoint the best or the worst."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        raise NumericsError(f"reward '{name}' is NaN or infinite on all {len(values)} validation prompts; mend it")
+    if len(finite) < len(values):
+        bad = len(values) - len(finite)
+        logger.warning("reward '%s' is NaN or infinite on %d of %d validation prompts", name, bad, len(values))
+    return float(torch.tensor(finite).mean())
 
 
 def grid_frames(medium: Tensor, columns: int = 8) -> Tensor:
@@ -69,7 +89,6 @@ def save_grid(media: Tensor, file: Path, columns: int = 8) -> None:
     """Images [B, 3, H, W] side by side in rows of `columns`, as a PNG; of videos [B, F, 3, H, W] a row each, with as
     many of its frames, equally far apart.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     if media.dim() == 5:
         media = torch.stack([grid_frames(video, columns) for video in media])
         columns, media = media.shape[1], media.flatten(0, 1)
@@ -78,4 +97,4 @@ def save_grid(media: Tensor, file: Path, columns: int = 8) -> None:
     padded = torch.zeros(rows * columns, *media.shape[1:])
     padded[: len(media)] = media
     grid = padded.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    Image.fromarray((grid.numpy() * 255).round().astype(np.uint8)).save(file)
+    write_atomic(file, encode_image((grid.numpy() * 255).round().astype(np.uint8)))

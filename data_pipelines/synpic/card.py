@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignkit.escape import to_code, to_markdown
 from alignkit.media import clip_preview, decode_clip
 from alignkit.storage import read_table, write_atomic
 
@@ -102,7 +103,7 @@ def write_previews(folder: Path, data: Path) -> list[tuple[str, float, str]]:
     order = sorted(range(len(row["phi"])), key=lambda k: (-row["phi"][k], k))
     previews = []
     for place, k in enumerate(order):
-        frames = decode_clip(row["videos"][k], f"'{data}', row 0, candidate {k}")
+        frames = decode_clip(row["videos"][k]["bytes"], f"'{data}', row 0, candidate {k}")
         name = f"{_PREVIEWS}/{place}.webp"
         write_atomic(folder / name, clip_preview(frames, sampling[row["generators"][k]]["fps"]))
         previews.append((row["prompt"], row["phi"][k], name))
@@ -129,7 +130,7 @@ def card_text(
         data_files="\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in splits),
         rows=statistics["rows"],
         candidates=statistics["candidates"],
-        reward_names=", ".join(f"`{name}`" for name in statistics["rewards"]),
+        reward_names=", ".join(map(to_code, statistics["rewards"])),
         form="Ties give neither side a count." if strict else "Duels are counted softly, by how clearly they are won.",
         config=json.dumps(config, indent=2, sort_keys=True),
         counts="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in statistics["counts"].items()),
@@ -141,10 +142,9 @@ def card_text(
 
 def _previews_table(previews: Sequence[tuple[str, float, str]]) -> str:
     """The candidates of one prompt as moving images, best first."""
-    prompt = " ".join(previews[0][0].split()).replace("<", "&lt;").replace("`", "'")
     head = "| " + " | ".join(f"phi {phi:.2f}" for _, phi, _ in previews) + " |\n" + "|---" * len(previews) + "|"
     cells = "| " + " | ".join(f"![candidate]({name})" for *_, name in previews) + " |"
-    return f"\n`{prompt}`, best candidate first:\n\n{head}\n{cells}\n"
+    return f"\n{to_markdown(previews[0][0])}, best candidate first:\n\n{head}\n{cells}\n"
 
 
 def bias_sentence(bias: Mapping[str, Any]) -> str:
@@ -159,10 +159,13 @@ def bias_sentence(bias: Mapping[str, Any]) -> str:
 
 def _generator_row(name: str, entry: Mapping[str, Any]) -> str:
     share = "none decided" if entry["win_share"] is None else f"{entry['win_share']:.1%}"
-    return f"| {name} | {entry['pictures']} | {entry['mean_phi']:.3f} | {share} |"
+    return f"| {to_markdown(name)} | {entry['pictures']} | {entry['mean_phi']:.3f} | {share} |"
 
 
 def _agreement_table(matrix: Mapping[str, Mapping[str, float]]) -> str:
-    head = f"| | {' | '.join(matrix)} |\n|---|{'---|' * len(matrix)}\n"
-    rows = [f"| {name} | {' | '.join(f'{value:.2f}' for value in row.values())} |" for name, row in matrix.items()]
+    head = f"| | {' | '.join(map(to_markdown, matrix))} |\n|---|{'---|' * len(matrix)}\n"
+    rows = [
+        f"| {to_markdown(name)} | {' | '.join(f'{value:.2f}' for value in row.values())} |"
+        for name, row in matrix.items()
+    ]
     return head + "\n".join(rows)

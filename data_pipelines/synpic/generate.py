@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError
-from alignkit.media import encode_medium, quantise
+from alignkit.locks import locked
+from alignkit.media import checked_pixels, encode_medium, quantise
 from alignkit.protocols import ImageSource, Reward, require_modality
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
@@ -28,7 +30,6 @@ from alignkit.storage import (
     STAGE_FILES,
     Part,
     StageResult,
-    claim,
     finish_run,
     finished_part,
     part_name,
@@ -57,13 +58,13 @@ class SourceConfig:
     """One generator: its name among the builders, candidates for each prompt, and how they are sampled."""
 
     name: str
-    seeds: int = 1
+    seeds_per_prompt: int = 1
     sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
-    """Which candidates to generate. K, the candidates of a prompt, is the sum of the sources' `seeds`.
+    """Which candidates to generate. K, the candidates of a prompt, is the sum of the sources' `seeds_per_prompt`.
 
     `part_size` prompts make one file; `batch_size` candidates go into one call of a generator, never across parts.
     The paper takes one image from each of four generators.
@@ -77,20 +78,24 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
-            raise ConfigError(f"sources: {names} names one twice; raise its `seeds` instead")
+            raise ConfigError(f"sources: {names} names one twice; raise its `seeds_per_prompt` instead")
         for key, value in (("part_size", self.part_size), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ConfigError(f"{key} must be at least 1, got {value}")
-        if any(source.seeds < 1 for source in self.sources):
-            raise ConfigError("every source needs `seeds` of at least 1; leave out a source that makes no candidate")
+        if any(source.seeds_per_prompt < 1 for source in self.sources):
+            raise ConfigError(
+                "every source needs `seeds_per_prompt` of at least 1; leave out a source that makes no candidate"
+            )
         if self.candidates < 2:
             has = f"{names[0]} x {self.candidates}" if names else "no source"
-            raise ConfigError(f"one candidate a prompt cannot be ranked ({has}); set `seeds: 2` or add a second source")
+            raise ConfigError(
+                f"one candidate a prompt cannot be ranked ({has}); set `seeds_per_prompt: 2` or add a second source"
+            )
 
     @property
     def candidates(self) -> int:
         """K, the number of candidates a prompt."""
-        return sum(source.seeds for source in self.sources)
+        return sum(source.seeds_per_prompt for source in self.sources)
 
 
 def generate_candidates(
@@ -113,8 +118,9 @@ def generate_candidates(
 
     Raises UnknownNameError for a source without a builder, DataError without prompts, ResumeError, StorageError.
     """
-    opened = _Candidates.open(Path(out_dir), config, prompts, build_sources, identities)
-    return opened.generate(build_sources, on_part)
+    with locked(Path(out_dir)):
+        opened = _Candidates.open(Path(out_dir), config, prompts, build_sources, identities)
+        return opened.generate(build_sources, on_part)
 
 
 def generate_and_score(
@@ -134,31 +140,32 @@ def generate_and_score(
     The identities are what those two take.
     """
     candidates_dir, scores_dir = map(Path, out_dirs)
-    opened = _Candidates.open(candidates_dir, generate, prompts, build_sources, source_identities)
-    rows = len(opened.prompts)
-    scorer = Scorer.open(scores_dir, score, candidates_dir, build_rewards, rows=rows, identities=reward_identities)
-    if not (scores_dir / "manifest.json").exists():
-        # Here, for loading a model in one thread disturbs generating in another (the default dtype).
-        rewards = scorer.rewards()
-        if any(source.sampling.num_frames > 1 for source in generate.sources):
-            require_modality(rewards, "video")
-    pending: list[Future[None]] = []
+    with locked(candidates_dir), locked(scores_dir):
+        opened = _Candidates.open(candidates_dir, generate, prompts, build_sources, source_identities)
+        rows = len(opened.prompts)
+        scorer = Scorer.open(scores_dir, score, candidates_dir, build_rewards, rows=rows, identities=reward_identities)
+        if not (scores_dir / "manifest.json").exists():
+            # Here, for loading a model in one thread disturbs generating in another (the default dtype).
+            rewards = scorer.rewards()
+            if any(source.sampling.num_frames > 1 for source in generate.sources):
+                require_modality(rewards, "video")
+        pending: list[Future[None]] = []
 
-    def score_later(part: Part) -> None:
-        for future in pending:
-            if future.done():
-                future.result()  # a reward that failed stops the generation too
-        pending.append(pool.submit(scorer.score, part))
+        def score_later(part: Part) -> None:
+            for future in pending:
+                if future.done():
+                    future.result()  # a reward that failed stops the generation too
+            pending.append(pool.submit(scorer.score, part))
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="score")
-    try:
-        generated = opened.generate(build_sources, score_later)
-        for future in pending:
-            future.result()
-        return generated, scorer.finish()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        scorer.bar.close()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="score")
+        try:
+            generated = opened.generate(build_sources, score_later)
+            for future in pending:
+                future.result()
+            return generated, scorer.finish()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            scorer.bar.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +267,7 @@ class _Producer:
         cells: list[list[Future[bytes]]] = [[] for _ in rows]
         first = 0
         for source in self.config.sources:
-            jobs = [(row, k) for row in range(len(rows)) for k in range(first, first + source.seeds)]
+            jobs = [(row, k) for row in range(len(rows)) for k in range(first, first + source.seeds_per_prompt)]
             for start in range(0, len(jobs), self.config.batch_size):
                 batch = jobs[start : start + self.config.batch_size]
                 media = self._media(source, [(rows[row], k) for row, k in batch])
@@ -272,17 +279,14 @@ class _Producer:
                 for (row, _), medium in zip(batch, media, strict=True):
                     cells[row].append(encoders.submit(encode_medium, medium, source.sampling.fps))
                 bar.update(len(batch))
-            first += source.seeds
+            first += source.seeds_per_prompt
         return cells
 
     def _media(self, source: SourceConfig, batch: Sequence[tuple[Prompt, int]]) -> np.ndarray:
         """uint8 [B, H, W, 3], or [B, F, H, W, 3] of videos."""
         seeds = [derive_seed(self.config.seed, prompt.id, k) for prompt, k in batch]
         pixels = self.sources[source.name].generate([prompt.text for prompt, _ in batch], seeds, source.sampling)
-        if pixels.dim() not in _NAMES or len(pixels) != len(batch) or pixels.shape[-3] != 3:
-            expected = f"[{len(batch)}, 3, H, W], or [{len(batch)}, F, 3, H, W] of videos"
-            raise DataError(f"generator '{source.name}' returned pixels {list(pixels.shape)}, expected {expected}")
-        return quantise(pixels)
+        return quantise(checked_pixels(pixels, len(batch), f"generator '{source.name}'"))
 
     def write(self, name: str, rows: Sequence[Prompt], cells: list[list[Future[bytes]]]) -> Part:
         """Wait for the encoded media and make them a finished part."""
@@ -297,7 +301,7 @@ class _Producer:
         text, texts, whole = Value("string"), List(Value("string")), List(Value("int64"))
         named = {"prompt_id": text, "prompt": text, "metadata": text, column: List(media_feature(column))}
         schema = Features({**named, "generators": texts, "seeds": whole, "sampling": text}).arrow_schema
-        generators = [source.name for source in self.config.sources for _ in range(source.seeds)]
+        generators = [source.name for source in self.config.sources for _ in range(source.seeds_per_prompt)]
         sampling = json.dumps({s.name: s.sampling.plain() for s in self.config.sources}, sort_keys=True)
         columns = {
             "prompt_id": [prompt.id for prompt in rows],

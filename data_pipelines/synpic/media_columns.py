@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError
-from alignkit.storage import Part
+from alignkit.storage import Part, read_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +31,5 @@ def find_column(columns: Iterable[str], where: object) -> str:
 
 def media_column(folder: Path, part: Part) -> str:
     """The media column of a finished part of candidates."""
-    import pyarrow.parquet as pq
-
     (path,) = part.files
-    return find_column(pq.read_schema(folder / path).names, folder / path)
+    return find_column(read_schema(folder / path).names, folder / path)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError
+from alignkit.locks import locked
 from alignkit.storage import (
     STAGE_FILES,
     Part,
     StageResult,
     checksum,
-    claim,
     finish_run,
     finished_part,
     read_table,
@@ -90,23 +91,24 @@ def rank_candidates(
         "candidates_sha256": checksum(candidates_dir / "manifest.json"),
         "scores_sha256": checksum(scores_dir / "manifest.json"),
     }
-    claim(folder, {"stage": "rank", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
-    scale = None if config.temperature is None else _scale(scores_dir, scores)
-    parts = []
-    for candidate, score in tqdm(list(zip(candidates, scores, strict=True)), desc="rank", unit="part"):
-        done = finished_part(folder, candidate.name)
-        if done is None:
-            require_intact(candidates_dir, candidate)
-            require_intact(scores_dir, score)
-            joined = _join(_only(candidates_dir, candidate), _only(scores_dir, score))
-            done = _rank_part(folder, candidate.name, joined, config, scale)
-        parts.append(done)
-    counts = Counter({"duplicate_prompts": generated["counts"]["duplicate_prompts"]})
-    column = media_column(candidates_dir, candidates[0])
-    counts.update(dict.fromkeys((*_reasons_for(column), *SPLITS), 0))
-    for part in parts:
-        counts.update(part.notes)
-    return _finish(folder, config, parts, counts, column)
+    with locked(folder):
+        claim(folder, {"stage": "rank", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
+        scale = None if config.temperature is None else _scale(scores_dir, scores)
+        parts = []
+        for candidate, score in tqdm(list(zip(candidates, scores, strict=True)), desc="rank", unit="part"):
+            done = finished_part(folder, candidate.name)
+            if done is None:
+                require_intact(candidates_dir, candidate)
+                require_intact(scores_dir, score)
+                joined = _join(_only(candidates_dir, candidate), _only(scores_dir, score))
+                done = _rank_part(folder, candidate.name, joined, config, scale)
+            parts.append(done)
+        counts = Counter({"duplicate_prompts": generated["counts"]["duplicate_prompts"]})
+        column = media_column(candidates_dir, candidates[0])
+        counts.update(dict.fromkeys((*_reasons_for(column), *SPLITS), 0))
+        for part in parts:
+            counts.update(part.notes)
+        return _finish(folder, config, parts, counts, column)
 
 
 def _reasons_for(column: str) -> tuple[str, ...]:

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
-from alignkit.errors import ConfigError, DataError, MissingFileError, NumericsError, UnknownNameError, nearest
+from alignkit.claims import RUN, claim
+from alignkit.errors import ConfigError, MissingFileError, NumericsError, UnknownNameError, nearest
+from alignkit.locks import locked
 from alignkit.media import clip_shape, decode_clip, decode_image, image_size, to_pixels
-from alignkit.protocols import Reward, require_independent, require_modality
+from alignkit.protocols import Reward, as_scores, require_independent, require_modality
 from alignkit.records import Prompt
 from alignkit.storage import (
-    RUN,
     STAGE_FILES,
     Part,
     StageResult,
     checksum,
-    claim,
     finish_run,
     finished_part,
     read_table,
@@ -108,13 +108,14 @@ def score_candidates(
     """
     candidates_dir = Path(candidates_dir)
     manifest, parts = recorded_parts(candidates_dir, "generate")
-    scorer = Scorer.open(
-        Path(out_dir), config, candidates_dir, build_rewards, rows=manifest["rows"], identities=identities
-    )
-    with scorer.bar:
-        for part in parts:
-            scorer.score(part)
-        return scorer.finish()
+    with locked(Path(out_dir)):
+        scorer = Scorer.open(
+            Path(out_dir), config, candidates_dir, build_rewards, rows=manifest["rows"], identities=identities
+        )
+        with scorer.bar:
+            for part in parts:
+                scorer.score(part)
+            return scorer.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,7 @@ class _Cells:
         return to_pixels(np.stack([decode(self._data(row, k), self._where(row, k)) for row, k in cells]))
 
     def _data(self, row: int, candidate: int) -> Any:
-        return self.rows[row][self.column][candidate]
+        return self.rows[row][self.column][candidate]["bytes"]  # the path beside them is not followed
 
     def _where(self, row: int, candidate: int) -> str:
         return f"'{self.path}', row {row} (prompt {self.rows[row]['prompt_id']}), candidate {candidate}"
@@ -251,19 +252,11 @@ def _score_rows(cells: _Cells, rewards: Mapping[str, Reward], batch_size: int) -
         index = tuple(np.array(batch).T)
         for name, reward in rewards.items():
             with torch.no_grad():  # a setting of this thread, so it cannot be made outside
-                scores = reward(media, [prompts[row] for row, _ in batch])
+                scores = as_scores(reward(media, [prompts[row] for row, _ in batch]), name, len(batch))
             for part, values in {TOTAL: scores.total, **scores.parts}.items():
                 column = measured[name].setdefault(part, np.full(shape, np.nan))
-                column[index] = _checked(values, f"{name}/{part}" if part else name, len(batch))
+                column[index] = values.detach().double().cpu().numpy()
     return measured
-
-
-def _checked(total: Tensor, name: str, batch: int) -> np.ndarray:
-    if total.shape != (batch,):
-        raise DataError(
-            f"reward '{name}' returned scores {list(total.shape)}, expected [{batch}], one for each image or video"
-        )
-    return total.detach().double().cpu().numpy()
 
 
 def _fault(row: Mapping[str, Any], index: int, scores: Mapping[str, np.ndarray]) -> dict[str, Any] | None:

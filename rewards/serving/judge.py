@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from alignkit.errors import ConfigError
-from alignkit.protocols import Reward, require_independent
+from alignkit.protocols import Reward, as_scores, require_independent
 from alignkit.records import Prompt
 from alignkit.resolve import construct, resolve
 from rewards import REWARDS
@@ -231,7 +231,9 @@ class RewardJudge:
         import torch
 
         with torch.no_grad():
-            differences = (self.reward(first, prompts).total - self.reward(second, prompts).total).tolist()
+            name, count = type(self.reward).__name__, len(prompts)
+            sides = [as_scores(self.reward(media, prompts), name, count).total for media in (first, second)]
+        differences = (sides[0] - sides[1]).tolist()
         return [
             int(math.copysign(1, d)) if math.isfinite(d) and abs(d) > self.least_difference else 0 for d in differences
         ]

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from alignkit.adapters import lora
-from alignkit.errors import AdapterError
+from alignkit.errors import AdapterError, MissingFileError
 
 PROMPTS = ["a red circle", "two blue rings"]
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -214,6 +214,30 @@ def test_weights_that_are_not_finite_are_refused_by_name(load, saved, value):
     with pytest.raises(AdapterError, match=f"'{re.escape(key.removeprefix('unet.'))}' holds NaN or infinite"):
         generator.load_adapter(file)
     assert not lora.lora_layers(generator.net)
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "match"),
+    [
+        ("pytorch_lora_weights.safetensors", b"", r"weights\.safetensors' is truncated or no safetensors file"),
+        ("pytorch_lora_weights.safetensors", b"\xff" * 64, r"weights\.safetensors' is truncated or no safetensors"),
+        ("peft/adapter_model.safetensors", b"\0" * 8, r"adapter_model\.safetensors' is truncated or no safetensors"),
+        ("peft/adapter_config.json", b"{no", r"adapter_config\.json' is no valid JSON"),
+        ("peft/adapter_config.json", b"[]", r"adapter_config\.json' holds a list, not a JSON object"),
+    ],
+)
+def test_damaged_files_of_an_adapter(load, tmp_path, file, data, match):
+    generator = load("unet")
+    generator.add_lora(2, None, None, 0.0)
+    generator.save_adapter(tmp_path)
+    (tmp_path / file).write_bytes(data)
+    folder = (tmp_path / file).parent
+    with pytest.raises(AdapterError, match=match):
+        load("unet", adapter=folder)
+    if file.startswith("peft"):
+        (folder / "adapter_config.json").unlink()
+        with pytest.raises(MissingFileError, match=r"adapter_config\.json' is missing beside"):
+            load("unet", adapter=folder)
 
 
 def test_a_dora_file_is_refused_before_training(load, saved):

@@ -29,6 +29,13 @@ class Red:
         return Scores(media[:, 0].mean((1, 2)))
 
 
+class RedVideo(Red):
+    modality = "video"
+
+    def __call__(self, media, prompts):
+        return Scores(media[:, :, 0].mean((1, 2, 3)))
+
+
 class Dark(Red):
     name = "dark"
 
@@ -46,7 +53,7 @@ def work(tmp_path, monkeypatch):
         "out": "candidates",
         "prompts": {"file": "prompts.txt"},
         "generators": {"painter": {"model": "mine_for_commands:Painter"}},
-        "generate": {"sources": [{"name": "painter", "seeds": 3, "sampling": {"height": 8, "width": 8}}]},
+        "generate": {"sources": [{"name": "painter", "seeds_per_prompt": 3, "sampling": {"height": 8, "width": 8}}]},
     }
     rewards = {"red": {"reward": "mine_for_commands:Red"}}
     score = {"candidates": "candidates", "out": "scores", "rewards": rewards, "score": {"rewards": ["red"]}}

@@ -32,7 +32,10 @@ def test_another_model_under_the_same_name_is_refused(work, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "--config", "generate.yaml", "--generate.sources=[{name: panter, seeds: 2}]"], "'painter'?"),
+        (
+            ["generate", "--config", "generate.yaml", "--generate.sources=[{name: panter, seeds_per_prompt: 2}]"],
+            "'painter'?",
+        ),
         (["score", "--config", "score.yaml", "--rewards.red.reward", "clip_scor"], "Did you mean 'clip_score'?"),
         (["score", "--config", "score.yaml", "--score.rewards", "[rd]"], "no reward 'rd' under `rewards`"),
         (["generate", "--config", "generate.yaml", "--generate.sources=[{name: painter}]"], "cannot be ranked"),
@@ -52,7 +55,7 @@ def test_training_pushes_its_result_with_the_card(work, model_folders, uploads):
     for verb in ("generate", "score"):
         assert cli.main([verb, "--config", f"{verb}.yaml"]) == 0
     assert cli.main(["rank", "--candidates=candidates", "--scores=scores", "--out=ranked", "--rank.held_out=0"]) == 0
-    options = ["--max_steps=1", "--per_device_train_batch_size=2", "--push_to_hub=true", "--output_dir=mine"]
+    options = ["--max_steps=1", "--per_device_train_batch_size=2", "--push_to_hub=true", "--out=mine"]
     model = f"--model={model_folders['flow']}"
     assert cli.main(["train", "rankdpo", model, "--data=ranked", "--held_out=0", *options]) == 0
     assert uploads[-1]["repo_id"] == "someone/mine"
@@ -70,14 +73,14 @@ def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, c
     sampling = {"steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "num_frames": 5}
     config = {
         "prompts": {"file": "prompts.txt", "held_out": 0.6},
-        "rewards": {"red": {"reward": "mine_for_commands:Red"}},
+        "rewards": {"red": {"reward": "mine_for_commands:RedVideo"}},
         "validation": {"rewards": ["red"], "prompts": 1, "sampling": sampling},
         "eval_strategy": "steps",
         "eval_steps": 1,
     }
     (work / "clips.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     model = f"--model={model_folders['wan']}"
-    options = ["--max_steps=1", "--per_device_train_batch_size=1", "--held_out=0", "--output_dir=mine", "--bf16=true"]
+    options = ["--max_steps=1", "--per_device_train_batch_size=1", "--held_out=0", "--out=mine", "--bf16=true"]
     assert cli.main(["train", "sft", "--config=clips.yaml", model, "--data=clips", *options]) == 0
     (strip,) = (work / "mine" / "validation").glob("*.png")
     with Image.open(strip) as picture:
@@ -90,8 +93,26 @@ def test_a_folder_of_captioned_clips_trains_a_video_model(work, model_folders, c
         "tuned": {"adapter": "mine/adapter"},
         "evaluate": {"sampling": told},
     }
-    told |= {"prompts": config["prompts"], "rewards": config["rewards"], "out": "judged"}
+    told |= {"prompts": config["prompts"], "out": "judged"}
+    told |= {"rewards": {"red": {"reward": "mine_for_commands:Red"}}}
     (work / "evaluate.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
     capsys.readouterr()
     assert cli.main(["evaluate", "--config=evaluate.yaml"]) == 2
     assert "reward 'red' scores images, but here are videos" in capsys.readouterr().err
+
+
+def test_a_failed_first_attempt_may_be_corrected_and_a_moved_folder_continued(work, capsys):
+    """Also with other values of what has not been used yet, and with absolute instead of relative paths."""
+    assert cli.main(["generate", "--config", "generate.yaml"]) == 0
+    wrong = yaml.safe_load((work / "score.yaml").read_text(encoding="utf-8"))
+    wrong["rewards"]["red"]["options"] = {"typo": 1}
+    wrong["score"]["batch_size"] = 2
+    (work / "wrong.yaml").write_text(yaml.safe_dump(wrong), encoding="utf-8")
+    assert cli.main(["score", "--config", "wrong.yaml"]) == 2
+    assert "has no option 'typo'" in capsys.readouterr().err
+    assert cli.main(["score", "--config", "score.yaml"]) == 0, capsys.readouterr().err
+    (work / "scores").rename(work / "moved")
+    again = ["--out", str(work / "moved"), "--candidates", str(work / "candidates")]
+    assert cli.main(["score", "--config", "score.yaml", *again]) == 0, capsys.readouterr().err
+    assert cli.main(["score", "--config", "wrong.yaml", *again]) == 2
+    assert "config.batch_size: 32 -> 2" in capsys.readouterr().err

@@ -42,7 +42,10 @@ def config(work, monkeypatch):
     return write
 
 
-SYNPIC = {"generate": {"sources": [{"name": "a", "seeds": 2, "sampling": SAMPLING}]}, "score": {"rewards": ["red"]}}
+SYNPIC = {
+    "generate": {"sources": [{"name": "a", "seeds_per_prompt": 2, "sampling": SAMPLING}]},
+    "score": {"rewards": ["red"]},
+}
 
 
 @pytest.mark.parametrize(
@@ -84,12 +87,12 @@ def test_sections_of_other_data_are_refused(config, keys, message, capsys):
 
 def test_train_on_prompts_alone_takes_no_data(config, capsys):
     config()
-    words = ["--model=m/n", "--output_dir=out", "--prompts.file=prompts.txt", "--dry-run"]
+    words = ["--model=m/n", "--out=out", "--prompts.file=prompts.txt", "--dry-run"]
     assert cli.main(["train", "kinds:PROMPTS", *words]) == 0, capsys.readouterr().err
     assert "on the training share of all prompts of prompts.txt" in capsys.readouterr().out
     assert cli.main(["train", "kinds:PROMPTS", *words, "--data=x"]) == 2
     assert "unknown key 'data'" in capsys.readouterr().err
-    assert cli.main(["train", "kinds:PROMPTS", "--model=m/n", "--output_dir=out"]) == 2
+    assert cli.main(["train", "kinds:PROMPTS", "--model=m/n", "--out=out"]) == 2
     assert "key 'prompts' is missing" in capsys.readouterr().err
 
 

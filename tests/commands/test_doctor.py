@@ -27,7 +27,7 @@ def test_a_model_folder_and_a_method(model_folders, capsys):
     full = capsys.readouterr().out
     assert "parameters of unet, a StableDiffusionPipeline" in plain
     assert all(f"  rank {rank} " in plain for rank in (8, 16, 32, 64, 128))
-    assert "peak memory of rankdpo, 1 x 4 pictures a step" in plain
+    assert "peak memory of rankdpo, 1 x 4 images a step" in plain
     for size in (24, 48, 80, 141):
         assert any(f"{size} GB card" in line and line.endswith("fits as asked") for line in plain.splitlines())
     assert amounts(full, "activations")[0] > 4 * amounts(plain, "activations")[0] > 0
@@ -39,7 +39,7 @@ def test_what_is_no_parameter_is_told_apart(model_folders, capsys):
     assert cli.main(["doctor", f"--model={model_folders['flow']}", "--method=sft", "--resolution=16"]) == 0
     said = capsys.readouterr().out
     assert "0.0M fixed positions besides" in said
-    assert "1 x 1 pictures a step" in said
+    assert "1 x 1 images a step" in said
 
 
 def test_what_to_switch_on(monkeypatch, model_folders, capsys):
@@ -69,6 +69,8 @@ def test_a_dry_run_asks_no_network_either(capsys):
 
 
 def test_a_model_folder_that_lacks_files(tmp_path, capsys):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "X", "unet": ["a", "b"]}', encoding="utf-8")
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}', encoding="utf-8"
+    )
     assert cli.main(["doctor", f"--model={tmp_path}"]) == 2
     assert "incomplete, missing: unet/" in capsys.readouterr().err

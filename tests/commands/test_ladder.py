@@ -37,12 +37,14 @@ def ladder(work, model_folders):
             "rewards": {"red": {"reward": "mine_for_commands:Red"}, "dark": {"reward": "mine_for_commands:Dark"}},
             "policy": "policy",
             "gold": "dark",
-            "generate": {"sources": [{"name": n, "seeds": 1, "sampling": SAMPLING} for n in ("policy", "painter")]},
+            "generate": {
+                "sources": [{"name": n, "seeds_per_prompt": 1, "sampling": SAMPLING} for n in ("policy", "painter")]
+            },
             "score": {"rewards": ["red"]},
             "rank": {"held_out": 0.0},
             "evaluate": {"seeds_per_prompt": 1, "sampling": SAMPLING},
             "evaluate_from": 1,
-            "seeds": [0, 1],
+            "training_seeds": [0, 1],
             "train": {
                 "max_steps": 2,
                 "per_device_train_batch_size": 2,
@@ -76,7 +78,7 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert len([path for path in before if path.name == "pytorch_lora_weights.safetensors"]) == 4
 
     arms = {"broken": {"train": {"learning_rate": 1e30}}, "dpo": {"train": {"loss": "diffusion_dpo"}}}
-    assert cli.main(ladder(out="second", table="second.md", arms=arms, seeds=[0], workers=1)) == 2
+    assert cli.main(ladder(out="second", table="second.md", arms=arms, training_seeds=[0], workers=1)) == 2
     said = capsys.readouterr().err
     assert "1 runs failed: broken seed 0: NumericsError" in said
     assert "| dpo |" in (work / "second.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import yaml
 
 from alignkit import cli
 
-GENERATE = {"sources": [{"name": "a", "seeds": 2, "sampling": {"height": 8, "width": 8}}]}
+GENERATE = {"sources": [{"name": "a", "seeds_per_prompt": 2, "sampling": {"height": 8, "width": 8}}]}
 POLICY = {
     "out": "out",
     "prompts": {"file": "prompts.txt"},
@@ -40,9 +40,17 @@ JOBS = {
         ("ladder", "--evaluate_from=-1", "evaluate_from is -1; it must be at least 0"),
         ("ladder", "--evaluate_prompts=0", "evaluate_prompts is 0; it must be at least 1"),
         ("ladder", "--workers=0", "workers is 0; it must be at least 1"),
-        ("ladder", "--seeds=[]", "seeds is []; give at least one"),
-        ("ladder", "--seeds=[0, -1]", "seeds is [0, -1]; give at least one, each from 0 to 2**32 - 1"),
-        ("ladder", "--seeds=[4294967296]", "seeds is [4294967296]; give at least one, each from 0 to 2**32 - 1"),
+        ("ladder", "--training_seeds=[]", "training_seeds is []; give at least one"),
+        (
+            "ladder",
+            "--training_seeds=[0, -1]",
+            "training_seeds is [0, -1]; give at least one, each from 0 to 2**32 - 1",
+        ),
+        (
+            "ladder",
+            "--training_seeds=[4294967296]",
+            "training_seeds is [4294967296]; give at least one, each from 0 to 2**32 - 1",
+        ),
     ],
 )
 def test_a_number_out_of_range_is_refused(verb, flag, message, tmp_path, capsys):
@@ -62,7 +70,7 @@ def test_a_number_out_of_range_is_refused(verb, flag, message, tmp_path, capsys)
         ("report", "--gallery=0"),
         ("train rankdpo", "--held_out=0"),
         ("ladder", "--evaluate_from=0"),
-        ("ladder", "--seeds=[0, 4294967295]"),
+        ("ladder", "--training_seeds=[0, 4294967295]"),
     ],
 )
 def test_the_ends_of_a_range_are_taken(verb, flag, tmp_path, capsys):

@@ -92,7 +92,7 @@ def own(tmp_path, monkeypatch, model_folders):
         "rewards": {"red": {"reward": "my_reward:Red"}},
         "judges": {"mine": {"judge": "my_judge:FirstOfThree", "options": {"start": 3}}},
         "policy": "mine",
-        "generate": {"sources": [{"name": "mine", "seeds": 2, "sampling": SAMPLING}]},
+        "generate": {"sources": [{"name": "mine", "seeds_per_prompt": 2, "sampling": SAMPLING}]},
         "score": {"rewards": ["red"]},
         "train": {"max_steps": 1, "per_device_train_batch_size": 2, "scale": 3.0, "save_strategy": "no"},
         "evaluate": {"seeds_per_prompt": 1, "batch_size": 2, "sampling": SAMPLING},
@@ -111,7 +111,7 @@ def test_help_and_dry_run_of_an_own_method(own, capsys):
     assert text.startswith("usage: alignkit train my_method:METHOD ")
     assert "Train on scaled errors." in text
     assert "--scale  float  [2.0]" in text
-    words = ["--model=model", "--family=my_family:Perturbed", "--data=ranked", "--output_dir=out", "--scale=4"]
+    words = ["--model=model", "--family=my_family:Perturbed", "--data=ranked", "--out=out", "--scale=4"]
     del sys.modules["my_method"]
     assert cli.main(["train", "my_method:METHOD", *words, "--dry-run"]) == 0, capsys.readouterr().err
     text = capsys.readouterr().out

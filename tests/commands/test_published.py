@@ -91,7 +91,7 @@ def test_one_small_step_of_each(name):
     }
     model = replace(model, config={**model.config, **depths})
     frames = 9 if model.family.modality == "video" else 1
-    setup = setup_of(DoctorJob(resolution=256, frames=frames, dtype="bfloat16", bf16=True), model)
+    setup = setup_of(DoctorJob(resolution=256, num_frames=frames, dtype="bfloat16", bf16=True), model)
     counts = memory.operations(model, setup)
     # Without gradients of frozen weights a backward costs about a forward; attention's twice, the text's way nothing.
     assert 0.3 < counts["backward, with what is checkpointed"] / counts["forward"] < 2.5

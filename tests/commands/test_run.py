@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,9 @@ def run(work, model_folders):
             "rewards": {"red": {"reward": "mine_for_commands:Red"}, "dark": {"reward": "mine_for_commands:Dark"}},
             "policy": "policy",
             "gold": "dark",
-            "generate": {"sources": [{"name": n, "seeds": 1, "sampling": SAMPLING} for n in ("policy", "painter")]},
+            "generate": {
+                "sources": [{"name": n, "seeds_per_prompt": 1, "sampling": SAMPLING} for n in ("policy", "painter")]
+            },
             "score": {"rewards": ["red"]},
             "train": {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.1},
             "evaluate": {"seeds_per_prompt": 1, "sampling": SAMPLING},
@@ -50,6 +53,10 @@ def test_the_whole_job_and_giving_it_again(work, run, capsys):
     # Killed while training: settings of what is not made yet may change, the others may not.
     assert cli.main(run(train={"max_steps": 1, "lora_targets": ["nowhere"]})) == 2
     assert "none of the LoRA targets" in capsys.readouterr().err
+    wrong = {"seeds_per_prompt": 1, "sampling": {**SAMPLING, "extra": {"eat": 0.5}}}
+    assert cli.main(run(evaluate=wrong)) == 2
+    assert "'eat' is no keyword of a StableDiffusionPipeline" in capsys.readouterr().err
+    assert not any((work / "run" / "train").glob("checkpoint-*"))
     candidates = {path: path.stat().st_mtime_ns for path in (work / "run" / "candidates").rglob("*.parquet")}
     assert cli.main(run(score={"rewards": ["red"], "batch_size": 3})) == 2
     assert "score.batch_size" in capsys.readouterr().err
@@ -86,13 +93,13 @@ def test_other_weights_under_the_same_name_are_seen(work, run, model_folders, ca
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     for again in (run(), ["evaluate", "--config", "evaluate.yaml"]):
         assert cli.main(again) == 2
-        assert "model" in capsys.readouterr().err
+        assert re.search(r'inputs\.\S+: "content [0-9a-f]{16}.*" -> "content ', capsys.readouterr().err)
 
 
 def test_a_saved_training_config_can_be_given_again(work, run, capsys):
     assert cli.main(run()) == 0, capsys.readouterr().err
     options = ["--data=run/ranked", "--held_out=0", "--max_steps=1", "--per_device_train_batch_size=2"]
-    assert cli.main(["train", "rankdpo", "--model=model", "--output_dir=mine", "--save_merged=true", *options]) == 0
+    assert cli.main(["train", "rankdpo", "--model=model", "--out=mine", "--save_merged=true", *options]) == 0
     assert (work / "mine" / "merged" / "model_index.json").is_file()
     assert cli.main(["train", "rankdpo", "--config", "mine/config.yaml", "--dry-run"]) == 0, capsys.readouterr().err
 

@@ -33,7 +33,9 @@ from rewards.motion import Flicker, Motion
 SAMPLING = Sampling(steps=2, guidance_scale=1.0, height=32, width=32, num_frames=9, fps=6.0)
 PROMPTS = [Prompt.from_text(f"a <b>moving</b> thing number {number}") for number in range(3)]
 REWARDS = {"motion": Motion, "flicker": Flicker}
-GENERATE = synpic.GenerateConfig(sources=[synpic.SourceConfig(name="wan", seeds=2, sampling=SAMPLING)], part_size=2)
+GENERATE = synpic.GenerateConfig(
+    sources=[synpic.SourceConfig(name="wan", seeds_per_prompt=2, sampling=SAMPLING)], part_size=2
+)
 SCORE = synpic.ScoreConfig(rewards=list(REWARDS), batch_size=3)
 
 
@@ -222,7 +224,7 @@ def test_the_whole_job_with_a_video_policy(tmp_path, model_folders, monkeypatch,
         "rewards": {name: {"reward": name} for name in REWARDS},
         "policy": "wan",
         "gold": "flicker",
-        "generate": {"sources": [{"name": "wan", "seeds": 2, "sampling": sampling}]},
+        "generate": {"sources": [{"name": "wan", "seeds_per_prompt": 2, "sampling": sampling}]},
         "score": {"rewards": ["motion"]},
         "train": {"max_steps": 1, "per_device_train_batch_size": 1, "num_frames": 5},
         "evaluate": {"seeds_per_prompt": 1, "sampling": sampling},

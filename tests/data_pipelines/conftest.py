@@ -56,8 +56,8 @@ def make_prompts(count: int) -> list[Prompt]:
 def generate_config(**changes: object) -> synpic.GenerateConfig:
     sampling = Sampling(steps=1, height=8, width=8)
     sources = (
-        synpic.SourceConfig(name="dull", seeds=2, sampling=sampling),
-        synpic.SourceConfig(name="bright", seeds=1, sampling=sampling),
+        synpic.SourceConfig(name="dull", seeds_per_prompt=2, sampling=sampling),
+        synpic.SourceConfig(name="bright", seeds_per_prompt=1, sampling=sampling),
     )
     return synpic.GenerateConfig(**{"sources": sources, "seed": 7, "part_size": 4, "batch_size": 4, **changes})
 

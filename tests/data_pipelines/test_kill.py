@@ -41,7 +41,7 @@ def stages(base, rows, size, kill_at, moment):
     setattr(os, moment, dying)
     torch.set_num_threads(1)
     base, sampling = Path(base), Sampling(height=size, width=size)
-    sources = [synpic.SourceConfig(name="dull", seeds=2, sampling=sampling),
+    sources = [synpic.SourceConfig(name="dull", seeds_per_prompt=2, sampling=sampling),
                synpic.SourceConfig(name="bright", sampling=sampling)]
     config = conftest.generate_config(sources=sources, part_size=rows if rows < 10 else 10)
     synpic.generate_and_score(conftest.make_prompts(rows), config, conftest.SCORE, (base / "c", base / "s"),

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from alignkit import storage
@@ -181,17 +182,17 @@ def test_candidates_of_an_earlier_version_are_not_continued_but_ranked(world: An
 
 
 def test_one_candidate_is_refused_with_the_fix(world: Any) -> None:
-    with pytest.raises(ConfigError, match=r"dull x 1.*seeds: 2.*second source"):
+    with pytest.raises(ConfigError, match=r"dull x 1.*seeds_per_prompt: 2.*second source"):
         world.config(sources=[synpic.SourceConfig(name="dull")])
 
 
 def test_other_bad_configs_are_refused(world: Any) -> None:
-    source = synpic.SourceConfig(name="dull", seeds=2)
+    source = synpic.SourceConfig(name="dull", seeds_per_prompt=2)
     for changes, message in (
         ({"part_size": 0}, "part_size must be at least 1"),
         ({"sources": [source, source]}, "names one twice"),
         ({"sources": []}, "no source"),
-        ({"sources": [source, synpic.SourceConfig(name="x", seeds=0)]}, "seeds"),
+        ({"sources": [source, synpic.SourceConfig(name="x", seeds_per_prompt=0)]}, "seeds_per_prompt"),
     ):
         with pytest.raises(ConfigError, match=message):
             world.config(**changes)
@@ -202,7 +203,7 @@ def test_other_bad_configs_are_refused(world: Any) -> None:
 
 def test_unknown_names_get_the_nearest(world: Any, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"generator 'brigth'\. Did you mean 'bright'"):
-        world.generate(tmp_path / "c", sources=[synpic.SourceConfig(name="brigth", seeds=2)])
+        world.generate(tmp_path / "c", sources=[synpic.SourceConfig(name="brigth", seeds_per_prompt=2)])
     assert not (tmp_path / "c").exists()
     candidates = world.generate(tmp_path / "d")
     config = synpic.ScoreConfig(rewards=["gren"])
@@ -349,7 +350,12 @@ def test_wrong_shapes_and_broken_pixels_are_named(world: Any, tmp_path: Path) ->
         (
             lambda p, s, q: torch.zeros(len(p), 8, 8, 3),
             DataError,
-            r"pixels \[4, 8, 8, 3\], expected \[4, 3, H, W\], or",
+            r"pixels \[4, 8, 8, 3\], expected float pixels \[4, 3, H, W\], or",
+        ),
+        (
+            lambda p, s, q: torch.full((len(p), 3, 8, 8), 200.0),
+            DataError,
+            r"generator '\w+' returned .* from 200 to 200",
         ),
         (lambda p, s, q: torch.full((len(p), 3, 8, 8), torch.nan), NumericsError, "NaN or infinite pixels"),
     )
@@ -358,5 +364,71 @@ def test_wrong_shapes_and_broken_pixels_are_named(world: Any, tmp_path: Path) ->
             synpic.generate_candidates(world.prompts(4), world.config(), tmp_path / "c", build_sources=build(make))
     candidates = world.generate(tmp_path / "d")
     rewards = dict.fromkeys(world.rewards, lambda: lambda media, prompts: Scores(torch.zeros(1)))
-    with pytest.raises(DataError, match=r"reward 'red' returned scores \[1\], expected \[8\]"):
+    with pytest.raises(DataError, match=r"reward 'red' returned scores \[1\], expected .* \[8\] numbers"):
         synpic.score_candidates(candidates, world.score, tmp_path / "s", build_rewards=rewards)
+
+
+def test_a_ranking_that_left_no_row_may_be_corrected(world: Any, tmp_path: Path) -> None:
+    """Its parts were counted and hold no row: nothing of them is used again."""
+    stages = world.scored(tmp_path)
+    out = tmp_path / "r"
+    with pytest.raises(DataError, match="no row is left to rank: low_margin"):
+        synpic.rank_candidates(*stages, synpic.RankConfig(min_margin=1.0, temperature=1.0), out)
+    assert synpic.rank_candidates(*stages, synpic.RankConfig(), out).rows > 0
+    with pytest.raises(ResumeError, match=r"config\.held_out: 0\.1 -> 0\.5"):
+        synpic.rank_candidates(*stages, synpic.RankConfig(held_out=0.5), out)
+
+
+def test_parts_that_are_removed_while_a_stage_runs_are_named(world: Any, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+
+    def remove(part: storage.Part) -> None:
+        (out / "data" / "part-00001.parquet").unlink(missing_ok=True)
+
+    arguments = (world.prompts(10), world.config(), out)
+    with pytest.raises(DataError, match=r"data/part-00001\.parquet' was removed while the stage ran"):
+        synpic.generate_candidates(*arguments, build_sources=world.sources, on_part=remove)
+    world.generate(out)
+    assert world.snapshot(out) == world.snapshot(world.generate(tmp_path / "whole"))
+
+
+def test_the_path_beside_the_bytes_of_a_candidate_is_not_followed(world: Any, tmp_path: Path) -> None:
+    """Candidates of someone else could name any file, or a URL."""
+    candidates = world.generate(tmp_path / "c")
+    file = candidates / "data" / "part-00000.parquet"
+    table = pq.read_table(file)
+    image = tmp_path / "secret.png"
+    image.write_bytes(table["images"][0][0]["bytes"].as_py())
+    rows = table["images"].to_pylist()
+    rows[1][2] = {"bytes": None, "path": str(image)}
+    changed = table.set_column(3, table.schema.field("images"), pa.array(rows, table.schema.field("images").type))
+    storage.write_part(candidates, "part-00000", {"data/part-00000.parquet": changed})
+    with pytest.raises(DataError, match=r"row 1 .*candidate 2: the image or video is empty"):
+        synpic.score_candidates(candidates, world.score, tmp_path / "s", build_rewards=world.rewards)
+
+
+def test_plain_numbers_of_a_reward_are_scored(world: Any, tmp_path: Path) -> None:
+    candidates, scores = world.scored(tmp_path)
+    red = world.rewards["red"]()
+    builders = {**world.rewards, "red": lambda: lambda *batch: red(*batch).total.tolist()}
+    synpic.score_candidates(candidates, world.score, tmp_path / "plain", build_rewards=builders)
+    assert rows_of(tmp_path / "plain") == rows_of(scores)
+
+
+def test_hostile_names_in_a_dataset_card_are_shown_and_do_nothing(world: Any, tmp_path: Path) -> None:
+    trap = "![t](http://tracker) [x](javascript:alert) <img src=x> `c` | b"
+    sampling = Sampling(steps=1, height=8, width=8)
+    sources = [synpic.SourceConfig(name=name, sampling=sampling) for name in (trap, "bright")]
+    builders = {trap: world.sources["dull"], "bright": world.sources["bright"]}
+    config = world.config(sources=sources)
+    synpic.generate_candidates(world.prompts(10), config, tmp_path / "c", build_sources=builders)
+    rewards = {trap: world.rewards["red"], "blue": world.rewards["blue"]}
+    score = synpic.ScoreConfig(rewards=tuple(rewards))
+    synpic.score_candidates(tmp_path / "c", score, tmp_path / "s", build_rewards=rewards)
+    synpic.rank_candidates(tmp_path / "c", tmp_path / "s", synpic.RankConfig(), tmp_path / "r")
+    body = (tmp_path / "r" / "README.md").read_text(encoding="utf-8").split("---", 2)[2]
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    kinds = {inner.type for token in tokens for inner in [token, *(token.children or [])]}
+    assert kinds.isdisjoint({"image", "link_open", "html_block", "html_inline"})
+    cells = [token.content for token in tokens if token.type == "inline"]
+    assert sum("tracker" in cell for cell in cells) == 4  # the list of rewards, a generator, a row and a column

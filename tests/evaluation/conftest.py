@@ -62,7 +62,7 @@ def bright(grey: int, prompt: Prompt) -> float:
 
 
 PROMPTS = [Prompt.from_text(f"prompt {k}", category=("odd" if k % 2 else "even")) for k in range(8)]
-CONFIG = EvaluateConfig(seeds_per_prompt=3, run_seed=5, batch_size=4, sampling=Sampling(2, 1.0, 8, 8))
+CONFIG = EvaluateConfig(seeds_per_prompt=3, seed=5, batch_size=4, sampling=Sampling(2, 1.0, 8, 8))
 
 
 def better_when_odd(text: str, seed: int) -> int:

@@ -98,7 +98,7 @@ def test_the_base_side_is_drawn_once_for_many_adapters(world, tmp_path):
     assert len(base.drawn) == 48
 
 
-@pytest.mark.parametrize("change", [{"run_seed": 6}, {"seeds_per_prompt": 2}, {"sampling": Sampling(3, 1.0, 8, 8)}])
+@pytest.mark.parametrize("change", [{"seed": 6}, {"seeds_per_prompt": 2}, {"sampling": Sampling(3, 1.0, 8, 8)}])
 def test_a_cached_base_is_not_reused_for_other_settings(world, tmp_path, change):
     base, cache = world.source("base"), {"inputs": {"base": "weights-1"}, "base_cache": tmp_path / "cache"}
     for out, config in (("a", world.config), ("b", dataclasses.replace(world.config, **change))):
@@ -120,7 +120,7 @@ def test_the_folder_is_whole_without_the_cache(world, tmp_path):
 def test_another_evaluation_in_the_same_folder_is_refused_with_the_difference(world, tmp_path):
     world.run(tmp_path)
     before = _files(tmp_path)
-    config = dataclasses.replace(world.config, run_seed=6)
+    config = dataclasses.replace(world.config, seed=6)
     args = (world.source("base"), world.source("tuned"), world.prompts, config, tmp_path)
     with pytest.raises(ResumeError, match=r"evaluation\.run_seed: 5 -> 6"):
         evaluate(*args, rewards=world.rewards(), gold="gold")
@@ -185,6 +185,16 @@ def test_bad_input_is_refused_before_anything_is_drawn(world, tmp_path):
     assert base.drawn == []
 
 
+def test_a_source_out_of_range_is_refused(world, tmp_path, monkeypatch):
+    source = world.source("base")
+    generate = source.generate
+    monkeypatch.setattr(source, "generate", lambda *given: 255 * generate(*given))
+    with pytest.raises(DataError, match=r"generator 'base' returned float32 pixels from \S+ to \S+, expected float"):
+        evaluate(
+            source, world.source("tuned"), world.prompts, world.config, tmp_path, rewards=world.rewards(), gold="gold"
+        )
+
+
 def test_a_fingerprint_follows_names_and_bytes(tmp_path):
     (tmp_path / "unet").mkdir()
     weights = tmp_path / "unet" / "w.safetensors"
@@ -208,3 +218,39 @@ def test_a_fingerprint_samples_large_files_from_end_to_end(tmp_path):
         seen.add(fingerprint(weights))
     weights.write_bytes(bytes(3_000_000))
     assert len(seen | {fingerprint(weights)}) == 4
+
+
+def test_a_part_that_is_removed_while_the_evaluation_runs_is_named(world, tmp_path):
+    out = tmp_path / "e"
+
+    def remove(text, seed):
+        (out / "base" / "00001.parquet").unlink(missing_ok=True)
+        return 0
+
+    sides = (world.source("base"), world.source("tuned", remove))
+    with pytest.raises(DataError, match=r"base/00001\.parquet' was removed while the evaluation ran"):
+        evaluate(*sides, world.prompts, world.config, out, rewards=world.rewards(), gold="gold")
+    assert not (out / "evaluation.json").exists()
+    again = (world.source("base"), world.source("tuned", lambda text, seed: 0))
+    evaluate(*again, world.prompts, world.config, out, rewards=world.rewards(), gold="gold")
+    assert len(again[0].drawn) == world.config.batch_size
+    assert again[1].drawn == []
+
+
+@pytest.mark.parametrize("form", ["list", "array", "tensor"])
+def test_a_reward_that_returns_plain_numbers_is_read_everywhere(world, finished, tmp_path, form):
+    """The scores are those of the reward that returns `Scores`."""
+    read = world.reader("grey")
+
+    def plain(media, prompts):
+        total = read(media, prompts).total
+        return {"list": total.tolist(), "array": total.numpy(), "tensor": total}[form]
+
+    rewards = {"grey": dataclasses.make_dataclass("Plain", [], namespace=_facts(read, plain))()}
+    sides = (world.source("base"), world.source("tuned", world.shift))
+    evaluate(*sides, world.prompts, world.config, tmp_path, rewards=rewards, gold=None)
+    assert read_pairs(tmp_path).tuned["grey"].tolist() == read_pairs(finished).tuned["grey"].tolist()
+
+
+def _facts(reward, call):
+    return dataclasses.asdict(reward) | {"__call__": lambda _, media, prompts: call(media, prompts)}

@@ -10,11 +10,14 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from alignkit.errors import DataError, MissingFileError
 from alignkit.evaluation.card import CardInputs, write_card
 from alignkit.evaluation.gallery import choose
+from alignkit.evaluation.judged import read_all
 from alignkit.evaluation.page import picture
 from alignkit.evaluation.paired import evaluate
 from alignkit.evaluation.report import ReportInputs, render, verdict, write_report
@@ -211,7 +214,7 @@ def test_no_gain_gives_no_gains(world, tmp_path):
     evaluate(*sources, world.prompts, world.config, tmp_path, rewards=world.rewards(), gold="gold")
     chosen = choose(read_pairs(tmp_path), "gold", 3)
     assert (chosen["gains"], chosen["losses"], len(chosen["random"])) == ([], [], 3)
-    assert "No gain on gold can be told from chance" in render(ReportInputs("Same", tmp_path))
+    assert "No significant gain on gold" in render(ReportInputs("Same", tmp_path))
 
 
 def test_the_report_is_regenerated_but_hand_edits_are_kept(tmp_path):
@@ -259,12 +262,16 @@ def test_the_card_has_front_matter_scores_and_pictures_that_are_there(finished, 
     assert {p.name for p in tmp_path.iterdir()} == {"README.md", "examples"}
 
 
-def test_the_card_prints_no_path_of_the_machine(tmp_path):
-    model = tmp_path / "secret place" / "my-model"
-    model.mkdir(parents=True)
-    text = write_card(CardInputs("T", "RankDPO", str(model)), tmp_path / "out").read_text()
-    assert "secret place" not in text
-    assert "base_model: my-model" in text
+@pytest.mark.parametrize("base", ["models/my-model", "org/model", "sandbox:unet", "/data/my model"])
+def test_the_card_names_the_base_model_as_the_user_did(base, tmp_path, monkeypatch):
+    """Code that loads it as well; no other path of the machine is printed."""
+    (tmp_path / "models" / "my-model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text = write_card(CardInputs("T", "RankDPO", base), tmp_path / "out").read_text()
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == base
+    loader = "load_generator" if base.startswith("sandbox:") else "from_pretrained"
+    assert f'{loader}("{base}")' in text
+    assert str(tmp_path) not in text
     assert "No paired evaluation of this result" in text
 
 
@@ -277,3 +284,86 @@ def test_reading_a_folder_that_is_none_or_damaged_names_the_file(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps({"results": []}))
     with pytest.raises(DataError, match="other keys"):
         render(ReportInputs("x", tmp_path))
+
+
+TRAP = "![t](http://tracker/x) [x](javascript:alert) <img src=http://e> `c` | b\x1b[2J"
+
+
+@pytest.fixture(scope="module")
+def hostile(world, tmp_path_factory):
+    """An evaluation whose prompts, categories, models and rewards have hostile names."""
+    out = tmp_path_factory.mktemp("hostile")
+    prompts = [Prompt.from_text(f"{TRAP} {k}", category=f"{TRAP}{k % 2}") for k in range(4)]
+    sides = (world.source(TRAP), world.source(f"tuned {TRAP}", lambda text, seed: 2))
+    evaluate(*sides, prompts, world.config, out, rewards={TRAP: world.reader(TRAP)}, gold=TRAP)
+    return out
+
+
+def active(text):
+    """What a Markdown viewer would load, follow or run: (type of token, address or text)."""
+    found = []
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        inside = [token, *(token.children or [])]
+        found += [(t.type, t.attrGet("src") or t.attrGet("href") or t.content) for t in inside if t.type in ACTIVE]
+    return found
+
+
+ACTIVE = {"image", "link_open", "html_block", "html_inline"}
+
+
+def test_hostile_texts_in_a_card_are_shown_and_do_nothing(hostile, tmp_path):
+    """Its images are its own, its only HTML is the comment with its checksum; settings cannot end their block."""
+    config = {"prompt": f"```\n\n{TRAP}\n", TRAP: [TRAP]}
+    card = CardInputs(TRAP, TRAP, TRAP, hostile, config, config, validation={1: {TRAP: 1.0}})
+    text = write_card(card, tmp_path).read_text(encoding="utf-8")
+    found = active(text.split("---", 2)[2])
+    images = [address for kind, address in found if kind == "image"]
+    assert images
+    assert all((tmp_path / address).is_file() for address in images)
+    assert [kind for kind, _ in found if kind != "image"] == ["html_block"]
+    assert found[-1][1].startswith("<!-- written by alignkit")
+    assert "\x1b" not in text
+
+
+def test_hostile_texts_in_a_report_are_shown_and_do_nothing(hostile):
+    log = [{"step": k, "loss": 1.0, f"eval_reward/{TRAP}": 1.0} for k in (1, 2)]
+    data = {TRAP: {TRAP: TRAP}, "agreement": {TRAP: {TRAP: 0.5}}, "generator_bias": {"generators": {TRAP: {TRAP: 1}}}}
+    text = render(ReportInputs(TRAP, hostile, log, data, {TRAP: TRAP}, {TRAP: TRAP}, TRAP))
+    tags = parse(text).tags
+    assert {tag for tag, _ in tags}.isdisjoint({"script", "iframe", "link", "object", "embed", "form", "base"})
+    addresses = [value for _, attrs in tags for name, value in attrs.items() if name in ("src", "href", "data")]
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
+    assert not [name for _, attrs in tags for name in attrs if name.startswith("on")]
+    assert "\x1b" not in text
+    (policy,) = (attrs["content"] for _, attrs in tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "\x1b" not in before_after(read_evaluation(hostile))
+
+
+@pytest.mark.parametrize("change", [{"prompts": TRAP}, {"base": 3}, {"confidence": TRAP}])
+def test_texts_where_numbers_belong_are_refused(finished, tmp_path, change):
+    stored = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))
+    (tmp_path / "evaluation.json").write_text(json.dumps(stored | change), encoding="utf-8")
+    with pytest.raises(DataError, match=r"evaluation\.json has other keys"):
+        read_evaluation(tmp_path)
+    judged = {"judge": "j", "wins": TRAP, "losses": 0, "abstentions": 0, "win_rate": 1.0, "low": None, "high": None}
+    (tmp_path / "judged" / "j").mkdir(parents=True)
+    for result in (judged, {"judge": "j"}, judged | {"wins": 1, "judge": 3}):
+        (tmp_path / "judged" / "j" / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        with pytest.raises(DataError, match=r"result\.json' (has other keys|holds a text)"):
+            read_all(tmp_path)
+
+
+def test_embedded_images_are_bounded_whatever_was_stored():
+    """Large files, other formats and metadata are encoded again; damaged ones are named."""
+    texts = PngInfo()
+    texts.add_text("note", "x" * 2_000_000)
+    for kind, size, options in (("JPEG", (900, 300), {}), ("BMP", (40, 20), {}), ("PNG", (40, 20), {"pnginfo": texts})):
+        buffer = io.BytesIO()
+        Image.new("RGB", size, "red").save(buffer, format=kind, **options)
+        shown = base64.b64decode(re.search(r"base64,([^\"]*)", picture(buffer.getvalue(), "a")).group(1))
+        with Image.open(io.BytesIO(shown)) as image:
+            assert (image.format, image.size) == ("PNG", (384, 128) if kind == "JPEG" else size)
+            assert "note" not in image.info
+    with pytest.raises(DataError, match=r"^tuned image for: a cat: the image cannot be decoded"):
+        picture(b"no image", "tuned image for: a cat")

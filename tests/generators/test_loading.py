@@ -8,9 +8,11 @@ import shutil
 import pytest
 import tiny_families
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from alignkit.errors import ConfigError, MissingFileError, UnknownNameError
+from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
 from alignkit.generators import load_generator, wrap
 from alignkit.generators.rollout import denoise
 from alignkit.records import Sampling
@@ -79,6 +81,55 @@ def test_a_loaded_pipeline_becomes_a_generator(load):
 def test_a_wrapped_pipeline_has_its_folders_name(model_folders):
     pipeline = DiffusionPipeline.from_pretrained(model_folders["unet"])
     assert wrap(pipeline).name == model_folders["unet"].name
+
+
+# --- safety checkers ------------------------------------------------------------------------------------------------
+
+
+def checker():
+    """A safety checker that flags every image: each similarity is above a threshold of -2."""
+    parts = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**parts, "image_size": 16, "patch_size": 8}
+    made = StableDiffusionSafetyChecker(CLIPConfig(text_config=parts, vision_config=vision, projection_dim=8))
+    made.concept_embeds_weights.data.fill_(-2)
+    made.special_care_embeds_weights.data.fill_(-2)
+    made.concept_embeds.data.normal_()
+    made.special_care_embeds.data.normal_()
+    return made
+
+
+def checked_pipeline():
+    parts = tiny_families.build("unet").components
+    small = {"shortest_edge": 16}
+    extractor = CLIPImageProcessorPil(size=small, crop_size={"height": 16, "width": 16})
+    return StableDiffusionPipeline(**parts | {"safety_checker": checker(), "feature_extractor": extractor})
+
+
+def test_images_are_not_blacked_out(load, tmp_path, caplog):
+    """A folder is loaded without its safety checker; that of a user's pipeline is off while images are generated."""
+    expected = load("unet").generate(PROMPTS, SEEDS, SAMPLING)
+    pipeline = checked_pipeline()
+    sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    blacked = pipeline(PROMPTS, generator=sources, num_inference_steps=1, height=16, width=16, output_type="pt")
+    assert blacked.nsfw_content_detected == [True, True]
+    assert not blacked[0].any()
+    safety_checker = pipeline.safety_checker
+    caplog.clear()
+    assert (wrap(pipeline).generate(PROMPTS, SEEDS, SAMPLING) - expected).abs().max() <= 1e-4
+    assert pipeline.safety_checker is safety_checker
+    assert "safety" not in caplog.text
+    pipeline.save_pretrained(tmp_path / "checked")
+    generator = load_generator(tmp_path / "checked", device="cpu")
+    assert generator.pipeline.safety_checker is None
+    assert caplog.text.count("safety checker of") == 1
+    assert (generator.generate(PROMPTS, SEEDS, SAMPLING) - expected).abs().max() <= 1e-4
+
+
+def test_images_that_a_pipeline_replaces_are_refused(load, monkeypatch):
+    generator = load("unet")
+    monkeypatch.setattr(generator.pipeline, "run_safety_checker", lambda image, *_: (0 * image, [False, True]))
+    with pytest.raises(DataError, match=rf"'unet': its pipeline replaced 1 of 2 images as unsafe.*\['{PROMPTS[1]}'\]"):
+        generator.generate(PROMPTS, SEEDS, SAMPLING)
 
 
 def test_pipelines_that_cannot_be_wrapped():

@@ -98,12 +98,18 @@ def _truncate(file):
     file.write_bytes(file.read_bytes()[:-7])
 
 
+def _zero_tail(file):
+    contents = file.read_bytes()
+    file.write_bytes(contents[:-64] + bytes(64))
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
         (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
         (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
         (lambda folder: _truncate(folder / "model.safetensors"), r"model.safetensors has \d+ bytes instead of \d+"),
+        (lambda folder: _zero_tail(folder / "optimizer.pt"), r"optimizer.pt is damaged \(its checksum differs\)"),
         (lambda folder: (folder / MARK).unlink(), "complete.json is missing, so its writing was interrupted"),
         (lambda folder: _truncate(folder / MARK), "complete.json cannot be read"),
     ],

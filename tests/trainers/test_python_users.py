@@ -67,6 +67,20 @@ def test_a_lora_config_is_used_as_it_is(args, model_folders, ranked_rows, tmp_pa
     assert "lora_alpha: 12" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_share_that_is_trained_is_printed_once(args, load, ranked_rows, capsys):
+    net = load("unet").net
+    layers = [part for name, part in net.named_modules() if name.endswith((".to_q", ".to_v"))]
+    share = sum(part.weight.numel() for part in layers) / sum(weight.numel() for weight in net.parameters())
+    trainer = RankDPOTrainer(load("unet"), args(lora_targets=["to_q", "to_v"]), ranked_rows(2))
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert printed.count("LoRA 'default' on unet: ") == 1
+    assert f": {len(layers)} of " in printed
+    assert f" {share:.1%} of {sum(weight.numel() for weight in net.parameters()):,} parameters; it adds " in printed
+    RankDPOTrainer(load("unet"), args(full_finetune=True), ranked_rows(2))
+    assert "parameters of unet are trained" in capsys.readouterr().out
+
+
 def test_without_targets_it_goes_on_the_familys_attention(args, model_folders, ranked_rows):
     config = LoraConfig(r=2)
     configured = RankDPOTrainer(model_folders["unet"], args(), ranked_rows(2), peft_config=config)

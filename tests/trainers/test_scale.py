@@ -111,6 +111,8 @@ def test_parts_in_another_folder_are_named(tmp_path):
 class Painter:
     """Images of one grey level, the seed's last digit; notes how many it holds at once."""
 
+    name = "painter"
+
     def __init__(self):
         self.calls = []
 
@@ -145,6 +147,17 @@ def test_validation_goes_batch_by_batch(tmp_path):
     grid = Image.open(tmp_path / "grid.png")
     assert grid.size == (8, 4)
     assert [grid.getpixel((4 * column, 0))[0] for column in range(2)] == [round(255 * level) for level in levels[:2]]
+
+
+def test_validation_refuses_pixels_out_of_range(monkeypatch):
+    painter = Painter()
+    generate = painter.generate
+    monkeypatch.setattr(painter, "generate", lambda *given: 255 * generate(*given))
+    validation = Validation([Prompt.from_text("a ring"), Prompt.from_text("a cross")], Sampling(), {"level": Level(2)})
+    with pytest.raises(
+        DataError, match=r"validation: generator 'painter' returned float32 pixels from \S+ to \S+, exp"
+    ):
+        validation.run(painter, None)
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------

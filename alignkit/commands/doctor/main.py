@@ -12,13 +12,15 @@ from typing import Any, Literal
 
 import psutil
 
+from alignkit.claims import versions
 from alignkit.commands.doctor import memory
 from alignkit.commands.doctor.model_shapes import Model, read_model
-from alignkit.commands.methods import DEFAULT_METHOD, trainer_class
+from alignkit.commands.methods import DEFAULT_METHOD, config_class, trainer_class
 from alignkit.commands.specs import JudgeSpec, RewardSpec, require_known
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
-from alignkit.storage import versions
+from alignkit.generators.table import GENERATORS
+from alignkit.shipped import model_path, shipped_file
 from alignkit.trainers import METHODS
 
 OPTIONAL = {
@@ -45,7 +47,7 @@ class DoctorJob:
         operations and peak memory of a training are printed.
     method: a name in the table of methods, or 'package.module:attribute' of your own.
     resolution: side of the images; default: the model's own.
-    frames: frames of a video; default: what the family's pipeline generates, 1 for images.
+    num_frames: frames of a video; default: what the family's pipeline generates, 1 for images.
     batch: prompts a step and device.
     candidates: images or videos a prompt (K).
     dtype: the precision of the frozen weights.
@@ -60,7 +62,7 @@ class DoctorJob:
     model: Path | None = None
     method: str = DEFAULT_METHOD
     resolution: int | None = None
-    frames: int | None = None
+    num_frames: int | None = None
     batch: int = 1
     candidates: int = 4
     lora_rank: int = 16
@@ -80,8 +82,8 @@ class DoctorJob:
         if sum(value is not None for value in (self.model, self.reward, self.judge)) > 1:
             raise ConfigError("give --model, --reward or --judge, one at a time")
         require_known(self.method, METHODS, kind="method")
-        if min(self.batch, self.candidates, self.lora_rank, self.resolution or 1, self.frames or 1) < 1:
-            raise ConfigError("batch, candidates, lora_rank, resolution and frames must be at least 1")
+        if min(self.batch, self.candidates, self.lora_rank, self.resolution or 1, self.num_frames or 1) < 1:
+            raise ConfigError("batch, candidates, lora_rank, resolution and num_frames must be at least 1")
 
 
 def part_state(name: str) -> str:
@@ -131,7 +133,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
     return memory.Setup(
         height=job.resolution or height,
         width=job.resolution or width,
-        frames=job.frames or frames,
+        frames=job.num_frames or frames,
         batch=job.batch,
         candidates=job.candidates if trainer.compares_candidates else 1,
         lora_rank=job.lora_rank,
@@ -148,7 +150,8 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
 
 
 def planned_model(folder: Path) -> Model:
-    """The model of a local folder. Raises MissingFileError naming missing component files."""
+    """The model of a local or shipped folder. Raises what `load_generator` raises for it, but not for NaN weights."""
+    folder = shipped_file(Path(model_path(str(folder))))
     if not folder.is_dir():
         advice = f"a hub id is downloaded first: hf download {folder} --local-dir FOLDER"
         raise ConfigError(f"'{folder}' is no local folder; {advice}")
@@ -161,6 +164,8 @@ def model_lines(job: DoctorJob, folder: Path) -> list[str]:
     setup = setup_of(job, model)
     blocks = [_size_lines(folder.name, model), _lora_lines(model, setup), _operation_lines(model, setup)]
     blocks += [_memory_lines(job.method, model, setup), _card_lines(model, setup)]
+    notes = config_class(job.method).model_defaults(str(folder))
+    blocks += [["defaults that depend on the model", *(f"  {note}" for note in notes.values())]] if notes else []
     return [line for block in blocks for line in [*block, ""]][:-1]
 
 
@@ -174,7 +179,17 @@ def _size_lines(name: str, model: Model) -> list[str]:
     sizes = {part: model.stored(part) for part in model.shapes} | {model.denoiser: model.denoiser_parameters()}
     notes = {model.denoiser: note}
     lines = [_row(part, f"{count / 1e6:9.1f}M{notes.get(part, '')}") for part, count in sizes.items()]
-    return [f"parameters of {name}, a {model.pipeline}", *lines]
+    return [f"parameters of {name}, a {model.pipeline}", *lines, *_family_lines(model.pipeline)]
+
+
+def _family_lines(pipeline: str) -> list[str]:
+    """What training needs beside the folder, where no family of the table loads it."""
+    if pipeline in GENERATORS:
+        return []
+    return [
+        f"no family of this version loads a {pipeline}: training needs one of your own, `family: package.module:Class`",
+        "(docs/add_a_generator.md)",
+    ]
 
 
 def _lora_lines(model: Model, setup: memory.Setup) -> list[str]:
@@ -187,7 +202,7 @@ def _lora_lines(model: Model, setup: memory.Setup) -> list[str]:
 def _operation_lines(model: Model, setup: memory.Setup) -> list[str]:
     counts = memory.operations(model, setup)
     counts["all"] = sum(counts.values())
-    thing = "picture" if setup.frames == 1 else f"video of {setup.frames} frames"
+    thing = "image" if setup.frames == 1 else f"video of {setup.frames} frames"
     size = f"{setup.width}x{setup.height}"
     return [
         f"operations of a training step for one {thing} of {size} (a multiply-add is two; matrix products,",
@@ -201,7 +216,7 @@ def _memory_lines(method: str, model: Model, setup: memory.Setup) -> list[str]:
     amounts["all"] = sum(amounts.values())
     if setup.caches_latents:
         amounts["before it, filling the latents cache"] = memory.encoding(model, setup)
-    count = f"{setup.batch} x {setup.candidates} {'pictures' if setup.frames == 1 else 'videos'}"
+    count = f"{setup.batch} x {setup.candidates} {'images' if setup.frames == 1 else 'videos'}"
     precision = f"frozen weights in {setup.dtype}{', autocast to bf16' if setup.bf16 else ''}"
     return [
         f"peak memory of {method}, {count} a step, {precision} (GB: 10^9 bytes)",

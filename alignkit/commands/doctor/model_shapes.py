@@ -1,19 +1,18 @@
-"""A diffusers folder as shapes: of its safetensors headers, or, where it holds configs alone, of networks on the meta
-device. No weight is read or made.
+"""A diffusers folder as shapes of networks on the meta device, from its weight files or, without any, from its configs.
+
+The files are read as at loading, so that what the doctor sizes up can be loaded; only their numbers are not read.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import ConfigError, DataError, UnknownNameError, nearest
-from alignkit.generators import read_model_index
+from alignkit.errors import ConfigError, UnknownNameError, nearest
+from alignkit.generators.folders import component_names, read_index, read_json, read_model_index
 from alignkit.generators.table import GENERATORS, families
 from alignkit.resolve import resolve
 
@@ -75,71 +74,52 @@ class Model:
 def read_model(folder: Path) -> Model:
     """Read a diffusers folder, with weights or with configs alone.
 
-    Raises MissingFileError for an incomplete folder, DataError for a truncated file, ConfigError without a denoiser,
-    UnknownNameError for a class that the installed libraries lack.
+    With weights, networks and pipeline are loaded as for a training, on the meta device. Raises MissingFileError
+    for an incomplete folder, DataError for a file that is damaged or whose weights do not fill the network, ConfigError
+    without a denoiser, UnknownNameError for a class that the installed libraries lack.
     """
-    weights = any(folder.glob("*/*.safetensors")) or not any(folder.glob("*/config.json"))
-    index = read_model_index(str(folder), weights=weights)
-    parts = {name: entry for name, entry in index.items() if (folder / name / "config.json").is_file()}
-    configs = {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in parts}
+    from alignkit.generators.components import assemble, component_class, is_network, load_shapes
+
+    written = read_index(str(folder))
+    family = (
+        resolve(written["_class_name"], GENERATORS, kind="generator") if written["_class_name"] in GENERATORS else None
+    )
+    optional, unused = (family.optional_parts, family.unused_parts) if family else ((), ())
+    weights = any(folder.glob("*/*.safetensors")) or any(folder.glob("*/*.bin"))
+    weights = weights or not any(folder.glob("*/config.json"))
+    index = read_model_index(str(folder), weights=weights, optional=optional, unused=unused)
+    parts = {name: index[name] for name in component_names(index) if (folder / name / "config.json").is_file()}
+    parts = {name: entry for name, entry in parts.items() if entry[0] and is_network(component_class(*entry))}
+    configs = {name: read_json(folder / name / "config.json") for name in parts}
     if weights:
-        shapes = {name: _stored_shapes(folder / name) for name in parts}
+        networks = {name: load_shapes(folder / name, *entry) for name, entry in parts.items()}
     else:
-        shapes = {name: _config_shapes(*entry, configs[name]) for name, entry in parts.items()}
-    shapes = {name: tensors for name, tensors in shapes.items() if tensors}
+        networks = {name: blank(*entry, configs[name]) for name, entry in parts.items()}
+    shapes = {name: stored_shapes(network) for name, network in networks.items()}
     denoiser = next((name for name in ("transformer", "unet") if name in shapes), None)
     if denoiser is None:
         raise ConfigError(f"'{folder}' has neither a unet nor a transformer; its weights are in {sorted(shapes)}")
+    if weights:
+        assemble(str(folder), index, unused, networks)
     kind = parts[denoiser][1]
     return Model(index["_class_name"], shapes, denoiser, kind, configs[denoiser], configs.get("vae", {}))
-
-
-# --- from configs ---------------------------------------------------------------------------------------------------
 
 
 def blank(library: str, name: str, config: Mapping[str, Any]) -> nn.Module:
     """A network of class `name` of diffusers or transformers, on the meta device: its shapes without its numbers."""
     import torch
-    from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
-    try:
-        kind = simple_get_class_obj(library, name)
-    except AttributeError as error:
-        raise UnknownNameError(f"{library} as installed has no class '{name}'; a newer one may") from error
+    from alignkit.generators.components import component_class
+
+    kind = component_class(library, name)
     with torch.device("meta"):
         if library == "diffusers":
-            return kind.from_config(dict(config))
-        return kind(kind.config_class.from_dict(dict(config)))
+            return kind.from_config(dict(config))  # type: ignore[no-any-return]
+        return kind(kind.config_class.from_dict(dict(config)))  # type: ignore[no-any-return]
 
 
-def _config_shapes(library: str, name: str, config: Mapping[str, Any]) -> Shapes:
+def stored_shapes(net: nn.Module) -> Shapes:
     """Shapes of what `save_pretrained` would store: parameters, once where they are shared, and persistent buffers."""
-    net = blank(library, name, config)
     stored = net.state_dict().keys()
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in stored}
-
-
-# --- from headers ---------------------------------------------------------------------------------------------------
-
-
-def _stored_shapes(folder: Path) -> Shapes:
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [path for path in files if ".fp16." not in path.name]
-    return {name: shape for path in plain or files for name, shape in read_header(path).items()}
-
-
-def read_header(path: Path) -> Shapes:
-    """Tensor shapes of a safetensors file. Raises DataError naming the file when it is truncated or none."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise DataError(f"'{path}' is truncated or no safetensors file ({size} bytes); copy it again")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    wanted = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if wanted != size:
-        raise DataError(f"'{path}' has {size} bytes, its header promises {wanted}; copy it again")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.commands.specs import RewardSpec, build_reward
 from alignkit.errors import DataError
-from alignkit.protocols import ExampleMaker, require_independent
+from alignkit.protocols import ExampleMaker, as_scores, require_independent
 from alignkit.records import Prompt
 from rewards import photographs as shipped
 from rewards.models.media import quantised, resize
@@ -85,11 +85,11 @@ def faults(table: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def _scores(reward: Reward, item: Tensor, prompts: Sequence[Prompt]) -> Scores:
-    """One photograph or clip with each of the prompts."""
+    """One photograph or clip with each of the prompts, refused by name unless there is a number for each."""
     import torch
 
     with torch.no_grad():
-        return reward(item.expand(len(prompts), *item.shape), prompts)
+        return as_scores(reward(item.expand(len(prompts), *item.shape), prompts), reward.name, len(prompts))
 
 
 def _pan(picture: Tensor) -> Tensor:

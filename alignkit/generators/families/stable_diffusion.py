@@ -18,6 +18,7 @@ class StableDiffusion(PipelineGenerator):
     """Adapter of `StableDiffusionPipeline`; the prediction type comes from the scheduler's config."""
 
     component = "unet"
+    unused_parts = ("safety_checker", "feature_extractor")  # what is blacked out cannot be ranked
 
     def __init__(self, pipeline: Any, name: str) -> None:
         super().__init__(pipeline, name)

@@ -17,6 +17,8 @@ class StableDiffusionXL(StableDiffusion):
     Not supported: other original sizes and crops (micro-conditioning), and the refiner's aesthetic score.
     """
 
+    unused_parts = ()
+
     def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=self.text_device, do_classifier_free_guidance=False
