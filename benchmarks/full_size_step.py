@@ -42,6 +42,7 @@ from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer
 from alignkit.trainers.store import packed
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "models"
+TINY_VAE = {"block_out_channels": [32] * 4, "layers_per_block": 1}
 WARM_UP = 2  # steps that are not counted
 # Dense bf16 operations a second, from the makers' data sheets, by what the device's name holds.
 MATRIX_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -97,7 +98,7 @@ CASES = {
 
 
 def bare_folder(name: str, changes: dict[str, Any], work: Path) -> Path:
-    """A copy of the model's configs without text encoders, with `changes` in the denoiser's."""
+    """A copy of the model's configs without text encoders, with `changes` in the denoiser's and then a tiny VAE."""
     source, target = CONFIGS / name, work / name
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in index.items() if not key.startswith("text_encoder")}
@@ -105,6 +106,7 @@ def bare_folder(name: str, changes: dict[str, Any], work: Path) -> Path:
         for path in (source / part).glob("*.json"):
             config = json.loads(path.read_text(encoding="utf-8"))
             config |= changes if part in ("unet", "transformer") else {}
+            config |= TINY_VAE if changes and part == "vae" else {}
             (target / part).mkdir(parents=True, exist_ok=True)
             (target / part / path.name).write_text(json.dumps(config), encoding="utf-8")
     (target / "model_index.json").write_text(json.dumps(kept), encoding="utf-8")

@@ -35,6 +35,7 @@ class ModuleTree:
         self._slots: tuple[tuple[Any, ...], ...] = ()  # of each place: the dict, the name in it, and what it holds
         self._upper: list[nn.Module] = []  # the root and two levels below it: PEFT notes its configs there
         self._configs: list[Any] = []
+        self._children = 0  # of all these
         self._first_float: nn.Parameter | None = None
         self._mode: bool | None = None  # that all modules were put into
 
@@ -72,6 +73,7 @@ class ModuleTree:
         children = list(self.root.children())
         self._upper = [self.root, *children, *chain.from_iterable(child.children() for child in children)]
         self._configs = self._present_configs()
+        self._children = sum(len(vars(part)["_modules"]) for part in self._upper)
         slots: list[tuple[Any, str, Any]] = []
         for part in self._upper:
             slots += _slots(part, "_modules")
@@ -83,6 +85,8 @@ class ModuleTree:
     def _is_current(self) -> bool:
         holders, names, held = self._slots
         if not all(map(operator.is_, map(dict.get, holders, names), held)):
+            return False
+        if sum(len(vars(part)["_modules"]) for part in self._upper) != self._children:
             return False
         configs = self._present_configs()
         return len(configs) == len(self._configs) and all(map(operator.is_, configs, self._configs))

@@ -48,7 +48,7 @@ def test_the_lists_follow_every_change_of_adapters(load):
     assert sizes == [0, count, 4 * count, 4 * count, 2 * count, 0, count, count, count]
     net.extra = nn.Linear(2, 2)
     assert same(tree.parameters(), net.parameters())  # directly below the root it is noticed
-    deep = net.mid_block.attentions[0]
+    deep = lora.lora_layers(net)[0].get_base_layer()
     deep.extra = nn.Linear(2, 2)
     tree.reset()
     assert same(tree.parameters(), net.parameters())
