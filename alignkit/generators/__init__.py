@@ -65,7 +65,7 @@ def load_generator(
         module = None if quantize and part == chosen.component else pipeline.components.get(part)
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
-    generator = chosen(pipeline, name or Path(folder).name, **dict(options or {}))
+    generator = chosen(pipeline, name or Path(named).name, **dict(options or {}))
     if adapter is not None:
         generator.load_adapter(Path(model_path(str(adapter))))
     return generator

@@ -29,7 +29,7 @@ CONFIGS = {
         "generators": {"painter": PAINTER},
         "rewards": RED,
         "policy": "painter",
-        "generate": {"sources": [{"name": "painter", "seeds": 2}]},
+        "generate": {"sources": [{"name": "painter", "seeds_per_prompt": 2}]},
         "score": {"rewards": ["red"]},
         "train": {"max_steps": 1},
     },

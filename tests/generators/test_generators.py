@@ -22,7 +22,7 @@ def test_sampling_extras_reach_the_pipeline(load):
     generator = load("flow")
     shifted = generator.generate(PROMPTS, (5, 6, 7), Sampling(**{**_fields(SAMPLING), "extra": {"mu": None}}))
     assert torch.equal(shifted, generator.generate(PROMPTS, (5, 6, 7), SAMPLING))
-    with pytest.raises(TypeError, match="no_such_option"):
+    with pytest.raises(ConfigError, match="'no_such_option' is no keyword of a StableDiffusion3Pipeline"):
         generator.generate(PROMPTS, (5, 6, 7), Sampling(**{**_fields(SAMPLING), "extra": {"no_such_option": 1}}))
 
 

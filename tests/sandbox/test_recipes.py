@@ -15,6 +15,7 @@ from alignkit import cli
 from alignkit.generators import load_generator
 from alignkit.sandbox import generators, recipes
 from alignkit.sandbox.scenes import POLICY_NOISE
+from alignkit.trainers.checkpoint import find_checkpoint
 from rewards.preference import PreferenceConfig, PreferenceModel
 
 SHORT = recipes.Recipe(steps=2, batch=2, learning_rate=1e-3, seed=1, warmup=1)
@@ -72,7 +73,7 @@ def test_a_torn_checkpoint_is_not_continued(tmp_path, monkeypatch):
     (work / "checkpoint-1" / "trainer_state.json").write_text("{", encoding="utf-8")
     with pytest.warns(UserWarning, match="is refused"):
         recipes.train_clip(tmp_path / "clip", work, SHORT)
-    assert recipes.find_checkpoint(work) is not None
+    assert find_checkpoint(work) is not None
 
 
 def test_the_command_keeps_what_is_there(tmp_path, monkeypatch, capsys):
