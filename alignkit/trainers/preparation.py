@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def prepare(
             rank, alpha, dropout = peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout
         generator.add_text_lora(rank, alpha, args.text_encoder_targets, dropout)
     if args.process_index == 0:
-        print("\n".join(trained_lines(generator)))
+        print("\n".join(trained_lines(generator)), file=sys.stderr)
     if args.fsdp and generator.model.trained_encoders:
         raise ConfigError("the adapter trains text encoders, which fsdp does not shard here; train without fsdp")
 

@@ -15,6 +15,7 @@ Differences to the paper (RankDPO, arXiv 2410.18013):
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,7 +94,7 @@ class RankDPOTrainer(OfflineTrainer):
         if args.beta is None:
             args.beta = default_beta(self.generator.prediction)
             if self.is_world_process_zero():
-                print(beta_note(self.generator.prediction))
+                print(beta_note(self.generator.prediction), file=sys.stderr)
         self._objective = _objective(args)
         self._drift: deque[tuple[float, float]] = deque(maxlen=2 * WINDOW)
         if args.precompute_reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class ResumingTrainer(Trainer):
         if before != now and self.is_world_process_zero():
             print(
                 f"'{checkpoint}' was to be trained for {before} steps, now for {now}; from here on the learning rate "
-                f"follows the schedule of {now} steps"
+                f"follows the schedule of {now} steps",
+                file=sys.stderr,
             )
 
     def _run_epoch(self, **options: Any) -> None:

@@ -73,12 +73,12 @@ def test_the_share_that_is_trained_is_printed_once(args, load, ranked_rows, caps
     share = sum(part.weight.numel() for part in layers) / sum(weight.numel() for weight in net.parameters())
     trainer = RankDPOTrainer(load("unet"), args(lora_targets=["to_q", "to_v"]), ranked_rows(2))
     trainer.train()
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert printed.count("LoRA 'default' on unet: ") == 1
     assert f": {len(layers)} of " in printed
     assert f" {share:.1%} of {sum(weight.numel() for weight in net.parameters()):,} parameters; it adds " in printed
     RankDPOTrainer(load("unet"), args(full_finetune=True), ranked_rows(2))
-    assert "parameters of unet are trained" in capsys.readouterr().out
+    assert "parameters of unet are trained" in capsys.readouterr().err
 
 
 def test_without_targets_it_goes_on_the_familys_attention(args, model_folders, ranked_rows):

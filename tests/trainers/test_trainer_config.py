@@ -90,7 +90,7 @@ def test_beta_follows_from_what_the_network_predicts(make, model_folders, capsys
     trainer = make(family, beta=None)
     assert trainer.args.beta == beta
     said = f"beta is not set: {beta:g}, as the network predicts {trainer.generator.prediction}"
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
     assert stored_prediction(str(model_folders[family])) == trainer.generator.prediction
     words = ["train", "rankdpo", f"--model={model_folders[family]}", "--data=none", "--output_dir=none", "--dry-run"]
     assert cli.main(words) == 0
