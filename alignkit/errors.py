@@ -23,7 +23,7 @@ class UnknownNameError(ConfigError, LookupError):
 
 
 class DataError(AlignKitError, ValueError):
-    """A file, row, column or picture cannot be used."""
+    """A file, row, column or image cannot be used."""
 
 
 class MissingFileError(DataError, FileNotFoundError):

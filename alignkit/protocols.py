@@ -32,7 +32,7 @@ class ImageSource(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A picture judge. `comparable_across_prompts` says whether scores of different prompts share a scale.
+    """An image judge. `comparable_across_prompts` says whether scores of different prompts share a scale.
 
     One whose rows depend on each other, or on earlier calls, says so as `Dependent`.
     """

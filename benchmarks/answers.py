@@ -2,7 +2,7 @@
 
     python benchmarks/answers.py --model FOLDER [--subjects 600] [--seed 999]
 
-Held-out scenes, clips and pairs of pictures (another seed than training's), answers read greedily; yes/no questions are
+Held-out scenes, clips and pairs of images (another seed than training's), answers read greedily; yes/no questions are
 balanced, so 0.5 is chance for those and for pairs.
 """
 

@@ -4,7 +4,7 @@ Usage::
 
     python benchmarks/gold.py renders                  right on rendered scenes, by category (accepts and rejections)
     python benchmarks/gold.py generator FOLDER         gold accuracy of a generator, by category
-    python benchmarks/gold.py sheet FOLDER SHEET.png   200 generated pictures with captions and verdicts, for the eye
+    python benchmarks/gold.py sheet FOLDER SHEET.png   200 generated images with captions and verdicts, for the eye
     python benchmarks/gold.py labels RANKED            how often phi and the rewards prefer what gold accepts
 """
 
@@ -47,7 +47,7 @@ def renders(count: int) -> dict[str, object]:
 
 
 def draw(folder: str, asked: list[Prompt], sampling: Sampling, adapter: str | None) -> torch.Tensor:
-    """One picture a prompt."""
+    """One image a prompt."""
     generator = load_generator(folder, adapter=adapter)
     batches = [asked[i : i + 32] for i in range(0, len(asked), 32)]
     seeds = [[derive_seed("gold", prompt.id) for prompt in batch] for batch in batches]
@@ -96,7 +96,7 @@ def labels(folder: str, count: int) -> dict[str, object]:
 
 
 def sheet(folder: str, target: Path, sampling: Sampling) -> None:
-    """A contact sheet of 200 pictures: number, caption, and a green (shows it) or red (does not) frame."""
+    """A contact sheet of 200 images: number, caption, and a green (shows it) or red (does not) frame."""
     asked = prompts(200, seed=78)
     pictures = draw(folder, asked, sampling, None)
     verdicts = GoldReward()(pictures, asked).total

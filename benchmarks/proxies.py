@@ -29,7 +29,7 @@ from rewards.vqa_score import VqaScore
 
 
 def pairs(category: str, count: int) -> tuple[list[Prompt], torch.Tensor, torch.Tensor]:
-    """Prompts, pictures that show them [count, 3, H, W], and pictures that contradict them."""
+    """Prompts, images that show them [count, 3, H, W], and images that contradict them."""
     rng, pool = np.random.default_rng(derive_seed("proxies", category)), bodies(category)
     texts = [pool[int(rng.integers(len(pool)))] for _ in range(count)]
     specs = [(parse(text), contradict(parse(text), rng)) for text in texts]
@@ -39,7 +39,7 @@ def pairs(category: str, count: int) -> tuple[list[Prompt], torch.Tensor, torch.
 
 @torch.no_grad()
 def accuracy(reward: Reward, count: int) -> dict[str, float]:
-    """Share of pairs in which the faithful picture scores higher, by category."""
+    """Share of pairs in which the faithful image scores higher, by category."""
     shares = {}
     for category in tqdm(CATEGORIES, desc=reward.name):
         prompts, right, wrong = pairs(category, count)

@@ -43,7 +43,7 @@ SPECIAL = (
 
 @dataclass(frozen=True)
 class Size:
-    """Width of the towers (heads are 64 wide), layers, the side of pictures in BLIP and CLIP, and in a VLM."""
+    """Width of the towers (heads are 64 wide), layers, the side of images in BLIP and CLIP, and in a VLM."""
 
     width: int
     layers: int

@@ -82,7 +82,7 @@ KINDS = {
 
 
 def rows(prompts: int, candidates: int, side: int) -> datasets.Dataset:
-    """Ranked rows of noise pictures: what they show does not matter to a stop-watch."""
+    """Ranked rows of noise images: what they show does not matter to a stop-watch."""
 
     def picture() -> dict[str, Any]:
         buffer = io.BytesIO()

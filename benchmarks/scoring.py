@@ -8,7 +8,7 @@
     python benchmarks/scoring.py --tiny --batch 2 --size 64 --repeats 1            does every case run?
 
 Weights are random at a moderate size by default (`random_weights.py`): towers of 6 layers, 384 wide. The bare forward
-gets pixels and tokens that are ready; the reward checks, resizes and normalises pictures and tokenises prompts that it
+gets pixels and tokens that are ready; the reward checks, resizes and normalises images and tokenises prompts that it
 has not seen before. Both run in turn, no gradient; a figure is the median over the repeats of their ratio, on a CPU in
 seconds of the processor. `speed_up` is over a bare forward for each question. Cases: `scoring_cases.py`.
 """
@@ -64,7 +64,7 @@ def unseen(prompts: Sequence[Prompt], index: int) -> list[Prompt]:
 
 
 def against_bare(name: str, bench: Bench) -> dict[str, Any]:
-    """A reward's pictures a second, and its share of the bare model's."""
+    """A reward's images a second, and its share of the bare model's."""
     case = CASES[name](bench)
     count, median = len(case.media), statistics.median
 

@@ -82,13 +82,13 @@ class Bench:
         return weights.TINY if self.options.tiny else weights.MODERATE
 
     def media(self, *, frames: int = 0, side: int = 0) -> Tensor:
-        """Random pictures, or clips of so many frames."""
+        """Random images, or clips of so many frames."""
         side = side or self.options.size
         shape = (self.options.batch, *([frames] if frames else []), 3, side, side)
         return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.options.device)
 
     def prompts(self) -> list[Prompt]:
-        """A prompt of its own for every picture, for equal ones are read once."""
+        """A prompt of its own for every image, for equal ones are read once."""
         words = weights.TEXTS
         return [Prompt.from_text(f"{words[i % len(words)]}, no. {i}") for i in range(self.options.batch)]
 
@@ -256,7 +256,7 @@ def vqa_score(bench: Bench) -> Case:
 
 
 def yes_no(bench: Bench) -> Case:
-    """Four questions on a picture: the bare model looks once, and `full` once for each question."""
+    """Four questions on an image: the bare model looks once, and `full` once for each question."""
     reward = YesNo(bench.places(weights.qwen2_vl)[0], questions=QUESTIONS, **bench.given)
     media, prompts = bench.media(), bench.prompts()
     asked = [[question.replace("{prompt}", text) for question in QUESTIONS] for text in texts(prompts)]
@@ -264,7 +264,7 @@ def yes_no(bench: Bench) -> Case:
 
 
 def hpsv3(bench: Bench) -> Case:
-    """HPSv3 at its own size of pictures."""
+    """HPSv3 at its own size of images."""
     model, base = bench.places(weights.hpsv3, "model")
     file = model if bench.options.model else f"{model}/HPSv3.safetensors"
     pixels = bench.size.vlm_side**2 if bench.options.tiny else PIXELS
@@ -284,7 +284,7 @@ def video_reward(bench: Bench) -> Case:
 
 
 def preference(bench: Bench) -> Case:
-    """A preference head: by default the sandbox's own, on pictures of its size."""
+    """A preference head: by default the sandbox's own, on images of its size."""
     reward = PreferenceReward(bench.options.model or str(SANDBOX), device=bench.options.device)
     model, prompts = reward._model, bench.prompts()
     media = bench.media(side=model.config.size)

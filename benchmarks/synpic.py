@@ -36,7 +36,7 @@ SIZE = 64
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Noise from the seeds, after `seconds` a picture."""
+    """Noise from the seeds, after `seconds` an image."""
 
     name: str = "noise"
     seconds: float = 0.0
@@ -52,7 +52,7 @@ class NoiseSource:
 
 @dataclass(frozen=True)
 class WaitingReward:
-    """The mean of the pixels, after `seconds` a picture."""
+    """The mean of the pixels, after `seconds` an image."""
 
     seconds: float = 0.0
 
@@ -68,14 +68,14 @@ def make_prompts(count: int, start: int = 0) -> list[Prompt]:
 
 
 def config(options: argparse.Namespace, part_size: int, candidates: int = 2) -> synpic.GenerateConfig:
-    """One source, `candidates` pictures a prompt."""
+    """One source, `candidates` images a prompt."""
     sampling = Sampling(steps=options.steps, guidance_scale=options.guidance, height=SIZE, width=SIZE)
     source = synpic.SourceConfig(name="source", seeds_per_prompt=candidates, sampling=sampling)
     return synpic.GenerateConfig(sources=(source,), part_size=part_size, batch_size=options.batch_size)
 
 
 def bare_loop(source: Any, options: argparse.Namespace) -> Callable[[Sequence[Prompt], synpic.GenerateConfig], None]:
-    """The pipeline (or the noise source) called on the same batches; the pictures are thrown away."""
+    """The pipeline (or the noise source) called on the same batches; the images are thrown away."""
     import torch
 
     def call(texts: list[str], seeds: list[int], sampling: Sampling) -> None:

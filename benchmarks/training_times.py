@@ -50,7 +50,7 @@ def seconds(train: Callable[[Path, Path], Any]) -> float:
 
 
 def staged(name: str, steps: int) -> float:
-    """Seconds that the whole recipe takes; its pictures are drawn as they are seen."""
+    """Seconds that the whole recipe takes; its images are drawn as they are seen."""
     train, stages = STAGED[name]
     total = 0.0
     for stage in stages:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def shuffled_labels(rows: datasets.Dataset, seed: int) -> datasets.Dataset:
     """phi permuted among each prompt's candidates: the control that shows what the labels are worth.
 
-    The permutation comes from (seed, prompt id). What remains is learning from other generators' pictures as such.
+    The permutation comes from (seed, prompt id). What remains is learning from other generators' images as such.
     """
     phi = []
     for prompt_id, values in zip(rows["prompt_id"], rows["phi"], strict=True):

@@ -15,7 +15,7 @@ GET = "https://github.com/christophschuhmann/improved-aesthetic-predictor has sa
 
 
 class Aesthetic(ClipReward):
-    """A mean opinion of about 1 to 10, from the picture alone; prompts are not read.
+    """A mean opinion of about 1 to 10, from the image alone; prompts are not read.
 
     model: OpenAI's CLIP ViT-L/14; head: `sac+logos+ava1-l14-linearMSE.pth`. There is no activation between the layers,
     so the score is affine in the normalised embedding, without bounds. It prefers paintings and strong colour.
@@ -47,7 +47,7 @@ class Aesthetic(ClipReward):
         exact = torch.promote_types(self.clip.model.dtype, torch.float32)
         self._head.to(device, exact).eval().requires_grad_(False)
 
-    def _score(self, media: Tensor, prompts: list[str]) -> Tensor:  # noqa: ARG002 - the picture alone
+    def _score(self, media: Tensor, prompts: list[str]) -> Tensor:  # noqa: ARG002 - the image alone
         seen = self.clip.embed_media(media)
         with torch.autocast(seen.device.type, enabled=False):  # bfloat16 near 5 has steps of 1/32
             return self._head["layers"](seen).squeeze(-1)

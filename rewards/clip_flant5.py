@@ -1,6 +1,6 @@
-"""VQAScore on CLIP-FlanT5 (Lin et al., arXiv 2404.01291): the likelihood of "Yes", asked if a picture shows its prompt.
+"""VQAScore on CLIP-FlanT5 (Lin et al., arXiv 2404.01291): the likelihood of "Yes", asked if an image shows its prompt.
 
-Patch states of CLIP's last layer but one, mapped by two linear layers, stand in a Flan-T5 question where the picture
+Patch states of CLIP's last layer but one, mapped by two linear layers, stand in a Flan-T5 question where the image
 belongs. Both networks are transformers' own; the t2v-metrics package, which has no gradient, is not needed.
 """
 
@@ -25,7 +25,7 @@ BEFORE = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: "
 )
 AFTER = "\n{question} ASSISTANT: "
-CONTEXT = 2048  # tokens, the picture counted as one
+CONTEXT = 2048  # tokens, the image counted as one
 FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 ADVICE = "hf download zhiqiulin/clip-flant5-xl --local-dir FOLDER"
 TOWER = "vision_tower.vision_tower.vision_model."
@@ -44,7 +44,7 @@ class ClipFlanT5:
     question, answer: what is asked, `{}` being the prompt, and the answer whose likelihood counts.
     dtype: the precision of weights; the published package runs bfloat16. Scores are at least float32.
 
-    Pictures are padded to a square with the mean colour. Raises MissingFileError for weights or a tokenizer that are
+    Images are padded to a square with the mean colour. Raises MissingFileError for weights or a tokenizer that are
     not there, DataError for weights of another model or a tokenizer of another vocabulary.
     """
 
@@ -106,7 +106,7 @@ class ClipFlanT5:
         return Scores(precise(logits).log_softmax(-1).gather(-1, answer[..., None]).mean((1, 2)).exp())
 
     def _tokens(self, lines: list[str], length: int = CONTEXT) -> Any:
-        """Ids [n, L] and mask of lines; each ends in T5's end token, the piece before the picture too."""
+        """Ids [n, L] and mask of lines; each ends in T5's end token, the piece before the image too."""
         tokens = self._tokenizer(lines, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return tokens.to(self._place[0])
 

@@ -1,4 +1,4 @@
-"""GenEval's verdicts (arXiv 2310.11513): does a picture show what its prompt names, so many, so placed?
+"""GenEval's verdicts (arXiv 2310.11513): does an image show what its prompt names, so many, so placed?
 
 What is wanted stands in the prompt's metadata, as in GenEval's evaluation_metadata.jsonl: `include` and `exclude`,
 lists of {class, count, color, position: [relation, index of an earlier clause]}, and `tag`. A class is there when its
@@ -31,7 +31,7 @@ ALIASES = {"tv remote": "remote", "computer mouse": "mouse", "computer keyboard"
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """One thing asked of a picture: its kind (one of KINDS), whether it holds, and why not."""
+    """One thing asked of an image: its kind (one of KINDS), whether it holds, and why not."""
 
     kind: str
     met: bool
@@ -40,7 +40,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All requirements of a prompt on one picture, in the order of its metadata."""
+    """All requirements of a prompt on one image, in the order of its metadata."""
 
     requirements: tuple[Requirement, ...]
 
@@ -62,7 +62,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A picture [3, H, W] and the places of its things in `found`, by class, best first."""
+    """An image [3, H, W] and the places of its things in `found`, by class, best first."""
 
     pixels: Tensor
     found: Detections

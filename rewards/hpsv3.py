@@ -1,6 +1,6 @@
-"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a head that gives the mean and spread of a picture's human preference.
+"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a head that gives the mean and spread of an picture's human preference.
 
-Known habit: it prefers cluttered pictures, and optimising it directly exploits that. Not here: the original's LoRA.
+Known habit: it prefers cluttered images, and optimising it directly exploits that. Not here: the original's LoRA.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from rewards.models.token_head import HEAD, TokenHead, read_unwrapped
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIXELS = 256 * 28 * 28  # pictures are brought to this area, whatever theirs
+PIXELS = 256 * 28 * 28  # images are brought to this area, whatever theirs
 _GET = "hf download MizzenAI/HPSv3 HPSv3.safetensors --local-dir ..."
 
 
 class HPSv3:
-    """The mean mu of a picture's preference; higher is better. Parts: `mu`, and `log_sigma` of its spread.
+    """The mean mu of an picture's preference; higher is better. Parts: `mu`, and `log_sigma` of its spread.
 
     `weights`: HPSv3.safetensors of MizzenAI/HPSv3; `model`: folder or hub id of Qwen/Qwen2-VL-7B-Instruct, read for its
-    config, tokenizer and processor. `eight_bit` adds the part `eight_bit`: mu of the pictures as 8-bit files, without
+    config, tokenizer and processor. `eight_bit` adds the part `eight_bit`: mu of the images as 8-bit files, without
     gradient. `dtype`: of the model (published: bfloat16); the head is at least float32.
     """
 

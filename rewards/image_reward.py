@@ -1,6 +1,6 @@
-"""ImageReward (Xu et al., arXiv 2304.05977): BLIP reads the prompt while looking at the picture; an MLP scores it.
+"""ImageReward (Xu et al., arXiv 2304.05977): BLIP reads the prompt while looking at the image; an MLP scores it.
 
-Trained on rankings of pictures of one prompt, so scores compare within a prompt only; over its training data they have
+Trained on rankings of images of one prompt, so scores compare within a prompt only; over its training data they have
 mean 0 and deviation 1. BLIP is `rewards.models.blip`; nothing of the image-reward package, timm or fairscale is needed.
 """
 
@@ -34,7 +34,7 @@ class ImageReward:
     tokenizer: folder or hub id of BERT's uncased tokenizer; prompts are cut to 35 tokens.
     dtype: the precision of BLIP's weights; the head and scores are at least float32.
 
-    Pictures are scaled and cropped to a square as CLIP's are. Raises MissingFileError for weights or a tokenizer that
+    Images are scaled and cropped to a square as CLIP's are. Raises MissingFileError for weights or a tokenizer that
     are not there, DataError for weights of another model or a tokenizer of another vocabulary.
     """
 

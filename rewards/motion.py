@@ -29,7 +29,7 @@ class Motion:
     pixel, the shift that best explains the next frame, by least squares. A frame difference would grow with contrast
     and with brightness; this is a length, the same for a faint and for a bold texture. Each place counts by the smaller
     eigenvalue l of its structure tensor, l / (l + NOISE): on a flat wall or along a straight edge no motion is seen, so
-    none is claimed. What leaves the picture does not count.
+    none is claimed. What leaves the image does not count.
 
     Good for shifts up to a sixteenth of the shorter side, beyond it only where the texture is coarse; tests state the
     error (sharp edges between pixels add up to 0.25). Measured in the clip's own pixels and frames: compare clips of
@@ -112,7 +112,7 @@ def _slopes(frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _warped(frames: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """`frames` [N, 1, H, W] read at each pixel plus `flow`, and 1 where that lies inside the picture, else 0."""
+    """`frames` [N, 1, H, W] read at each pixel plus `flow`, and 1 where that lies inside the image, else 0."""
     import torch
     from torch.nn.functional import grid_sample
 
@@ -130,7 +130,7 @@ class Flicker:
 
     A fade, a still and a pan over an even scene have none, for what changes steadily has no second difference; light
     that goes up and down has 4 sin^2(w / 2) times its amplitude at w radians a frame. 2 at most, black and white by
-    turns. Left out: flicker of places that cancels over the picture. Raises DataError for fewer than 3 frames.
+    turns. Left out: flicker of places that cancels over the image. Raises DataError for fewer than 3 frames.
     """
 
     name = "flicker"

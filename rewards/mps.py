@@ -1,9 +1,9 @@
 """Multi-dimensional Preference Score: CLIP ViT-H/14 and cross attention under a condition (arXiv 2405.14705).
 
-Words of the prompt that have nothing to do with the condition are hidden from the picture, which then asks the rest
+Words of the prompt that have nothing to do with the condition are hidden from the image, which then asks the rest
 through four layers of PaLM's kind (arXiv 2204.02311: one head of keys and values, attention and feed-forward side by
 side). The published code masks by similarity over the largest of the whole batch; here it is the row's own, which is
-the same for one picture and keeps rows independent.
+the same for one image and keeps rows independent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ THRESHOLD = 0.3
 
 
 class Mps(ClipReward):
-    """exp(logit_scale) x cosine of the prompt and of the picture that has read the prompt; within one prompt only.
+    """exp(logit_scale) x cosine of the prompt and of the image that has read the prompt; within one prompt only.
 
     model: a file with the published names `model.*` (a transformers CLIP) and `cross_model.*`, perhaps under `mps.`.
     condition: one of `CONDITIONS` or words of your own; the released weights were trained for "overall".
@@ -84,7 +84,7 @@ class Mps(ClipReward):
 
 
 class Cross(nn.Module):
-    """Layers of cross attention (picture asks prompt) and self attention; the names are the checkpoint's."""
+    """Layers of cross attention (image asks prompt) and self attention; the names are the checkpoint's."""
 
     def __init__(self, layers: int, width: int, inner: int, head: int, wide: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Asking(nn.Module):
         self.ff = nn.Sequential(nn.Linear(width, 2 * wide, bias=False), Gate(), nn.Linear(wide, width, bias=False))
 
     def forward(self, seen: Tensor, said: Tensor, relevant: Tensor) -> Tensor:
-        """What is added to picture tokens [B, N, D]; the prompt is not normalised."""
+        """What is added to image tokens [B, N, D]; the prompt is not normalised."""
         seen = self.norm(seen)
         key, value = self.to_kv(said).chunk(2, dim=-1)
         return self.to_out(_attend(self.to_q(seen), key, value, relevant[:, None, None])) + self.ff(seen)
@@ -129,7 +129,7 @@ class Thinking(nn.Module):
         self.ff_out = nn.Sequential(Gate(), nn.Linear(wide, width, bias=False))
 
     def forward(self, seen: Tensor) -> Tensor:
-        """What is added to picture tokens [B, N, D]; the class token has place 0."""
+        """What is added to image tokens [B, N, D]; the class token has place 0."""
         query, key, value, wide = self.fused_attn_ff_proj(self.norm(seen)).split(self.splits, dim=-1)
         exact, head = torch.promote_types(seen.dtype, torch.float32), key.shape[-1]
         planes = torch.arange(0, head, 2, device=seen.device, dtype=exact) / head

@@ -1,4 +1,4 @@
-"""Measures of a picture that need no network: saturation, high-frequency energy, sharpness, size as a JPEG file.
+"""Measures of an image that need no network: saturation, high-frequency energy, sharpness, size as a JPEG file.
 
 They measure and do not judge: more is not better. Weigh them in a composite, with a negative weight to hold one down;
 or watch them beside a learnt reward, for what a generator does to please one shows here first. Computed in fp32 or
@@ -30,7 +30,7 @@ def luminance(media: Tensor) -> Tensor:
 
 
 class Statistic:
-    """What the measures of this file declare alike. `measure` gives values [B] of pictures [B, 3, H, W]."""
+    """What the measures of this file declare alike. `measure` gives values [B] of images [B, 3, H, W]."""
 
     name = "statistic"
     modality = "image"
@@ -43,7 +43,7 @@ class Statistic:
 
     @abstractmethod
     def measure(self, media: Tensor) -> Tensor:
-        """Values [B] of checked pictures [B, 3, H, W]."""
+        """Values [B] of checked images [B, 3, H, W]."""
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         return Scores(self.measure(check_media(media, prompts, self)))
@@ -65,9 +65,9 @@ class Saturation(Statistic):
 class HighFrequency(Statistic):
     """Share of luminance's spectral power at radial frequencies above `cutoff` cycles per pixel (Nyquist: 0.5).
 
-    The mean is removed and a Hann window laid over the picture, else its opposite edges would meet as a step that is
+    The mean is removed and a Hann window laid over the image, else its opposite edges would meet as a step that is
     no detail. White noise has a share of 1 - pi cutoff^2 (up to 0.5), photographs a few hundredths or less; 0 for a
-    flat picture. Raises ConfigError for a cut-off outside (0, 0.7).
+    flat image. Raises ConfigError for a cut-off outside (0, 0.7).
     """
 
     name = "high_frequency"
@@ -112,7 +112,7 @@ class Sharpness(Statistic):
 
 
 class JpegSize(Statistic):
-    """Bits per pixel of the picture as a JPEG file of `quality` (chroma halved), header and all (about 5,000 bits).
+    """Bits per pixel of the image as a JPEG file of `quality` (chroma halved), header and all (about 5,000 bits).
 
     Compressibility as in DDPO (arXiv 2305.13301), which takes kilobytes at quality 95 and the negative for less. Not
     differentiable. Raises ConfigError for a quality outside 1..95.

@@ -1,4 +1,4 @@
-"""A preference head of ImageReward's kind (arXiv 2304.05977): picture and prompt are read together into one score.
+"""A preference head of ImageReward's kind (arXiv 2304.05977): image and prompt are read together into one score.
 
 Trained with Bradley-Terry on pairs, P(a beats b) = sigmoid(score_a - score_b), so scores compare within a prompt only.
 The class is a transformers model: `from_pretrained` and safetensors work as everywhere. Not here: how raters were
@@ -23,7 +23,7 @@ from rewards.models.weights import load_whole
 
 
 class PreferenceConfig(PretrainedConfig):
-    """Sizes of a PreferenceModel; pictures have `size` pixels a side, `answers` names its scores, the verdict first."""
+    """Sizes of a PreferenceModel; images have `size` pixels a side, `answers` names its scores, the verdict first."""
 
     model_type = "alignkit_preference"
 
@@ -43,7 +43,7 @@ class PreferenceConfig(PretrainedConfig):
 
 
 def _halve(channels: int, wider: int) -> nn.Module:
-    """A convolution that halves the picture, and one at that size."""
+    """A convolution that halves the image, and one at that size."""
     groups = wider // 16
     return nn.Sequential(
         nn.Conv2d(channels, wider, 3, stride=2, padding=1),
@@ -59,8 +59,8 @@ class PreferenceModel(PreTrainedModel):
     """Scores [B, answers] of pixels [B, 3, H, W] in [0, 1] and prompt tokens [B, L].
 
     Convolutions look (a transformer on bare patches needs far longer to tell shapes apart: arXiv 2106.14881), then
-    places of the picture and words of the prompt meet in a transformer. Each word gets a mark as well: the logit that
-    the picture shows what it says, as raters mark words in RichHF-18K (arXiv 2312.10240).
+    places of the image and words of the prompt meet in a transformer. Each word gets a mark as well: the logit that
+    the image shows what it says, as raters mark words in RichHF-18K (arXiv 2312.10240).
     """
 
     config_class = PreferenceConfig
@@ -82,7 +82,7 @@ class PreferenceModel(PreTrainedModel):
         return self.read(self.see(pixels), input_ids)[0]
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Features of every place of the picture, [B, places, width]."""
+        """Features of every place of the image, [B, places, width]."""
         return self.look(pixels * 2 - 1).flatten(2).transpose(1, 2)
 
     def read(self, seen: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:

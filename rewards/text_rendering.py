@@ -1,4 +1,4 @@
-"""Text rendering: how much of the text that a prompt puts in quotes can be read off the picture.
+"""Text rendering: how much of the text that a prompt puts in quotes can be read off the image.
 
 The score is that of Flow-GRPO (arXiv 2505.05470): white space and case are dropped; 1 where the wanted text occurs in
 the recognised one, else 1 - min(d, n) / n with d the edit distance between the two and n the wanted text's length. Of
@@ -24,7 +24,7 @@ from rewards.models.media import check_media, scores_beside
 if TYPE_CHECKING:
     from torch import Tensor
 
-Recogniser = Callable[[NDArray[np.uint8]], str]  # a picture [H, W, 3] (RGB) -> all text on it, in reading order
+Recogniser = Callable[[NDArray[np.uint8]], str]  # an image [H, W, 3] (RGB) -> all text on it, in reading order
 RECOGNISERS = {"rapidocr": "rewards.text_rendering:RapidOcr"}
 _QUOTED = re.compile(r"“([^”]+)”|\"([^\"]+)\"")
 
@@ -51,10 +51,10 @@ class RapidOcr:
 
 
 class TextRendering:
-    """Share of the quoted text that `recogniser` reads on the picture, in [0, 1]; part `exact` is 1 where all of it is.
+    """Share of the quoted text that `recogniser` reads on the image, in [0, 1]; part `exact` is 1 where all of it is.
 
-    recogniser: `rapidocr`, or 'package.module:attribute', built with `options`: a callable from a picture
-    [H, W, 3] (uint8, RGB) to the text on it. Judges the 8-bit picture, one at a time; not differentiable. Raises
+    recogniser: `rapidocr`, or 'package.module:attribute', built with `options`: a callable from an image
+    [H, W, 3] (uint8, RGB) to the text on it. Judges the 8-bit image, one at a time; not differentiable. Raises
     DataError for a prompt without “...” or "...".
     """
 

@@ -1,7 +1,7 @@
 """Files with the keys that ComfyUI's LoRA loader reads, beside every export; a family says its own keys.
 
 These files have no metadata: alpha stands in them as a tensor beside each pair. A family or a layer whose keys ComfyUI
-does not map gets no file rather than a wrong one: it would skip what it does not know and draw another picture.
+does not map gets no file rather than a wrong one: it would skip what it does not know and draw another image.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Noise schedules as data, on one canonical time axis: t in [0, 1], t = 0 the picture, t = 1 pure noise.
+"""Noise schedules as data, on one canonical time axis: t in [0, 1], t = 0 the image, t = 1 pure noise.
 
     x_t = alpha(t) x0 + sigma(t) eps
 
-No sampling here: pictures are drawn by the vanilla pipeline's scheduler.
+No sampling here: images are drawn by the vanilla pipeline's scheduler.
 """
 
 from __future__ import annotations

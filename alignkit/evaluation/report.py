@@ -2,7 +2,7 @@
 
 `write_report` needs no torch, no network and no script; a part that a run did not record is said to be missing.
 Sections on training and data are in `report_training` and `report_data`. Deliberately not here: deciding what is
-good; the page shows intervals, warnings and the worst pictures beside the best.
+good; the page shows intervals, warnings and the worst images beside the best.
 """
 
 from __future__ import annotations

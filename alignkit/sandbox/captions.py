@@ -1,7 +1,7 @@
 """The caption grammar of the sandbox, in the six categories of GenEval, and its inverse.
 
     caption    = [photo] body [ground]
-    photo      = "a photo of" | "a picture of" | "a drawing of"
+    photo      = "a photo of" | "an image of" | "a drawing of"
     ground     = "on a" background "background"
     body       = "a" shape | "a" colour shape | "a" shape "and a" shape | number [colour] shapes
                | "a" shape relation "a" shape | "a" colour shape "and a" colour shape

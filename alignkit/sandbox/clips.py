@@ -38,7 +38,7 @@ def move(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Motion]:
 
 
 def _back(scene: Scene, motion: Motion) -> Scene:
-    """The scene half a way before, so that motions start and end all over the picture."""
+    """The scene half a way before, so that motions start and end all over the image."""
     return at(scene, motion, -0.5)
 
 

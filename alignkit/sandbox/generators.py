@@ -1,7 +1,7 @@
 """The sandbox's text-to-image generators: how their pipelines are put together and how they were trained.
 
 Both are ordinary diffusers folders trained from scratch with `SFTTrainer` (full fine-tuning of a random network).
-`flow` learns from captions that are wrong as often as those of web pictures are (`scenes.WEB_NOISE`). The U-Net learns
+`flow` learns from captions that are wrong as often as those of web images are (`scenes.WEB_NOISE`). The U-Net learns
 from clean captions in four stages (`unet_clean`) and then, through a LoRA, from captions that lie more often still: the
 result is `unet`, the policy, which can draw what it often gets wrong. The same LoRA with its sign turned is
 `clean_adapter`: on `unet` it is the stronger generator of the family. How good they are: docs/sandbox.md.
@@ -39,7 +39,7 @@ from alignkit.trainers.sft import SFTConfig, SFTTrainer
 
 @dataclass(frozen=True, slots=True)
 class GeneratorRecipe:
-    """One training: `scenes` distinct pictures, seen `steps * batch / scenes` times."""
+    """One training: `scenes` distinct images, seen `steps * batch / scenes` times."""
 
     start: str  # what is trained: "new unet", "new flow" or the name of a finished generator
     scenes: int
@@ -110,7 +110,7 @@ def _scenes(world: Captioned) -> Iterator[dict[str, Any]]:
 
 
 def dataset(recipe: GeneratorRecipe, work: Path) -> datasets.Dataset:
-    """The recipe's captioned pictures as (prompt, images[1])."""
+    """The recipe's captioned images as (prompt, images[1])."""
     features = datasets.Features(
         {"prompt": datasets.Value("string"), "images": datasets.List(datasets.Image(decode=False))}
     )

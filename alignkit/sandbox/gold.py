@@ -1,9 +1,9 @@
-"""The held-out truth: reads a picture's pixels and says whether it shows its caption.
+"""The held-out truth: reads an picture's pixels and says whether it shows its caption.
 
 It sees no scene graph, no generator, no seed. A pixel belongs to an object when it has moved at least half the way from
 the ground's colour to a palette colour, along that colour's direction (so anti-aliased edges keep the hue of their
 object). Connected pixels of one colour form an object; its shape is the template with the best overlap. Not judged:
-the background, sizes, and how pretty the picture is.
+the background, sizes, and how pretty the image is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COLORS = np.array(list(PALETTE.values()), np.float32) / 255
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """An object found in a picture; `shape` is None where no template fits."""
+    """An object found in an image; `shape` is None where no template fits."""
 
     shape: str | None
     color: str
@@ -56,7 +56,7 @@ def _color_classes(picture: NDArray[np.float32]) -> NDArray[np.int64]:
     axes = _COLORS - ground
     length = np.linalg.norm(axes, axis=1)
     offset = picture - ground
-    along = offset @ (axes / length[:, None]).T  # [H, W, colours], in units of the picture
+    along = offset @ (axes / length[:, None]).T  # [H, W, colours], in units of the image
     cosine = along / (np.linalg.norm(offset, axis=-1, keepdims=True) + 1e-6)
     best = cosine.argmax(-1)
     share = np.take_along_axis(along, best[..., None], -1)[..., 0] / length[best]
@@ -96,7 +96,7 @@ def _shape_of(mask: NDArray[np.bool_]) -> str | None:
 
 
 def look(picture: NDArray[np.float32]) -> list[Seen]:
-    """All objects in a picture [H, W, 3] in [0, 1]."""
+    """All objects in an image [H, W, 3] in [0, 1]."""
     classes = _color_classes(picture)
     found = []
     for index, color in enumerate(PALETTE):
@@ -130,7 +130,7 @@ def shows(seen: Sequence[Seen], spec: Spec) -> bool:
 
 
 class GoldReward:
-    """The verifier as a reward: 1.0 where the picture shows its caption, else 0.0. Evaluation only: no gradient."""
+    """The verifier as a reward: 1.0 where the image shows its caption, else 0.0. Evaluation only: no gradient."""
 
     name = "gold"
     modality = "image"

@@ -70,9 +70,9 @@ Patchify = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Interviews(Dataset[dict[str, Any]]):
-    """`size` subjects with up to `count` questions each: of every twenty a pair of pictures thrice, a clip four times.
+    """`size` subjects with up to `count` questions each: of every twenty a pair of images thrice, a clip four times.
 
-    A row: media, a list of [3, 64, 64] pictures or one clip [F, 3, 64, 64]; for each of them `facts`, what its patches
+    A row: media, a list of [3, 64, 64] images or one clip [F, 3, 64, 64]; for each of them `facts`, what its patches
     show, `meant`, what words mean in it (`meanings`), and `shown`, which `phrases` of the caption it shows; questions;
     `interval`, steps of time from one pair of frames to the next.
     """
@@ -144,7 +144,7 @@ def facts(scene: Scene, motion: Motion | None = None) -> Tensor:
 
 
 def worn(picture: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """A trace of noise on half of all pictures, as generated ones carry."""
+    """A trace of noise on half of all images, as generated ones carry."""
     noise = rng.normal(0, 0.02, picture.shape) if rng.random() < 0.5 else 0.0
     return to_tensor(np.clip(picture + noise, 0, 1).astype(np.float32))
 
@@ -153,7 +153,7 @@ class Interview:
     """Collates rows: all questions about one subject in one sequence, none of which sees another.
 
     A mask lets every question see the media and itself alone, and its positions start where the media end, so each is
-    answered exactly as if it had been asked by itself: one look at the picture, many questions.
+    answered exactly as if it had been asked by itself: one look at the image, many questions.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class Answering(nn.Module):
     """Cross-entropy of the answers, each question counting once, and of what every patch shows.
 
     What a patch shows is asked twice: of the eyes, by heads that are thrown away, and of what they hand on, in the
-    language's own words, so that a word and the picture of it meet in one space. What a word means is asked as well,
+    language's own words, so that a word and the image of it meet in one space. What a word means is asked as well,
     half-way up, and a layer below the last which phrases of a caption are true, as of readers who mark words (arXiv
     2312.10240): from answers alone nothing was bound to anything, and without the phrases no caption was judged.
     """

@@ -221,7 +221,7 @@ _MAKERS: dict[str, Callable[[Subject, np.random.Generator], Question | None]] = 
 }
 
 
-# What a word can mean in a picture, and how many answers there are: of a shape's word the colour of its object (none
+# What a word can mean in an image, and how many answers there are: of a shape's word the colour of its object (none
 # and several come last), its side of the only other object and its motion (none last); of a plural the number; of a
 # colour's word the shape of its object.
 HEADS = {
@@ -236,7 +236,7 @@ NOUNS = (*SHAPES, *map(_plural, SHAPES), "background")
 
 
 def meanings(scene: Scene, motion: Motion | None = None) -> dict[str, dict[str, int]]:
-    """What every word of MEANT means in a picture or clip: head -> answer, for the heads that apply.
+    """What every word of MEANT means in an image or clip: head -> answer, for the heads that apply.
 
     Sides rather than places: the eyes know relative places only, for a blank ground looks the same all over.
     """

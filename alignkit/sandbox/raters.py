@@ -1,7 +1,7 @@
-"""Simulated raters of different taste, and pairs of rendered pictures that they compare.
+"""Simulated raters of different taste, and pairs of rendered images that they compare.
 
-A rater looks at the scene graph of rendered pictures, weighs what it cares for and answers with Bradley-Terry noise.
-Nobody here sees a generated picture or asks the gold verifier: that is what makes the heads proxies.
+A rater looks at the scene graph of rendered images, weighs what it cares for and answers with Bradley-Terry noise.
+Nobody here sees a generated image or asks the gold verifier: that is what makes the heads proxies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alignkit.sandbox.scenes import PALETTE, SHAPES, Scene, Spec, _obeys, compos
 from alignkit.sandbox.worlds import centres, to_tensor
 from alignkit.seeds import derive_seed
 
-# What each rater cares for; the unit is log-odds of preferring a picture that has it fully over one that lacks it.
+# What each rater cares for; the unit is log-odds of preferring an image that has it fully over one that lacks it.
 TASTES: Mapping[str, Mapping[str, float]] = {
     "careful": {"count": 3.0, "shapes": 4.0, "colors": 3.0, "relation": 3.0, "clean": 2.5, "big": 0.3, "dark": 0.0},
     "showy": {"count": 1.2, "shapes": 2.5, "colors": 2.5, "relation": 0.6, "clean": 3.0, "big": 2.5, "dark": 1.0},
@@ -55,7 +55,7 @@ def _stands(spec: Spec, scene: Scene) -> bool:
 
 
 def _flawed(picture: NDArray[np.float32], ghost: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """A picture with the flaws generators make: two half-drawn scenes at once, blur, or melted outlines."""
+    """An image with the flaws generators make: two half-drawn scenes at once, blur, or melted outlines."""
     kind = rng.integers(3)
     if kind == 0:
         share = np.float32(rng.uniform(0.25, 0.5))
@@ -71,7 +71,7 @@ def _flawed(picture: NDArray[np.float32], ghost: NDArray[np.float32], rng: np.ra
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One side of a comparison: a picture [64, 64, 3] and what can be said of it."""
+    """One side of a comparison: an image [64, 64, 3] and what can be said of it."""
 
     picture: NDArray[np.float32]
     scene: Scene
@@ -79,7 +79,7 @@ class Judged:
 
 
 def _side(spec: Spec, rng: np.random.Generator) -> Judged:
-    """A picture for a caption: faithful in half of all cases, else contradicted once or twice; sometimes flawed."""
+    """An image for a caption: faithful in half of all cases, else contradicted once or twice; sometimes flawed."""
     shown = spec
     for _ in range(int(rng.choice([0, 1, 2], p=[0.5, 0.4, 0.1]))):
         shown = contradict(shown, rng) if _can_contradict(shown) else shown
@@ -128,10 +128,10 @@ def marks(text: str, scene: Scene) -> list[float]:
 
 
 class Readings(Dataset[dict[str, Any]]):
-    """`size` pictures with what annotators say of each: its objects, a mark for every word, the aspects in [0, 1].
+    """`size` images with what annotators say of each: its objects, a mark for every word, the aspects in [0, 1].
 
     `marks` is aligned with the tokens (a begin marker, then one a word) and -1 where there is nothing to say; the first
-    of `answers` is whether the picture is faithful in every respect, the others are ASPECTS.
+    of `answers` is whether the image is faithful in every respect, the others are ASPECTS.
     """
 
     def __init__(self, size: int, seed: int, tokens: int) -> None:

@@ -194,7 +194,7 @@ def _tokens(prompts: Sequence[str]) -> Tensor:
 def train_reader(
     head_class: Any, config_class: Any, out: Path, work: Path, stages: Sequence[Recipe] = READER
 ) -> nn.Module:
-    """Teach picture and words to meet, before anybody prefers anything: what BLIP's pre-training is to ImageReward.
+    """Teach image and words to meet, before anybody prefers anything: what BLIP's pre-training is to ImageReward.
 
     The head's classes come in as arguments because `rewards` stands outside this package.
     """
@@ -223,7 +223,7 @@ class _PairObjective(_Objective):
 
 
 def collate_pairs(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Both pictures of all pairs in one batch (firsts, then seconds), prompts as tokens."""
+    """Both images of all pairs in one batch (firsts, then seconds), prompts as tokens."""
     return {
         "pixels": torch.stack([row[side] for side in ("first", "second") for row in rows]),
         "input_ids": _tokens([row["prompt"] for row in rows]),

@@ -1,7 +1,7 @@
 """The miniature world: coloured shapes on a dark ground, drawn analytically on 64 x 64 pixels.
 
-A `Spec` is what a caption says, a `Scene` is one picture that shows it. No captions here (`captions.py`) and no reading
-of pictures (`gold.py`). Every random choice takes a numpy Generator, so a scene is a function of its seed.
+A `Spec` is what a caption says, a `Scene` is one image that shows it. No captions here (`captions.py`) and no reading
+of images (`gold.py`). Every random choice takes a numpy Generator, so a scene is a function of its seed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BACKGROUNDS = {"black": (10, 10, 12), "gray": (70, 70, 74), "navy": (14, 18, 62)
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
-# How often the picture contradicts its caption in imperfect training data, per category. Chosen so that a generator
+# How often the image contradicts its caption in imperfect training data, per category. Chosen so that a generator
 # trained on it fails where real ones do: binding, counting and position first, single objects hardly ever.
 WEB_NOISE: Mapping[str, float] = {
     "single_object": 0.02,
@@ -81,7 +81,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything a picture shows."""
+    """Everything an image shows."""
 
     things: tuple[Thing, ...]
     background: str
@@ -116,7 +116,7 @@ def coverage(thing: Thing) -> NDArray[np.float32]:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Float picture [64, 64, 3] in [0, 1]; brightness varies a little from object to object, as in photographs."""
+    """Float image [64, 64, 3] in [0, 1]; brightness varies a little from object to object, as in photographs."""
     picture = np.empty((SIZE, SIZE, 3), np.float32)
     picture[:] = np.array(BACKGROUNDS[scene.background], np.float32) * rng.uniform(0.85, 1.15)
     for thing in scene.things:
@@ -158,7 +158,7 @@ def compose(spec: Spec, rng: np.random.Generator) -> Scene:
 
 
 def contradict(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A spec that breaks `spec` the way captions of web pictures are broken: another count, side, colour or shape."""
+    """A spec that breaks `spec` the way captions of web images are broken: another count, side, colour or shape."""
     if spec.category == "counting":
         wrong = int(rng.choice([n for n in (1, 2, 3, 4, 5) if abs(n - len(spec.kinds)) == 1]))
         return replace(spec, kinds=(spec.kinds[0],) * wrong)

@@ -96,7 +96,7 @@ def vlm(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """Six blocks of eyes over 8 x 8 patches of 8 pixels, four layers of language over 4 x 4 merged ones.
 
     Rotary frequencies are dealt out otherwise than at full size: with the usual shares, neighbouring columns of so
-    small a picture turn by a thousandth of a radian, and left would look like right. A small base would mend that too,
+    small an image turn by a thousandth of a radian, and left would look like right. A small base would mend that too,
     but leaves no slow frequency by which a word can find its object wherever both stand: nothing was bound to anything.
     """
     code = {name: words.convert_tokens_to_ids(name) for name in SPECIAL}

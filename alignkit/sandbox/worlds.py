@@ -23,7 +23,7 @@ def to_tensor(picture: np.ndarray) -> Tensor:
 class Captioned(Dataset[dict[str, Any]]):
     """`size` captioned scenes.
 
-    `noise` gives the share of pictures per category that contradict their caption, `weights` how often each category
+    `noise` gives the share of images per category that contradict their caption, `weights` how often each category
     is drawn (default: equally).
     """
 

@@ -1,6 +1,6 @@
 """Sizes: which one a row is brought to, and batches whose rows are all of one size.
 
-A row goes to the size bucket of its first picture, with all its candidates. Without `resolution` that is the picture's
+A row goes to the size bucket of its first image, with all its candidates. Without `resolution` that is the picture's
 own size, cut to what the network takes; with it, of the sizes of nearly that area, the one of the nearest aspect, as in
 the common LoRA scripts. Not here: how pixels are resampled (`media`).
 """
@@ -34,9 +34,9 @@ class Sizes:
     fps: float | None = None
 
     def bucket(self, height: int, width: int, multiple: int) -> tuple[int, int]:
-        """(height, width) of the bucket of a picture; its sides are multiples of `multiple`.
+        """(height, width) of the bucket of an image; its sides are multiples of `multiple`.
 
-        Without `resolution` a side is 0 where the picture is smaller than `multiple`.
+        Without `resolution` a side is 0 where the image is smaller than `multiple`.
         """
         if self.resolution is None:
             return height // multiple * multiple, width // multiple * multiple

@@ -20,7 +20,7 @@ BINS = 10
 
 
 def load_columns(paths: Sequence[Path]) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[str]]:
-    """(scores {reward: [P, K]}, phi [P, K], generators [P, K] as indices, generator names) without the pictures."""
+    """(scores {reward: [P, K]}, phi [P, K], generators [P, K] as indices, generator names) without the images."""
     codes: dict[str, int] = {}
     scores: dict[str, list[np.ndarray]] = {}
     phi, generators = [], []
@@ -81,7 +81,7 @@ def generator_bias(phi_PK: np.ndarray, generators_PK: np.ndarray, names: Sequenc
 
     Every pair of candidates of different generators with different phi is predicted by comparing the two generators'
     mean phi over the other half of the prompts (every second row). `pair_accuracy` is the share predicted right (an
-    undecided prediction counts one half; 0.5 is no shortcut, 1 means the pictures need not be looked at), None without
+    undecided prediction counts one half; 0.5 is no shortcut, 1 means the images need not be looked at), None without
     such pairs. (Leaving out one prompt only would count fair generators as wrong wherever a near tie turns.)
     `variance_explained` is the share of phi's variance between generators (eta squared), None where phi is constant.
     """

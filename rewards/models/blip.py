@@ -67,7 +67,7 @@ class _Attention(nn.Module):
 
 
 class _Layer(nn.Module):
-    """One layer of the text encoder: words to words, words to picture, each word by itself."""
+    """One layer of the text encoder: words to words, words to image, each word by itself."""
 
     def __init__(self, width: int, inner: int, seen_width: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class TextEncoder(nn.Module):
 
 
 class Blip(nn.Module):
-    """Both halves: states of the words of each prompt, [B, L, width], given its own picture."""
+    """Both halves: states of the words of each prompt, [B, L, width], given its own image."""
 
     def __init__(self, visual_encoder: VisionTransformer, text_encoder: TextEncoder) -> None:
         super().__init__()

@@ -105,7 +105,7 @@ class SharedVision(Vision):
 def _state(media: Tensor, preparation: Preparation) -> tuple[Any, ...]:
     """All that features of one tensor depend on, the preparation last.
 
-    Square pictures are scaled alike by every fit, or not at all.
+    Square images are scaled alike by every fit, or not at all.
     """
     if media.shape[-1] == media.shape[-2]:
         preparation = replace(preparation, fit="crop", fill=(0.0, 0.0, 0.0), pad_first=False)
@@ -121,7 +121,7 @@ def _state(media: Tensor, preparation: Preparation) -> tuple[Any, ...]:
 
 
 class Clip:
-    """A frozen CLIP with its tokenizer and its way to prepare pictures.
+    """A frozen CLIP with its tokenizer and its way to prepare images.
 
     model: folder or hub id of a transformers CLIPModel, or a file of weights (.safetensors, .pt, .bin, .pth).
     processor: folder or hub id of the tokenizer and preprocessor_config.json; the model's own where empty.
@@ -175,7 +175,7 @@ class Clip:
         return self.vision(media, self.preparation)
 
     def embed_media(self, media: Tensor) -> Tensor:
-        """Projected, normalised picture embeddings [B, D], at least float32."""
+        """Projected, normalised image embeddings [B, D], at least float32."""
         return _normalised(self.model.visual_projection(self.see(media).pooled))
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -211,7 +211,7 @@ def _normalised(states: Tensor) -> Tensor:
 class ClipReward:
     """What rewards on one CLIP share: the checks, the call and the attributes that are alike.
 
-    A child names itself, fills `clip` and says how pictures [B, 3, H, W] and their own texts make totals [B].
+    A child names itself, fills `clip` and says how images [B, 3, H, W] and their own texts make totals [B].
     """
 
     name: str
@@ -229,7 +229,7 @@ class ClipReward:
         return Scores(self._score(check_media(media, prompts, self), texts(prompts)))
 
     def _score(self, media: Tensor, prompts: list[str]) -> Tensor:
-        """The cosine of every picture with its own prompt, [B]."""
+        """The cosine of every image with its own prompt, [B]."""
         return (self.clip.embed_media(media) * self.clip.embed_prompts(prompts)).sum(-1)
 
 
@@ -256,7 +256,7 @@ def share_vision(rewards: Iterable[Reward]) -> int:
 
 
 def preparation_of(processor: str, side: int, name: str) -> Preparation:
-    """How preprocessor_config.json of a folder or hub id says to prepare pictures; CLIP's way where there is none.
+    """How preprocessor_config.json of a folder or hub id says to prepare images; CLIP's way where there is none.
 
     `side` is the vision tower's. Raises DataError for forms that no CLIP has (another size, no rescaling).
     """

@@ -1,6 +1,6 @@
 """Seeing things for `geneval`: a detector of transformers' object detection classes, colours by CLIP, and their seams.
 
-Judging only: no gradient passes. Pictures go through the folder's own image processor in its PIL form, so torchvision
+Judging only: no gradient passes. Images go through the folder's own image processor in its PIL form, so torchvision
 is not needed and numbers do not depend on whether it is there. RT-DETR and YOLOS folders need nothing more; DETR's
 published folders name a timm backbone, except in revision `no_timm`.
 """
@@ -26,7 +26,7 @@ _AROUND = 0.6  # what GenEval paints around a mask: #999
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """Things found in one picture: boxes [N, 4] (left, top, right, bottom; pixels), label and score of each.
+    """Things found in one image: boxes [N, 4] (left, top, right, bottom; pixels), label and score of each.
 
     `masks` [N, H, W] (bool) where the detector segments; colours then see the thing without its surroundings.
     """
@@ -43,7 +43,7 @@ class Detector(Protocol):
     labels: Collection[str]
 
     def __call__(self, media: Tensor) -> list[Detections]:
-        """Detections of each picture of [B, 3, H, W] in [0, 1], of any score."""
+        """Detections of each image of [B, 3, H, W] in [0, 1], of any score."""
         ...
 
 
@@ -51,7 +51,7 @@ class ColorReader(Protocol):
     """Names colours."""
 
     def __call__(self, picture: Tensor, boxes: Tensor, masks: Tensor | None, name: str) -> list[str]:
-        """The colour of the thing called `name` in each box [N, 4] of the picture [3, H, W]."""
+        """The colour of the thing called `name` in each box [N, 4] of the image [3, H, W]."""
         ...
 
 
@@ -93,7 +93,7 @@ class TransformersDetector:
 class ClipColors:
     """Zero-shot colours with any CLIPModel folder, as GenEval does with ViT-L/14: three templates, ten colours.
 
-    The box is cut out and read as CLIP reads a picture; around a mask all is painted grey first. Raises
+    The box is cut out and read as CLIP reads an image; around a mask all is painted grey first. Raises
     MissingFileError where the folder is not there.
     """
 

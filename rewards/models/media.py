@@ -1,6 +1,6 @@
 """What every reward does with media before its model sees them: check, fit to a size, normalise - differentiably.
 
-Media are float tensors [B, 3, H, W] (pictures) or [B, F, 3, H, W] (clips) in [0, 1]. Everything is plain torch, so
+Media are float tensors [B, 3, H, W] (images) or [B, F, 3, H, W] (clips) in [0, 1]. Everything is plain torch, so
 gradients reach the pixels and torchvision is not needed. Not here: reading files, patches of vision-language models.
 """
 
@@ -98,7 +98,7 @@ def scores_beside(media: Tensor, values: Sequence[float]) -> Tensor:
 
 
 def quantised(media: Tensor) -> Tensor:
-    """`media` as an 8-bit file keeps it, at least float32, no gradient: what a stored picture is judged by."""
+    """`media` as an 8-bit file keeps it, at least float32, no gradient: what a stored image is judged by."""
     return precise(media.detach()).mul(255).round().clamp(0, 255).div(255)
 
 
@@ -107,7 +107,7 @@ Passes = Literal["pil", "float", "aliased"]
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """How pictures [N, 3, H, W] in [0, 1] become a model's input [N, 3, size, size].
+    """How images [N, 3, H, W] in [0, 1] become a model's input [N, 3, size, size].
 
     fit: `crop` scales the shorter side to `size` and cuts the centre out, as CLIP does; `pad` scales the longer side
     and fills up with `fill`, as HPSv2 and LLaVA do; `stretch` ignores the aspect ratio.
@@ -125,7 +125,7 @@ class Preparation:
     passes: Passes = "pil"
 
     def __call__(self, media: Tensor) -> Tensor:
-        """Prepared pictures on the device of `media`, in its dtype but at least float32."""
+        """Prepared images on the device of `media`, in its dtype but at least float32."""
         pixels = precise(media)
         pixels = _padded(pixels, self.fill) if self.fit == "pad" and self.pad_first else pixels
         pixels = self._cut(resize(pixels, *self._scaled(*pixels.shape[-2:]), self.resample, passes=self.passes))
@@ -159,7 +159,7 @@ def resize(
 ) -> Tensor:
     """Resize of [N, 3, H, W], at least float32; pixels of the right size pass as they are.
 
-    passes: `pil` resamples the width, then the height, and clamps to [0, 1] after each, for PIL's pictures are 8-bit
+    passes: `pil` resamples the width, then the height, and clamps to [0, 1] after each, for PIL's images are 8-bit
     in between too; one pass is off by up to 12 levels of 255 on rendered text. PIL's rounding, which has no gradient,
     is left out: about 1 level. `float` is one pass that may overshoot, as torchvision resamples floats, and `aliased`
     the same without antialiasing, as it did before version 0.17.
@@ -180,7 +180,7 @@ def resize(
 
 
 def _padded(pixels: Tensor, fill: Sequence[float]) -> Tensor:
-    """The picture in the middle of a square of colour `fill`."""
+    """The image in the middle of a square of colour `fill`."""
     height, width = pixels.shape[-2:]
     side = max(height, width)
     if height == width:

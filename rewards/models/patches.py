@@ -2,7 +2,7 @@
 
 A row of the result is one patch [channel, temporal, height, width] flattened; rows are ordered by (time, merged row,
 merged column, row and column within the merged patch), as the vision tower expects. Equal to the library's processor
-on pictures up to PIL's rounding to 8 bits; for clips, where none runs without torchvision, tests derive it anew.
+on images up to PIL's rounding to 8 bits; for clips, where none runs without torchvision, tests derive it anew.
 Sources: Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631). Not here: reading video files.
 """
 
@@ -50,7 +50,7 @@ class Patches:
     def __call__(self, media: Tensor, *, eight_bit: bool = False) -> tuple[Tensor, Tensor]:
         """Patches [B * N, 3 * temporal * patch**2] and grids [B, 3] (time, rows, columns of patches).
 
-        `media`: [B, 3, H, W], or clips [B, F, 3, H, W]; a picture is repeated in time, an odd clip's last frame once.
+        `media`: [B, 3, H, W], or clips [B, F, 3, H, W]; an image is repeated in time, an odd clip's last frame once.
         `eight_bit`: round to 8 bits before and after resizing, as files and PIL do; no gradient passes.
         """
         import torch
@@ -72,7 +72,7 @@ class Patches:
         return patches, torch.tensor([[time, rows, columns]] * batch, device=media.device)
 
     def size(self, height: int, width: int, frames: int = 0) -> tuple[int, int]:
-        """The size that a picture (`frames` = 0) or a clip's frames are resized to."""
+        """The size that an image (`frames` = 0) or a clip's frames are resized to."""
         factor, longest = self.patch * self.merge, self.max_pixels
         least = int(self.min_pixels * 1.05)
         if frames and self.whole_clip:
@@ -88,7 +88,7 @@ class Patches:
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The nearest size whose sides are multiples of `factor` and whose area lies between the bounds.
 
-    Raises DataError for a picture more than 200 times as long as wide, which the models refuse.
+    Raises DataError for an image more than 200 times as long as wide, which the models refuse.
     """
     rows, columns = _nearest(height, width, factor)
     return _bounded((height, width), factor, rows * columns, (min_pixels, max_pixels)) or (rows, columns)
@@ -137,7 +137,7 @@ def sample_frames(clips: Tensor, count: int) -> Tensor:
 
 
 def read_patches(model: str, config: Any, *, video: bool) -> Patches:
-    """The processor of a model folder or hub id with its transformers `config`, for pictures or for clips.
+    """The processor of a model folder or hub id with its transformers `config`, for images or for clips.
 
     Read, as the library does, from processor_config.json, then video_preprocessor_config.json (clips), then
     preprocessor_config.json; what these do not say is the class's default. Raises MissingFileError without any, and

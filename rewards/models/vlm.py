@@ -65,7 +65,7 @@ class Readout:
 
 
 class VlmCritic:
-    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL model that is asked about pictures or clips (`alignkit.protocols.Critic`).
+    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL model that is asked about images or clips (`alignkit.protocols.Critic`).
 
     `model`: folder or hub id with weights, tokenizer and preprocessor_config.json. `dtype`: of the weights; the
     read-out is at least float32. `rate`: frames per second of clips as they are given. `min_pixels`, `max_pixels`:

@@ -108,10 +108,10 @@ def load_whole(kind: Any, model: str, owner: str, *, beside: tuple[str, ...] = (
     DataError naming `owner` and some keys, OSError where nothing is there.
     """
     place = None if "state_dict" in options else model
-    network, told = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    left = {key for key in told["unexpected_keys"] if not key.endswith(NO_WEIGHTS) and not key.startswith(beside)}
-    misshapen = {f"{key} {list(given)} for {list(own)}" for key, given, own in told["mismatched_keys"]}
-    require_same(f"{owner}: '{model}'", missing=told["missing_keys"], unexpected=left, misshapen=misshapen)
+    network, info = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    left = {key for key in info["unexpected_keys"] if not key.endswith(NO_WEIGHTS) and not key.startswith(beside)}
+    misshapen = {f"{key} {list(given)} for {list(own)}" for key, given, own in info["mismatched_keys"]}
+    require_same(f"{owner}: '{model}'", missing=info["missing_keys"], unexpected=left, misshapen=misshapen)
     return network
 
 

@@ -1,4 +1,4 @@
-"""Three small photographs with captions, shipped so that any reward can be tried on real pictures without a download.
+"""Three small photographs with captions, shipped so that any reward can be tried on real images without a download.
 
 Their sources and licences are in LICENCES.txt beside them. A caption is right for its own photograph and wrong for the
 other two.
@@ -20,7 +20,7 @@ CAPTIONS = {
 
 
 def photographs() -> dict[str, Tensor]:
-    """Float pictures [3, H, W] in [0, 1] by name, in the order of CAPTIONS; 320 x 320, 213 x 320 and 213 x 320."""
+    """Float images [3, H, W] in [0, 1] by name, in the order of CAPTIONS; 320 x 320, 213 x 320 and 213 x 320."""
     import numpy as np
     import torch
     from PIL import Image

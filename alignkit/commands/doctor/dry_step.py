@@ -62,8 +62,8 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Operations a picture (a multiply-add is two) and bytes that the pass's tensors hold at their peak: so many a
-    picture, and copies of weights, in another precision, that all share.
+    """Operations an image (a multiply-add is two) and bytes that the pass's tensors hold at their peak: so many a
+    image, and copies of weights, in another precision, that all share.
     """
 
     forward_flops: int
@@ -72,7 +72,7 @@ class Cost:
     shared_bytes: int
 
     def peak_bytes(self, pictures: int) -> int:
-        """The peak of so many pictures in one graph."""
+        """The peak of so many images in one graph."""
         return self.shared_bytes + pictures * self.picture_bytes
 
 

@@ -79,7 +79,7 @@ def encoding(model: Model, setup: Setup) -> int:
 
 
 def operations(model: Model, setup: Setup) -> dict[str, int]:
-    """Operations of one training step for one of its pictures, by what they are for; a multiply-add is two."""
+    """Operations of one training step for one of its images, by what they are for; a multiply-add is two."""
     cost = _cost(model, setup)
     reference = setup.needs_reference and not setup.precompute_reference
     return {

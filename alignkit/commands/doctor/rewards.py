@@ -1,7 +1,7 @@
 """`alignkit doctor --reward NAME`: try a reward on three shipped photographs, where the right captions must win.
 
 The numbers are printed so that they can be held against those of the reward's original package on the same files.
-Not here: how good a reward is; three pictures only show that weights, tokens and preprocessing fit together.
+Not here: how good a reward is; three images only show that weights, tokens and preprocessing fit together.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _part_lines(reward: Reward, media: Mapping[str, Tensor], prompts: Mapping[st
 
 
 def _precision_lines(reward: Reward, media: Mapping[str, Tensor], prompts: Mapping[str, Prompt]) -> list[str]:
-    """What storing a picture costs: at 3/4 of the size pixels lie between 8-bit values, as a generator's do."""
+    """What storing an image costs: at 3/4 of the size pixels lie between 8-bit values, as a generator's do."""
     rows = []
     for name, item in media.items():
         height, width = (3 * side // 4 for side in item.shape[-2:])
