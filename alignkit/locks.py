@@ -84,7 +84,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _try_lock(handle: BinaryIO) -> bool:
-    """Lock the file if nobody holds it; on a file system without locks, by whether its holder's process runs."""
+    """Lock the file if it is free. Without file locks it is free when its holder's process has ended."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

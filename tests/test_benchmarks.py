@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alignkit.sandbox import generators
 
+USES = {"reference", "train", "zero_grad", "clipping", "precision, reference and policy", "all"}
 TINY = ["--tiny", "--batch", "2", "--size", "64", "--repeats", "1"]
 
 
@@ -105,3 +106,12 @@ def test_a_kind_of_step_is_measured_alone(benchmarks, monkeypatch, tmp_path):
         assert name.startswith("full") is full
         assert ("low memory" in name, "precomputed" in name) == (low, ready)
     assert len(set(step.KINDS.values())) == 8
+
+
+def test_the_fixed_cost_is_measured_on_sdxls_structure(benchmarks):
+    """SDXL's structure with a LoRA has 7,531 modules. How long anything takes is not tested."""
+    costs = importlib.import_module("fixed_cost").fixed_cost(repeats=1)
+    assert costs["modules"] == 7531
+    assert costs["lists_ms"].keys() == costs["walks_ms"].keys() == USES
+    for times in (costs["lists_ms"], costs["walks_ms"]):
+        assert times["all"] == pytest.approx(sum(value for name, value in times.items() if name != "all"), abs=0.02)

@@ -1,7 +1,8 @@
-"""LoRA through PEFT on a bare network or text encoder: inject, switch, load, merge. Adapters have names.
+"""LoRA through PEFT on a bare network or text encoder: inject, switch, load, merge.
 
-The reference policy is the network with all adapters off (`disabled`). A target that matches nothing is an error;
-diffusers would only warn. Files are read in `lora_files` and written in `exports`.
+One network may carry several named adapters. The reference policy is the network with all adapters off (`disabled`).
+A target that matches nothing is an error; diffusers would only warn. Files are read in `lora_files` and written in
+`exports`.
 """
 
 from __future__ import annotations

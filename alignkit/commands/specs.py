@@ -67,7 +67,7 @@ class GeneratorSpec:
 
     @property
     def identity(self) -> str:
-        """Changes with the weights of local folders, wherever they are; a hub id or a builder stands for itself."""
+        """Changes with the weights of local folders, wherever they are; hub ids and builders' names are used as is."""
         changes = {"adapter": self.adapter, "quantize": self.quantize, "family": self.family, **self.options}
         if self.dtype != "float32":
             changes["dtype"] = self.dtype
@@ -295,7 +295,7 @@ def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:
 class RewardBuilders(dict[str, "Callable[[], Reward]"]):
     """One builder a reward, by name; calling it loads the model.
 
-    CLIP rewards of equal vision weights that are built here look through one tower.
+    CLIP rewards of equal vision weights that are built here share one vision encoder.
     """
 
     def __init__(self, specs: Mapping[str, RewardSpec]) -> None:
@@ -309,7 +309,7 @@ class RewardBuilders(dict[str, "Callable[[], Reward]"]):
 
 def _build_beside(built: dict[str, Reward], name: str, spec: RewardSpec) -> Reward:
     built[name] = build_reward(spec.reward, dict(spec.options))
-    if "rewards.models.clip" in sys.modules:  # importing it costs seconds, and without it nobody has a tower to share
+    if "rewards.models.clip" in sys.modules:  # the import takes seconds; if it was not made, no reward uses CLIP
         from rewards.models.clip import share_vision
 
         share_vision(built.values())

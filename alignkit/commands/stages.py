@@ -101,7 +101,7 @@ def fit(
 
 
 def _require_checkpoint(folder: Path, made_with: Mapping[str, Any]) -> None:
-    """ResumeError for a finished training that would have to start anew."""
+    """ResumeError for a finished training that would have to start again from step 0."""
     before = finished(folder)
     if before is not None and not any(folder.glob("checkpoint-*")):
         raise ResumeError(

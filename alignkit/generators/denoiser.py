@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
         return super().train(mode) if self._tree.needs_mode(mode) else self
 
     def reset_lists(self) -> None:
-        """List modules and parameters anew: after changes below the network that went without PEFT."""
+        """List modules and parameters again. Call it after changes inside the network that PEFT did not make."""
         for tree in (self._tree, *self._trees):
             tree.reset()
 

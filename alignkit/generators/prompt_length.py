@@ -75,7 +75,7 @@ def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:
         batch = texts[start : start + TOGETHER]
         if tokenizer.is_fast:
             backend = tokenizer.backend_tokenizer
-            backend.no_truncation()  # which the last call may have set; each call sets it anew
+            backend.no_truncation()  # the call before may have set a limit
             backend.no_padding()
             lengths += map(len, backend.encode_batch_fast(batch, add_special_tokens=False))
         else:

@@ -37,7 +37,7 @@ class WeightedMeans:
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all ranks; starts anew."""
+        """The means over all ranks; then all sums are reset."""
         sums = torch.stack(list(self._sums.values()))
         weights = torch.tensor(list(self._weights.values()), device=sums.device)
         sums, weights = accelerator.reduce(torch.stack([sums, weights]), "sum")

@@ -79,7 +79,7 @@ class OfflineTrainer(AlignTrainer):
         return encoded
 
     def _base_texts(self) -> AbstractContextManager[None]:
-        """Within it prompts are encoded as for the reference; what is trained encodes them anew in each step."""
+        """Within it prompts are encoded by the base text encoders; trained ones encode them again in each step."""
         return self.generator.reference() if self.generator.model.trained_encoders else nullcontext()
 
     @override
