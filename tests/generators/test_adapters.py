@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers
+from random_adapters import stir
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES
 
@@ -33,15 +34,6 @@ def draw(generator, family):
     side = FAMILIES[family].side
     told = Sampling(steps=2, guidance_scale=3.0, height=side, width=side)
     return generator.generate(PROMPTS, SEEDS, told)
-
-
-def stir(module, size=0.3):
-    """Random adapter weights."""
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(size * torch.randn(parameter.shape, generator=rng))
 
 
 @pytest.fixture

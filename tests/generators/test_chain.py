@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_adapters import stir
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from alignkit.diffusion.steps import Steps
@@ -15,14 +16,6 @@ PROMPTS = ["a red circle", "two blue rings on a gray background"]
 N, SCALE = 4, 2.5
 KINDS = {"epsilon": "unet", "v_prediction": "unet", "sample": "unet", "flow": "flow"}
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def stir(module, size=0.3):
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(size * torch.randn(parameter.shape, generator=rng))
 
 
 @pytest.fixture
