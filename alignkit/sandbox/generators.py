@@ -29,12 +29,15 @@ from transformers import set_seed
 
 from alignkit.adapters import exports, lora
 from alignkit.generators import load_generator
+from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.media import encode_image, quantise
 from alignkit.sandbox import models
-from alignkit.sandbox.scenes import HARD, POLICY_NOISE, WEB_NOISE
+from alignkit.sandbox.scenes import HARD, POLICY_NOISE
 from alignkit.sandbox.worlds import Captioned
 from alignkit.storage import write_text
 from alignkit.trainers.sft import SFTConfig, SFTTrainer
+
+FP8 = torch.float8_e4m3fn  # halves a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ RECIPES = {
     "unet_third": GeneratorRecipe("unet_second", 12_000, 400, 64, 7e-4, 206),
     "unet_clean": GeneratorRecipe("unet_third", 16_000, 800, 64, 7e-4, 207, weights=HARD),
     "unet": GeneratorRecipe("unet_clean", 6_000, 220, 64, 1.5e-3, 208, POLICY_NOISE, adapter=True),
-    "flow": GeneratorRecipe("new flow", 24_000, 2_400, 64, 1e-3, 202, WEB_NOISE, storage=torch.float8_e4m3fn),
+    "flow": GeneratorRecipe("flow_clean", 6_000, 220, 64, 1.5e-3, 211, POLICY_NOISE, None, FP8, "native", adapter=True),
 }
 
 
@@ -76,7 +79,7 @@ def build_unet(vae: AutoencoderKL) -> StableDiffusionPipeline:
     )
     return StableDiffusionPipeline(
         vae,
-        models.text_encoder(pooled=False),
+        models.text_encoder(),
         models.clip_tokenizer(),
         models.unet(),
         scheduler,
@@ -87,18 +90,21 @@ def build_unet(vae: AutoencoderKL) -> StableDiffusionPipeline:
 
 
 def build_flow(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """SD3's anatomy: rectified-flow transformer, two CLIP text towers, a T5."""
+    """SD3's anatomy: a rectified-flow transformer, two CLIP text towers (a large and a small one), and a T5.
+
+    The pipeline class requires a T5. Here its tokenizer keeps one token, so that the CLIP towers carry the prompt.
+    """
     vae.register_to_config(shift_factor=0.0)  # SD3's pipeline wants one
     return StableDiffusion3Pipeline(
         transformer=models.transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        text_encoder=models.text_encoder(pooled=True),
+        text_encoder=models.text_tower(models.TEXT_WIDTH, layers=3),
         tokenizer=models.clip_tokenizer(),
-        text_encoder_2=models.text_encoder(pooled=True),
+        text_encoder_2=models.text_tower(models.SMALL_WIDTH, layers=1),
         tokenizer_2=models.clip_tokenizer(),
         text_encoder_3=models.t5(),
-        tokenizer_3=models.t5_tokenizer(),
+        tokenizer_3=models.t5_tokenizer(tokens=1),
     )
 
 
@@ -165,11 +171,16 @@ def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: 
         exports.export_diffusers({generator.component: generator.net}, out / "clean_adapter")
         lora.negate(generator.net)
         generator.merge_adapter()
+    store(generator, out, recipe.storage)
+    return out
+
+
+def store(generator: PipelineGenerator, out: Path, storage: torch.dtype) -> None:
+    """Save the pipeline in float16, its network in `storage`, without paths of this machine."""
     generator.pipeline.to(torch.float16)
-    generator.net.to(recipe.storage)  # float8 halves a file
+    generator.net.to(storage)
     generator.pipeline.save_pretrained(out)
     for file in out.rglob("*.json"):
         stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored.pop("_name_or_path", None) is not None:  # a path of this machine
+        if stored.pop("_name_or_path", None) is not None:
             write_text(file, json.dumps(stored, indent=2) + "\n")
-    return out
