@@ -60,12 +60,13 @@ class Scenes:
         labels = np.array([0, *kinds])[covers(scene)]
         return to_tensor(render(scene, rng)), torch.from_numpy(labels).flatten()
 
+    @torch.no_grad()
     def encoded(self, generator: PipelineGenerator, file: Path) -> dict[str, Tensor]:
         """Latents [N, 4, 16, 16] and labels [N, 64] of all images; computed once and stored in `file`."""
         if not file.is_file():
             latents, labels = [], []
-            for start in tqdm(range(0, self.size, 64), desc="encode scenes", unit="batch"):
-                rows = [self.image(index) for index in range(start, min(start + 64, self.size))]
+            for start in tqdm(range(0, self.size, 16), desc="encode scenes", unit="batch"):
+                rows = [self.image(index) for index in range(start, min(start + 16, self.size))]
                 latents.append(generator.encode(torch.stack([pixels for pixels, _ in rows])).half())
                 labels.append(torch.stack([kinds for _, kinds in rows]).byte())
             write_atomic(file, save({"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}))
