@@ -205,13 +205,13 @@ class Interview:
         pieces = [(torch.tensor(ids), start, nothing[0], torch.zeros(len(ids)), nothing, nothing[:MEDIA])]
         groups = [0] * len(ids)
         for number, question in enumerate(row["questions"], start=1):
-            asked, answer = self._encode(question.text + CLOSING), self._encode(question.answer + END)
-            line = torch.tensor([*asked, *answer])
+            question_ids, answer = self._encode(question.text + CLOSING), self._encode(question.answer + END)
+            line = torch.tensor([*question_ids, *answer])
             places = start[0, -1] + 1 + torch.arange(len(line))  # the token before is text
             targets = torch.full((len(line),), -100)
-            targets[len(asked) - 1 : -1] = torch.tensor(answer)
+            targets[len(question_ids) - 1 : -1] = torch.tensor(answer)
             weights = (targets >= 0) / len(answer)
-            labels = self._labels(row, question, asked, len(line))
+            labels = self._labels(row, question, question_ids, len(line))
             pieces.append((line, places.expand(3, -1), targets, weights, *labels))
             groups += [number] * len(line)
         names = ("ids", "positions", "targets", "weights", "meant", "shown")
@@ -219,13 +219,13 @@ class Interview:
         return joined | {"groups": torch.tensor(groups)}
 
     def _labels(
-        self, row: Mapping[str, Any], question: Question, asked: list[int], length: int
+        self, row: Mapping[str, Any], question: Question, question_ids: list[int], length: int
     ) -> tuple[Tensor, Tensor]:
         """Facts that the words refer to [MEDIA * heads, L], and 1 or 0 where a phrase is or is not shown [MEDIA, L].
 
         The latter is at every noun of a caption, for its phrase, and at the last word of "Is the circle red?".
         """
-        spelled = [self.spelled.get(token, "") for token in asked]
+        spelled = [self.spelled.get(token, "") for token in question_ids]
         meant, shown = torch.full((MEDIA, len(HEADS), length), -100), torch.full((MEDIA, length), -100)
         nouns = [place for place, word in enumerate(spelled) if word in NOUNS]
         for medium, (known, truths) in enumerate(zip(row["meant"], row["shown"], strict=True)):

@@ -155,7 +155,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def transformer() -> SD3Transformer2DModel:
-    """The flow-matching transformer: 64 image tokens beside 16 CLIP and 16 T5 tokens, six joint blocks."""
+    """The flow-matching transformer: 64 image tokens, 16 CLIP and 16 T5 tokens, six joint blocks."""
     return SD3Transformer2DModel(
         sample_size=SIZE // 4,
         patch_size=2,

@@ -89,7 +89,7 @@ def fit(module: nn.Module, dataset: Dataset[Any], recipe: Recipe, work: Path, co
 
 
 class _Objective(nn.Module):
-    """A module whose forward is a loss; `Trainer` asks a resumed model for this attribute of PreTrainedModel."""
+    """A module whose forward is a loss; `Trainer` reads this attribute of PreTrainedModel when it resumes."""
 
     _keys_to_ignore_on_save = None
 
@@ -169,13 +169,13 @@ class _ReaderObjective(_Objective):
     def forward(
         self, pixels: Tensor, input_ids: Tensor, labels: Tensor, marks: Tensor, answers: Tensor
     ) -> dict[str, Tensor]:
-        seen = self.head.see(pixels)
-        named = functional.cross_entropy(self.names(seen).float().flatten(0, 1), labels.flatten(), self.weight)
-        scores, logits = self.head.read(seen, input_ids)
+        features = self.head.see(pixels)
+        named = functional.cross_entropy(self.names(features).float().flatten(0, 1), labels.flatten(), self.weight)
+        scores, logits = self.head.read(features, input_ids)
         marked = marks >= 0
         words = functional.binary_cross_entropy_with_logits(logits.float()[marked], marks[marked])
-        asked = functional.binary_cross_entropy_with_logits(scores.float(), answers)
-        return {"loss": named + words + asked}
+        answered = functional.binary_cross_entropy_with_logits(scores.float(), answers)
+        return {"loss": named + words + answered}
 
 
 def collate_readings(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ def collate_readings(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": _tokens([row["prompt"] for row in rows]), **stacked}
 
 
-_tokenizer = functools.cache(models.clip_tokenizer)  # every batch asks for it
+_tokenizer = functools.cache(models.clip_tokenizer)  # used for every batch
 
 
 def _tokens(prompts: Sequence[str]) -> Tensor:

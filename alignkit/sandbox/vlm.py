@@ -48,8 +48,8 @@ def _words() -> list[str]:
     inner = {word for category in CATEGORIES for body in bodies(category) for word in body.split()}
     inner |= {word for prefix in PREFIXES for word in prefix.split()} | {*BACKGROUNDS, "on", "background", *NUMBERS}
     inner |= {*questions.COUNTS.values(), *clips.DIRECTIONS, *map(_plural, SHAPES)}
-    asked = "there a the number of is moving way color many are does picture show shows this figure better answer or"
-    inner |= {*asked.split(), "Please", "Answer", "Yes", "No", "yes", "no", "first", "second"}
+    others = "there a the number of is moving way color many are does picture show shows this figure better answer or"
+    inner |= {*others.split(), "Please", "Answer", "Yes", "No", "yes", "no", "first", "second"}
     starts = {"Is", "Does", "Which", "What", "How", "Yes", "No", "yes", "no", "first", "second", "user", "assistant"}
     answers = {*questions.COUNTS.values(), *clips.DIRECTIONS, *PALETTE, "a", *NUMBERS}
     return sorted({f"Ġ{word}" for word in inner} | starts | answers | {'Ġ"', '"?', "Ċ"})
