@@ -44,11 +44,10 @@ class Stage(Recipe):
     judged: tuple[str, ...] = CAPTIONED
 
 
-# First the vision tower is trained on labels of patches: from answers alone it learns shapes slowly. It is frozen while
-# the language model is trained: gradients of its first steps would destroy the features, and yes/no answers stayed at
-# chance. Captions and pairs are learnt only after the learning rate is restarted, and which colour belongs to which
-# object only if nearly all wrong colours are those of another object: before, "is the circle red?" was answered as "is
-# anything red?".
+# First the vision tower is trained on labels of patches: from answers alone it learns shapes slowly. Then it is frozen,
+# since the first gradients of the language model destroy its features. Captions and pairs are learnt only after the
+# learning rate is restarted; which colour belongs to which object only if nearly all wrong colours are those of another
+# object: before, "is the circle red?" was answered as "is anything red?".
 STAGES = (
     Stage(steps=900, batch=48, learning_rate=1.5e-3, seed=111, count=0),
     Stage(steps=1500, batch=32, learning_rate=1.5e-3, seed=112),
@@ -218,14 +217,12 @@ class Interview:
         joined = {name: torch.cat(parts, -1) for name, parts in zip(names, zip(*pieces, strict=True), strict=True)}
         return joined | {"groups": torch.tensor(groups)}
 
-    def _labels(
-        self, row: Mapping[str, Any], question: Question, question_ids: list[int], length: int
-    ) -> tuple[Tensor, Tensor]:
+    def _labels(self, row: Mapping[str, Any], question: Question, ids: list[int], length: int) -> tuple[Tensor, Tensor]:
         """Facts that the words refer to [MEDIA * heads, L], and 1 or 0 where a phrase is or is not shown [MEDIA, L].
 
         The latter is at every noun of a caption, for its phrase, and at the last word of "Is the circle red?".
         """
-        spelled = [self.spelled.get(token, "") for token in question_ids]
+        spelled = [self.spelled.get(token, "") for token in ids]
         meant, shown = torch.full((MEDIA, len(HEADS), length), -100), torch.full((MEDIA, length), -100)
         nouns = [place for place, word in enumerate(spelled) if word in NOUNS]
         for medium, (known, truths) in enumerate(zip(row["meant"], row["shown"], strict=True)):
@@ -277,8 +274,7 @@ class Answering(nn.Module):
     Patch features are classified twice: before merging, by a linear head, and after it, by the word embeddings of the
     language model, which brings words and image features into one space. At the middle layer a head predicts the facts
     that a word refers to; at the last layer but one, which phrases of a caption are true, as raters mark words (arXiv
-    2312.10240). Without these heads, which are not stored, colours were not assigned to objects; without the phrases,
-    answers about captions stayed at chance.
+    2312.10240). Without these heads, which are not stored, yes/no answers on colours and captions stayed at chance.
     """
 
     _keys_to_ignore_on_save = None
