@@ -31,6 +31,21 @@ class ImageSource(Protocol):
 
 
 @runtime_checkable
+class Selective(Protocol):
+    """An image source that knows which settings it takes."""
+
+    def require_sampling(self, sampling: Sampling) -> None:
+        """ConfigError for a setting that it does not know or would change."""
+        ...
+
+
+def require_sampling(source: object, sampling: Sampling) -> None:
+    """ConfigError where a `Selective` source does not take `sampling`; called before anything is generated."""
+    if isinstance(source, Selective):
+        source.require_sampling(sampling)
+
+
+@runtime_checkable
 class Reward(Protocol):
     """An image judge. `comparable_across_prompts` says whether scores of different prompts share a scale.
 

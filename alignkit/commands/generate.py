@@ -12,7 +12,7 @@ from alignkit.commands.specs import (
     absences,
     generator_builders,
     identities,
-    require_names,
+    require_sources,
 )
 from alignkit.commands.verb import Verb, execute
 from alignkit.provenance import write_config
@@ -35,8 +35,7 @@ class GenerateJob:
     out: Path
 
     def __post_init__(self) -> None:
-        names = [source.name for source in self.generate.sources]
-        require_names(names, self.generators, kind="generator", key="generate.sources")
+        require_sources(self.generate, self.generators)
 
 
 def _plan(job: GenerateJob) -> list[str]:

@@ -29,6 +29,7 @@ from alignkit.generators.codec import Codec
 from alignkit.generators.conditioner import Conditioner
 from alignkit.generators.denoiser import Denoiser
 from alignkit.generators.description import FamilyDescription
+from alignkit.generators.frames import require_frames
 from alignkit.generators.grids import scheduler_grid
 from alignkit.generators.prompt_length import quiet, tokenizers_of, warn_of_cuts
 from alignkit.generators.table import origins
@@ -112,7 +113,8 @@ class PipelineGenerator(FamilyDescription, Codec):
     # --- the same for all ---
 
     def require_sampling(self, sampling: Sampling) -> None:
-        """ConfigError for keywords in `extra` that the pipeline's call lacks, and for sides that it would change."""
+        """ConfigError for keywords in `extra` that the pipeline's call lacks, and for sizes that it would change."""
+        self.require_frames(sampling.num_frames, "sampling: num_frames")
         reserved = ("self", "prompt", "generator", "output_type")
         known = [name for name in inspect.signature(type(self.pipeline).__call__).parameters if name not in reserved]
         for name in sampling.extra:
@@ -126,6 +128,10 @@ class PipelineGenerator(FamilyDescription, Codec):
                 raise ConfigError(
                     f"sampling: {name} is {side}; {self.name} takes multiples of {self.pixel_multiple}: {sides}"
                 )
+
+    def require_frames(self, frames: int, key: str) -> None:
+        """ConfigError naming `key` for a number of frames that the model does not make; see `generators.frames`."""
+        require_frames(frames, key, self.name, modality=self.modality, ratio=self.temporal_ratio)
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
         """Warn, once per generator, of prompts that are longer than its text encoders read."""

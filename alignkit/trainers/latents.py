@@ -246,11 +246,14 @@ def encode_rows(
     targets are not part of the cache, so the same media under other labels share one. `batch_size` prompts are encoded
     together. All processes of a job call this together; each encodes a part. Raises DataError for missing columns, no
     rows, and, naming the row, for K that differs, targets that do not fit, or a medium that cannot be decoded, is
-    smaller than the model's patch or shorter than `num_frames`.
+    smaller than the model's patch or shorter than `num_frames`. Raises ConfigError for a `num_frames` that the model
+    does not take.
     """
     column = _media_column(generator, rows)
     if not len(rows):
         raise DataError("training data has no row")
+    if sizes.num_frames is not None:
+        generator.require_frames(sizes.num_frames, "num_frames")
     encoder = Encoder(generator, _with_structs(rows, column), column, sizes)
     loaded = targets(rows, encoder.count)
     texts = rows[PROMPT][:]

@@ -23,7 +23,7 @@ from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError
 from alignkit.locks import locked
 from alignkit.media import checked_pixels, encode_medium, quantise
-from alignkit.protocols import ImageSource, Reward, require_modality
+from alignkit.protocols import ImageSource, Reward, require_modality, require_sampling
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
 from alignkit.storage import (
@@ -210,6 +210,8 @@ class _Candidates:
         parts = {name: part for name in names if (part := finished_part(self.folder, name))}
         missing = [name for name in names if name not in parts]
         sources = build_all((source.name for source in self.config.sources), build_sources) if missing else {}
+        for source in self.config.sources if sources else ():
+            require_sampling(sources[source.name], source.sampling)
         for part in parts.values():
             on_part(part)
         parts |= _write_parts(_Producer(self.config, sources, self.folder), self.prompts, missing, on_part)
