@@ -25,7 +25,8 @@ class ImageSource(Protocol):
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
         """Float pixels [B, 3, H, W], or [B, F, 3, H, W] of videos, in [0, 1].
 
-        Row i depends on prompts[i], seeds[i] and sampling alone.
+        Row i depends on prompts[i], seeds[i] and sampling alone. Raises FlaggedError where a safety checker replaced
+        some of them: the generate stage leaves those out.
         """
         ...
 

@@ -52,6 +52,12 @@ def _work(job: GenerateJob) -> None:
     write_config(job.out, job)
     media = f"{result.counts['videos']} videos" if "videos" in result.counts else f"{result.counts['pictures']} images"
     print(f"{result.rows} prompts, {media} in {result.folder}")
+    if "flagged" in result.counts:
+        flagged, prompts_left_out = result.counts["flagged"], result.counts["quarantined"]
+        print(
+            f"{flagged} images were flagged as unsafe by a safety checker; their prompts ({prompts_left_out}) are left "
+            f"out: {result.folder / 'quarantine.jsonl'}"
+        )
     print(f"next: alignkit score --candidates {job.out} --out {job.out.with_name('scores')} ...")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,7 @@ from alignkit.adapters.fingerprint import base_of
 from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import Schedule, expand
 from alignkit.diffusion.solvers import Grid, ddim_step
-from alignkit.errors import AdapterError, ConfigError, DataError, nearest
+from alignkit.errors import AdapterError, ConfigError, FlaggedError, nearest
 from alignkit.generators.codec import Codec
 from alignkit.generators.conditioner import Conditioner
 from alignkit.generators.denoiser import Denoiser
@@ -246,7 +247,7 @@ class PipelineGenerator(FamilyDescription, Codec):
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
         """The vanilla pipeline with one torch generator per item: pixels [B, 3, H, W] in [0, 1].
 
-        A safety checker is off meanwhile. Raises DataError for images that the pipeline replaced nevertheless.
+        A safety checker is off meanwhile. Raises FlaggedError where the pipeline replaced images nevertheless.
         """
         self.require_sampling(sampling)
         self.warn_of_cuts(prompts)
@@ -254,23 +255,23 @@ class PipelineGenerator(FamilyDescription, Codec):
         self.conditioner.eval()
         self.model.eval()
         sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        pixels = self._run_pipeline(list(prompts), sources, self.call_arguments(prompts, sampling))
-        self.conditioner.train(modes[0])
-        self.model.train(modes[1])
-        return pixels.float()
+        try:
+            return self._run_pipeline(list(prompts), sources, self.call_arguments(prompts, sampling))
+        finally:
+            self.conditioner.train(modes[0])
+            self.model.train(modes[1])
 
     def _run_pipeline(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
         with self._without_safety_checker():
             output = self.pipeline(prompt=prompts, generator=sources, output_type="pt", **arguments)
-        flags = output.get("nsfw_content_detected") if isinstance(output, Mapping) else None
-        if flags and any(flags):
-            named = [prompt for prompt, is_flagged in zip(prompts, flags, strict=True) if is_flagged]
-            raise DataError(
+        flags = (isinstance(output, Mapping) and output.get("nsfw_content_detected")) or ()
+        if named := [*itertools.compress(prompts, flags)]:
+            message = (
                 f"generator '{self.name}': its pipeline replaced {len(named)} of {len(prompts)} images as unsafe, so "
-                f"they cannot be ranked; switch that check off, or leave out these prompts: {named}"
+                f"they cannot be used; switch that check off, or leave out these prompts: {named}"
             )
-        pixels: Tensor = output[0]
-        return pixels
+            raise FlaggedError(message, pixels=output[0].float(), flags=flags)
+        return output[0].float()
 
     @contextmanager
     def _without_safety_checker(self) -> Iterator[None]:

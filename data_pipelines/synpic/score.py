@@ -32,7 +32,7 @@ from alignkit.storage import (
     read_table,
     recorded_parts,
     write_part,
-    write_text,
+    write_quarantine,
 )
 from data_pipelines.synpic.media_columns import MEDIA, media_column
 
@@ -159,23 +159,25 @@ class Scorer:
         done = finished_part(self.folder, part.name, inputs=part.files)
         self.parts[part.name] = done or self._score(part)
         self.bar.update(self.parts[part.name].notes["rows"])
-        bad = len(self._quarantined())
-        if bad > QUARANTINE_LIMIT * self.rows:
+        bad = self._quarantined()
+        if len(bad) > QUARANTINE_LIMIT * self.rows:
+            path = write_quarantine(self.folder, bad)
             raise NumericsError(
-                f"{bad} of {self.rows} rows have a reward that is NaN or infinite, over the limit of "
-                f"{QUARANTINE_LIMIT:.0%}; see '{self._write_quarantine()}', mend or leave out that reward and score "
-                "into another folder"
+                f"{len(bad)} of {self.rows} rows have a reward that is NaN or infinite, over the limit of "
+                f"{QUARANTINE_LIMIT:.0%}; see '{path}', mend or leave out that reward and score into another folder"
             )
 
     def finish(self) -> StageResult:
         """Write `quarantine.jsonl` and the manifest."""
-        self._write_quarantine()
         quarantined = len(self._quarantined())
+        write_quarantine(self.folder, self._quarantined())
         parts = [self.parts[name] for name in sorted(self.parts)]
-        kept = self.rows - quarantined
+        kept = sum(part.notes["rows"] for part in parts) - quarantined
         return finish_run(self.folder, "score", parts, rows=kept, counts={"quarantined": quarantined})
 
     def _score(self, part: Part) -> Part:
+        import pyarrow as pa
+
         (path,) = part.files
         column = media_column(self.candidates_dir, part)
         require_modality(self.rewards(), MEDIA[column])
@@ -186,7 +188,7 @@ class Scorer:
         totals = {name: columns[TOTAL] for name, columns in measured.items()}
         faults = [_fault(row, index, totals) for index, row in enumerate(rows)]
         parts = {name: {key: columns[key] for key in columns if key != TOTAL} for name, columns in measured.items()}
-        is_kept = [fault is None for fault in faults]
+        is_kept = pa.array([fault is None for fault in faults], pa.bool_())  # a part may have no row
         result = _table([row["prompt_id"] for row in rows], totals, parts).filter(is_kept)
         quarantined = [fault | {"file": path} for fault in faults if fault is not None]
         notes = {"rows": len(rows), "quarantined": quarantined}
@@ -194,12 +196,6 @@ class Scorer:
 
     def _quarantined(self) -> list[dict[str, Any]]:
         return [fault for name in sorted(self.parts) for fault in self.parts[name].notes["quarantined"]]
-
-    def _write_quarantine(self) -> Path:
-        lines = [json.dumps(fault, sort_keys=True, ensure_ascii=False) + "\n" for fault in self._quarantined()]
-        path = self.folder / "quarantine.jsonl"
-        write_text(path, "".join(lines))
-        return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +208,8 @@ class _Cells:
 
     @property
     def candidates(self) -> int:
-        """K, the number of candidates a row."""
-        return len(self.rows[0][self.column])
+        """K, the number of candidates a row; 0 of a part whose rows were all left out."""
+        return len(self.rows[0][self.column]) if self.rows else 0
 
     def batches(self, size: int) -> Iterable[list[tuple[int, int]]]:
         """(row, candidate) of media of one shape, at most `size` at a time, in order."""
@@ -246,7 +242,7 @@ def _score_rows(cells: _Cells, rewards: Mapping[str, Reward], batch_size: int) -
 
     rows, shape = cells.rows, (len(cells.rows), cells.candidates)
     prompts = [Prompt(row["prompt_id"], row["prompt"], json.loads(row["metadata"])) for row in rows]
-    measured: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
+    measured = {name: {TOTAL: np.full(shape, np.nan)} for name in rewards}
     for batch in cells.batches(batch_size):
         media = cells.pixels(batch)
         index = tuple(np.array(batch).T)
