@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 Encoded = bytes | str | Path | Mapping[str, Any]
 
+BACKGROUND = "white"  # behind the transparent parts of an image
+
+VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+_STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # of images in the container of mp4
 GREY_16 = 65535  # white in the modes I and I;16, which hold 16-bit images
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -181,6 +185,8 @@ def _damaged(source: bytes | str | Path, where: str, error: Exception) -> DataEr
         )
     if isinstance(error, ValueError) and "text" in str(error).lower():
         return DataError(f"{where}: the image has too large text chunks ({error}); save it without its metadata")
+    if isinstance(source, bytes) and is_video(source):
+        return DataError(f"{where}: a video, where an image is expected; keep images and videos in separate datasets")
     size = f"{len(source)} bytes" if isinstance(source, bytes) else f"'{source}'"
     return DataError(
         f"{where}: the image cannot be decoded: truncated or not an image ({size}: {error}); replace it or remove the "
@@ -203,6 +209,23 @@ def fit(frames: np.ndarray, size: tuple[int, int], multiple: int) -> np.ndarray:
         frames = np.stack([np.asarray(image) for image in images])
     top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
     return frames[:, top : top + height, left : left + width]
+
+
+def is_video(data: bytes, name: str = "") -> bool:
+    """Whether encoded bytes of a file called `name` are a video: mp4, mkv, webm, mov, avi, or a moving GIF or WebP.
+
+    All else counts as an image, damaged bytes too: its decoder says what is wrong with them.
+    """
+    start, brand = data[:4], data[8:12]
+    if start == b"GIF8" or (start, brand) == (b"RIFF", b"WEBP"):
+        try:
+            moving: Any = Image.open(io.BytesIO(data))
+            return bool(moving.is_animated)
+        except _DAMAGE:
+            return False
+    is_mp4 = data[4:8] == b"ftyp" and brand not in _STILL_BRANDS
+    is_container = is_mp4 or start == b"\x1aE\xdf\xa3" or (start, brand) == (b"RIFF", b"AVI ")
+    return is_container or Path(name).suffix.lower() in VIDEO_ENDINGS
 
 
 # --- videos ---------------------------------------------------------------------------------------------------------
