@@ -238,6 +238,28 @@ def test_broken_picture_is_named(world: Any, tmp_path: Path, keep: int, message:
         synpic.score_candidates(folder, world.score, tmp_path / "s", build_rewards=world.rewards)
 
 
+def test_images_with_transparency_are_scored_on_white_and_counted(
+    world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = world.generate(tmp_path / "c")
+    with io.BytesIO() as buffer:
+        Image.new("RGBA", (8, 8), (0, 0, 0, 51)).save(buffer, "PNG")
+        replace_picture(folder, buffer.getvalue())
+    (tmp_path / "c/parts/part-00001.json").write_text(
+        json.dumps(
+            storage.read_json(tmp_path / "c/parts/part-00001.json")
+            | {"files": {"data/part-00001.parquet": storage.checksum(folder / "data/part-00001.parquet")}}
+        )
+    )
+    for _ in range(2):  # scored, and finished already
+        caplog.clear()
+        result = synpic.score_candidates(folder, world.score, tmp_path / "s", build_rewards=world.rewards)
+        assert result.counts == {"quarantined": 0, "transparent": 1}
+        assert caplog.text.count("1 of 30 images have transparency; they are composited on white") == 1
+    assert rows_of(tmp_path / "s")[5]["scores"]["red"][2] == pytest.approx(0.8)
+    assert "transparent" not in storage.read_json(world.scored(tmp_path / "plain")[1] / "manifest.json")["counts"]
+
+
 @dataclass
 class FailingReward:
     """NaN for the prompts whose text ends in one of `bad`."""
