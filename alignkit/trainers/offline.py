@@ -184,9 +184,13 @@ class OfflineTrainer(AlignTrainer):
         per: Literal["item", "frame"] = "item",
         one_by_one: bool = False,
     ) -> Tensor:
-        """`errors` of the frozen base model on the same draws."""
-        with self.generator.reference():
+        """`errors` of the reference on the same draws."""
+        with self.reference():
             return self.errors(model, batch, per=per, one_by_one=one_by_one)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it the model is the reference; here the frozen base model."""
+        return self.generator.reference()
 
     def precompute_reference(self, *, one_by_one: bool = False) -> None:
         """Give the training data its reference errors of all epochs, computed once, each process a part."""
