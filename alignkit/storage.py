@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from alignkit.errors import AlignKitError, DataError, MissingFileError, StorageError
+from alignkit.escape import get_logger
 from alignkit.paths import Bounds
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 STAGE_FILES = ("data", "parts", "manifest.json", "README.md")  # what a data stage writes
 

@@ -17,13 +17,13 @@ Not here: downloading, and the way back (exporters.py).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError
+from alignkit.escape import get_logger
 from alignkit.media import clip_shape, image_size
 from alignkit.paths import Bounds
 from alignkit.records import Prompt
@@ -37,7 +37,7 @@ from data_pipelines.synpic.rank import COLUMNS, SPLITS, VIDEO_COLUMNS, ranked_fe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LABEL = "label"  # the name under which a given preference stands among the scores
 UNKNOWN_SEED = -1

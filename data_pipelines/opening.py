@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from alignkit.errors import DataError, MissingFileError
+from alignkit.escape import get_logger
 from alignkit.paths import Bounds
 from data_pipelines.cells import named_files, text_cell
 from data_pipelines.folders import Say, unused_files
@@ -26,7 +26,7 @@ from data_pipelines.tables import read_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TABLES = (".jsonl", ".csv")  # read here, with file and line of every error
 MEDIA = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mp4", ".mkv", ".webm", ".mov", ".avi")

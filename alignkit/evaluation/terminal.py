@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit.escape import to_terminal
+from alignkit.escape import to_line
 from alignkit.evaluation.results import Evaluation, RewardResult
 from alignkit.evaluation.statistics import Interval
 
@@ -28,7 +28,7 @@ def before_after(evaluation: Evaluation) -> str:
 
 
 def _row(result: RewardResult) -> tuple[str, ...]:
-    overall, reward = result.overall, to_terminal(result.reward)
+    overall, reward = result.overall, to_line(result.reward)
     name = (reward if len(reward) <= _NAME - 2 else reward[: _NAME - 5] + "...") + " *" * result.is_gold
     gain = overall.gain
     return (

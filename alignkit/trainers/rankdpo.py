@@ -14,7 +14,6 @@ Differences to the paper (RankDPO, arXiv 2410.18013):
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.errors import ConfigError, DataError
+from alignkit.escape import get_logger
 from alignkit.losses import LOSSES, loser_scale
 from alignkit.records import LossOutput
 from alignkit.resolve import require_known, resolve
@@ -36,7 +36,7 @@ from alignkit.trainers.latents import LatentDataset
 from alignkit.trainers.offline import OfflineTrainer
 from alignkit.trainers.ranges import DECAY, NOT_NEGATIVE, POSITIVE, require_in_range
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 WINDOW = 10  # logs in each half of the window that the drift warning compares
 _RANGES = {"beta": POSITIVE, "protect_winner": DECAY, "sft_weight": NOT_NEGATIVE}
 _CHOICES = {"rank_source": ("label", "model"), "weighting": ("rank_gain", "gain", "none")}

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import StorageError
+from alignkit.escape import get_logger
 from rewards.serving.bounded_json import parse_json
 
-_LOG = logging.getLogger(__name__)
+_LOG = get_logger(__name__)
 _SPACES = " \t\n\r▁ĠĊ"  # how tokenizers write the white space before a word
 _COMPLETE = ("stop", "eos_token", "stop_sequence")  # the last two: text-generation-inference
 _CUT_OFF = "length"
