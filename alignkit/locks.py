@@ -115,8 +115,10 @@ def _sign(handle: BinaryIO, path: Path) -> None:
         handle.truncate(0)
         handle.write(json.dumps(holder).encode() + b"\n")
     except OSError as error:
+        path.unlink(missing_ok=True)
         handle.close()
-        raise StorageError(f"could not write '{path}': {error}; make room, then run the same command again") from error
+        advice = "make room on the disk, then run the same command again"
+        raise StorageError(f"could not write '{path}': {error}; {advice}") from error
 
 
 def _boot() -> str:

@@ -77,8 +77,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except AlignKitError:
         raise
     except OSError as error:
-        advice = "what was finished before is unchanged; make room or fix the folder, then run the same command again"
-        raise StorageError(f"could not write '{path}': {error}; {advice}") from error
+        advice = "make room on the disk or fix the folder, then run the same command again"
+        raise StorageError(
+            f"could not write '{path}': {error}; what was finished before is unchanged; {advice}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):  # the error above says what is wrong with the folder
             temporary.unlink(missing_ok=True)

@@ -215,7 +215,8 @@ class ReplyCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 aside.unlink()
-            raise StorageError(f"the reply cache '{self.folder}' cannot be written: {error}") from error
+            advice = "make room on the disk or fix the folder, then run the same command again"
+            raise StorageError(f"could not write '{path}': {error}; {advice}") from error
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
