@@ -27,7 +27,7 @@ from alignkit.escape import get_logger
 from alignkit.media import clip_shape, image_size
 from alignkit.paths import Bounds
 from alignkit.records import Prompt
-from data_pipelines.cells import contained, read_cell
+from data_pipelines.cells import contained, read_cell, read_files
 from data_pipelines.folders import FolderRow, Say, captioned_rows, is_captioned_folder, pair_rows
 from data_pipelines.labels import first_is_better
 from data_pipelines.opening import bounds_of, is_plain_folder, open_dataset, own_split
@@ -122,8 +122,17 @@ def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Pat
         with_indices=True,
         remove_columns=raw.column_names,
         features=ranked_features([LABEL], medium),
+        load_from_cache_file=not any(_names_files(raw, name) for name in set(columns) - {*CAPTIONS, "label_0"}),
         desc="import",
     )
+
+
+def _names_files(raw: Dataset, name: str) -> bool:
+    """Whether bytes of a media column are in files beside the dataset, of which the key of `datasets`' cache is not."""
+    from datasets import Image, Value, Video
+
+    feature = raw.features[name]
+    return any(read_files(raw, name)) if isinstance(feature, Image | Video) else feature == Value("string")
 
 
 def _with_phi(raw: Dataset, path: Path, say: Say) -> Dataset:
