@@ -108,11 +108,16 @@ def _to_ranked(raw: Dataset, path: Path, bounds: Bounds, say: Say) -> Dataset:
 
 
 def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Path, bounds: Bounds) -> Dataset:
-    from datasets import Image, Video
+    from datasets import Image, Value, Video
 
+    has_bytes = True  # else they are in files beside the dataset, which are not in the key of `datasets`' cache
     for name in columns:
-        if isinstance(raw.features[name], Image | Video):
-            raw = raw.cast_column(name, type(raw.features[name])(decode=False))
+        feature = raw.features[name]
+        if isinstance(feature, Image | Video):
+            raw = raw.cast_column(name, type(feature)(decode=False))
+            has_bytes = has_bytes and not any(read_files(raw, name))
+        elif name not in (*CAPTIONS, "label_0"):
+            has_bytes = has_bytes and feature != Value("string")
     medium = "videos" if isinstance(raw.features[columns[1]], Video) else "images"
     read = partial(_medium, bounds=bounds, check=clip_shape if medium == "videos" else image_size)
     return raw.map(
@@ -122,17 +127,9 @@ def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Pat
         with_indices=True,
         remove_columns=raw.column_names,
         features=ranked_features([LABEL], medium),
-        load_from_cache_file=not any(_names_files(raw, name) for name in set(columns) - {*CAPTIONS, "label_0"}),
+        load_from_cache_file=has_bytes,
         desc="import",
     )
-
-
-def _names_files(raw: Dataset, name: str) -> bool:
-    """Whether bytes of a media column are in files beside the dataset, of which the key of `datasets`' cache is not."""
-    from datasets import Image, Value, Video
-
-    feature = raw.features[name]
-    return any(read_files(raw, name)) if isinstance(feature, Image | Video) else feature == Value("string")
 
 
 def _with_phi(raw: Dataset, path: Path, say: Say) -> Dataset:
