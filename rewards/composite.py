@@ -19,6 +19,7 @@ from alignkit.errors import ConfigError, DataError, MissingFileError, nearest
 from alignkit.protocols import Dependent, Reward, as_scores
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import construct, resolve
+from alignkit.storage import write_text
 from rewards import REWARDS
 from rewards.models.media import check_media
 
@@ -281,9 +282,9 @@ class Composite:
         self._running = {key: moments.merge(state[key]) for key, moments in self._running.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write the running statistics as JSON."""
+        """Write the running statistics as JSON, atomically. Raises StorageError."""
         text = json.dumps({key: asdict(moments) for key, moments in self._running.items()}, indent=1)
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(Path(path), text)
 
     def load(self, path: str | Path) -> None:
         """Replace the statistics by those of a file of `save`. Raises MissingFileError; DataError for another file."""

@@ -9,7 +9,6 @@ standard library; JSON alone. Left out: streaming, proxies, redirects, connectio
 from __future__ import annotations
 
 import json
-import logging
 import random
 import threading
 import time
@@ -23,12 +22,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, ServerError
+from alignkit.escape import get_logger, to_line
 from rewards.serving.bounded_json import parse_json
 from rewards.serving.http_exchange import AttemptError, Call, Endpoint
 from rewards.serving.reply_cache import NoLogprobsError, Reply, ReplyCache, UnusableReplyError, content_key
 
 Result = TypeVar("Result")
-_LOG = logging.getLogger(__name__)
+_LOG = get_logger(__name__)
 _LONGEST_BACKOFF = 30.0  # seconds between attempts, unless the server wants more
 _FAILURES_IN_A_ROW = 10
 _BAR_AFTER = 5.0  # seconds
@@ -168,7 +168,8 @@ class ChatClient:
 
     def _gather(self, futures: Mapping[Future[Reply], str], call: Call, label: str) -> dict[str, Reply | None]:
         replies: dict[str, Reply | None] = {}
-        bar = tqdm(as_completed(futures), total=len(futures), desc=label, unit="request", delay=_BAR_AFTER, leave=False)
+        shown = {"desc": to_line(label), "unit": "request", "delay": _BAR_AFTER, "leave": False}
+        bar = tqdm(as_completed(futures), total=len(futures), **shown)
         for future in bar:
             try:
                 replies[futures[future]] = future.result()

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import StorageError
+from alignkit.escape import get_logger
 from rewards.serving.bounded_json import parse_json
 
-_LOG = logging.getLogger(__name__)
+_LOG = get_logger(__name__)
 _SPACES = " \t\n\r▁ĠĊ"  # how tokenizers write the white space before a word
 _COMPLETE = ("stop", "eos_token", "stop_sequence")  # the last two: text-generation-inference
 _CUT_OFF = "length"
@@ -214,7 +215,8 @@ class ReplyCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 aside.unlink()
-            raise StorageError(f"the reply cache '{self.folder}' cannot be written: {error}") from error
+            advice = "make room on the disk or fix the folder, then run the same command again"
+            raise StorageError(f"could not write '{path}': {error}; {advice}") from error
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
