@@ -101,7 +101,9 @@ def measure(folder: Path, part: str, count: int, seed: int = 1) -> dict[str, Any
         most = Counter(answers[tested].tolist()).most_common(1)[0][1]
         shares = {"frequent": round(most / int(tested.sum()), 3)}
         for name, features in found.items():
-            shares |= {f"{name} {kind}": round(read(value[rows], answers, tested), 3) for kind, value in features.items()}
+            shares |= {
+                f"{name} {kind}": round(read(value[rows], answers, tested), 3) for kind, value in features.items()
+            }
         result[question] = shares
     return result
 

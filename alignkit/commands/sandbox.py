@@ -39,7 +39,8 @@ class SandboxJob:
 
     name: vae; clip, the CLIP proxy; reader, which matches images and words; careful and showy, the
         preference heads; unet_first to unet_clean, four stages of a generator, and unet, which is made from
-        it; flow_clean, a transformer with its text encoders, and flow, which is made from it; vlm, which answers questions about images and videos.
+        it; flow_clean, a transformer with its text encoders, and flow, which is made from it; vlm, which answers
+        questions about images and videos.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """

@@ -56,7 +56,9 @@ class Scenes:
         """The image [3, 64, 64], and the kind of the object that covers each of its 8 x 8 patches [64]; 0 is the ground."""
         rng = self._source(index)
         scene = compose(parse(random_caption(rng)), rng)
-        kinds = [1 + SHAPES.index(thing.shape) * len(PALETTE) + list(PALETTE).index(thing.color) for thing in scene.things]
+        kinds = [
+            1 + SHAPES.index(thing.shape) * len(PALETTE) + list(PALETTE).index(thing.color) for thing in scene.things
+        ]
         labels = np.array([0, *kinds])[covers(scene)]
         return to_tensor(render(scene, rng)), torch.from_numpy(labels).flatten()
 

@@ -1,6 +1,6 @@
 """The sandbox's models before training: real diffusers / transformers classes at small size, and their tokenizers.
 
-One function a model, every size visible. Training is in `recipes.py`. All build deterministically from a seed.
+One function a model. Training is in `recipes.py`. Initial weights are functions of torch's seed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORDS = tuple(dict.fromkeys([*_PLAIN, *NUMBERS, *PALETTE, *SHAPES, *map(_plural,
 
 
 def byte_pairs(words: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-    """Merges after which every word, given as its letters, is one token."""
+    """Merges with which every word, given as its letters, becomes one token."""
     merges: list[tuple[str, str]] = []
     while split := [pieces for word in words if len(pieces := _merged(word, merges)) > 1]:
         merges.extend(pair for pair in dict.fromkeys((p[0], p[1]) for p in split) if pair not in merges)
@@ -97,7 +97,7 @@ def _text_config(width: int = TEXT_WIDTH, layers: int = 2) -> CLIPTextConfig:
 
 
 def clip() -> CLIPModel:
-    """Two towers that meet in 96 dimensions; the picture's sees 8 x 8 patches of 8 pixels."""
+    """A text tower and a vision tower with embeddings of 96 dimensions; an image is 8 x 8 patches of 8 pixels."""
     vision = CLIPVisionConfig(
         image_size=SIZE,
         patch_size=8,
@@ -112,10 +112,11 @@ def clip() -> CLIPModel:
 
 
 def text_encoder() -> CLIPTextModel:
-    """The U-Net's CLIP text tower, random and frozen: a fixed code in which all words are equally far apart.
+    """The U-Net's CLIP text tower, frozen at its random weights, in which all words are equally far apart.
 
-    The tower of `clip` will not do: its contrastive loss is won by colours, so "circle" and "square" end up 4% apart
-    (colours 97%) and a generator that is conditioned on it never learns shapes.
+    The tower of `clip` is unsuitable: colours suffice to lower its contrastive loss, so the states of "circle" and
+    "square" differ by 4% (of two colours by 97%), and a generator conditioned on it does not learn shapes. Embeddings
+    of unit scale keep all words distinct.
     """
     tower = CLIPTextModel(_text_config())
     with torch.no_grad():
