@@ -53,7 +53,7 @@ class Scenes:
         return random_caption(self._source(index))
 
     def image(self, index: int) -> tuple[Tensor, Tensor]:
-        """The image [3, 64, 64], and the kind of the object that covers each of its 8 x 8 patches [64]; 0 is the ground."""
+        """The image [3, 64, 64], and for each of its 8 x 8 patches [64] the kind of the object there; 0 is the ground."""
         rng = self._source(index)
         scene = compose(parse(random_caption(rng)), rng)
         kinds = [
@@ -76,7 +76,7 @@ class Scenes:
 
 
 class Noised(Dataset[dict[str, Any]]):
-    """`size` training items: a scene, a time, noise and a caption that is empty now and then; each a function of its index."""
+    """`size` training items: scene, time, noise and a caption, sometimes empty; each is a function of its index."""
 
     def __init__(self, scenes: Scenes, encoded: Mapping[str, Tensor], size: int) -> None:
         self.scenes, self.encoded, self.size = scenes, encoded, size
@@ -105,7 +105,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class FlowObjective(recipes.Objective):
-    """The loss of the module docstring for a batch of items; trains the transformer, both CLIP towers and the classifier."""
+    """The loss of the module docstring on a batch; trains the transformer, both CLIP towers and the classifier."""
 
     def __init__(self, generator: PipelineGenerator) -> None:
         super().__init__()

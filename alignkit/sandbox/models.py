@@ -132,7 +132,7 @@ def text_tower(width: int, layers: int) -> CLIPTextModelWithProjection:
 
 
 def t5() -> T5EncoderModel:
-    """SD3's third text encoder at the least size that loads; its tokenizer keeps one token, so its state is constant."""
+    """SD3's third text encoder at the smallest size that loads; its tokenizer keeps one token: a constant state."""
     config = T5Config(
         vocab_size=len(t5_tokenizer()),
         d_model=TEXT_WIDTH + SMALL_WIDTH,
