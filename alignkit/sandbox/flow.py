@@ -53,7 +53,7 @@ class Scenes:
         return random_caption(self._source(index))
 
     def image(self, index: int) -> tuple[Tensor, Tensor]:
-        """The image [3, 64, 64], and for each of its 8 x 8 patches [64] the kind of the object there; 0 is the ground."""
+        """The image [3, 64, 64], and for each of its 8 x 8 patches [64] the kind of its object; 0 is the ground."""
         rng = self._source(index)
         scene = compose(parse(random_caption(rng)), rng)
         kinds = [
