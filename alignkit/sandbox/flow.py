@@ -33,7 +33,7 @@ from alignkit.seeds import derive_seed
 from alignkit.storage import write_atomic
 
 SCENES = 24_000
-FLOW = recipes.Recipe(steps=8_000, batch=64, learning_rate=1e-3, seed=210, warmup=100)
+FLOW = recipes.Recipe(steps=12_000, batch=32, learning_rate=8e-4, seed=210, warmup=200)
 CAPTION_DROPOUT = 0.1
 PLACES = 0.3  # weight of the classifier's loss
 KINDS = 1 + len(SHAPES) * len(PALETTE)  # the ground, or a shape with its colour
