@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from alignkit.columns import column
 from alignkit.diffusion.schedules import expand
 from alignkit.trainers.base import AlignTrainer
 from alignkit.trainers.buckets import BucketBatches, report
@@ -71,11 +72,12 @@ class OfflineTrainer(AlignTrainer):
         with self._base_texts():
             encoded = encode_rows(self.generator, rows, plan, args.cache_folder, **options)
         if self.generator.model.trained_encoders:
-            encoded.prompts = rows[PROMPT][:]
+            encoded.prompts = column(rows, PROMPT).to_pylist()
         if args.process_index == 0:
-            self.generator.warn_of_cuts(rows["prompt"][:])
-            media = sum(shape[0] for shape in encoded.latent_shapes)
-            report(Counter(encoded.latent_shapes), media, sum(encoded.rows[CHANGED][:]), args.train_batch_size)
+            self.generator.warn_of_cuts(column(rows, PROMPT).unique().to_pylist())
+            counts, changed = Counter(encoded.latent_shapes), int(column(encoded.rows, CHANGED).to_numpy().sum())
+            media = sum(shape[0] * rows_of for shape, rows_of in counts.items())
+            report(counts, media, changed, args.train_batch_size)
         return encoded
 
     def _base_texts(self) -> AbstractContextManager[None]:
