@@ -37,7 +37,7 @@ from alignkit.records import Prompt
 from alignkit.sandbox import generators, models
 from alignkit.storage import checksum
 from alignkit.trainers.content import conditioning_key, latents_key, prompt_digests, row_digests
-from alignkit.trainers.latents import CHANGED, COND, LATENTS
+from alignkit.trainers.latents import CHANGED, COND, LATENTS, TRANSPARENT
 from alignkit.trainers.rankdpo import RankDPOConfig, RankDPOTrainer
 from alignkit.trainers.sharding import Ranks
 from alignkit.trainers.store import Store, packed
@@ -95,7 +95,7 @@ def fill(cache: Path, generator: PipelineGenerator, rows: datasets.Dataset, cand
     latent = torch.randn(candidates, *generator.latent_shape(SIDE, SIDE))
     with torch.no_grad():
         cond = {name: tensor[0] for name, tensor in generator.encode_prompts(["a ring"]).tensors.items()}
-    made = {**packed({LATENTS: (latent, latent.dtype)}), CHANGED: 0}
+    made = {**packed({LATENTS: (latent, latent.dtype)}), CHANGED: 0, TRANSPARENT: 0}
     texts = packed({COND + name: (tensor[:1], tensor.dtype) for name, tensor in cond.items()})
     kinds: tuple[tuple[str, list[str], dict[str, Any]], ...] = (
         (f"latents-{latents_key(generator)}", row_digests(rows, "images", Ranks()), made),

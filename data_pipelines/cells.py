@@ -42,7 +42,7 @@ def read_cell(cell: Any, bounds: Bounds, where: str) -> bytes:
     if isinstance(cell, str):
         cell = {"path": cell}
     if not isinstance(cell, dict):
-        raise DataError(f"{where}: expected an encoded image, got {type(cell).__name__}")
+        raise DataError(f"{where}: expected an encoded image or video, got {type(cell).__name__}")
     data, path = cell.get("bytes"), cell.get("path")
     if data is not None or path is None:
         return data or b""
@@ -86,6 +86,13 @@ def named_files(rows: Dataset) -> Iterator[str]:
         if isinstance(feature.feature if isinstance(feature, List) else feature, Image | Video):
             for cells in _structs(rows, name):
                 yield from (path for path in cells.field("path").to_pylist() if path)
+
+
+def read_files(rows: Dataset, name: str) -> Iterator[str]:
+    """The paths in a media column of cells that hold no bytes, which are read when the row is."""
+    for cells in _structs(rows, name):
+        for cell in cells.filter(cells.field("bytes").is_null()).field("path").to_pylist():
+            yield from [cell] if cell else []
 
 
 def _structs(rows: Dataset, name: str) -> Iterator[pa.StructArray]:

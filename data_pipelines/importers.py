@@ -2,14 +2,15 @@
 
     ranked       what the rank stage writes, of images or of videos
     Pick-a-Pic   jpg_0, jpg_1, label_0, caption      label_0 = 1: the first is better, 0: the second, else a tie
-    TRL          prompt, chosen, rejected            images, or videos where these columns are `Video`
+    TRL          prompt, chosen, rejected            images, or videos
     folders      w/NAME.png and l/NAME.png, caption in w/NAME.txt
     captioned    image, and text, caption or prompt (what `imagefolder` with a metadata.jsonl gives): for SFT
     kohya        NAME.png with NAME.txt or NAME.caption, also in folders `10_NAME`: for SFT
     clips        video, or videos [K] and perhaps phi [K], and text, caption or prompt (what `videofolder` gives)
 
 Pairs become rows with K = 2 in the order they stand in, phi 1 for the better one and 0 for the other, or the label
-itself where it is a probability (labels.py); captioned images rows with K = 1 and phi 0. Videos stay encoded, for
+itself where it is a probability (labels.py); captioned images rows with K = 1 and phi 0. Where columns are not of the
+type `Video`, the first row says whether they hold images or videos (`media.is_video`). Videos stay encoded, for
 `alignkit.media.decode_clip`: training decodes them. Columns come from parquet, `save_to_disk`, JSON lines or CSV
 (opening.py).
 Not here: downloading, and the way back (exporters.py).
@@ -17,7 +18,6 @@ Not here: downloading, and the way back (exporters.py).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.columns import column
 from alignkit.errors import DataError
-from alignkit.media import clip_shape, image_size
+from alignkit.escape import get_logger
+from alignkit.media import clip_shape, image_size, is_video
 from alignkit.paths import Bounds
 from alignkit.records import Prompt
-from data_pipelines.cells import contained, read_cell
+from data_pipelines.cells import contained, read_cell, read_files
 from data_pipelines.folders import FolderRow, Say, captioned_rows, is_captioned_folder, pair_rows
 from data_pipelines.labels import first_is_better
-from data_pipelines.opening import bounds_of, is_plain_folder, open_dataset, own_split
+from data_pipelines.opening import IMAGE_COLUMNS, bounds_of, is_plain_folder, open_dataset, own_split
 from data_pipelines.prompts import to_prompt
 from data_pipelines.rows import rows_of_split
 from data_pipelines.synpic.rank import COLUMNS, SPLITS, VIDEO_COLUMNS, ranked_features
@@ -39,7 +40,7 @@ from data_pipelines.synpic.rank import COLUMNS, SPLITS, VIDEO_COLUMNS, ranked_fe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LABEL = "label"  # the name under which a given preference stands among the scores
 UNKNOWN_SEED = -1
@@ -110,12 +111,19 @@ def _to_ranked(raw: Dataset, path: Path, bounds: Bounds, say: Say) -> Dataset:
 
 
 def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Path, bounds: Bounds) -> Dataset:
-    from datasets import Image, Video
+    from datasets import Image, Value, Video
 
+    has_bytes = True  # else they are in files beside the dataset, which are not in the key of `datasets`' cache
     for name in columns:
-        if isinstance(raw.features[name], Image | Video):
-            raw = raw.cast_column(name, type(raw.features[name])(decode=False))
-    medium = "videos" if isinstance(raw.features[columns[1]], Video) else "images"
+        feature = raw.features[name]
+        if isinstance(feature, Image | Video):
+            raw = raw.cast_column(name, type(feature)(decode=False))
+            has_bytes = has_bytes and not any(read_files(raw, name))
+        elif name not in (*CAPTIONS, "label_0"):
+            has_bytes = has_bytes and feature != Value("string")
+    name = next(name for name in columns if name in IMAGE_COLUMNS)
+    is_typed = isinstance(raw.features[name], Video)
+    medium = "videos" if is_typed or _holds_video(raw, name, bounds, path) else "images"
     read = partial(_medium, bounds=bounds, check=clip_shape if medium == "videos" else image_size)
     return raw.map(
         partial(_convert_batch, convert=partial(convert, read=read), path=str(path), medium=medium),
@@ -124,8 +132,18 @@ def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Pat
         with_indices=True,
         remove_columns=raw.column_names,
         features=ranked_features([LABEL], medium),
+        load_from_cache_file=has_bytes,
         desc="import",
     )
+
+
+def _holds_video(raw: Dataset, name: str, bounds: Bounds, path: Path) -> bool:
+    """Whether column `name` holds a video in the first row."""
+    if not len(raw):
+        return False
+    cell = raw[0][name]
+    file = cell if isinstance(cell, str) else cell.get("path") if isinstance(cell, dict) else ""
+    return is_video(read_cell(cell, bounds, f"'{path}', row 0, {name}"), file or "")
 
 
 def _with_phi(raw: Dataset, path: Path, say: Say) -> Dataset:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
+from alignkit.escape import to_line
 from alignkit.evaluation.results import (
     SCORE,
     Evaluation,
@@ -32,7 +33,7 @@ from alignkit.evaluation.results import (
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
 from alignkit.locks import locked
 from alignkit.media import checked_pixels, encode_medium, quantise, to_pixels
-from alignkit.protocols import ImageSource, Reward, as_scores, require_independent, require_modality
+from alignkit.protocols import ImageSource, Reward, as_scores, require_independent, require_modality, require_sampling
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
 from alignkit.storage import finished_part, read_table, to_json, write_atomic, write_part
@@ -89,6 +90,8 @@ def evaluate(
     and counted).
     """
     _check(prompts, rewards, gold, config.sampling)
+    for source in (base, tuned):
+        require_sampling(source, config.sampling)
     known = dict(inputs or {})
     with locked(out_dir):
         settings = _settings(prompts, config, rewards) | {"base": base.name}
@@ -185,7 +188,7 @@ def _write_side(
 ) -> None:
     """Write the parts of one side that are not there whole, one batch a part."""
     failures = dict.fromkeys(rewards, 0)
-    with tqdm(total=len(items), desc=f"evaluate {source.name}", unit="item") as bar:
+    with tqdm(total=len(items), desc=to_line(f"evaluate {source.name}"), unit="item") as bar:
         for number, start in enumerate(range(0, len(items), config.batch_size)):
             batch = items[start : start + config.batch_size]
             name = f"{number:05d}"
