@@ -42,6 +42,7 @@ LEVELS = [
         "claims",
         "media",
         "clips",
+        "columns",
         "provenance",
     ),
     ("diffusion", "losses", "precision"),
@@ -57,6 +58,7 @@ OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resol
     "locks",
     "media",
     "clips",
+    "columns",
 }
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve"}
