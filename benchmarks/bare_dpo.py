@@ -13,6 +13,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ class Bare:
         self.optimizer = torch.optim.AdamW(self.trained, lr=settings.learning_rate, weight_decay=0.01)
         self.schedule = get_scheduler("constant", self.optimizer)
         rows = datasets.load_dataset(str(data), split="train", cache_dir=str(cache))
-        self.rows = rows.with_transform(self._columns)
+        # A function of tokenizers alone: `datasets` hashes all that it holds, which for networks takes ten seconds.
+        words = {name: self.pipeline.components[name] for name in ("tokenizer", "tokenizer_2")}
+        self.rows = rows.with_transform(partial(_columns, words, settings.side))
         self.loader = DataLoader(self.rows, batch_size=settings.batch, shuffle=True, collate_fn=stacked)
         self._batches = self._endless()
 
@@ -82,18 +85,6 @@ class Bare:
     def _endless(self) -> Iterator[Batch]:
         while True:
             yield from self.loader
-
-    # --- rows ---
-
-    def _columns(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        pairs = zip(rows["jpg_0"], rows["jpg_1"], rows["label_0"], strict=True)
-        both = [_pair(*pair, side=self.settings.side) for pair in pairs]
-        columns: dict[str, list[Any]] = {"pixels": [pixels for pixels, _ in both], "size": [size for _, size in both]}
-        for name in ("tokenizer", "tokenizer_2"):
-            words = self.pipeline.components[name]
-            options = {"truncation": True, "padding": "max_length", "max_length": words.model_max_length}
-            columns[name] = list(words(list(rows["caption"]), return_tensors="pt", **options).input_ids)
-        return columns
 
     # --- a step ---
 
@@ -166,6 +157,16 @@ class Bare:
 def stacked(items: Sequence[Mapping[str, Any]]) -> Batch:
     """Rows as one batch."""
     return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
+
+
+def _columns(tokenizers: Mapping[str, Any], side: int, rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    pairs = zip(rows["jpg_0"], rows["jpg_1"], rows["label_0"], strict=True)
+    both = [_pair(*pair, side=side) for pair in pairs]
+    columns: dict[str, list[Any]] = {"pixels": [pixels for pixels, _ in both], "size": [facts for _, facts in both]}
+    for name, words in tokenizers.items():
+        options = {"truncation": True, "padding": "max_length", "max_length": words.model_max_length}
+        columns[name] = list(words(list(rows["caption"]), return_tensors="pt", **options).input_ids)
+    return columns
 
 
 def _pair(first: bytes, second: bytes, label: float, *, side: int) -> tuple[Tensor, list[tuple[int, int]]]:
