@@ -73,14 +73,27 @@ def _opened(source: bytes | str | Path, where: str) -> Iterator[tuple[Any, Any]]
         # Files are opened here, so that no path is read as a URL, and what a file names (a playlist) is not opened.
         with (
             io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
-            av.open(file, options={"protocol_whitelist": "none"}) as container,
+            av.open(_without_webp(file, where), options={"protocol_whitelist": "none"}) as container,
         ):
+            if container.format.name.endswith("_pipe"):  # as FFmpeg calls the formats of still images
+                raise DataError(
+                    f"{where}: an image, where a video is expected; keep images and videos in separate datasets"
+                )
             if not container.streams.video:
                 raise DataError(f"{where}: the file holds no video; remove or replace it")
             _require_bounded(container.streams.video[0], 1, where)
             yield container, container.streams.video[0]
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{where}: the clip cannot be decoded ({error.strerror}); remove or replace it") from error
+
+
+def _without_webp(file: Any, where: str) -> Any:
+    """`file` at its start; DataError for a WebP, which FFmpeg's own message calls invalid data."""
+    head = file.read(12)
+    file.seek(0)
+    if (head[:4], head[8:]) == (b"RIFF", b"WEBP"):
+        raise DataError(f"{where}: a WebP cannot be read as a video; save the video as mp4, webm or mkv")
+    return file
 
 
 def _require_bounded(frame: Any, count: int, where: str) -> None:

@@ -7,7 +7,8 @@ A message says what is wrong, where (file, row, key), which value, and what to d
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class AlignKitError(Exception):
@@ -24,6 +25,17 @@ class UnknownNameError(ConfigError, LookupError):
 
 class DataError(AlignKitError, ValueError):
     """A file, row, column or image cannot be used."""
+
+
+class FlaggedError(DataError):
+    """A generator was asked for images and its safety checker replaced some of them.
+
+    `pixels` are those of the whole batch, as `ImageSource.generate` returns them; `flags` [B] say which were replaced.
+    """
+
+    def __init__(self, message: str, *, pixels: Any = None, flags: Sequence[bool] = ()) -> None:
+        super().__init__(message)
+        self.pixels, self.flags = pixels, tuple(flags)
 
 
 class MissingFileError(DataError, FileNotFoundError):

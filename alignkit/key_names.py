@@ -13,7 +13,7 @@ from typing import Any
 
 from alignkit.yaml_tree import Located, parse_yaml
 
-# Of trl.ModelConfig, transformers.TrainingArguments, diffusers' pipelines and diffusers' training scripts.
+# Of trl.ModelConfig and trl.DPOConfig, transformers.TrainingArguments, diffusers' pipelines and training scripts.
 ALIASES = {
     "model_name_or_path": "model",
     "pretrained_model_name_or_path": "model",
@@ -28,6 +28,7 @@ ALIASES = {
     "max_train_steps": "max_steps",
     "train_batch_size": "per_device_train_batch_size",
     "beta_dpo": "beta",
+    "loss_type": "loss",
     "num_inference_steps": "steps",
     "num_images_per_prompt": "seeds_per_prompt",
     "num_videos_per_prompt": "seeds_per_prompt",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Encoded = bytes | str | Path | Mapping[str, Any]
+Result = TypeVar("Result")
 
+BACKGROUND = "white"  # behind the transparent parts of an image
+
+VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+_STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # of images in the container of mp4
 GREY_16 = 65535  # white in the modes I and I;16, which hold 16-bit images
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -108,21 +113,38 @@ def image_size(data: Encoded, where: str) -> tuple[int, int]:
         raise _damaged(source, where, error) from error
 
 
-def decode_image(data: Encoded | Image.Image, where: str, *, background: str = "white") -> np.ndarray:
+def decode_image(data: Encoded | Image.Image, where: str, *, background: str = BACKGROUND) -> np.ndarray:
     """An image of any PIL mode (or the first frame of a moving one) -> uint8 RGB [H, W, 3].
 
     Its EXIF orientation is applied. Transparent parts show `background`, a colour name or "#rrggbb". 16-bit grey (modes
     I and I;16) is scaled from [0, 65535], float grey (mode F) from [0, 1]. Raises DataError naming `where` for bytes
     that cannot be decoded and for grey values outside these ranges.
     """
+    return _read(data, where, lambda image: _to_rgb(ImageOps.exif_transpose(image), where, background))
+
+
+def has_transparency(data: Encoded | Image.Image, where: str) -> bool:
+    """Whether a part of an image is transparent, so that `decode_image` shows its background there.
+
+    Pixels are decoded only where mode or header allow for transparency. Raises DataError as `decode_image` does.
+    """
+    return _read(data, where, _is_transparent)
+
+
+def transparency_note(transparent: int, images: int) -> str:
+    """What is said once of a stage's images of which some are transparent."""
+    return f"{transparent} of {images} images have transparency; they are composited on {BACKGROUND}"
+
+
+def _read(data: Encoded | Image.Image, where: str, read: Callable[[Image.Image], Result]) -> Result:
+    """`read` of the opened image; DataError naming `where` for what cannot be decoded."""
     if isinstance(data, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(data), where, background)
+        return read(data)
     source = _source(data, where)
     try:
         with Image.open(_opened(source)) as image:
             _require_bounded(image)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), where, background)
+            return read(image)
     except DataError:
         raise
     except _DAMAGE as error:
@@ -138,12 +160,27 @@ def _require_bounded(image: Image.Image) -> None:
 def _to_rgb(image: Image.Image, where: str, background: str) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         return _from_deep_grey(image, where, background)
+    layer = _layer(image)
+    if layer is not None:
+        behind = Image.new("RGBA", image.size, (*ImageColor.getrgb(background)[:3], 255))
+        image = Image.alpha_composite(behind, layer)
+    return np.asarray(image.convert("RGB"))
+
+
+def _layer(image: Image.Image) -> Image.Image | None:
+    """The image in RGBA, where its mode or header allow for transparency."""
     if image.mode == "La":  # premultiplied; PIL converts it to nothing else
         image = image.convert("LA")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        behind = Image.new("RGBA", image.size, (*ImageColor.getrgb(background)[:3], 255))
-        image = Image.alpha_composite(behind, image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
+    may_be = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+    return image.convert("RGBA") if may_be else None
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    if image.mode.startswith(("I", "F")):
+        level = image.info.get("transparency")
+        return isinstance(level, int) and bool((np.asarray(image) == level).any())
+    layer = _layer(image)
+    return layer is not None and int(np.asarray(layer.getchannel("A")).min()) < 255
 
 
 def _from_deep_grey(image: Image.Image, where: str, background: str) -> np.ndarray:
@@ -181,6 +218,8 @@ def _damaged(source: bytes | str | Path, where: str, error: Exception) -> DataEr
         )
     if isinstance(error, ValueError) and "text" in str(error).lower():
         return DataError(f"{where}: the image has too large text chunks ({error}); save it without its metadata")
+    if isinstance(source, bytes) and is_video(source):
+        return DataError(f"{where}: a video, where an image is expected; keep images and videos in separate datasets")
     size = f"{len(source)} bytes" if isinstance(source, bytes) else f"'{source}'"
     return DataError(
         f"{where}: the image cannot be decoded: truncated or not an image ({size}: {error}); replace it or remove the "
@@ -206,6 +245,23 @@ def fit(frames: np.ndarray, size: tuple[int, int], multiple: int) -> np.ndarray:
 
 
 # --- videos ---------------------------------------------------------------------------------------------------------
+
+
+def is_video(data: bytes, name: str = "") -> bool:
+    """Whether encoded bytes of a file called `name` are a video: mp4, mkv, webm, mov, avi, or a moving GIF or WebP.
+
+    All else counts as an image, damaged bytes too: its decoder says what is wrong with them.
+    """
+    start, brand = data[:4], data[8:12]
+    if start == b"GIF8" or (start, brand) == (b"RIFF", b"WEBP"):
+        try:
+            moving: Any = Image.open(io.BytesIO(data))
+            return bool(moving.is_animated)
+        except _DAMAGE:
+            return False
+    is_mp4 = data[4:8] == b"ftyp" and brand not in _STILL_BRANDS
+    is_container = is_mp4 or start == b"\x1aE\xdf\xa3" or (start, brand) == (b"RIFF", b"AVI ")
+    return is_container or Path(name).suffix.lower() in VIDEO_ENDINGS
 
 
 def encode_clip(frames: np.ndarray, fps: float) -> bytes:

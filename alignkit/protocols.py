@@ -25,9 +25,25 @@ class ImageSource(Protocol):
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
         """Float pixels [B, 3, H, W], or [B, F, 3, H, W] of videos, in [0, 1].
 
-        Row i depends on prompts[i], seeds[i] and sampling alone.
+        Row i depends on prompts[i], seeds[i] and sampling alone. Raises FlaggedError where a safety checker replaced
+        some of them: the generate stage leaves those out.
         """
         ...
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """An image source that knows which settings it takes."""
+
+    def require_sampling(self, sampling: Sampling) -> None:
+        """ConfigError for a setting that it does not know or would change."""
+        ...
+
+
+def require_sampling(source: object, sampling: Sampling) -> None:
+    """ConfigError where a `Selective` source does not take `sampling`; called before anything is generated."""
+    if isinstance(source, Selective):
+        source.require_sampling(sampling)
 
 
 @runtime_checkable

@@ -61,6 +61,9 @@ class Sampling:
             raise ConfigError(f"guidance_scale is {self.guidance_scale}; it must be finite and not negative")
         if not 0 < self.fps < math.inf:
             raise ConfigError(f"sampling: fps is {self.fps}; it must be positive, e.g. 8")
+        for name in self.extra:
+            if name in {*sizes, "guidance_scale", "negative_prompt"}:
+                raise ConfigError(f"sampling.extra: {name} is a key of `sampling` itself; write it there")
 
     def plain(self) -> dict[str, Any]:
         """All settings as JSON values; `fps` for videos only, so that those of images are as they always were."""

@@ -181,6 +181,13 @@ def _parquet(table: pa.Table, *, page_checksums: bool) -> memoryview:
     return buffer.getbuffer()
 
 
+def write_quarantine(folder: Path, faults: Iterable[Mapping[str, Any]]) -> Path:
+    """Write `folder/quarantine.jsonl`: what a stage left out, a line each with its `reason`."""
+    lines = [json.dumps(fault, sort_keys=True, ensure_ascii=False) + "\n" for fault in faults]
+    write_text(folder / "quarantine.jsonl", "".join(lines))
+    return folder / "quarantine.jsonl"
+
+
 def _record(folder: Path, name: str) -> Path:
     return folder / "parts" / f"{name}.json"
 

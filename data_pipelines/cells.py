@@ -42,7 +42,7 @@ def read_cell(cell: Any, bounds: Bounds, where: str) -> bytes:
     if isinstance(cell, str):
         cell = {"path": cell}
     if not isinstance(cell, dict):
-        raise DataError(f"{where}: expected an encoded image, got {type(cell).__name__}")
+        raise DataError(f"{where}: expected an encoded image or video, got {type(cell).__name__}")
     data, path = cell.get("bytes"), cell.get("path")
     if data is not None or path is None:
         return data or b""

@@ -39,7 +39,10 @@ def pair_rows(folder: Path, say: Say) -> list[FolderRow]:
     """Rows of w/ and l/. Raises DataError naming a file of a pair that is missing, empty or outside `folder`."""
     winners = _images(folder / "w")
     if not winners:
-        raise DataError(f"'{folder / 'w'}' holds no image ({', '.join(IMAGES)})")
+        raise DataError(
+            f"'{folder / 'w'}' holds no image ({', '.join(IMAGES)}); name pairs of videos in a JSON lines file with "
+            "prompt, chosen and rejected"
+        )
     rows = [_pair_row(folder, winner, folder / "l" / winner.name) for winner in winners]
     names = {winner.stem for winner in winners}
     for what, files in (

@@ -2,14 +2,15 @@
 
     ranked       what the rank stage writes, of images or of videos
     Pick-a-Pic   jpg_0, jpg_1, label_0, caption      label_0 = 1: the first is better, 0: the second, else a tie
-    TRL          prompt, chosen, rejected            images, or videos where these columns are `Video`
+    TRL          prompt, chosen, rejected            images, or videos
     folders      w/NAME.png and l/NAME.png, caption in w/NAME.txt
     captioned    image, and text, caption or prompt (what `imagefolder` with a metadata.jsonl gives): for SFT
     kohya        NAME.png with NAME.txt or NAME.caption, also in folders `10_NAME`: for SFT
     clips        video, or videos [K] and perhaps phi [K], and text, caption or prompt (what `videofolder` gives)
 
 Pairs become rows with K = 2 in the order they stand in, phi 1 for the better one and 0 for the other, or the label
-itself where it is a probability (labels.py); captioned images rows with K = 1 and phi 0. Videos stay encoded, for
+itself where it is a probability (labels.py); captioned images rows with K = 1 and phi 0. Where columns are not of the
+type `Video`, the first row says whether they hold images or videos (`media.is_video`). Videos stay encoded, for
 `alignkit.media.decode_clip`: training decodes them. Columns come from parquet, `save_to_disk`, JSON lines or CSV
 (opening.py).
 Not here: downloading, and the way back (exporters.py).
@@ -24,13 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError
-from alignkit.media import clip_shape, image_size
+from alignkit.media import clip_shape, image_size, is_video
 from alignkit.paths import Bounds
 from alignkit.records import Prompt
 from data_pipelines.cells import contained, read_cell
 from data_pipelines.folders import FolderRow, Say, captioned_rows, is_captioned_folder, pair_rows
 from data_pipelines.labels import first_is_better
-from data_pipelines.opening import bounds_of, is_plain_folder, open_dataset, own_split
+from data_pipelines.opening import IMAGE_COLUMNS, bounds_of, is_plain_folder, open_dataset, own_split
 from data_pipelines.prompts import split_of, to_prompt
 from data_pipelines.synpic.rank import COLUMNS, SPLITS, VIDEO_COLUMNS, ranked_features
 
@@ -113,7 +114,9 @@ def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Pat
     for name in columns:
         if isinstance(raw.features[name], Image | Video):
             raw = raw.cast_column(name, type(raw.features[name])(decode=False))
-    medium = "videos" if isinstance(raw.features[columns[1]], Video) else "images"
+    name = next(name for name in columns if name in IMAGE_COLUMNS)
+    is_typed = isinstance(raw.features[name], Video)
+    medium = "videos" if is_typed or _holds_video(raw, name, bounds, path) else "images"
     read = partial(_medium, bounds=bounds, check=clip_shape if medium == "videos" else image_size)
     return raw.map(
         partial(_convert_batch, convert=partial(convert, read=read), path=str(path), medium=medium),
@@ -124,6 +127,15 @@ def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Pat
         features=ranked_features([LABEL], medium),
         desc="import",
     )
+
+
+def _holds_video(raw: Dataset, name: str, bounds: Bounds, path: Path) -> bool:
+    """Whether column `name` holds a video in the first row."""
+    if not len(raw):
+        return False
+    cell = raw[0][name]
+    file = cell if isinstance(cell, str) else cell.get("path") if isinstance(cell, dict) else ""
+    return is_video(read_cell(cell, bounds, f"'{path}', row 0, {name}"), file or "")
 
 
 def _with_phi(raw: Dataset, path: Path, say: Say) -> Dataset:

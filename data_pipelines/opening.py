@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from alignkit.errors import DataError, MissingFileError
+from alignkit.media import VIDEO_ENDINGS
 from alignkit.paths import Bounds
 from data_pipelines.cells import named_files, text_cell
 from data_pipelines.folders import Say, unused_files
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TABLES = (".jsonl", ".csv")  # read here, with file and line of every error
-MEDIA = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mp4", ".mkv", ".webm", ".mov", ".avi")
+MEDIA = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", *VIDEO_ENDINGS)
 IMAGE_COLUMNS = ("image", "chosen", "rejected", "jpg_0", "jpg_1")
 LABEL_COLUMNS = ("label_0", "label_1", "has_label")
 TEXT_COLUMNS = ("prompt", "caption", "text")

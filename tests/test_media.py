@@ -153,6 +153,43 @@ def test_every_mode_of_pil(image, expected):
 
 
 @pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (_pixel("L", 100), False),
+        (_pixel("RGB", RED), False),
+        (_pixel("RGBX", (*RED, 0)), False),
+        (_pixel("RGBA", (*RED, 255)), False),  # an alpha channel alone hides nothing
+        (_pixel("RGBA", (*RED, 254)), True),
+        (_pixel("RGBA", (*RED, 51)).convert("RGBa"), True),
+        (_pixel("LA", (0, 255)), False),
+        (_pixel("LA", (0, 51)), True),
+        (_pixel("LA", (0, 51)).convert("La"), True),
+        (_palette(transparent=False), False),
+        (_palette(transparent=True), True),
+        (_palette(transparent=False).convert("PA"), False),
+        (_deep("F", [0.0, 0.2, 1.0], "=f4"), False),
+        (_deep("I", [0, 257 * 100], "=i4"), False),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
+)
+def test_transparency_of_every_mode(image, expected):
+    assert media.has_transparency(image, "here") is expected
+
+
+def test_transparency_of_files():
+    deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
+    assert media.has_transparency(saved(deep, transparency=257 * 100), "here")
+    assert not media.has_transparency(saved(deep, transparency=257 * 99), "here")
+    assert media.has_transparency(saved(_pixel("RGB", RED), transparency=RED), "here")
+    assert not media.has_transparency(saved(_pixel("RGB", RED), transparency=BLUE), "here")
+    for kind in ("PNG", "WEBP", "GIF"):
+        assert media.has_transparency(saved(_pixel("RGBA", (*RED, 0)), kind), "here")
+    assert not media.has_transparency(saved(_pixel("RGB", RED), "JPEG"), "here")
+    with pytest.raises(DataError, match="here: the image cannot be decoded"):
+        media.has_transparency(b"no image", "here")
+
+
+@pytest.mark.parametrize(
     ("image", "message"),
     [
         (_deep("I", [0, 65536], "=i4"), "here: a grey image of mode I has values from 0 to 65536"),

@@ -22,6 +22,7 @@ from alignkit.commands.specs import (
     generator_builders,
     identities,
     require_names,
+    require_sources,
 )
 from alignkit.commands.verb import Tree, counts_line
 from alignkit.config import init_fields
@@ -179,8 +180,7 @@ class SynPicJob(PolicyJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sources = [source.name for source in self.generate.sources]
-        require_names(sources, self.generators, kind="generator", key="generate.sources")
+        require_sources(self.generate, self.generators)
         self.check_judges("score.rewards", self.score.rewards)
 
     @property

@@ -45,6 +45,8 @@ class EvaluateJob:
         require_plain_names(self.judges)
         if self.tuned == self.base:
             raise ConfigError("base and tuned are the same; give tuned.adapter or another tuned.model")
+        for side in (self.base, self.tuned):
+            side.require_frames(self.evaluate.sampling.num_frames, "evaluate.sampling.num_frames")
 
 
 def _schema(tree: Tree, _: list[str]) -> type[EvaluateJob]:

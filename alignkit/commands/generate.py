@@ -12,7 +12,7 @@ from alignkit.commands.specs import (
     absences,
     generator_builders,
     identities,
-    require_names,
+    require_sources,
 )
 from alignkit.commands.verb import Verb, execute
 from alignkit.provenance import write_config
@@ -35,8 +35,7 @@ class GenerateJob:
     out: Path
 
     def __post_init__(self) -> None:
-        names = [source.name for source in self.generate.sources]
-        require_names(names, self.generators, kind="generator", key="generate.sources")
+        require_sources(self.generate, self.generators)
 
 
 def _plan(job: GenerateJob) -> list[str]:
@@ -53,6 +52,12 @@ def _work(job: GenerateJob) -> None:
     write_config(job.out, job)
     media = f"{result.counts['videos']} videos" if "videos" in result.counts else f"{result.counts['pictures']} images"
     print(f"{result.rows} prompts, {media} in {result.folder}")
+    if "flagged" in result.counts:
+        flagged, prompts_left_out = result.counts["flagged"], result.counts["quarantined"]
+        print(
+            f"{flagged} images were flagged as unsafe by a safety checker; their prompts ({prompts_left_out}) are left "
+            f"out: {result.folder / 'quarantine.jsonl'}"
+        )
     print(f"next: alignkit score --candidates {job.out} --out {job.out.with_name('scores')} ...")
 
 

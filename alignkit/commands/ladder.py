@@ -28,7 +28,7 @@ from tqdm import tqdm
 from alignkit.claims import holds_results
 from alignkit.commands.data import DATA, SynPicJob, TrainingData, data_kind
 from alignkit.commands.methods import DEFAULT_METHOD, config_class, unchecked_methods
-from alignkit.commands.specs import ValidationConfig, absences, tuned_spec
+from alignkit.commands.specs import ValidationConfig, absences, trained_frames, tuned_spec
 from alignkit.commands.stages import compare, fit
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
@@ -91,6 +91,9 @@ class LadderJob(SynPicJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
+        self.aligned.require_frames(self.evaluate.sampling.num_frames, "evaluate.sampling.num_frames")
+        if self.validation is not None:
+            self.aligned.require_frames(self.validation.sampling.num_frames, "validation.sampling.num_frames")
         require_at_least(0, {"evaluate_from": self.evaluate_from})
         require_at_least(1, {"evaluate_prompts": self.evaluate_prompts, "workers": self.workers})
         if not self.training_seeds or not all(0 <= seed < 2**32 for seed in self.training_seeds):
@@ -141,9 +144,11 @@ def _arguments(job: LadderJob, name: str, seed: int) -> Any:
     others = {key for other in classes.values() for key in init_fields(other)} - set(init_fields(own))
     keys = {key: value for key, value in keys.items() if key not in others - set(job.arms[name].train)}
     try:
-        return load(own, base=keys)
+        args = load(own, base=keys)
+        job.aligned.require_frames(trained_frames(args), "num_frames")
     except ConfigError as error:
         raise ConfigError(f"arms.{name}: {error}") from error
+    return args
 
 
 def run_arm(job: LadderJob, name: str, seed: int) -> str:

@@ -22,7 +22,7 @@ from alignkit.claims import holds_results
 from alignkit.commands.data import PolicyJob, data_sections
 from alignkit.commands.methods import DEFAULT_METHOD, more_help, unchecked_methods, with_trainer
 from alignkit.commands.report import ReportJob, gather
-from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, tuned_spec
+from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, trained_frames, tuned_spec
 from alignkit.commands.stages import RESUMABLE, TRAIN_FURTHER, compare, default_notes, fit, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, coerce
@@ -73,6 +73,10 @@ class RunJob(PolicyJob):
         require_at_least(1, {"evaluate_prompts": self.evaluate_prompts})
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
         require_plain_names(self.judges)
+        self.aligned.require_frames(self.evaluate.sampling.num_frames, "evaluate.sampling.num_frames")
+        self.aligned.require_frames(trained_frames(self.train), "train.num_frames")
+        if self.validation is not None:
+            self.aligned.require_frames(self.validation.sampling.num_frames, "validation.sampling.num_frames")
         if isinstance(self.train, Mapping):
             return  # a dry run of a method of the user's own, whose keys are not known
         if self.train.eval_strategy != "no" and self.validation is None and self.held_out_advice:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
+from alignkit.generators.frames import require_known_frames
 from alignkit.protocols import Judge, Reporting, require_independent
 from alignkit.provenance import content
 from alignkit.records import Prompt, Sampling
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from alignkit.generators.pipeline import PipelineGenerator
     from alignkit.protocols import ImageSource, Reward
     from alignkit.trainers.validation import Validation
+    from data_pipelines.synpic import GenerateConfig
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
@@ -81,6 +83,14 @@ class GeneratorSpec:
         named = [self.model] if local and not self.is_own else []
         named += [str(self.adapter)] if self.adapter else []
         return [name for name in named if not Path(model_path(name)).exists()]
+
+    def require_frames(self, frames: int | None, key: str) -> None:
+        """ConfigError naming `key` where a local model of a known family does not make videos of `frames`.
+
+        Nothing is loaded; a model that is not known here is asked once it is.
+        """
+        if frames is not None and not self.is_own and self.family is None:
+            require_known_frames(frames, key, Path(model_path(self.model)), self.model)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,6 +267,19 @@ def require_names(names: Sequence[str], known: Mapping[str, Any], *, kind: str, 
     for name in names:
         if name not in known:
             raise UnknownNameError(f"{key}: no {kind} '{name}' under `{kind}s`.{nearest(name, known)}")
+
+
+def require_sources(generate: GenerateConfig, generators: Mapping[str, GeneratorSpec]) -> None:
+    """UnknownNameError for a source that is none of `generators`, ConfigError for frames that it does not make."""
+    require_names([source.name for source in generate.sources], generators, kind="generator", key="generate.sources")
+    for source in generate.sources:
+        frames = source.sampling.num_frames
+        generators[source.name].require_frames(frames, f"generate.sources, '{source.name}': num_frames")
+
+
+def trained_frames(args: object) -> int | None:
+    """`num_frames` of a trainer's config; None where its method has none, or its keys are not known (a dry run)."""
+    return None if isinstance(args, Mapping) else vars(args).get("num_frames")
 
 
 def generator_builders(specs: Mapping[str, GeneratorSpec]) -> dict[str, Callable[[], ImageSource]]:

@@ -28,6 +28,7 @@ from alignkit.commands.specs import (
     ValidationConfig,
     absences,
     require_names,
+    trained_frames,
 )
 from alignkit.commands.stages import RESUMABLE, default_notes, fit
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
@@ -65,6 +66,9 @@ class TrainJob:
     def __post_init__(self) -> None:
         if self.validation is not None:
             require_names(self.validation.rewards, self.rewards, kind="reward", key="validation.rewards")
+            self.policy.require_frames(self.validation.sampling.num_frames, "validation.sampling.num_frames")
+        # The section `train` is in the classes that `with_trainer` makes.
+        self.policy.require_frames(trained_frames(vars(self).get("train", {})), "num_frames")
 
     @property
     def policy(self) -> GeneratorSpec:

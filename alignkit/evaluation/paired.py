@@ -32,7 +32,7 @@ from alignkit.evaluation.results import (
 from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
 from alignkit.locks import locked
 from alignkit.media import checked_pixels, encode_medium, quantise, to_pixels
-from alignkit.protocols import ImageSource, Reward, as_scores, require_independent, require_modality
+from alignkit.protocols import ImageSource, Reward, as_scores, require_independent, require_modality, require_sampling
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
 from alignkit.storage import finished_part, read_table, to_json, write_atomic, write_part
@@ -89,6 +89,8 @@ def evaluate(
     and counted).
     """
     _check(prompts, rewards, gold, config.sampling)
+    for source in (base, tuned):
+        require_sampling(source, config.sampling)
     known = dict(inputs or {})
     with locked(out_dir):
         settings = _settings(prompts, config, rewards) | {"base": base.name}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,11 +25,12 @@ from alignkit.adapters.fingerprint import base_of
 from alignkit.diffusion.conversions import add_noise, target_of
 from alignkit.diffusion.schedules import Schedule, expand
 from alignkit.diffusion.solvers import Grid, ddim_step
-from alignkit.errors import AdapterError, ConfigError, DataError, nearest
+from alignkit.errors import AdapterError, ConfigError, FlaggedError, nearest
 from alignkit.generators.codec import Codec
 from alignkit.generators.conditioner import Conditioner
 from alignkit.generators.denoiser import Denoiser
 from alignkit.generators.description import FamilyDescription
+from alignkit.generators.frames import require_frames
 from alignkit.generators.grids import scheduler_grid
 from alignkit.generators.prompt_length import quiet, tokenizers_of, warn_of_cuts
 from alignkit.generators.table import origins
@@ -112,7 +114,8 @@ class PipelineGenerator(FamilyDescription, Codec):
     # --- the same for all ---
 
     def require_sampling(self, sampling: Sampling) -> None:
-        """ConfigError for keywords in `extra` that the pipeline's call lacks, and for sides that it would change."""
+        """ConfigError for keywords in `extra` that the pipeline's call lacks, and for sizes that it would change."""
+        self.require_frames(sampling.num_frames, "sampling: num_frames")
         reserved = ("self", "prompt", "generator", "output_type")
         known = [name for name in inspect.signature(type(self.pipeline).__call__).parameters if name not in reserved]
         for name in sampling.extra:
@@ -126,6 +129,10 @@ class PipelineGenerator(FamilyDescription, Codec):
                 raise ConfigError(
                     f"sampling: {name} is {side}; {self.name} takes multiples of {self.pixel_multiple}: {sides}"
                 )
+
+    def require_frames(self, frames: int, key: str) -> None:
+        """ConfigError naming `key` for a number of frames that the model does not make; see `generators.frames`."""
+        require_frames(frames, key, self.name, modality=self.modality, ratio=self.temporal_ratio)
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
         """Warn, once per generator, of prompts that are longer than its text encoders read."""
@@ -240,7 +247,7 @@ class PipelineGenerator(FamilyDescription, Codec):
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
         """The vanilla pipeline with one torch generator per item: pixels [B, 3, H, W] in [0, 1].
 
-        A safety checker is off meanwhile. Raises DataError for images that the pipeline replaced nevertheless.
+        A safety checker is off meanwhile. Raises FlaggedError where the pipeline replaced images nevertheless.
         """
         self.require_sampling(sampling)
         self.warn_of_cuts(prompts)
@@ -248,23 +255,23 @@ class PipelineGenerator(FamilyDescription, Codec):
         self.conditioner.eval()
         self.model.eval()
         sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        pixels = self._run_pipeline(list(prompts), sources, self.call_arguments(prompts, sampling))
-        self.conditioner.train(modes[0])
-        self.model.train(modes[1])
-        return pixels.float()
+        try:
+            return self._run_pipeline(list(prompts), sources, self.call_arguments(prompts, sampling))
+        finally:
+            self.conditioner.train(modes[0])
+            self.model.train(modes[1])
 
     def _run_pipeline(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
         with self._without_safety_checker():
             output = self.pipeline(prompt=prompts, generator=sources, output_type="pt", **arguments)
-        flags = output.get("nsfw_content_detected") if isinstance(output, Mapping) else None
-        if flags and any(flags):
-            named = [prompt for prompt, is_flagged in zip(prompts, flags, strict=True) if is_flagged]
-            raise DataError(
+        flags = (isinstance(output, Mapping) and output.get("nsfw_content_detected")) or ()
+        if named := [*itertools.compress(prompts, flags)]:
+            message = (
                 f"generator '{self.name}': its pipeline replaced {len(named)} of {len(prompts)} images as unsafe, so "
-                f"they cannot be ranked; switch that check off, or leave out these prompts: {named}"
+                f"they cannot be used; switch that check off, or leave out these prompts: {named}"
             )
-        pixels: Tensor = output[0]
-        return pixels
+            raise FlaggedError(message, pixels=output[0].float(), flags=flags)
+        return output[0].float()
 
     @contextmanager
     def _without_safety_checker(self) -> Iterator[None]:

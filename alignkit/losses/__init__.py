@@ -1,11 +1,37 @@
 """Losses as functions of tensors; `LOSSES` is the table that the config key `loss` chooses from."""
 
-from alignkit.losses.preference import diffusion_dpo, loser_scale, plackett_luce, rank_dpo
+from alignkit.losses.preference import (
+    diffusion_dpo,
+    lair,
+    linear_dpo,
+    loser_scale,
+    plackett_luce,
+    rank_dpo,
+    winner_sft,
+)
 
 LOSSES = {
     "rank_dpo": "alignkit.losses.preference:rank_dpo",
     "diffusion_dpo": "alignkit.losses.preference:diffusion_dpo",
+    "linear_dpo": "alignkit.losses.preference:linear_dpo",
     "plackett_luce": "alignkit.losses.preference:plackett_luce",
+    "lair": "alignkit.losses.preference:lair",
+    "winner_sft": "alignkit.losses.preference:winner_sft",
 }
+PAIRS = frozenset(
+    {"diffusion_dpo", "linear_dpo"}
+)  # take each row's best and worst candidate, in this order, and no phi
+LISTS = frozenset({"plackett_luce", "lair"})  # compare no pairs, so winner protection has no loser to scale
 
-__all__ = ["LOSSES", "diffusion_dpo", "loser_scale", "plackett_luce", "rank_dpo"]
+__all__ = [
+    "LISTS",
+    "LOSSES",
+    "PAIRS",
+    "diffusion_dpo",
+    "lair",
+    "linear_dpo",
+    "loser_scale",
+    "plackett_luce",
+    "rank_dpo",
+    "winner_sft",
+]

@@ -5,9 +5,9 @@ they are taken to at least float32 (float64 stays). One convention throughout, s
 
     delta = policy_err - reference_err,      z = -beta/2 (delta_winner - delta_loser),      loss = -log sigmoid(z)
 
-At policy = reference each pair costs log 2. Losses are unreduced (the trainer takes the mean); a row of ties costs
-exactly 0 and keeps its graph. Nothing here knows a model, a config or a dataset. `protect` (see `loser_scale`) is the
-only optional tensor.
+At policy = reference each pair costs log 2 (`lair` and `linear_dpo` have no logarithm; see there). Losses are unreduced
+(the trainer takes the mean); a row of ties costs exactly 0 and keeps its graph, except with `lair`. Nothing here knows
+a model, a config or a dataset. `protect` (see `loser_scale`) is the only optional tensor.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from alignkit.records import LossOutput
 SATURATED = 4.0  # |z| above which a pair's gradient has fallen under 2% of its largest
 
 
+def _wide(err: Tensor) -> Tensor:
+    return err.to(torch.promote_types(err.dtype, torch.float32))
+
+
 def _delta(policy_err: Tensor, reference_err: Tensor) -> Tensor:
     """Implicit cost s = policy_err - reference_err (RankDPO, arXiv 2410.18013, eq. 5), at least float32."""
-    wide = torch.promote_types(policy_err.dtype, torch.float32)
-    return policy_err.to(wide) - reference_err.to(wide)
+    return _wide(policy_err) - _wide(reference_err)
 
 
 def _health(z: Tensor, counted: Tensor, delta_PK: Tensor, phi_PK: Tensor) -> dict[str, Tensor]:
@@ -45,13 +48,24 @@ def _health(z: Tensor, counted: Tensor, delta_PK: Tensor, phi_PK: Tensor) -> dic
         }
 
 
-def _pair_logits(delta_PK: Tensor, beta: float, protect_PKK: Tensor | None) -> Tensor:
-    """z [P, K, K] with the winner on the second axis; protected losers pass on only a share of their gradient."""
-    loser_PKK = delta_PK.unsqueeze(-2).expand(*delta_PK.shape, delta_PK.shape[-1])
+def _gaps(err_PK: Tensor, protect_PKK: Tensor | None) -> Tensor:
+    """err_i - err_j [P, K, K], winner i on the second axis; protected losers pass on only a share of their gradient."""
+    loser_PKK = err_PK.unsqueeze(-2).expand(*err_PK.shape, err_PK.shape[-1])
     if protect_PKK is not None:
         fixed = loser_PKK.detach()
         loser_PKK = fixed + protect_PKK.detach() * (loser_PKK - fixed)
-    return -0.5 * beta * (delta_PK.unsqueeze(-1) - loser_PKK)
+    return err_PK.unsqueeze(-1) - loser_PKK
+
+
+def _pair_logits(delta_PK: Tensor, beta: float, protect_PKK: Tensor | None) -> Tensor:
+    """z [P, K, K] with the winner on the second axis."""
+    return -0.5 * beta * _gaps(delta_PK, protect_PKK)
+
+
+def _pair_health(z_B: Tensor, delta_B2: Tensor) -> dict[str, Tensor]:
+    """`_health` of pairs, winner first."""
+    order_B2 = torch.tensor([1.0, 0.0], device=z_B.device).expand_as(delta_B2)
+    return _health(z_B, torch.ones_like(z_B), delta_B2, order_B2)
 
 
 def diffusion_dpo(
@@ -63,8 +77,29 @@ def diffusion_dpo(
     """
     delta_B2 = _delta(policy_err_B2, reference_err_B2)
     z_B = _pair_logits(delta_B2, beta, protect)[:, 0, 1]
-    order_B2 = torch.tensor([1.0, 0.0], device=z_B.device).expand_as(delta_B2)
-    return LossOutput(softplus(-z_B), _health(z_B, torch.ones_like(z_B), delta_B2, order_B2))
+    return LossOutput(softplus(-z_B), _pair_health(z_B, delta_B2))
+
+
+def linear_dpo(
+    policy_err_B2: Tensor, reference_err_B2: Tensor, *, beta: float, eta: float = 0.01, protect: Tensor | None = None
+) -> LossOutput:
+    """Linear-DPO (arXiv 2605.21123, eq. 15; the factor 0.2 is that of the authors' code), winner first; loss [B].
+
+        omega = clip(1/2 + 0.2 beta (delta_winner - delta_loser), eta, 1 - eta) = clip(1/2 - 0.4 z, eta, 1 - eta)
+        loss  = omega (policy_err_winner - policy_err_loser),       omega carries no gradient
+
+    The gradient is that of `diffusion_dpo` with omega for sigmoid(-z) and without the factor beta/2, so at policy =
+    reference (omega = 1/2) both have one direction, and learning rates are those of supervised fine-tuning. The value
+    there is half the difference of the errors, of either sign: only its gradient and `margin` say how training goes.
+    `eta` in [0, 1/2) is what a pair keeps that is won; metrics: `saturated`, the share of such pairs, and the mean
+    `omega`. The published reference is a moving average of the policy; which one it is, the caller decides.
+    """
+    delta_B2 = _delta(policy_err_B2, reference_err_B2)
+    z_B = _pair_logits(delta_B2, beta, None)[:, 0, 1]
+    omega_B = (0.5 - 0.4 * z_B).clamp(eta, 1 - eta).detach()
+    gap_B = _gaps(_wide(policy_err_B2), protect)[:, 0, 1]
+    weights = {"saturated": (omega_B <= eta).to(omega_B.dtype).mean(), "omega": omega_B.mean()}
+    return LossOutput(omega_B * gap_B, _pair_health(z_B, delta_B2) | weights)
 
 
 def mean_ranks(better_PKK: Tensor) -> Tensor:
@@ -143,6 +178,51 @@ def plackett_luce(policy_err_PK: Tensor, reference_err_PK: Tensor, phi_PK: Tenso
     rivals_PKK = u_PK.unsqueeze(-2).masked_fill(~(below_PKK | itself), -torch.inf)
     loss_P = (torch.logsumexp(rivals_PKK, -1) - u_PK).sum(-1)
     return LossOutput(loss_P, _health(_pair_logits(delta_PK, beta, None), below_PKK, delta_PK, phi_PK))
+
+
+def lair(
+    policy_err_PK: Tensor,
+    reference_err_PK: Tensor,
+    phi_PK: Tensor,
+    *,
+    beta: float,
+    tau: float = 0.5,
+    lam: float = 0.25,
+) -> LossOutput:
+    """Diffusion-LAIR (arXiv 2605.26491): advantage-weighted regression of implicit rewards, whole list; loss [P].
+
+        u_i = -beta/2 delta_i,   A_i = softmax(phi / tau)_i - 1/K,   loss = 1/K sum_i (lam u_i^2 - A_i u_i)
+
+    It is least at u_i = A_i / (2 lam), that is delta_i = -A_i / (beta lam): a candidate with A > 0 gets a lower error
+    than the reference's, and no error moves without bound. beta = 2 is the form in errors, 1/K sum_i (A_i delta_i + lam
+    delta_i^2). At policy = reference the loss is 0. A row of ties has A = 0 and keeps the penalty, which pulls it back
+    to the reference. For K = 2 and tau -> 0, twice the loss with lam = 1/4 is `diffusion_dpo` - log 2 to second order
+    in u_1 - u_2, plus (u_1 + u_2)^2 / 8.
+
+    tau > 0, lam > 0; the paper's values are not known (docs/methods.md). There are no saturated pairs: no such metric.
+    `protect` does not apply, as in `plackett_luce`.
+    """
+    delta_PK = _delta(policy_err_PK, reference_err_PK)
+    phi_PK = phi_PK.to(delta_PK)
+    u_PK = -0.5 * beta * delta_PK
+    advantage_PK = torch.softmax(phi_PK / tau, -1) - 1 / phi_PK.shape[-1]
+    ahead_PKK = phi_PK.unsqueeze(-1) > phi_PK.unsqueeze(-2)
+    health = _health(_pair_logits(delta_PK, beta, None), ahead_PKK, delta_PK, phi_PK)
+    del health["saturated"]
+    return LossOutput((lam * u_PK.square() - advantage_PK * u_PK).mean(-1), health)
+
+
+def winner_sft(
+    policy_err_PK: Tensor,
+    reference_err_PK: Tensor,  # noqa: ARG001 - losses of the table are called alike
+    phi_PK: Tensor,
+    *,
+    beta: float,  # noqa: ARG001
+    protect: Tensor | None = None,  # noqa: ARG001
+) -> LossOutput:
+    """The denoising error of each row's best candidate, to be added to another loss (`sft` of TRL's DPO); loss [P]."""
+    best_P1 = phi_PK.argmax(-1, keepdim=True)
+    return LossOutput(_wide(policy_err_PK).gather(-1, best_P1).squeeze(-1))
 
 
 def loser_scale(residual_PKD: Tensor, mu: float) -> Tensor:

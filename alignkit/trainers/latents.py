@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import DataError
-from alignkit.media import decode_clip, decode_image, fit, to_pixels
+from alignkit.media import decode_clip, decode_image, fit, has_transparency, to_pixels
 from alignkit.records import Conditioning, Prompt, Texts
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
 from alignkit.trainers.content import conditioning_key, latents_key, prompt_digests, row_digests
@@ -37,6 +37,7 @@ COND = "cond."  # prefix of conditioning columns and batch keys
 PROMPT = "prompt"  # column and batch key of the text itself
 LATENTS = "latents"  # column and batch key of latents; as a column of the data they are not encoded
 CHANGED = "changed"  # column: how many of a row's media were resized or cropped
+TRANSPARENT = "transparent"  # column: how many of a row's images have transparency
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}  # of media, by modality
 IMAGES_A_CALL = 2  # the most images that the VAE encodes at once
 PIXELS_A_CALL = 1024**2  # and of more pixels than these, one: activations of the VAE are its peak of memory
@@ -92,6 +93,11 @@ class LatentDataset(EpochData):
             values_NK = values if isinstance(values, Tensor) else torch.stack(list(values))
             self.targets[name] = values_NK.gather(1, candidates_Nk)
 
+    def total(self, column: str) -> int:
+        """The sum of a column of counts of the rows; rows that an earlier version cached may lack it and count 0."""
+        values = self.rows[column][:] if column in self.rows.column_names else ()
+        return sum(value or 0 for value in values)
+
     def __len__(self) -> int:
         return len(self.draw_ids)
 
@@ -133,18 +139,18 @@ class Encoder:
 
     @torch.no_grad()
     def latents(self, numbers: list[int]) -> list[dict[str, Any]]:
-        """Latents [K, ...] of these rows, and how many of their media had another size."""
+        """Latents [K, ...] of these rows, and how many of their media had another size or were transparent."""
         dtype, made = self.generator.pipeline.vae.dtype, []
         for number, cells in zip(numbers, self.rows[numbers][self.column].to_pylist(), strict=True):
             if self.column == LATENTS:
-                latents, changed = self._given_latents(number, cells), 0
+                latents, counts = self._given_latents(number, cells), {CHANGED: 0, TRANSPARENT: 0}
             else:
-                pixels, changed = self._row(number, cells)
+                pixels, counts = self._row(number, cells)
                 is_alone = self.is_video or pixels[0, 0].numel() > PIXELS_A_CALL
                 # No call holds media of two rows, so a row's values depend on the row alone.
                 parts = pixels.split(1 if is_alone else IMAGES_A_CALL)
                 latents = torch.cat([self.generator.encode(part.to(self.generator.device)) for part in parts])
-            made.append({**packed({LATENTS: (latents, dtype)}), CHANGED: changed})
+            made.append({**packed({LATENTS: (latents, dtype)}), **counts})
         return made
 
     @torch.no_grad()
@@ -169,21 +175,22 @@ class Encoder:
             )
         return latents
 
-    def _row(self, row: int, cells: Any) -> tuple[Tensor, int]:
-        """Pixels [K, 3, H, W] or [K, F, 3, H, W] of a row, and how many of its media had another size."""
+    def _row(self, row: int, cells: Any) -> tuple[Tensor, dict[str, int]]:
+        """Pixels [K, 3, H, W] or [K, F, 3, H, W] of a row; how many of its media had another size, were transparent."""
         cells = cells if isinstance(cells, list) else [cells]
-        media = self._read(row, cells)
+        where = [f"row {row}, candidate {k}" for k in range(len(cells))]
+        media = self._read(row, cells, where)
         (height, width), multiple = media[0].shape[1:3], self.generator.pixel_multiple
         size = self.sizes.bucket(height, width, multiple)
         if not all(size):
             raise DataError(f"row {row}: {width} x {height} pixels, below the {multiple} that the model needs")
         pixels = [to_pixels(fit(frames, size, multiple)) for frames in media]
-        changed = sum(frames.shape[1:3] != size for frames in media)
-        return torch.stack([frames if self.is_video else frames[0] for frames in pixels]), changed
+        counts = {CHANGED: sum(frames.shape[1:3] != size for frames in media)}
+        counts[TRANSPARENT] = 0 if self.is_video else sum(map(has_transparency, cells, where))
+        return torch.stack([frames if self.is_video else frames[0] for frames in pixels]), counts
 
-    def _read(self, row: int, cells: Sequence[Any]) -> list[np.ndarray]:
+    def _read(self, row: int, cells: Sequence[Any], where: Sequence[str]) -> list[np.ndarray]:
         """The frames [F, H, W, 3] of each medium; of an image one."""
-        where = [f"row {row}, candidate {k}" for k in range(len(cells))]
         if not self.is_video:
             return [decode_image(*pair)[None] for pair in zip(cells, where, strict=True)]
         wished, fps = self.sizes.num_frames, self.sizes.fps
@@ -246,11 +253,14 @@ def encode_rows(
     targets are not part of the cache, so the same media under other labels share one. `batch_size` prompts are encoded
     together. All processes of a job call this together; each encodes a part. Raises DataError for missing columns, no
     rows, and, naming the row, for K that differs, targets that do not fit, or a medium that cannot be decoded, is
-    smaller than the model's patch or shorter than `num_frames`.
+    smaller than the model's patch or shorter than `num_frames`. Raises ConfigError for a `num_frames` that the model
+    does not take.
     """
     column = _media_column(generator, rows)
     if not len(rows):
         raise DataError("training data has no row")
+    if sizes.num_frames is not None:
+        generator.require_frames(sizes.num_frames, "num_frames")
     encoder = Encoder(generator, _with_structs(rows, column), column, sizes)
     loaded = targets(rows, encoder.count)
     texts = rows[PROMPT][:]

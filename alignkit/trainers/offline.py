@@ -6,6 +6,7 @@ It adds to `AlignTrainer` the cache, batches of one size, the errors of policy a
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,25 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from alignkit.diffusion.schedules import expand
+from alignkit.media import transparency_note
 from alignkit.trainers.base import AlignTrainer
 from alignkit.trainers.buckets import BucketBatches, report
 from alignkit.trainers.config import AlignConfig, OfflineConfig
 from alignkit.trainers.data import EpochData
 from alignkit.trainers.draws import DrawPlan
-from alignkit.trainers.latents import CHANGED, PROMPT, LatentDataset, conditioning, encode_rows, phi_targets
+from alignkit.trainers.latents import (
+    CHANGED,
+    PROMPT,
+    TRANSPARENT,
+    LatentDataset,
+    conditioning,
+    encode_rows,
+    phi_targets,
+)
 from alignkit.trainers.reference import epochs_needed, precompute, reference_key
 from alignkit.trainers.sharding import Ranks
 
+logger = logging.getLogger(__name__)
 MAX_WEIGHT = 20.0
 _DRAWN = ("latents", "noise", "t")  # batch keys with one entry a candidate, which a call of the model needs
 
@@ -75,7 +86,9 @@ class OfflineTrainer(AlignTrainer):
         if args.process_index == 0:
             self.generator.warn_of_cuts(rows["prompt"][:])
             media = sum(shape[0] for shape in encoded.latent_shapes)
-            report(Counter(encoded.latent_shapes), media, sum(encoded.rows[CHANGED][:]), args.train_batch_size)
+            report(Counter(encoded.latent_shapes), media, encoded.total(CHANGED), args.train_batch_size)
+            if transparent := encoded.total(TRANSPARENT):
+                logger.warning(transparency_note(transparent, media))
         return encoded
 
     def _base_texts(self) -> AbstractContextManager[None]:
@@ -171,9 +184,13 @@ class OfflineTrainer(AlignTrainer):
         per: Literal["item", "frame"] = "item",
         one_by_one: bool = False,
     ) -> Tensor:
-        """`errors` of the frozen base model on the same draws."""
-        with self.generator.reference():
+        """`errors` of the reference on the same draws."""
+        with self.reference():
             return self.errors(model, batch, per=per, one_by_one=one_by_one)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it the model is the reference; here the frozen base model."""
+        return self.generator.reference()
 
     def precompute_reference(self, *, one_by_one: bool = False) -> None:
         """Give the training data its reference errors of all epochs, computed once, each process a part."""

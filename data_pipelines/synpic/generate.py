@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from alignkit.claims import claim
-from alignkit.errors import ConfigError, DataError
+from alignkit.errors import ConfigError, DataError, FlaggedError
 from alignkit.locks import locked
 from alignkit.media import checked_pixels, encode_medium, quantise
-from alignkit.protocols import ImageSource, Reward, require_modality
+from alignkit.protocols import ImageSource, Reward, require_modality, require_sampling
 from alignkit.records import Prompt, Sampling
 from alignkit.seeds import derive_seed
 from alignkit.storage import (
@@ -34,6 +34,7 @@ from alignkit.storage import (
     finished_part,
     part_name,
     write_part,
+    write_quarantine,
 )
 from data_pipelines.prompts import drop_duplicates
 from data_pipelines.synpic.media_columns import media_column, media_feature
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ENCODERS = 2  # threads; PNG at level 1 keeps far ahead of any generator with two
+Cells = list[list["Future[bytes] | None"]]  # [rows][K] media to come; None: flagged by a safety checker
 _NAMES = {4: "images", 5: "videos"}  # by the axes of a batch of pixels
 
 
@@ -111,12 +113,15 @@ def generate_candidates(
 
     Columns: prompt_id, prompt, metadata (JSON), images [K] or videos [K], generators [K], seeds [K], sampling (JSON by
     source).
+    A prompt with an image that a pipeline's safety checker replaced is left out; each such image has a line in
+    `quarantine.jsonl`, and the manifest counts them (`flagged`) and the prompts (`quarantined`).
     Candidate k of a prompt has the seed `derive_seed(config.seed, prompt.id, k)`, whatever the batch. Encoding and
     writing happen in threads while the next batch is generated. `on_part` is called, from the writing thread, with each
     part that is safely on disk (parts of an earlier, interrupted run first). `identities` says what stands for the
     weights of each source: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
-    Raises UnknownNameError for a source without a builder, DataError without prompts, ResumeError, StorageError.
+    Raises UnknownNameError for a source without a builder, DataError without prompts or where all are left out,
+    ResumeError, StorageError.
     """
     with locked(Path(out_dir)):
         opened = _Candidates.open(Path(out_dir), config, prompts, build_sources, identities)
@@ -210,13 +215,29 @@ class _Candidates:
         parts = {name: part for name in names if (part := finished_part(self.folder, name))}
         missing = [name for name in names if name not in parts]
         sources = build_all((source.name for source in self.config.sources), build_sources) if missing else {}
+        for source in self.config.sources if sources else ():
+            require_sampling(sources[source.name], source.sampling)
         for part in parts.values():
             on_part(part)
         parts |= _write_parts(_Producer(self.config, sources, self.folder), self.prompts, missing, on_part)
-        ordered = [parts[name] for name in names]
-        noun = "videos" if media_column(self.folder, ordered[0]) == "videos" else "pictures"
-        counts = {"duplicate_prompts": self.duplicates, noun: len(self.prompts) * self.config.candidates}
-        return finish_run(self.folder, "generate", ordered, rows=len(self.prompts), counts=counts)
+        return self._finish([parts[name] for name in names])
+
+    def _finish(self, parts: Sequence[Part]) -> StageResult:
+        """Write the manifest; counts of what was left out are in it only where something was."""
+        flagged = [fault for part in parts for fault in part.notes.get("flagged", ())]
+        quarantined = len({fault["prompt_id"] for fault in flagged})
+        rows = len(self.prompts) - quarantined
+        noun = "videos" if media_column(self.folder, parts[0]) == "videos" else "pictures"
+        counts = {"duplicate_prompts": self.duplicates, noun: rows * self.config.candidates}
+        if flagged:
+            counts |= {"quarantined": quarantined, "flagged": len(flagged)}
+            path = write_quarantine(self.folder, flagged)
+            if not rows:
+                raise DataError(
+                    f"no prompt is left: pipelines flagged {len(flagged)} images as unsafe, see '{path}'; switch that "
+                    "check off, or give other prompts, with another folder"
+                )
+        return finish_run(self.folder, "generate", parts, rows=rows, counts=counts)
 
 
 def _metadata(prompt: Prompt) -> str:
@@ -231,7 +252,7 @@ def _write_parts(
     rows_of = {name: prompts[int(name[5:]) * size :][:size] for name in missing}
     parts: dict[str, Part] = {}
 
-    def write(name: str, cells: list[list[Future[bytes]]]) -> None:
+    def write(name: str, cells: Cells) -> None:
         parts[name] = producer.write(name, rows_of[name], cells)
         on_part(parts[name])
 
@@ -260,38 +281,62 @@ class _Producer:
     folder: Path
     ndim: dict[str, int] = field(default_factory=dict)  # of a batch, once the first one is generated
 
-    def generate(
-        self, rows: Sequence[Prompt], encoders: ThreadPoolExecutor, bar: tqdm[Any]
-    ) -> list[list[Future[bytes]]]:
+    def generate(self, rows: Sequence[Prompt], encoders: ThreadPoolExecutor, bar: tqdm[Any]) -> Cells:
         """Encoded bytes to come, [rows][K]."""
-        cells: list[list[Future[bytes]]] = [[] for _ in rows]
+        cells: Cells = [[] for _ in rows]
         first = 0
         for source in self.config.sources:
             jobs = [(row, k) for row in range(len(rows)) for k in range(first, first + source.seeds_per_prompt)]
             for start in range(0, len(jobs), self.config.batch_size):
                 batch = jobs[start : start + self.config.batch_size]
-                media = self._media(source, [(rows[row], k) for row, k in batch])
+                media, flags = self._media(source, [(rows[row], k) for row, k in batch])
                 if media.ndim != self.ndim.setdefault("media", media.ndim):
                     raise DataError(
                         f"generator '{source.name}' makes {_NAMES[media.ndim]}, an earlier source makes "
                         f"{_NAMES[self.ndim['media']]}; rank images and videos apart, in two folders"
                     )
-                for (row, _), medium in zip(batch, media, strict=True):
-                    cells[row].append(encoders.submit(encode_medium, medium, source.sampling.fps))
+                for (row, _), medium, is_flagged in zip(batch, media, flags, strict=True):
+                    job = None if is_flagged else encoders.submit(encode_medium, medium, source.sampling.fps)
+                    cells[row].append(job)
                 bar.update(len(batch))
             first += source.seeds_per_prompt
         return cells
 
-    def _media(self, source: SourceConfig, batch: Sequence[tuple[Prompt, int]]) -> np.ndarray:
-        """uint8 [B, H, W, 3], or [B, F, H, W, 3] of videos."""
+    def _media(self, source: SourceConfig, batch: Sequence[tuple[Prompt, int]]) -> tuple[np.ndarray, Sequence[bool]]:
+        """uint8 [B, H, W, 3], or [B, F, H, W, 3] of videos, and which of them a safety checker replaced."""
         seeds = [derive_seed(self.config.seed, prompt.id, k) for prompt, k in batch]
-        pixels = self.sources[source.name].generate([prompt.text for prompt, _ in batch], seeds, source.sampling)
-        return quantise(checked_pixels(pixels, len(batch), f"generator '{source.name}'"))
+        texts, flags = [prompt.text for prompt, _ in batch], (False,) * len(batch)
+        try:
+            pixels = self.sources[source.name].generate(texts, seeds, source.sampling)
+        except FlaggedError as error:
+            pixels, flags = error.pixels, error.flags
+        return quantise(checked_pixels(pixels, len(batch), f"generator '{source.name}'")), flags
 
-    def write(self, name: str, rows: Sequence[Prompt], cells: list[list[Future[bytes]]]) -> Part:
-        """Wait for the encoded media and make them a finished part."""
-        table = self._table(rows, [[cell.result() for cell in row] for row in cells])
-        return write_part(self.folder, name, {f"data/{name}.parquet": table})
+    def write(self, name: str, rows: Sequence[Prompt], cells: Cells) -> Part:
+        """Wait for the encoded media and make them a finished part, without prompts that have a flagged one."""
+        kept, media, flagged = [], [], []
+        for prompt, row in zip(rows, cells, strict=True):
+            encoded = [cell.result() for cell in row if cell is not None]
+            if len(encoded) == len(row):
+                kept.append(prompt)
+                media.append(encoded)
+            flagged += [self._flagged(prompt, k) for k, cell in enumerate(row) if cell is None]
+        table = self._table(kept, media)
+        notes = {"flagged": flagged} if flagged else {}
+        return write_part(self.folder, name, {f"data/{name}.parquet": table}, notes=notes)
+
+    def _flagged(self, prompt: Prompt, candidate: int) -> dict[str, Any]:
+        """The line in quarantine of a candidate that a safety checker replaced."""
+        generator = self._generators[candidate]
+        reason = f"the pipeline of generator '{generator}' flagged candidate {candidate} as unsafe and replaced it"
+        place = {"candidate": candidate, "generator": generator}
+        place["seed"] = derive_seed(self.config.seed, prompt.id, candidate)
+        return {**place, "prompt_id": prompt.id, "prompt": prompt.text, "reason": reason}
+
+    @property
+    def _generators(self) -> list[str]:
+        """Which source makes each of the K candidates."""
+        return [source.name for source in self.config.sources for _ in range(source.seeds_per_prompt)]
 
     def _table(self, rows: Sequence[Prompt], media: list[list[bytes]]) -> pa.Table:
         import pyarrow as pa
@@ -301,7 +346,7 @@ class _Producer:
         text, texts, whole = Value("string"), List(Value("string")), List(Value("int64"))
         named = {"prompt_id": text, "prompt": text, "metadata": text, column: List(media_feature(column))}
         schema = Features({**named, "generators": texts, "seeds": whole, "sampling": text}).arrow_schema
-        generators = [source.name for source in self.config.sources for _ in range(source.seeds_per_prompt)]
+        generators = self._generators
         sampling = json.dumps({s.name: s.sampling.plain() for s in self.config.sources}, sort_keys=True)
         columns = {
             "prompt_id": [prompt.id for prompt in rows],

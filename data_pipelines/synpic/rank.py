@@ -106,6 +106,7 @@ def rank_candidates(
         counts = Counter({"duplicate_prompts": generated["counts"]["duplicate_prompts"]})
         column = media_column(candidates_dir, candidates[0])
         counts.update(dict.fromkeys((*_reasons_for(column), *SPLITS), 0))
+        counts["quarantined"] += generated["counts"].get("quarantined", 0)
         for part in parts:
             counts.update(part.notes)
         return _finish(folder, config, parts, counts, column)

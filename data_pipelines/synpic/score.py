@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,15 @@ from tqdm import tqdm
 from alignkit.claims import RUN, claim
 from alignkit.errors import ConfigError, MissingFileError, NumericsError, UnknownNameError, nearest
 from alignkit.locks import locked
-from alignkit.media import clip_shape, decode_clip, decode_image, image_size, to_pixels
+from alignkit.media import (
+    clip_shape,
+    decode_clip,
+    decode_image,
+    has_transparency,
+    image_size,
+    to_pixels,
+    transparency_note,
+)
 from alignkit.protocols import Reward, as_scores, require_independent, require_modality
 from alignkit.records import Prompt
 from alignkit.storage import (
@@ -29,10 +38,11 @@ from alignkit.storage import (
     checksum,
     finish_run,
     finished_part,
+    read_json,
     read_table,
     recorded_parts,
     write_part,
-    write_text,
+    write_quarantine,
 )
 from data_pipelines.synpic.media_columns import MEDIA, media_column
 
@@ -41,6 +51,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 QUARANTINE_LIMIT = 0.05  # share of all rows
 TOTAL = ""  # a reward's verdict among its parts
 
@@ -99,8 +110,9 @@ def score_candidates(
 
     Columns: prompt_id, scores {reward: float64 [K]} and, where a reward has parts (heads, questions, members), parts
     {reward: {part: float64 [K]}}. A row where a reward is NaN or infinite is left out, noted in
-    `quarantine.jsonl` and counted; over 5% of all rows stops the stage. `identities` says what stands for the weights
-    of each reward: where it differs from that of an earlier run in `out_dir`, the run is refused.
+    `quarantine.jsonl` and counted; over 5% of all rows stops the stage. Images with transparency are scored on white;
+    a warning counts them, and the manifest (`transparent`) where there are some. `identities` says what stands for the
+    weights of each reward: where it differs from that of an earlier run in `out_dir`, the run is refused.
 
     Raises UnknownNameError for a reward without a builder, ConfigError for one whose rows depend on each other
     (`alignkit.protocols.Dependent`), DataError naming file, row and candidate of an image or video that
@@ -159,23 +171,30 @@ class Scorer:
         done = finished_part(self.folder, part.name, inputs=part.files)
         self.parts[part.name] = done or self._score(part)
         self.bar.update(self.parts[part.name].notes["rows"])
-        bad = len(self._quarantined())
-        if bad > QUARANTINE_LIMIT * self.rows:
+        bad = self._quarantined()
+        if len(bad) > QUARANTINE_LIMIT * self.rows:
+            path = write_quarantine(self.folder, bad)
             raise NumericsError(
-                f"{bad} of {self.rows} rows have a reward that is NaN or infinite, over the limit of "
-                f"{QUARANTINE_LIMIT:.0%}; see '{self._write_quarantine()}', mend or leave out that reward and score "
-                "into another folder"
+                f"{len(bad)} of {self.rows} rows have a reward that is NaN or infinite, over the limit of "
+                f"{QUARANTINE_LIMIT:.0%}; see '{path}', mend or leave out that reward and score into another folder"
             )
 
     def finish(self) -> StageResult:
         """Write `quarantine.jsonl` and the manifest."""
-        self._write_quarantine()
         quarantined = len(self._quarantined())
+        write_quarantine(self.folder, self._quarantined())
         parts = [self.parts[name] for name in sorted(self.parts)]
-        kept = self.rows - quarantined
-        return finish_run(self.folder, "score", parts, rows=kept, counts={"quarantined": quarantined})
+        kept = sum(part.notes["rows"] for part in parts) - quarantined
+        counts = {"quarantined": quarantined}
+        if transparent := sum(part.notes.get("transparent", 0) for part in parts):
+            counts["transparent"] = transparent
+            images = read_json(self.candidates_dir / "manifest.json")["counts"]["pictures"]
+            logger.warning("%s: %s", self.candidates_dir, transparency_note(transparent, images))
+        return finish_run(self.folder, "score", parts, rows=kept, counts=counts)
 
     def _score(self, part: Part) -> Part:
+        import pyarrow as pa
+
         (path,) = part.files
         column = media_column(self.candidates_dir, part)
         require_modality(self.rewards(), MEDIA[column])
@@ -186,20 +205,16 @@ class Scorer:
         totals = {name: columns[TOTAL] for name, columns in measured.items()}
         faults = [_fault(row, index, totals) for index, row in enumerate(rows)]
         parts = {name: {key: columns[key] for key in columns if key != TOTAL} for name, columns in measured.items()}
-        is_kept = [fault is None for fault in faults]
+        is_kept = pa.array([fault is None for fault in faults], pa.bool_())  # a part may have no row
         result = _table([row["prompt_id"] for row in rows], totals, parts).filter(is_kept)
         quarantined = [fault | {"file": path} for fault in faults if fault is not None]
-        notes = {"rows": len(rows), "quarantined": quarantined}
+        notes: dict[str, Any] = {"rows": len(rows), "quarantined": quarantined}
+        if transparent := cells.transparent():
+            notes["transparent"] = transparent
         return write_part(self.folder, part.name, {path: result}, inputs=part.files, notes=notes)
 
     def _quarantined(self) -> list[dict[str, Any]]:
         return [fault for name in sorted(self.parts) for fault in self.parts[name].notes["quarantined"]]
-
-    def _write_quarantine(self) -> Path:
-        lines = [json.dumps(fault, sort_keys=True, ensure_ascii=False) + "\n" for fault in self._quarantined()]
-        path = self.folder / "quarantine.jsonl"
-        write_text(path, "".join(lines))
-        return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +227,8 @@ class _Cells:
 
     @property
     def candidates(self) -> int:
-        """K, the number of candidates a row."""
-        return len(self.rows[0][self.column])
+        """K, the number of candidates a row; 0 of a part whose rows were all left out."""
+        return len(self.rows[0][self.column]) if self.rows else 0
 
     def batches(self, size: int) -> Iterable[list[tuple[int, int]]]:
         """(row, candidate) of media of one shape, at most `size` at a time, in order."""
@@ -224,6 +239,13 @@ class _Cells:
                 by_shape.setdefault(measure(self._data(row, k), self._where(row, k)), []).append((row, k))
         for cells in by_shape.values():
             yield from (cells[start : start + size] for start in range(0, len(cells), size))
+
+    def transparent(self) -> int:
+        """How many of the images have transparency."""
+        if self.column != "images":
+            return 0
+        places = ((row, k) for row in range(len(self.rows)) for k in range(self.candidates))
+        return sum(has_transparency(self._data(*place), self._where(*place)) for place in places)
 
     def pixels(self, cells: Sequence[tuple[int, int]]) -> Tensor:
         """Float pixels [B, 3, H, W], or [B, F, 3, H, W] of videos, in [0, 1]."""
@@ -246,7 +268,7 @@ def _score_rows(cells: _Cells, rewards: Mapping[str, Reward], batch_size: int) -
 
     rows, shape = cells.rows, (len(cells.rows), cells.candidates)
     prompts = [Prompt(row["prompt_id"], row["prompt"], json.loads(row["metadata"])) for row in rows]
-    measured: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
+    measured = {name: {TOTAL: np.full(shape, np.nan)} for name in rewards}
     for batch in cells.batches(batch_size):
         media = cells.pixels(batch)
         index = tuple(np.array(batch).T)

@@ -116,3 +116,23 @@ def test_a_failed_first_attempt_may_be_corrected_and_a_moved_folder_continued(wo
     assert cli.main(["score", "--config", "score.yaml", *again]) == 0, capsys.readouterr().err
     assert cli.main(["score", "--config", "wrong.yaml", *again]) == 2
     assert "config.batch_size: 32 -> 2" in capsys.readouterr().err
+
+
+def test_generate_goes_on_without_images_that_a_checker_replaced(work, capsys):
+    with (work / "mine_for_commands.py").open("a", encoding="utf-8") as module:
+        module.write("""
+
+from alignkit.errors import FlaggedError
+
+
+class Checked(Painter):
+    def generate(self, prompts, seeds, sampling):
+        flags = ["dog" in prompt for prompt in prompts]
+        raise FlaggedError("unsafe", pixels=super().generate(prompts, seeds, sampling), flags=flags)
+""")
+    given = ["--config", "generate.yaml", "--generators", "{painter: {model: 'mine_for_commands:Checked'}}"]
+    assert cli.main(["generate", *given]) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert "2 prompts, 6 images in candidates" in text
+    assert "3 images were flagged as unsafe by a safety checker; their prompts (1) are left out: candidates" in text
+    assert len((work / "candidates" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()) == 3

@@ -8,15 +8,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from alignkit.errors import DataError
+from alignkit.media import decode_clip
 from alignkit.paths import Bounds
 from data_pipelines.importers import load_ranked
+from data_pipelines.synpic.rank import VIDEO_COLUMNS
 
 Capture = pytest.LogCaptureFixture
 
@@ -89,6 +93,90 @@ def test_clips_in_json_lines(tmp_path: Path) -> None:
     loaded = load_ranked(rows, "train", held_out=0.0)
     assert loaded["phi"][:] == [[1.0, 0.25]]
     assert [Path(cell["path"]) for cell in loaded["videos"][0]] == [(tmp_path / "a.mp4").resolve()] * 2
+
+
+def clip(codec: str = "ffv1", container: str = "matroska", pixels: str = "bgr0") -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = 16, 24, pixels
+        for value in (0, 100, 200):
+            picture = np.full((16, 24, 3), value, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def moving(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    pictures = [Image.new("RGB", (24, 16), (value, 0, 0)) for value in (0, 100, 200)]
+    pictures[0].save(buffer, format=kind, save_all=True, append_images=pictures[1:], duration=100)
+    return buffer.getvalue()
+
+
+VIDEOS = {
+    "a.mp4": clip("mpeg4", "mp4", "yuv420p"),
+    "a.webm": clip("libvpx-vp9", "webm", "yuv420p"),
+    "a.mkv": clip(),
+    "a.mov": clip("mpeg4", "mov", "yuv420p"),
+    "a.avi": clip("mpeg4", "avi", "yuv420p"),
+    "a.gif": moving("GIF"),
+}
+LAYOUTS = {
+    "trl": {"prompt": "a cat", "chosen": "first", "rejected": "second"},
+    "pickapic": {"caption": "a cat", "jpg_0": "first", "jpg_1": "second", "label_0": 1},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", VIDEOS)
+def test_pairs_of_videos_in_json_lines(tmp_path: Path, name: str, layout: str) -> None:
+    """By path, and inline, where no ending says what it is."""
+    first = VIDEOS[name]
+    (tmp_path / name).write_bytes(first)
+    (tmp_path / "b.mkv").write_bytes(VIDEOS["a.mkv"])
+    inline = {"bytes": base64.b64encode(first).decode()}
+    for given in (name, inline):
+        words = {"first": given, "second": "b.mkv"}
+        row = {key: words.get(str(value), value) for key, value in LAYOUTS[layout].items()}
+        loaded = load_ranked(jsonl(tmp_path / "pairs.jsonl", [row]), "train", held_out=0.0)
+        assert loaded.column_names == list(VIDEO_COLUMNS)
+        assert [cell["bytes"] for cell in loaded["videos"][0]] == [first, VIDEOS["a.mkv"]]
+        assert (loaded["prompt"][:], loaded["phi"][:]) == (["a cat"], [[1.0, 0.0]])
+        assert decode_clip(loaded["videos"][0][0], "here").shape == (3, 16, 24, 3)
+
+
+def test_pairs_of_videos_in_plain_parquet(tmp_path: Path) -> None:
+    first, second = VIDEOS["a.mp4"], VIDEOS["a.mkv"]
+    pq.write_table(pa.table({"prompt": ["a"], "chosen": [first], "rejected": [second]}), tmp_path / "p.parquet")
+    loaded = load_ranked(tmp_path / "p.parquet", "train", held_out=0.0)
+    assert [cell["bytes"] for cell in loaded["videos"][0]] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("a.mkv", "1.png", "row 0, rejected: an image, where a video is expected; keep images and videos in separate"),
+        ("1.png", "a.mkv", "row 0, rejected: a video, where an image is expected; keep images and videos in separate"),
+        ("a.webp", "a.mkv", "row 0, chosen: a WebP cannot be read as a video; save the video as mp4, webm or mkv"),
+        ("broken.mp4", "a.mkv", "row 0, chosen: the clip cannot be decoded"),
+    ],
+)
+def test_pairs_with_media_that_are_no_videos(tmp_path: Path, first: str, second: str, message: str) -> None:
+    images(tmp_path, 1)
+    for name, data in {"a.mkv": VIDEOS["a.mkv"], "a.webp": moving("WEBP"), "broken.mp4": b"clip"}.items():
+        (tmp_path / name).write_bytes(data)
+    row = {"prompt": "a cat", "chosen": first, "rejected": second}
+    with pytest.raises(DataError, match=message):
+        load_ranked(jsonl(tmp_path / "pairs.jsonl", [row]), "train", held_out=0.0)
+
+
+def test_still_images_of_moving_formats_are_images(tmp_path: Path) -> None:
+    for name in ("a.webp", "a.gif"):
+        Image.new("RGB", (4, 4), (9, 0, 0)).save(tmp_path / name)
+    row = {"prompt": "a cat", "chosen": "a.gif", "rejected": "a.webp"}
+    rows = load_ranked(jsonl(tmp_path / "pairs.jsonl", [row]), "train", held_out=0.0)
+    assert [image.format for image in rows[0]["images"]] == ["GIF", "WEBP"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,15 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from alignkit import storage
-from alignkit.errors import ConfigError, DataError, NumericsError, ResumeError, StorageError, UnknownNameError
+from alignkit.errors import (
+    ConfigError,
+    DataError,
+    FlaggedError,
+    NumericsError,
+    ResumeError,
+    StorageError,
+    UnknownNameError,
+)
 from alignkit.records import Sampling, Scores
 from alignkit.seeds import derive_seed
 from data_pipelines import synpic
@@ -230,6 +238,28 @@ def test_broken_picture_is_named(world: Any, tmp_path: Path, keep: int, message:
         synpic.score_candidates(folder, world.score, tmp_path / "s", build_rewards=world.rewards)
 
 
+def test_images_with_transparency_are_scored_on_white_and_counted(
+    world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = world.generate(tmp_path / "c")
+    with io.BytesIO() as buffer:
+        Image.new("RGBA", (8, 8), (0, 0, 0, 51)).save(buffer, "PNG")
+        replace_picture(folder, buffer.getvalue())
+    (tmp_path / "c/parts/part-00001.json").write_text(
+        json.dumps(
+            storage.read_json(tmp_path / "c/parts/part-00001.json")
+            | {"files": {"data/part-00001.parquet": storage.checksum(folder / "data/part-00001.parquet")}}
+        )
+    )
+    for _ in range(2):  # scored, and finished already
+        caplog.clear()
+        result = synpic.score_candidates(folder, world.score, tmp_path / "s", build_rewards=world.rewards)
+        assert result.counts == {"quarantined": 0, "transparent": 1}
+        assert caplog.text.count("1 of 30 images have transparency; they are composited on white") == 1
+    assert rows_of(tmp_path / "s")[5]["scores"]["red"][2] == pytest.approx(0.8)
+    assert "transparent" not in storage.read_json(world.scored(tmp_path / "plain")[1] / "manifest.json")["counts"]
+
+
 @dataclass
 class FailingReward:
     """NaN for the prompts whose text ends in one of `bad`."""
@@ -432,3 +462,79 @@ def test_hostile_names_in_a_dataset_card_are_shown_and_do_nothing(world: Any, tm
     assert kinds.isdisjoint({"image", "link_open", "html_block", "html_inline"})
     cells = [token.content for token in tokens if token.type == "inline"]
     assert sum("tracker" in cell for cell in cells) == 4  # the list of rewards, a generator, a row and a column
+
+
+# --- images that a safety checker replaced --------------------------------------------------------------------------
+
+
+@dataclass
+class Checked:
+    """A source whose checker replaces the image of every prompt whose text ends in one of `bad`."""
+
+    inner: Any
+    bad: tuple[str, ...]
+    calls: int = 0
+    dies_at: int = 0
+
+    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise KeyboardInterrupt
+        pixels = self.inner.generate(prompts, seeds, sampling)
+        flags = [prompt.split()[-1] in self.bad for prompt in prompts]
+        if any(flags):
+            pixels[torch.tensor(flags)] = 0
+            raise FlaggedError("unsafe", pixels=pixels, flags=flags)
+        return pixels
+
+
+def checked(world: Any, *bad: str, dies_at: int = 0) -> dict[str, Any]:
+    bright = Checked(world.sources["bright"](), bad, dies_at=dies_at)
+    return {"dull": world.sources["dull"], "bright": lambda: bright}
+
+
+def test_flagged_images_are_quarantined_and_the_run_goes_on(world: Any, tmp_path: Path) -> None:
+    bad = ("1", "4", "5", "6", "7")  # of the first part one, of the second all
+    folders = tmp_path / "c", tmp_path / "s"
+    builders = {"build_sources": checked(world, *bad), "build_rewards": world.rewards}
+    results = synpic.generate_and_score(world.prompts(10), world.config(), world.score, folders, **builders)
+    counts = {"duplicate_prompts": 0, "pictures": 15, "quarantined": 5, "flagged": 5}
+    assert [(result.rows, result.counts) for result in results] == [(5, counts), (5, {"quarantined": 0})]
+    assert storage.read_json(tmp_path / "c/manifest.json")["counts"] == counts
+    lines = [json.loads(line) for line in (tmp_path / "c/quarantine.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [f"picture number {number}" for number in bad]
+    assert {(line["generator"], line["candidate"]) for line in lines} == {("bright", 2)}
+    assert lines[0]["reason"] == "the pipeline of generator 'bright' flagged candidate 2 as unsafe and replaced it"
+
+    plain = {row["prompt_id"]: row for row in rows_of(world.generate(tmp_path / "plain"))}
+    rows = rows_of(folders[0])
+    assert [row["prompt"][-1] for row in rows] == ["0", "2", "3", "8", "9"]
+    assert all(row == plain[row["prompt_id"]] for row in rows)  # the rest is what it is without a checker
+
+    synpic.score_candidates(folders[0], world.score, tmp_path / "again", build_rewards=world.rewards)
+    assert world.snapshot(folders[1]) == world.snapshot(tmp_path / "again")
+    ranked = synpic.rank_candidates(*folders, synpic.RankConfig(temperature=1.0, held_out=0.0), tmp_path / "r")
+    assert (ranked.rows, ranked.counts["quarantined"]) == (5, 5)
+    assert storage.read_json(tmp_path / "r/statistics.json")["counts"]["quarantined"] == 5
+
+
+def test_a_resumed_run_leaves_out_the_same_images(world: Any, tmp_path: Path) -> None:
+    def generate(folder: Path, **options: int) -> None:
+        builders = checked(world, "1", "6", **options)
+        synpic.generate_candidates(world.prompts(10), world.config(), folder, build_sources=builders)
+
+    generate(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "broken", dies_at=3)
+    assert (tmp_path / "broken/parts/part-00000.json").is_file()
+    assert not (tmp_path / "broken/manifest.json").exists()
+    for _ in range(2):  # resumed, and then finished already
+        generate(tmp_path / "broken")
+        assert world.snapshot(tmp_path / "broken") == world.snapshot(tmp_path / "whole")
+
+
+def test_nothing_left_is_an_error(world: Any, tmp_path: Path) -> None:
+    builders = checked(world, *map(str, range(10)))
+    with pytest.raises(DataError, match=r"no prompt is left: pipelines flagged 10 images as unsafe.*quarantine\.jsonl"):
+        synpic.generate_candidates(world.prompts(10), world.config(), tmp_path, build_sources=builders)
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 10

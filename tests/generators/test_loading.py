@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableD
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from alignkit.errors import ConfigError, DataError, MissingFileError, UnknownNameError
+from alignkit.errors import ConfigError, FlaggedError, MissingFileError, UnknownNameError
 from alignkit.generators import load_generator, wrap
 from alignkit.generators.rollout import denoise
 from alignkit.records import Sampling
@@ -128,8 +129,11 @@ def test_images_are_not_blacked_out(load, tmp_path, caplog):
 def test_images_that_a_pipeline_replaces_are_refused(load, monkeypatch):
     generator = load("unet")
     monkeypatch.setattr(generator.pipeline, "run_safety_checker", lambda image, *_: (0 * image, [False, True]))
-    with pytest.raises(DataError, match=rf"'unet': its pipeline replaced 1 of 2 images as unsafe.*\['{PROMPTS[1]}'\]"):
+    message = rf"'unet': its pipeline replaced 1 of 2 images as unsafe.*\['{PROMPTS[1]}'\]"
+    with pytest.raises(FlaggedError, match=message) as raised:
         generator.generate(PROMPTS, SEEDS, SAMPLING)
+    again = pickle.loads(pickle.dumps(raised.value))  # workers of a ladder send it to their parent
+    assert (str(again), again.flags, again.pixels.shape) == (str(raised.value), (False, True), (2, 3, 16, 16))
 
 
 def test_pipelines_that_cannot_be_wrapped():

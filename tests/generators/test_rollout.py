@@ -112,5 +112,5 @@ def test_what_no_chain_can_follow_is_an_error(load, kind, changes, message):
 
 
 def test_clips_have_one_frame_more_than_a_multiple(load):
-    with pytest.raises(ConfigError, match=r"6 frames do not fit 'wan': it takes 1 \+ 4 k, e.g. 5"):
+    with pytest.raises(ConfigError, match=r"num_frames is 6; 'wan' takes 1 \+ 4 k: 5 or 9"):
         load("wan").latent_shape(16, 16, 6)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -90,6 +92,31 @@ def test_rows_of_all_sizes_are_encoded_each_at_its_own(make, mixed, random_png, 
 def test_data_of_one_size_says_nothing(make, caplog):
     make("flow")
     assert "size bucket" not in caplog.text
+    assert "transparency" not in caplog.text
+
+
+def test_images_with_transparency_are_counted_and_said_once_a_run(make, mixed, tmp_path, caplog):
+    """Read from the cache as well, also beside files of a version that did not count them."""
+    items = mixed((16, 16), (16, 16), (16, 16)).cast_column("images", datasets.List(datasets.Image(decode=False)))
+    listed = items.to_list()
+    for row, candidate in ((1, 0), (1, 3), (2, 2)):
+        with io.BytesIO() as buffer:
+            Image.new("RGBA", (16, 16), (200, 0, 0, 100)).save(buffer, "PNG")
+            listed[row]["images"][candidate] = {"bytes": buffer.getvalue(), "path": None}
+    rows, cache = datasets.Dataset.from_list(listed, features=items.features), tmp_path / "cache"
+    make("flow", rows=rows.select([0]), cache_dir=str(cache))
+    (earlier,) = cache.glob("latents-*/*.arrow")
+    table = datasets.Dataset.from_file(str(earlier)).data.table.drop_columns(["transparent"])
+    earlier.unlink()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    (earlier.parent / f"{hashlib.sha256(data).hexdigest()}.arrow").write_bytes(data)
+    for _ in range(2):
+        caplog.clear()
+        make("flow", rows=rows, cache_dir=str(cache))
+        assert caplog.text.count("3 of 12 images have transparency; they are composited on white") == 1
 
 
 def test_resolution_brings_all_to_its_area_and_has_a_cache_of_its_own(make, mixed, tmp_path):

@@ -260,16 +260,22 @@ def _same(file, expected):
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 
 
-@pytest.mark.parametrize("layout", [{}, FSDP, FSDP | {"full_finetune": True}], ids=["ddp", "fsdp", "fsdp full"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"reference_ema": 0.75}, FSDP, FSDP | {"full_finetune": True}],
+    ids=["ddp", "ddp average", "fsdp", "fsdp full"],
+)
 def test_two_processes_equal_one(tmp_path, model_folders, ranked_rows, worker, one_thread, layout):
     """The same global batch, across epochs, with the low-memory step, held-out rows that do not divide, validation,
-    the best checkpoint and reference errors computed once: same losses, same metrics, same weights, same export.
+    the best checkpoint and reference errors computed once, or a moving reference: same losses, same metrics, same
+    weights, same export.
     """
     options = {
         "optim": "sgd",
         "learning_rate": 0.5,
         "low_memory": True,
-        "precompute_reference": True,
+        "precompute_reference": "reference_ema" not in layout,
+        "reference_ema": layout.get("reference_ema"),
         "lora_dropout": 0.0,
         "held_out": 3,
         "max_grad_norm": 0.3,
@@ -289,7 +295,8 @@ def test_two_processes_equal_one(tmp_path, model_folders, ranked_rows, worker, o
     assert ("sharded" in (tmp_path / "out-0.txt").read_text()) is ("fsdp" in layout)
     assert damage(tmp_path / "two" / "checkpoint-4") is None
     _same(tmp_path / "job-0.safetensors", weights(one))
-    _same(tmp_path / "two/checkpoint-4/model.safetensors", load_file(tmp_path / "run/checkpoint-4/model.safetensors"))
+    for file in ["model.safetensors", *(["reference.safetensors"] if "reference_ema" in layout else [])]:
+        _same(tmp_path / "two/checkpoint-4" / file, load_file(tmp_path / "run/checkpoint-4" / file))
     exported = [file.relative_to(tmp_path / "alone") for file in one.export(tmp_path / "alone").rglob("*.safetensors")]
     assert exported
     for file in exported:

@@ -288,13 +288,12 @@ def test_gradient_accumulation_is_a_larger_batch(make, low_memory):
 
 
 def test_the_sft_term_is_the_winners_error(make, batch_of, stir):
-    trainer = make("flow")
-    stir(trainer)
+    trainer, added = make("flow"), make("flow", sft_weight=0.3)
+    for one in (trainer, added):
+        stir(one)
     batch = batch_of(trainer)
     with torch.no_grad():
-        plain = trainer.method_loss(trainer.model, batch).loss
-        trainer.args.sft_weight = 0.3
-        both = trainer.method_loss(trainer.model, batch).loss
+        plain, both = (one.method_loss(one.model, batch).loss for one in (trainer, added))
         errors = trainer.errors(trainer.model, batch)
     best = batch["phi"].argmax(-1)
     torch.testing.assert_close(both - plain, 0.3 * errors[torch.arange(3), best])

@@ -87,7 +87,7 @@ def test_number_of_frames_and_resolution(make):
     data = rows(encoded(frames(9, 40, 40)), encoded(frames(7, 40, 40)), column="video")
     assert make(data, num_frames=5, resolution=16).train_dataset.latent_shapes == [(1, 4, 2, 4, 4)] * 2
     assert make(data, fps=4).train_dataset.latent_shapes == [(1, 4, 2, 10, 10), (1, 4, 1, 10, 10)]
-    with pytest.raises(ConfigError, match=r"num_frames is 6; this model takes 1 \+ 4 k: 5 or 9"):
+    with pytest.raises(ConfigError, match=r"num_frames is 6; 'wan' takes 1 \+ 4 k: 5 or 9"):
         make(data, num_frames=6)
 
 

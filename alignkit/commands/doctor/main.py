@@ -19,6 +19,7 @@ from alignkit.commands.methods import DEFAULT_METHOD, config_class, trainer_clas
 from alignkit.commands.specs import JudgeSpec, RewardSpec, require_known
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
+from alignkit.generators.frames import require_frames
 from alignkit.generators.table import GENERATORS
 from alignkit.shipped import model_path, shipped_file
 from alignkit.trainers import METHODS
@@ -130,10 +131,13 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
     family, trainer = model.family, trainer_class(job.method)
     side = int(model.config.get("sample_size") or 128) * model.vae_ratio
     height, width, frames = family.default_size or (side, side, 1)
+    if job.num_frames is not None:
+        frames, ratio = job.num_frames, model.vae_frames
+        require_frames(frames, "num_frames", str(job.model), modality=family.modality, ratio=ratio)
     return memory.Setup(
         height=job.resolution or height,
         width=job.resolution or width,
-        frames=job.num_frames or frames,
+        frames=frames,
         batch=job.batch,
         candidates=job.candidates if trainer.compares_candidates else 1,
         lora_rank=job.lora_rank,

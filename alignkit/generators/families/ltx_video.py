@@ -91,5 +91,8 @@ class LTXVideo(ChannelStatistics, VideoGenerator):
 
     @classmethod
     def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
-        halvings = sum(vae["spatio_temporal_scaling"])
-        return int(vae["patch_size"]) * 2**halvings, 2**halvings
+        """Blocks of newer VAEs halve one axis alone; their configs say the ratios."""
+        halved = 2 ** sum(vae["spatio_temporal_scaling"])
+        sides = vae.get("spatial_compression_ratio") or vae["patch_size"] * halved
+        frames = vae.get("temporal_compression_ratio") or vae.get("patch_size_t", 1) * halved
+        return int(sides), int(frames)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from alignkit.errors import ConfigError
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Sampling
 
@@ -19,7 +18,6 @@ class VideoGenerator(PipelineGenerator):
     component = "transformer"
 
     def call_arguments(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
-        self.latent_frames(sampling.num_frames)  # raises; the pipelines would round and log a line
         return {"num_frames": sampling.num_frames, **super().call_arguments(prompts, sampling)}
 
     def sampling_arguments(self) -> dict[str, Any]:
@@ -50,9 +48,5 @@ class VideoGenerator(PipelineGenerator):
 
     def latent_frames(self, frames: int) -> int:
         """T of a video of F frames. Raises ConfigError unless F = 1 + r k."""
-        if frames % self.temporal_ratio != 1 % self.temporal_ratio:
-            raise ConfigError(
-                f"{frames} frames do not fit '{self.name}': it takes 1 + {self.temporal_ratio} k, "
-                f"e.g. {frames // self.temporal_ratio * self.temporal_ratio + 1}"
-            )
+        self.require_frames(frames, "num_frames")
         return (frames - 1) // self.temporal_ratio + 1

@@ -59,7 +59,8 @@ class WanVideo(ChannelStatistics, VideoGenerator):
     def vae_ratios(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
         """Configs of Wan's first VAE do not hold the ratios that follow from its downsamplings."""
         halved = vae.get("temperal_downsample") or (False, True, True)
-        return int(vae.get("scale_factor_spatial") or 2 ** len(halved)), 2 ** sum(halved)
+        sides, frames = vae.get("scale_factor_spatial"), vae.get("scale_factor_temporal")
+        return int(sides or 2 ** len(halved)), int(frames or 2 ** sum(halved))
 
 
 class Wan(WanVideo):

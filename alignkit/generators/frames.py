@@ -1,0 +1,41 @@
+"""How many frames a model's videos have: 1 + r k, for its codec makes one latent frame of r frames after the first.
+
+Pipelines of diffusers round another number and go on. Here it is an error: from the configs of a local folder, before
+anything is loaded, and again where a generator is asked. Imports no torch, but for the family of a local folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignkit.errors import ConfigError
+from alignkit.generators.folders import read_index, read_json
+from alignkit.generators.table import GENERATORS
+from alignkit.resolve import resolve
+
+
+def require_frames(frames: int, key: str, model: str, *, modality: str, ratio: int) -> None:
+    """ConfigError naming `key`, its value and the two nearest valid ones, unless `model` makes videos of `frames`.
+
+    `ratio` is r. One frame fits every model; of `modality` "image" it is the only number that does.
+    """
+    if modality == "image" and frames > 1:
+        raise ConfigError(f"{key} is {frames}; '{model}' makes images: leave it out, or name a model of videos")
+    below = 1 + (frames - 1) // ratio * ratio
+    if below != frames:
+        raise ConfigError(f"{key} is {frames}; '{model}' takes 1 + {ratio} k: {below} or {below + ratio}")
+
+
+def require_known_frames(frames: int, key: str, folder: Path, model: str) -> None:
+    """`require_frames` from the configs in a diffusers `folder`; passes what they do not say.
+
+    Not known is a folder that is not there, a pipeline class that is not in `GENERATORS`, and a VAE without a config.
+    """
+    config = folder / "vae" / "config.json"
+    if frames == 1 or not config.is_file() or not (folder / "model_index.json").is_file():
+        return
+    name = read_index(str(folder))["_class_name"]
+    if name in GENERATORS:
+        family = resolve(name, GENERATORS, kind="generator")
+        ratio = family.vae_ratios(read_json(config))[1]
+        require_frames(frames, key, model, modality=family.modality, ratio=ratio)
