@@ -184,8 +184,9 @@ def test_prompts_alone_are_passed_on_as_they_are():
 def test_the_page_of_methods_lists_the_tables():
     lines = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
     rows = [f"| `{name}` | {method.data} | {method.summary} |" for name, method in METHODS.items()]
-    assert [line for line in lines if line.startswith("| `")] == rows
-    start = lines.index("| --- | --- | --- | --- |") + 1
+    first = lines.index("| method | data | what it does |") + 2
+    assert lines[first : lines.index("", first)] == rows
+    start = lines.index("| kind | one row | columns | where a run gets it |") + 2
     assert [line.split(" | ")[0] for line in lines[start : start + len(DATA)]] == [f"| {kind}" for kind in DATA]
     assert {method.data for method in METHODS.values()} <= set(DATA)
 
