@@ -101,7 +101,10 @@ class RewardConfig(AlignConfig):
 
     @property
     def trained_rewards(self) -> tuple[str, ...]:
-        return tuple(self.reward_weights or ())
+        # Not checked in __post_init__: the library and the model card make a config of defaults alone.
+        if not self.reward_weights:
+            raise ConfigError("reward_weights is missing: name at least one of `rewards` with its weight, e.g. clip: 1")
+        return tuple(self.reward_weights)
 
     @property
     def sampling(self) -> Sampling:
@@ -124,12 +127,10 @@ class RewardConfig(AlignConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_in_range(vars(self), _RANGES)
-        if not self.reward_weights:
-            raise ConfigError("reward_weights is missing: name at least one of `rewards` with its weight, e.g. clip: 1")
-        weights = {f"reward_weights.{name}": weight for name, weight in self.reward_weights.items()}
+        weights = {f"reward_weights.{name}": weight for name, weight in (self.reward_weights or {}).items()}
         require_in_range(weights, dict.fromkeys(weights, POSITIVE))
         for name, target in (self.reward_targets or {}).items():
-            if name not in self.reward_weights or not math.isfinite(target):
+            if name not in (self.reward_weights or {}) or not math.isfinite(target):
                 raise ConfigError(f"reward_targets.{name} is {target}; give a finite target of one of reward_weights")
         if self.train_text_encoder:
             raise ConfigError("train_text_encoder: this method trains the denoiser alone; leave it out")
@@ -159,7 +160,8 @@ class RewardTrainer(AlignTrainer):
         **options: Any,
     ) -> None:
         self.needs_reference = args.kl_weight > 0
-        self._rewards = WeightedRewards(rewards, args.reward_weights or {}, args.reward_targets or {})
+        weights = {name: (args.reward_weights or {})[name] for name in args.trained_rewards}
+        self._rewards = WeightedRewards(rewards, weights, args.reward_targets or {})
         self._estimator = args.gradient
         self._gradients, self._loss_scale_P = StateGradients(0), torch.ones(1)
         super().__init__(model, args, train_dataset, *rest, **options)
@@ -196,7 +198,9 @@ class RewardTrainer(AlignTrainer):
         with torch.no_grad(), self._own_precision():
             cond = self.generator.encode_prompts(texts(prompts))
         grid = self.generator.grid(self.args.sampling_steps, self._latent_shape)
-        plan = self._plan(len(grid))
+        plan = ChainPlan(Steps(), len(grid) - 1)  # held out: the whole chain
+        if torch.is_grad_enabled():  # equal for all ranks and micro-batches of a step
+            plan = self._estimator.draw(len(grid), self.args.noise_seed, self.state.global_step)
         grid = grid.ending_at(plan.end)
         latents, penalty_P = self._chain(model, cond, grid, plan.steps, sources)
         reward_P, metrics = self._score(latents, prompts)
@@ -209,12 +213,6 @@ class RewardTrainer(AlignTrainer):
         if loss_P.requires_grad:
             loss_P.register_hook(self._note_scale)
         return LossOutput(loss_P, metrics)
-
-    def _plan(self, count: int) -> ChainPlan:
-        """The estimator's plan of this step, the same for all ranks and micro-batches; held out, the whole chain."""
-        if not torch.is_grad_enabled():
-            return ChainPlan(Steps(), count - 1)
-        return self._estimator.draw(count, self.args.noise_seed, self.state.global_step)
 
     def _chain(
         self, model: Any, cond: Conditioning, grid: Grid, steps: Steps, sources: list[torch.Generator]

@@ -47,26 +47,22 @@ class VelocityPenalty:
         """Adds step `index`, whose prediction was made at the state that the call before saw."""
         if self._steps.carries(index):
             state = self._steps.network_input(self._state)
-            difference = prediction - self._reference_prediction(state, index).to(prediction.dtype)
-            self._errors.append(self._weight(index) * difference.flatten(1).square().mean(1))
+            if torch.is_grad_enabled() and state.requires_grad:
+                reference = checkpoint(self._predict, state, index, use_reentrant=False)
+            else:
+                with torch.no_grad():
+                    reference = self._predict(state, index)
+            alpha, sigma, *_ = (float(value) for value in self._grid.step(index))
+            factor = {"epsilon": alpha, "sample": sigma}.get(self._generator.prediction, 1.0)
+            error = (prediction - reference.to(prediction.dtype)).flatten(1).square().mean(1)
+            self._errors.append(error / max(factor**2, 1 / MAX_WEIGHT))
         self._state = x
 
     def mean(self) -> Tensor:
         """The penalty of each row, [B]."""
         return torch.stack(self._errors).sum(0) / max(1, len(self._errors) - 1)
 
-    def _reference_prediction(self, state: Tensor, index: int) -> Tensor:
-        if torch.is_grad_enabled() and state.requires_grad:
-            return checkpoint(self._predict, state, index, use_reentrant=False)
-        with torch.no_grad():
-            return self._predict(state, index)
-
     def _predict(self, state: Tensor, index: int) -> Tensor:
         times, unconditional = self._grid.times(index, state), self._steps.unconditional
         arguments = (self._reference, state, times, self._cond, self._scale)
         return self._generator.guided(*arguments, grad_unconditional=unconditional)
-
-    def _weight(self, index: int) -> float:
-        alpha, sigma, *_ = (float(value) for value in self._grid.step(index))
-        factor = {"epsilon": alpha, "sample": sigma}.get(self._generator.prediction, 1.0)
-        return min(MAX_WEIGHT, 1 / max(factor**2, 1 / MAX_WEIGHT))
