@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 from collections.abc import Collection, Mapping
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ResumeError
+from alignkit.escape import get_logger
 from alignkit.locks import LOCK
 from alignkit.storage import read_json, remove_abandoned, to_json, write_json
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RUN = "run.json"
 VERSIONS = "versions.json"
@@ -74,7 +74,7 @@ def claim(
         for line in differences(known[section], sections[section], section, free=free)
     ]
     if changed and holds_results(folder):
-        raise ResumeError(_refusal(folder, changed, advice or {}))
+        raise ResumeError(*_refusal(folder, changed, advice or {}))
     if changed:
         for part in (folder / "parts").glob("*.json"):
             part.unlink()  # of parts without data, such as those of which every row was left out
@@ -83,13 +83,13 @@ def claim(
     _note_versions(folder / VERSIONS)
 
 
-def _refusal(folder: Path, changed: Collection[str], advice: Mapping[str, str]) -> str:
+def _refusal(folder: Path, changed: Collection[str], advice: Mapping[str, str]) -> list[str]:
     lines = [f"'{folder}' was made with another config or other inputs:", *(f"  {line}" for line in changed)]
     if any(CONTENT in line for line in changed):
         lines.append(f"('{CONTENT}' and 16 digits stand for what is in a file or folder.)")
     keys = {line.partition(":")[0] for line in changed}
     ways = dict.fromkeys(way for key, way in advice.items() if key in keys)
-    return "\n".join([*lines, "Use the old values to continue it, or another folder.", *ways])
+    return [*lines, "Use the old values to continue it, or another folder.", *ways]
 
 
 def holds_results(folder: Path) -> bool:

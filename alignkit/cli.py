@@ -6,6 +6,7 @@ any heavy import, so that `alignkit --help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignKitError, UnknownNameError, nearest
-from alignkit.escape import to_terminal
+from alignkit.escape import EscapedStream, to_line
 from alignkit.resolve import resolve
 from alignkit.trainers import METHODS
 
@@ -65,12 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(here)  # users' modules (`mymodule:Bright`); last, so that none hides a library
     show_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
+    output = contextlib.redirect_stdout(EscapedStream(sys.stdout))
+    with output, contextlib.redirect_stderr(EscapedStream(sys.stderr, has_bars=True)):
+        return _run(words, show_traceback=show_traceback)
+
+
+def _run(words: list[str], *, show_traceback: bool) -> int:
     try:
         _dispatch(words)
     except AlignKitError as error:
         if show_traceback:
             raise
-        print(f"alignkit: {to_terminal(str(error))}", file=sys.stderr)
+        lines = (to_line(str(line)) for line in error.args)
+        print("alignkit: " + "\n".join(lines), file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read us (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if show_traceback or error.errno not in _KNOWN:
             raise
         print(
-            f"alignkit: {to_terminal(str(error))}; {_KNOWN[error.errno]}, then run the same command again",
+            f"alignkit: {to_line(str(error))}; {_KNOWN[error.errno]}, then run the same command again",
             file=sys.stderr,
         )
         return 2

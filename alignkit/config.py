@@ -58,9 +58,10 @@ def read_tree(
 def build(schema: type[Config], tree: Mapping[str, Located], problems: list[str]) -> Config:
     """`schema` from a tree; raises ConfigError with `problems` and all that the types add to them."""
     config = _coerce_dataclass(Located(dict(tree), "config"), schema, "", problems)
+    if len(problems) > 1:
+        raise ConfigError(f"{len(problems)} problems:", *(f"  {problem}" for problem in problems))
     if problems:
-        count = f"{len(problems)} problems:\n  " if len(problems) > 1 else ""
-        raise ConfigError(count + "\n  ".join(problems))
+        raise ConfigError(problems[0])
     return typing.cast("Config", config)
 
 

@@ -12,7 +12,13 @@ from typing import Any
 
 
 class AlignKitError(Exception):
-    """Root of all errors raised on purpose; the program prints these without a traceback."""
+    """Root of all errors raised on purpose; the program prints these without a traceback.
+
+    Each argument is a line of the message. A line break within one came with a name or value: it is shown escaped.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class ConfigError(AlignKitError, ValueError):

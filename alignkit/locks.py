@@ -34,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
     removed when it stays empty.
 
     In a training of several processes (torchrun) only the first holds it. Raises FolderInUseError naming who does,
-    StorageError for a folder that cannot be written.
+    StorageError for a folder that cannot be written, and at the end for one that was deleted or moved meanwhile.
     """
     path = folder.absolute() / LOCK
     is_first = os.environ.get("RANK", "0") in ("", "0")
@@ -46,6 +46,11 @@ def locked(folder: Path) -> Iterator[None]:
     token = _HELD.set(_HELD.get() | {path})
     try:
         yield
+        if not _is_still(handle, path):
+            raise StorageError(
+                f"'{folder}' was deleted or moved while the command ran (its {LOCK} is gone), so results may be "
+                "missing: run the same command again"
+            )
     finally:
         _HELD.reset(token)
         if _is_still(handle, path):
@@ -115,8 +120,10 @@ def _sign(handle: BinaryIO, path: Path) -> None:
         handle.truncate(0)
         handle.write(json.dumps(holder).encode() + b"\n")
     except OSError as error:
+        path.unlink(missing_ok=True)
         handle.close()
-        raise StorageError(f"could not write '{path}': {error}; make room, then run the same command again") from error
+        advice = "make room on the disk, then run the same command again"
+        raise StorageError(f"could not write '{path}': {error}; {advice}") from error
 
 
 def _boot() -> str:

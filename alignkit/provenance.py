@@ -151,15 +151,21 @@ def fingerprint(path: Path) -> str:
     """16 hex digits that change when a file, or any file below a folder, is another one: names, sizes and bytes.
 
     Of files over 1 MiB sixteen evenly spaced stretches of 64 KiB are read, so large models cost milliseconds; trained
-    weights differ everywhere, but an edit of a few bytes between the stretches goes unseen.
+    weights differ everywhere, but an edit of a few bytes between the stretches goes unseen. Cards (README.md and what
+    is in `examples`) do not count: they are written again when more is known.
     """
-    digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    for file in files:
-        if file.name == "README.md" or "examples" in file.relative_to(path).parts:
-            continue  # a card, which is written again when more is known
+    names = {file: file.relative_to(path) for file in files}
+    cards = {file for file in files if file.name == "README.md" or "examples" in names[file].parts}
+    return fingerprint_files({str(name): file for file, name in names.items() if file not in cards})
+
+
+def fingerprint_files(files: Mapping[str, Path]) -> str:
+    """`fingerprint` of files by the names that stand for them. Raises DataError for one that cannot be read."""
+    digest = hashlib.sha256()
+    for name, file in files.items():
         try:
-            for piece in _pieces(file, str(file.relative_to(path))):
+            for piece in _pieces(file, name):
                 digest.update(piece)
         except OSError as error:
             raise DataError(f"'{file}' cannot be read: {error}; mend its permissions") from error

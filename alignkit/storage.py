@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from alignkit.errors import AlignKitError, DataError, MissingFileError, StorageError
+from alignkit.escape import get_logger
 from alignkit.paths import Bounds
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 STAGE_FILES = ("data", "parts", "manifest.json", "README.md")  # what a data stage writes
 
@@ -77,8 +77,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except AlignKitError:
         raise
     except OSError as error:
-        advice = "what was finished before is unchanged; make room or fix the folder, then run the same command again"
-        raise StorageError(f"could not write '{path}': {error}; {advice}") from error
+        advice = "make room on the disk or fix the folder, then run the same command again"
+        raise StorageError(
+            f"could not write '{path}': {error}; what was finished before is unchanged; {advice}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):  # the error above says what is wrong with the folder
             temporary.unlink(missing_ok=True)

@@ -88,6 +88,13 @@ def named_files(rows: Dataset) -> Iterator[str]:
                 yield from (path for path in cells.field("path").to_pylist() if path)
 
 
+def read_files(rows: Dataset, name: str) -> Iterator[str]:
+    """The paths in a media column of cells that hold no bytes, which are read when the row is."""
+    for cells in _structs(rows, name):
+        for cell in cells.filter(cells.field("bytes").is_null()).field("path").to_pylist():
+            yield from [cell] if cell else []
+
+
 def _structs(rows: Dataset, name: str) -> Iterator[pa.StructArray]:
     """The {bytes, path} of a media column, lists flattened, without a copy of the bytes."""
     import pyarrow as pa

@@ -18,17 +18,17 @@ Not here: downloading, and the way back (exporters.py).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError
+from alignkit.escape import get_logger
 from alignkit.media import clip_shape, image_size, is_video
 from alignkit.paths import Bounds
 from alignkit.records import Prompt
-from data_pipelines.cells import contained, read_cell
+from data_pipelines.cells import contained, read_cell, read_files
 from data_pipelines.folders import FolderRow, Say, captioned_rows, is_captioned_folder, pair_rows
 from data_pipelines.labels import first_is_better
 from data_pipelines.opening import IMAGE_COLUMNS, bounds_of, is_plain_folder, open_dataset, own_split
@@ -38,7 +38,7 @@ from data_pipelines.synpic.rank import COLUMNS, SPLITS, VIDEO_COLUMNS, ranked_fe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LABEL = "label"  # the name under which a given preference stands among the scores
 UNKNOWN_SEED = -1
@@ -109,11 +109,16 @@ def _to_ranked(raw: Dataset, path: Path, bounds: Bounds, say: Say) -> Dataset:
 
 
 def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Path, bounds: Bounds) -> Dataset:
-    from datasets import Image, Video
+    from datasets import Image, Value, Video
 
+    has_bytes = True  # else they are in files beside the dataset, which are not in the key of `datasets`' cache
     for name in columns:
-        if isinstance(raw.features[name], Image | Video):
-            raw = raw.cast_column(name, type(raw.features[name])(decode=False))
+        feature = raw.features[name]
+        if isinstance(feature, Image | Video):
+            raw = raw.cast_column(name, type(feature)(decode=False))
+            has_bytes = has_bytes and not any(read_files(raw, name))
+        elif name not in (*CAPTIONS, "label_0"):
+            has_bytes = has_bytes and feature != Value("string")
     name = next(name for name in columns if name in IMAGE_COLUMNS)
     is_typed = isinstance(raw.features[name], Video)
     medium = "videos" if is_typed or _holds_video(raw, name, bounds, path) else "images"
@@ -125,6 +130,7 @@ def _converted(raw: Dataset, columns: Sequence[str], convert: Convert, path: Pat
         with_indices=True,
         remove_columns=raw.column_names,
         features=ranked_features([LABEL], medium),
+        load_from_cache_file=has_bytes,
         desc="import",
     )
 

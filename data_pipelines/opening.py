@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from alignkit.errors import DataError, MissingFileError
+from alignkit.escape import get_logger
 from alignkit.media import VIDEO_ENDINGS
 from alignkit.paths import Bounds
-from data_pipelines.cells import named_files, text_cell
+from data_pipelines.cells import contained, named_files, read_files, text_cell
 from data_pipelines.folders import Say, unused_files
 from data_pipelines.prompts import to_prompt
 from data_pipelines.tables import read_rows
@@ -27,7 +27,7 @@ from data_pipelines.tables import read_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TABLES = (".jsonl", ".csv")  # read here, with file and line of every error
 MEDIA = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", *VIDEO_ENDINGS)
@@ -80,6 +80,23 @@ def bounds_of(path: Path, root: Path | None = None) -> Bounds:
     """Where files may be that rows of the dataset at `path` name: its folder (or `root`), and what was unpacked."""
     folder = path if path.is_dir() else path.parent
     return Bounds(folder, (root or folder, cache_of(path)))
+
+
+def files_beside(path: Path, root: Path | None = None) -> dict[str, Path]:
+    """The files that rows of the dataset at `path` name and that are not in it, by their paths below `root`.
+
+    Empty for a folder without a `root`, whose rows name files in it. Raises what `open_dataset` raises.
+    """
+    if root is None and path.is_dir():
+        return {}
+    bounds = bounds_of(path, root)
+    home = bounds.roots[0].resolve()
+    found: set[Path] = set()
+    for rows in open_dataset(path, root=root, say=logger.debug).values():
+        for name in {*IMAGE_COLUMNS, "images", "video", "videos"} & set(rows.column_names):
+            media = contained(rows.select_columns([name]), name, bounds, f"'{path}'")
+            found |= {Path(file) for file in read_files(media, name)}
+    return {str(file.relative_to(home)): file for file in sorted(found) if file.is_relative_to(home)}
 
 
 def cache_of(path: Path) -> Path:

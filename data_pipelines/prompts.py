@@ -6,7 +6,6 @@ hashed by `Prompt.from_text` only.
 
 from __future__ import annotations
 
-import logging
 import reprlib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import DataError, MissingFileError
+from alignkit.escape import get_logger
 from alignkit.records import Prompt
 from alignkit.seeds import derive_seed
 from data_pipelines.tables import read_rows, require_column
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_PROMPT = 128 << 10  # characters, as many as a field of a CSV file may have
 

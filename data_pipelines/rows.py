@@ -5,12 +5,12 @@ Deliberately not here: opening files (`opening`), and what the columns of ranked
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import DataError
+from alignkit.escape import get_logger
 from alignkit.records import Prompt
 from data_pipelines.cells import contained
 from data_pipelines.opening import bounds_of, open_dataset, own_split
@@ -19,7 +19,7 @@ from data_pipelines.prompts import split_of, to_prompt
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def load_rows(

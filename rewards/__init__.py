@@ -1,8 +1,8 @@
 """Rewards, one file each, and judges. `REWARDS` and `JUDGES` map a name to its builder.
 
-A user's own is `package.module:attribute`. A builder takes options (a model folder, a device) and returns an object
-with the attributes and the call of `alignkit.protocols.Reward`, or with `compare` of `alignkit.protocols.Judge`. `gold`
-lives in the sandbox and comes in through the same table.
+A user's own has the name `package.module:attribute`. A builder takes options (a model folder, a device) and returns an
+object with the attributes and the call of `alignkit.protocols.Reward`, or with `compare` of `alignkit.protocols.Judge`.
+`gold` is part of the sandbox.
 """
 
 JUDGES = {

@@ -15,7 +15,7 @@ GET = "https://github.com/christophschuhmann/improved-aesthetic-predictor has sa
 
 
 class Aesthetic(ClipReward):
-    """A mean opinion of about 1 to 10, from the image alone; prompts are not read.
+    """Predicted mean opinion score of about 1 to 10, from the image alone; the prompt is ignored.
 
     model: OpenAI's CLIP ViT-L/14; head: `sac+logos+ava1-l14-linearMSE.pth`. There is no activation between the layers,
     so the score is affine in the normalised embedding, without bounds. It prefers paintings and strong colour.
@@ -47,14 +47,14 @@ class Aesthetic(ClipReward):
         exact = torch.promote_types(self.clip.model.dtype, torch.float32)
         self._head.to(device, exact).eval().requires_grad_(False)
 
-    def _score(self, media: Tensor, prompts: list[str]) -> Tensor:  # noqa: ARG002 - the image alone
-        seen = self.clip.embed_media(media)
-        with torch.autocast(seen.device.type, enabled=False):  # bfloat16 near 5 has steps of 1/32
-            return self._head["layers"](seen).squeeze(-1)
+    def _score(self, media: Tensor, prompts: list[str]) -> Tensor:  # noqa: ARG002 - the prompt is ignored
+        embedded = self.clip.embed_media(media)
+        with torch.autocast(embedded.device.type, enabled=False):  # bfloat16 near 5 has steps of 1/32
+            return self._head["layers"](embedded).squeeze(-1)
 
 
 def _head(widths: tuple[int, ...]) -> nn.ModuleDict:
-    """Linear layers at the published places; between the first four stood dropouts, here what they are when scoring."""
+    """Linear layers with the published numbers; Identity replaces the dropout between the first four."""
     layers: list[nn.Module] = []
     for place, (width, narrower) in enumerate(pairwise(widths)):
         layers += [nn.Linear(width, narrower), *([nn.Identity()] if place < 3 else [])]

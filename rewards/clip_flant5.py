@@ -1,7 +1,7 @@
-"""VQAScore on CLIP-FlanT5 (Lin et al., arXiv 2404.01291): the likelihood of "Yes", asked if an image shows its prompt.
+"""VQAScore on CLIP-FlanT5 (Lin et al., arXiv 2404.01291): the likelihood of "Yes" to "does it show the prompt?".
 
-Patch states of CLIP's last layer but one, mapped by two linear layers, stand in a Flan-T5 question where the image
-belongs. Both networks are transformers' own; the t2v-metrics package, which has no gradient, is not needed.
+Patch states of CLIP's last layer but one, mapped by two linear layers, are inserted into the question to Flan-T5. Both
+networks are transformers' own; the t2v-metrics package, which has no gradient, is not needed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CONTEXT = 2048  # tokens, the image counted as one
 FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 ADVICE = "hf download zhiqiulin/clip-flant5-xl --local-dir FOLDER"
 TOWER = "vision_tower.vision_tower.vision_model."
-BESIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # a whole CLIP's other tower
+BESIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # unused parts of a whole CLIP
 ALIASES = ("embed_tokens.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# What published preprocessing pads with: the mean colour cut down to 8 bits.
+# Padding of the published preprocessing: the mean colour, truncated to 8 bits.
 FILL = tuple(int(255 * value) / 255 for value in CLIP_MEAN)
 
 
@@ -40,12 +40,12 @@ class ClipFlanT5:
 
     model: folder or hub id of zhiqiulin/clip-flant5-xl or -xxl, or the weights (or their index) in such a folder.
     tokenizer: folder or hub id of Flan-T5's tokenizer.
-    vision_tower: folder or hub id of the CLIP model, for weights without one; None is that of the model's config.
-    question, answer: what is asked, `{}` being the prompt, and the answer whose likelihood counts.
-    dtype: the precision of weights; the published package runs bfloat16. Scores are at least float32.
+    vision_tower: folder or hub id of the CLIP model, for weights without one; None: the one in the model's config.
+    question, answer: the question, with `{}` for the prompt, and the answer whose likelihood is the score.
+    dtype: the precision of weights; the published package uses bfloat16. Scores are at least float32.
 
-    Images are padded to a square with the mean colour. Raises MissingFileError for weights or a tokenizer that are
-    not there, DataError for weights of another model or a tokenizer of another vocabulary.
+    Images are padded to a square with the mean colour. Raises MissingFileError for missing weights or tokenizers,
+    DataError for weights of another model or a tokenizer of another vocabulary.
     """
 
     name = "clip_flant5"
@@ -78,7 +78,7 @@ class ClipFlanT5:
         state = {key: value.to(*self._place) for key, value in read_state(path, owner=self.name, advice=ADVICE).items()}
         tower, projector, rest = _split(state)
         self._tower = _tower(tower, where) if tower else _stored_tower(vision_tower or config["mm_vision_tower"])
-        unused = config.get("mm_vision_select_layer", -2) + 1  # layers after the one whose states are read
+        unused = config.get("mm_vision_select_layer", -2) + 1  # negative: layers after the one whose states are used
         self._tower.encoder.layers = self._tower.encoder.layers[: unused or None]
         self._projector = _projector(projector, where)
         self._t5 = _t5(rest, config, len(self._tokenizer), where)
@@ -91,14 +91,14 @@ class ClipFlanT5:
         import torch
 
         pixels = self._prepare(check_media(media, prompts, self)).to(*self._place)
-        seen = self._projector(self._tower(pixels).last_hidden_state[:, 1:])
-        asked = [AFTER.format(question=self._question.format(text)) for text in texts(prompts)]
-        after = self._tokens(asked, CONTEXT - 1 - self._before.shape[1])
+        image = self._projector(self._tower(pixels).last_hidden_state[:, 1:])
+        questions = [AFTER.format(question=self._question.format(text)) for text in texts(prompts)]
+        after = self._tokens(questions, CONTEXT - 1 - self._before.shape[1])
         before, words = self._t5.shared(self._before.expand(len(pixels), -1)), self._t5.shared(after.input_ids)
-        ahead = after.attention_mask.new_ones(len(pixels), before.shape[1] + seen.shape[1])
+        ahead = after.attention_mask.new_ones(len(pixels), before.shape[1] + image.shape[1])
         answer = self._answer.expand(len(pixels), -1)
         logits = self._t5(
-            inputs_embeds=torch.cat([before, seen, words], dim=1),
+            inputs_embeds=torch.cat([before, image, words], dim=1),
             attention_mask=torch.cat([ahead, after.attention_mask], dim=1),
             decoder_input_ids=self._t5.prepare_decoder_input_ids_from_labels(answer),
             use_cache=False,
@@ -106,13 +106,13 @@ class ClipFlanT5:
         return Scores(precise(logits).log_softmax(-1).gather(-1, answer[..., None]).mean((1, 2)).exp())
 
     def _tokens(self, lines: list[str], length: int = CONTEXT) -> Any:
-        """Ids [n, L] and mask of lines; each ends in T5's end token, the piece before the image too."""
+        """Ids [n, L] and mask of lines; each ends in T5's end token, also the one before the image."""
         tokens = self._tokenizer(lines, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return tokens.to(self._place[0])
 
 
 def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of CLIP and of the projector, under their own names, and the rest: those of T5."""
+    """Weights of CLIP, of the projector (both without their prefixes) and of T5."""
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -122,7 +122,7 @@ def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def _tower(state: dict[str, Tensor], where: str) -> CLIPVisionModel:
-    """OpenAI's CLIP ViT with the weights of `state`, which tell its size; heads are 64 wide."""
+    """OpenAI's CLIP ViT with the weights of `state`, whose shapes give its size; heads are 64 wide."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     state.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
@@ -143,7 +143,7 @@ def _tower(state: dict[str, Tensor], where: str) -> CLIPVisionModel:
 
 
 def _stored_tower(name: str) -> CLIPVisionModel:
-    """A CLIP model of its own folder or hub id."""
+    """A CLIP model from a folder or hub id."""
     import torch
     from transformers import CLIPVisionModel
 
@@ -165,7 +165,7 @@ def _projector(state: dict[str, Tensor], where: str) -> nn.Module:
 
 
 def _t5(state: dict[str, Tensor], config: dict[str, Any], words: int, where: str) -> T5ForConditionalGeneration:
-    """Flan-T5; rows that only pad the vocabulary to a round number are cut off, as in the published package."""
+    """Flan-T5; rows that only pad the vocabulary are removed, as in the published package."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -178,7 +178,7 @@ def _t5(state: dict[str, Tensor], config: dict[str, Any], words: int, where: str
     kept = {key: value for key, value in config.items() if key not in ("architectures", "model_type", "torch_dtype")}
     with torch.device("meta"):
         t5 = T5ForConditionalGeneration(T5Config.from_dict({**kept, "vocab_size": words}))
-    # The class ties its head to the words, Flan-T5 has one of its own: loading assigns it and nothing ties it again.
+    # The class ties its head to the embedding, but Flan-T5 has its own head: loading assigns it, nothing ties it again.
     load_strictly(t5, state, where)
     return t5
 

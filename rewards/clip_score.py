@@ -1,4 +1,4 @@
-"""CLIP score: scaled cosine of image and prompt embeddings (Hessel et al., arXiv 2104.08718), any CLIP."""
+"""CLIP score: scaled cosine of image and prompt embeddings of any CLIP (Hessel et al., arXiv 2104.08718)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Several rewards as one: normalised each, then summed, put to the vote, or lowered where they disagree.
+"""Several rewards as one: each is normalised, then they are summed, vote, or are averaged less their deviation.
 
-Not here: choosing weights. Members check media themselves; the composite checks only that they agree on what media are.
+Not here: choosing weights. Members check media themselves; the composite checks only that they have one modality.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from alignkit.errors import ConfigError, DataError, MissingFileError, nearest
 from alignkit.protocols import Dependent, Reward, as_scores
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import construct, resolve
+from alignkit.storage import write_text
 from rewards import REWARDS
 from rewards.models.media import check_media
 
@@ -32,9 +33,9 @@ MODES = ("sum", "vote", "mean_std")
 class Member:
     """A reward in a composite.
 
-    weight: its share; 0 only reports it.
-    hinge: min(r, hinge) counts in place of r, in the reward's own units: better than this is not better (ReFL's
-        max(0, 2 - r) of arXiv 2304.05977, with its sign turned).
+    weight: its share of the total; with 0 the score is only reported.
+    hinge: min(r, hinge) replaces r, in the reward's own units: a higher score adds nothing (ReFL's max(0, 2 - r) of
+        arXiv 2304.05977, with the opposite sign).
     """
 
     reward: Reward
@@ -52,12 +53,12 @@ class Moments:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Moments:
-        """Those of `values`, in float64."""
+        """Moments of `values`, in float64."""
         mean = math.fsum(values) / max(len(values), 1)
         return cls(len(values), mean, math.fsum((value - mean) ** 2 for value in values))
 
     def merge(self, other: Moments) -> Moments:
-        """Those of both streams together."""
+        """Moments of both streams together."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -67,19 +68,19 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """The population's deviation; 1 where nothing has varied yet, so that dividing by it changes nothing."""
+        """Population standard deviation; 1 while all values are equal, so that dividing by it changes nothing."""
         return math.sqrt(self.m2 / self.count) if self.m2 > 0 else 1.0
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """(r - mean) / deviation."""
+        """(r - mean) / std."""
         return (scores - self.mean) / self.std
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """Where scores stand among stored ones, in (0, 1): the empirical distribution, linear between its values.
+    """Quantile of a score among stored ones, in (0, 1): the empirical distribution function, linear between values.
 
-    Equal values share their middle rank. Beyond the smallest and the largest value it is flat, without gradient.
+    Equal values have their mean rank. Beyond the smallest and the largest value it is constant, without gradient.
     """
 
     values: tuple[float, ...]
@@ -100,10 +101,10 @@ class Quantiles:
         return cls(tuple(counts), tuple(levels))
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """The level of each score, found in float64, where close values are still different."""
+        """The quantile of each score, computed in float64 so that close values stay different."""
         import torch
 
-        values, levels = (scores.new_tensor(told, dtype=torch.float64) for told in (self.values, self.levels))
+        values, levels = (scores.new_tensor(side, dtype=torch.float64) for side in (self.values, self.levels))
         inside = scores.double().clamp(self.values[0], self.values[-1])
         right = torch.searchsorted(values, inside.detach()).clamp(1, len(values) - 1)
         share = (inside - values[right - 1]) / (values[right] - values[right - 1])
@@ -111,21 +112,21 @@ class Quantiles:
 
 
 class Composite:
-    """Members [B] each become one score [B]; `parts` keeps every member's raw score and its parts as 'member/part'.
+    """One score [B] from the members' scores [B]; `parts` has each member's raw score, and its parts as 'member/part'.
 
-    The total is on the device of the media and in the widest dtype of the members, and NaN where a member that counts
-    is NaN or infinite. Rows depend on each other in a vote, and on the calls before while statistics are running; then
-    `dependence` says so, and stages that cut media into batches refuse the composite.
+    The total is on the device of the media and in the widest dtype of the members. It is NaN where a member of weight
+    other than 0 is NaN or infinite. Rows depend on each other in a vote, and on earlier calls while running statistics
+    are updated; then `dependence` gives the reason, and stages that split media into batches refuse the composite.
 
     members: name -> a reward, a Member, or {reward: a name of the table or 'package.module:attribute', options, weight,
-        hinge}. Those on CLIP with equal vision weights share one tower from then on.
-    mode: `sum` of weight x score; `vote`, the weighted share of members, averaged over the other media of the same
-        prompt in the batch, that prefer this one (a tie is half a vote, and a medium without a score no rival), so each
-        prompt needs two media; `mean_std`, weighted mean - kappa x deviation over the members, which trusts what they
-        agree on.
-    normalise: `running` standardises each member by all scores it has given before this call, then adds this call's
-        (not after `eval()`), less those that are not finite; `reference` by fixed numbers. The raw score is counted,
-        the hinged one is standardised.
+        hinge}. CLIP rewards with equal vision weights share one vision tower from then on.
+    mode: `sum` of weight x score; `vote`, the weighted share of members that prefer this medium, averaged over the
+        other media of the same prompt in the batch (a tie counts half; media without a score are not compared), so
+        each prompt needs two media; `mean_std`, weighted mean - kappa x standard deviation over the members, which is
+        lower where they disagree.
+    normalise: `running` standardises each member by all its scores of earlier calls, then adds the finite scores of
+        this call (not after `eval()`); `reference` normalises by fixed numbers. Statistics are of raw scores; the
+        hinged score is standardised.
     reference: member -> {mean, std}, or {values: scores of a reference distribution} for quantiles.
     state: a file that `save` wrote, for `running`.
     update: False is `eval()` from the start.
@@ -149,7 +150,7 @@ class Composite:
         self._members = {key: _member(key, given) for key, given in members.items()}
         self._counted = {key: member for key, member in self._members.items() if member.weight}
         self._running = {key: Moments() for key in self._members} if normalise == "running" else {}
-        self._fixed = {key: _fixed(key, told) for key, told in (reference or {}).items()}
+        self._fixed = {key: _fixed(key, given) for key, given in (reference or {}).items()}
         self._is_updating = update
         self._require(normalise, reference, state)
         if "rewards.models.clip" in sys.modules:  # no member has a CLIP tower to share without it
@@ -190,7 +191,7 @@ class Composite:
         self.native_range = self._range()
 
     def _range(self) -> tuple[float, float]:
-        """What members, hinges and fixed normalisation allow; without bounds where statistics run."""
+        """Range that members, hinges and fixed normalisation allow; unbounded with running statistics."""
         if self._mode == "vote":
             return 0.0, 1.0
         ends = [self._ends(key, member) for key, member in self._counted.items()]
@@ -199,7 +200,7 @@ class Composite:
             sides = [sorted(weight * end for end in pair) for weight, pair in zip(weights, ends, strict=True)]
             return math.fsum(side[0] for side in sides), math.fsum(side[1] for side in sides)
         low, high = (math.fsum(w * pair[i] for w, pair in zip(weights, ends, strict=True)) for i in (0, 1))
-        widest = (max(pair[1] for pair in ends) - min(pair[0] for pair in ends)) / 2  # no deviation is larger
+        widest = (max(pair[1] for pair in ends) - min(pair[0] for pair in ends)) / 2  # the largest possible deviation
         off = self._kappa * widest if self._kappa else 0.0
         return low / sum(weights) - max(off, 0), high / sum(weights) - min(off, 0)
 
@@ -216,10 +217,10 @@ class Composite:
         import torch
 
         check_media(media, prompts, self)
-        said = {}
+        own = {}
         for key, member in self._members.items():
-            said[key] = as_scores(member.reward(media, prompts), key, len(prompts))
-        raw = _alike([said[key].total for key in self._counted], media)
+            own[key] = as_scores(member.reward(media, prompts), key, len(prompts))
+        raw = _alike([own[key].total for key in self._counted], media)
         is_whole = torch.isfinite(raw).all(0)
         counted = zip(self._counted.items(), raw, strict=True)
         scores = torch.stack([self._normalised(key, _hinged(row, member.hinge)) for (key, member), row in counted])
@@ -230,9 +231,9 @@ class Composite:
             shares = weights / weights.sum()
             total = _votes(scores, shares, prompts, is_whole) if self._mode == "vote" else self._agreed(scores, shares)
         if self._running and self._is_updating:
-            self.absorb({key: _moments(scored.total) for key, scored in said.items()})
-        parts = {key: scored.total for key, scored in said.items()}
-        parts |= {f"{key}/{part}": value for key, scored in said.items() for part, value in scored.parts.items()}
+            self.absorb({key: _moments(scored.total) for key, scored in own.items()})
+        parts = {key: scored.total for key, scored in own.items()}
+        parts |= {f"{key}/{part}": value for key, scored in own.items() for part, value in scored.parts.items()}
         return Scores(total.masked_fill(~is_whole, math.nan), parts)
 
     def _normalised(self, key: str, scores: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ class Composite:
         return normalise(scores) if normalise else scores
 
     def _agreed(self, scores: Tensor, shares: Tensor) -> Tensor:
-        """Mean - kappa x population deviation [B]; the deviation's gradient at 0 is 0, one of its subgradients."""
+        """Mean - kappa x population standard deviation [B]; the latter's gradient at 0 is set to 0, a subgradient."""
         mean = (shares * scores).sum(0)
         variance = (shares * (scores - mean).square()).sum(0)
         is_zero = variance == 0
@@ -252,7 +253,7 @@ class Composite:
         if self._mode == "vote":
             return (
                 "its vote compares the media of one batch, which may hold any part of a prompt's candidates; name its "
-                "members as rewards instead, whose stored scores the rank stage puts to the vote (win_rates)"
+                "members as rewards instead, and the rank stage computes win rates of their stored scores (win_rates)"
             )
         if self._running and self._is_updating:
             return (
@@ -263,12 +264,12 @@ class Composite:
         return next((why for reward in members if isinstance(reward, Dependent) and (why := reward.dependence())), "")
 
     def train(self) -> Composite:
-        """From now on each call adds its scores to the running statistics."""
+        """Each later call adds its scores to the running statistics."""
         self._is_updating = True
         return self
 
     def eval(self) -> Composite:
-        """From now on the running statistics stay as they are."""
+        """Later calls do not change the running statistics."""
         self._is_updating = False
         return self
 
@@ -277,30 +278,30 @@ class Composite:
         return dict(self._running)
 
     def absorb(self, state: Mapping[str, Moments]) -> None:
-        """Add what another stream (a process, a shard) has gathered since; the order does not matter."""
+        """Add the statistics of another stream (a process, a shard); the order does not matter."""
         self._running = {key: moments.merge(state[key]) for key, moments in self._running.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write the running statistics as JSON."""
+        """Write the running statistics as JSON, atomically. Raises StorageError."""
         text = json.dumps({key: asdict(moments) for key, moments in self._running.items()}, indent=1)
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(Path(path), text)
 
     def load(self, path: str | Path) -> None:
-        """Take what `save` wrote for what was gathered. Raises MissingFileError, DataError for a file of others."""
+        """Replace the statistics by those of a file of `save`. Raises MissingFileError; DataError for another file."""
         if not Path(path).is_file():
             raise MissingFileError(f"{self.name}: no statistics '{path}'; `save` writes them")
         try:
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = {key: Moments(**moments) for key, moments in told.items()}
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            running = {key: Moments(**moments) for key, moments in stored.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{self.name}: '{path}' holds no running statistics: {error}") from error
-        if set(found) != set(self._members):
-            raise DataError(f"{self.name}: '{path}' is of {sorted(found)}, members are {sorted(self._members)}")
-        self._running = found
+        if set(running) != set(self._members):
+            raise DataError(f"{self.name}: '{path}' is of {sorted(running)}, members are {sorted(self._members)}")
+        self._running = running
 
 
 def _member(name: str, given: Reward | Member | Mapping[str, Any]) -> Member:
-    """A member however it was given. Raises ConfigError naming it for a key or an option that is not taken."""
+    """A Member from any of its forms. Raises ConfigError naming it for an unknown key or option."""
     if isinstance(given, Member):
         return given
     if not isinstance(given, Mapping):
@@ -316,22 +317,22 @@ def _member(name: str, given: Reward | Member | Mapping[str, Any]) -> Member:
     return Member(reward, given.get("weight", 1.0), given.get("hinge"))
 
 
-def _fixed(name: str, told: Mapping[str, Any]) -> Moments | Quantiles:
-    """Normalisation by numbers that were given."""
-    if set(told) == {"values"}:
-        return Quantiles.of(told["values"])
-    if set(told) != {"mean", "std"} or not told["std"] > 0:
-        raise ConfigError(f"reference of '{name}': give mean and std > 0, or values; not {dict(told)}")
-    return Moments(1, told["mean"], told["std"] ** 2)
+def _fixed(name: str, given: Mapping[str, Any]) -> Moments | Quantiles:
+    """Normalisation by the numbers of option `reference`."""
+    if set(given) == {"values"}:
+        return Quantiles.of(given["values"])
+    if set(given) != {"mean", "std"} or not given["std"] > 0:
+        raise ConfigError(f"reference of '{name}': give mean and std > 0, or values; not {dict(given)}")
+    return Moments(1, given["mean"], given["std"] ** 2)
 
 
 def _moments(scores: Tensor) -> Moments:
-    """Those of the finite ones: a running mean would never recover from the others."""
+    """Moments of the finite scores: one NaN or infinity would make the running mean useless."""
     return Moments.of([value for value in scores.detach().double().tolist() if math.isfinite(value)])
 
 
 def _alike(rows: Sequence[Tensor], media: Tensor) -> Tensor:
-    """Scores [members, B] on the device of `media`, in the widest dtype of the rows: served ones are float64 on CPU."""
+    """Scores [members, B] on the device of `media`, in the widest dtype of `rows` (served ones: float64, CPU)."""
     import torch
 
     dtype = functools.reduce(torch.promote_types, (row.dtype for row in rows))
@@ -343,9 +344,9 @@ def _hinged(scores: Tensor, target: float | None) -> Tensor:
 
 
 def _votes(scores: Tensor, shares: Tensor, prompts: Sequence[Prompt], is_whole: Tensor) -> Tensor:
-    """Win rates [B] of `scores` [members, B] among media of the same prompt, averaged over members by `shares`.
+    """Win rates [B] of `scores` [members, B] against the media of the same prompt, weighted over members by `shares`.
 
-    Only rows that are whole [B] are rivals; where none is left it is NaN.
+    A row is compared with the rows where `is_whole` [B] is true only; NaN if there is none.
     """
     import torch
 
@@ -356,5 +357,5 @@ def _votes(scores: Tensor, shares: Tensor, prompts: Sequence[Prompt], is_whole: 
         raise DataError(f"vote: only one medium of the prompt '{alone}' in the batch; a vote compares at least 2")
     scores = scores.detach()
     wins = ((scores[:, :, None] - scores[:, None]).sign() + 1) / 2
-    rivals = groups & is_whole
-    return (shares * wins.where(rivals, 0).sum(2)).sum(0) / rivals.sum(1)
+    opponents = groups & is_whole
+    return (shares * wins.where(opponents, 0).sum(2)).sum(0) / opponents.sum(1)

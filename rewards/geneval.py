@@ -1,10 +1,10 @@
-"""GenEval's verdicts (arXiv 2310.11513): does an image show what its prompt names, so many, so placed?
+"""GenEval's verdicts (arXiv 2310.11513): does an image show the objects of its prompt, in number, colour and position?
 
-What is wanted stands in the prompt's metadata, as in GenEval's evaluation_metadata.jsonl: `include` and `exclude`,
-lists of {class, count, color, position: [relation, index of an earlier clause]}, and `tag`. A class is there when its
-`count` best detections pass the threshold; colour and position are asked of those alone. Rules and thresholds are the
-published program's; its detector is a Mask2Former of mmdetection, so numbers compare between runs of one detector only.
-Left out: suppression of overlapping boxes of a class, which the published program has but switches off.
+The requirements are in the prompt's metadata, as in GenEval's evaluation_metadata.jsonl: `include` and `exclude`, lists
+of {class, count, color, position: [relation, index of an earlier clause]}, and `tag`. A class is present if its `count`
+best detections exceed the threshold; colour and position are checked for these detections only. Rules and thresholds
+are those of the published program; its detector is a Mask2Former of mmdetection, so numbers compare between runs of one
+detector only. Left out: suppression of overlapping boxes of a class, which the published program switches off.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ALIASES = {"tv remote": "remote", "computer mouse": "mouse", "computer keyboard"
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """One thing asked of an image: its kind (one of KINDS), whether it holds, and why not."""
+    """One requirement on an image: its kind (one of KINDS), whether it is met, and the reason if not."""
 
     kind: str
     met: bool
@@ -51,36 +51,36 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """Why not, a line each."""
+        """The reasons of the requirements that are not met, one a line."""
         return "\n".join(requirement.reason for requirement in self.requirements if requirement.reason)
 
     def share(self, kind: str | None = None) -> float:
-        """Share of the requirements (of one kind) that are met; 1 where none is asked."""
+        """Share of the requirements (of one kind) that are met; 1 if there are none."""
         met = [requirement.met for requirement in self.requirements if kind in (None, requirement.kind)]
         return sum(met) / len(met) if met else 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Picture:
-    """An image [3, H, W] and the places of its things in `found`, by class, best first."""
+class _Image:
+    """An image [3, H, W], its detections, and their indices by class, best first."""
 
     pixels: Tensor
-    found: Detections
-    places: Mapping[str, Sequence[int]]
+    detections: Detections
+    by_class: Mapping[str, Sequence[int]]
 
-    def box(self, place: int) -> list[float]:
-        return self.found.boxes[place].tolist()
+    def box(self, index: int) -> list[float]:
+        return self.detections.boxes[index].tolist()
 
 
 class GenEval:
-    """1 where all that the metadata asks holds, else 0; with `fractional`, the share of the requirements that hold.
+    """1 if all requirements of the metadata are met, else 0; with `fractional`, the share that is met.
 
     detector: a folder or hub id for `TransformersDetector`, or 'package.module:attribute', a builder of a `Detector`.
-    colors: a CLIPModel folder or hub id for `ClipColors`, or a builder of a `ColorReader`; where colours are asked.
+    colors: a CLIPModel folder or hub id for `ClipColors`, or a builder of a `ColorReader`; for prompts with colours.
     aliases: GenEval's class names to the detector's, where they differ.
-    threshold, counting_threshold: least score of a detection, the latter for prompts of tag `counting`.
-    Parts: the share of requirements met of each kind, 1 where a prompt asks none; `judge` gives reasons. Raises
-    DataError for metadata that says nothing, or names a class that the detector does not know.
+    threshold, counting_threshold: a detection counts above this score, the latter for prompts of tag `counting`.
+    Parts: the share of met requirements of each kind, 1 if the prompt has none; `judge` gives reasons. Raises DataError
+    for metadata without requirements, or with a class that the detector does not have.
     """
 
     name = "geneval"
@@ -120,14 +120,15 @@ class GenEval:
 
     def judge(self, media: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
         """Verdicts with reasons for media [B, 3, H, W] in [0, 1]."""
-        pictures = precise(check_media(media, prompts, self).detach())
-        asked = [self._clauses(prompt) for prompt in prompts]
+        images = precise(check_media(media, prompts, self).detach())
+        clauses = [self._clauses(prompt) for prompt in prompts]
         verdicts = []
         for pixels, found, prompt, (include, exclude) in zip(
-            pictures, self._detector(pictures), prompts, asked, strict=True
+            images, self._detector(images), prompts, clauses, strict=True
         ):
-            picture = _Picture(pixels, found, self._places(found, is_counting=prompt.metadata.get("tag") == "counting"))
-            verdicts.append(Verdict((*self._included(picture, include), *self._excluded(picture, exclude))))
+            by_class = self._by_class(found, is_counting=prompt.metadata.get("tag") == "counting")
+            image = _Image(pixels, found, by_class)
+            verdicts.append(Verdict((*self._included(image, include), *self._excluded(image, exclude))))
         return verdicts
 
     def _clauses(self, prompt: Prompt) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
@@ -144,14 +145,14 @@ class GenEval:
         return include, exclude
 
     def _fault(self, clause: Mapping[str, Any], index: int) -> str:
-        """What is wrong with a clause, the `index`-th of its kind; "" if nothing."""
+        """The fault of a clause, the `index`-th of its kind; "" if it has none."""
         name, count = clause.get("class"), clause.get("count")
         if not isinstance(name, str) or type(count) is not int or count < 1:
             return "`class` must be a name and `count` a number from 1 up"
         if self._label(name) not in self._detector.labels:
-            return f"the detector knows no '{name}'.{nearest(name, self._detector.labels)} See `aliases`."
+            return f"the detector has no class '{name}'.{nearest(name, self._detector.labels)} See `aliases`."
         if clause.get("color") is not None and self._colors is None:
-            return "asks a colour; give `colors`, a CLIP folder such as openai/clip-vit-large-patch14"
+            return "it has a colour; give `colors`, a CLIP folder such as openai/clip-vit-large-patch14"
         if clause.get("position") is not None:
             position = clause["position"]
             if len(position) != 2 or position[0] not in RELATIONS or position[1] not in range(index):
@@ -161,48 +162,48 @@ class GenEval:
     def _label(self, name: str) -> str:
         return name if name in self._detector.labels else self._aliases.get(name, name)
 
-    def _places(self, found: Detections, *, is_counting: bool) -> dict[str, list[int]]:
-        """Indices of the detections that pass, by class, best first."""
+    def _by_class(self, found: Detections, *, is_counting: bool) -> dict[str, list[int]]:
+        """Indices of the detections that exceed the threshold, by class, best first."""
         least = self._counting_threshold if is_counting else self._threshold
-        places: dict[str, list[int]] = {}
+        by_class: dict[str, list[int]] = {}
         for index in found.scores.argsort(descending=True, stable=True).tolist():
-            same = places.setdefault(found.labels[index], [])
+            same = by_class.setdefault(found.labels[index], [])
             if found.scores[index] > least and len(same) < self._max_objects:
                 same.append(index)
-        return places
+        return by_class
 
-    def _included(self, picture: _Picture, clauses: Sequence[Mapping[str, Any]]) -> Iterator[Requirement]:
-        groups: list[Sequence[int] | None] = []  # the things of each clause that holds
+    def _included(self, image: _Image, clauses: Sequence[Mapping[str, Any]]) -> Iterator[Requirement]:
+        groups: list[Sequence[int] | None] = []  # detections of each clause, None where it is not met
         for clause in clauses:
             name, count = clause["class"], clause["count"]
-            things = picture.places.get(self._label(name), ())[:count]
+            things = image.by_class.get(self._label(name), ())[:count]
             checks = [_present(name, count, len(things))]
             if clause.get("color") is not None:
-                checks.append(self._colored(picture, clause, things, is_checked=checks[-1].met))
+                checks.append(self._colored(image, clause, things, is_checked=checks[-1].met))
             if clause.get("position") is not None:
                 is_checked = all(check.met for check in checks)
-                checks.append(self._placed(picture, clause, things, groups, is_checked=is_checked))
+                checks.append(self._placed(image, clause, things, groups, is_checked=is_checked))
             groups.append(things if all(check.met for check in checks) else None)
             yield from checks
 
     def _colored(
-        self, picture: _Picture, clause: Mapping[str, Any], things: Sequence[int], *, is_checked: bool
+        self, image: _Image, clause: Mapping[str, Any], things: Sequence[int], *, is_checked: bool
     ) -> Requirement:
         if not is_checked or self._colors is None:
             return Requirement("color", met=False)
-        indices, masks = list(things), picture.found.masks
-        boxes = picture.found.boxes[indices]
-        colors = self._colors(picture.pixels, boxes, None if masks is None else masks[indices], clause["class"])
+        indices, masks = list(things), image.detections.masks
+        boxes = image.detections.boxes[indices]
+        colors = self._colors(image.pixels, boxes, None if masks is None else masks[indices], clause["class"])
         right = colors.count(clause["color"])
         if right >= clause["count"]:
             return Requirement("color", met=True)
-        seen = ", ".join(f"{colors.count(color)} {color}" for color in sorted(set(colors)))
-        wanted = f"{clause['color']} {clause['class']}>={clause['count']}"
-        return Requirement("color", met=False, reason=f"expected {wanted}, found {seen}")
+        read = ", ".join(f"{colors.count(color)} {color}" for color in sorted(set(colors)))
+        expected = f"{clause['color']} {clause['class']}>={clause['count']}"
+        return Requirement("color", met=False, reason=f"expected {expected}, found {read}")
 
     def _placed(
         self,
-        picture: _Picture,
+        image: _Image,
         clause: Mapping[str, Any],
         things: Sequence[int],
         groups: Sequence[Sequence[int] | None],
@@ -211,23 +212,23 @@ class GenEval:
     ) -> Requirement:
         if not is_checked:
             return Requirement("position", met=False)
-        wanted, index = clause["position"]
+        expected, index = clause["position"]
         targets = groups[index]
         if targets is None:
-            return Requirement("position", met=False, reason=f"no target for {clause['class']} to be {wanted}")
+            return Requirement("position", met=False, reason=f"no target for {clause['class']} to be {expected}")
         for thing in things:
             for target in targets:
-                seen = relations(picture.box(thing), picture.box(target), self._margin)
-                if wanted not in seen:
-                    told = " and ".join(sorted(seen)) or "neither side of"
-                    reason = f"expected {clause['class']} {wanted} target, found {told} target"
+                sides = relations(image.box(thing), image.box(target), self._margin)
+                if expected not in sides:
+                    named = " and ".join(sorted(sides)) or "neither side of"
+                    reason = f"expected {clause['class']} {expected} target, found {named} target"
                     return Requirement("position", met=False, reason=reason)
         return Requirement("position", met=True)
 
-    def _excluded(self, picture: _Picture, clauses: Sequence[Mapping[str, Any]]) -> Iterator[Requirement]:
+    def _excluded(self, image: _Image, clauses: Sequence[Mapping[str, Any]]) -> Iterator[Requirement]:
         for clause in clauses:
             name, count = clause["class"], clause["count"]
-            found = len(picture.places.get(self._label(name), ()))
+            found = len(image.by_class.get(self._label(name), ()))
             reason = "" if found < count else f"expected {name}<{count}, found {found}"
             yield Requirement("exclude", found < count, reason)
 
@@ -247,10 +248,10 @@ def _present(name: str, count: int, found: int) -> Requirement:
 
 
 def relations(box: Sequence[float], target: Sequence[float], margin: float = 0.1) -> set[str]:
-    """How `box` lies to `target` (left, top, right, bottom; y grows downwards): up to two of RELATIONS, or none.
+    """Position of `box` relative to `target` (left, top, right, bottom; y grows downwards): up to two of RELATIONS.
 
-    The offset of the centres, less `margin` times the sum of the two sizes on each axis, over the whole offset's
-    length; an axis counts beyond one half.
+    On each axis: the offset of the centres, less `margin` times the sum of the two sizes, over the length of the whole
+    offset; the relation holds if this exceeds one half.
     """
     offset = [(box[i] + box[i + 2] - target[i] - target[i + 2]) / 2 for i in (0, 1)]
     reach = [margin * (abs(box[i + 2] - box[i]) + abs(target[i + 2] - target[i])) for i in (0, 1)]

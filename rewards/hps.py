@@ -12,10 +12,10 @@ class Hps(ClipReward):
 
     model: `HPS_v2_compressed.pt` or `HPS_v2.1_compressed.pt` in open_clip's names (`hf download xswu/HPSv2
     HPS_v2.1_compressed.pt --local-dir FOLDER`), or a CLIPModel folder made of one.
-    antialias: as torchvision resamples floats since its version 0.17. The package does not pin one, and with those of
-        2023, when it was published, large images lost their fine detail to aliases: False gives its numbers of then.
-    The longest side is scaled to 224 and the rest filled with black, as published, which resamples floats in one pass
-    and lets them overshoot [0, 1].
+    antialias: True resamples as torchvision does with floats since 0.17. The package pins no version; with those of
+        2023, when it was published, large images were resampled without antialiasing: False gives those scores.
+    As published, the longest side is scaled to 224 and the rest is black; floats are resampled in one pass and may
+    exceed [0, 1].
     """
 
     licence = "Apache-2.0"

@@ -1,6 +1,6 @@
-"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a head that gives the mean and spread of an picture's human preference.
+"""HPSv3 (arXiv 2508.03789): Qwen2-VL-7B with a head for the mean and deviation of an image's human preference.
 
-Known habit: it prefers cluttered images, and optimising it directly exploits that. Not here: the original's LoRA.
+Known bias: it prefers cluttered images, and direct optimisation exploits that. Not here: the original's LoRA.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rewards.models.token_head import HEAD, TokenHead, read_unwrapped
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIXELS = 256 * 28 * 28  # images are brought to this area, whatever theirs
+PIXELS = 256 * 28 * 28  # all images are resized to this area
 _GET = "hf download MizzenAI/HPSv3 HPSv3.safetensors --local-dir ..."
 
 
 class HPSv3:
-    """The mean mu of an picture's preference; higher is better. Parts: `mu`, and `log_sigma` of its spread.
+    """The mean mu of an image's preference; higher is better. Parts: `mu`, and `log_sigma` of its deviation.
 
-    `weights`: HPSv3.safetensors of MizzenAI/HPSv3; `model`: folder or hub id of Qwen/Qwen2-VL-7B-Instruct, read for its
+    `weights`: HPSv3.safetensors of MizzenAI/HPSv3; `model`: folder or hub id of Qwen/Qwen2-VL-7B-Instruct, for its
     config, tokenizer and processor. `eight_bit` adds the part `eight_bit`: mu of the images as 8-bit files, without
     gradient. `dtype`: of the model (published: bfloat16); the head is at least float32.
     """
@@ -56,7 +56,7 @@ class HPSv3:
         if not Path(weights).is_file():
             raise MissingFileError(f"hpsv3: no file '{weights}'; get it with: {_GET}")
         state, self._eight_bit = read_unwrapped(Path(weights), owner=self.name), eight_bit
-        # numbered as published: of these layers only the Linear ones hold weights, and dropout is off
+        # numbered as published; only the Linear layers hold weights, and Identity stands for dropout
         head = nn.Sequential(
             *(nn.Linear(_width(state), 1024), nn.ReLU(), nn.Identity()),
             *(nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)),

@@ -1,7 +1,7 @@
-"""ImageReward (Xu et al., arXiv 2304.05977): BLIP reads the prompt while looking at the image; an MLP scores it.
+"""ImageReward (Xu et al., arXiv 2304.05977): BLIP encodes the prompt given the image, an MLP scores it.
 
 Trained on rankings of images of one prompt, so scores compare within a prompt only; over its training data they have
-mean 0 and deviation 1. BLIP is `rewards.models.blip`; nothing of the image-reward package, timm or fairscale is needed.
+mean 0 and deviation 1. BLIP is `rewards.models.blip`; the packages image-reward, timm and fairscale are not needed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 TOKENS = 35
 FILES = ("ImageReward.safetensors", "ImageReward.pt")
 ADVICE = "hf download THUDM/ImageReward ImageReward.pt --local-dir FOLDER"
-# In the published file and of no use to the score: BLIP's contrastive projections, and a buffer 0, 1, 2, ...
+# In the published file but not needed for the score: BLIP's contrastive projections, and a buffer 0, 1, 2, ...
 UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
 
 
 class ImageReward:
     """(MLP(BLIP's first text state) - 0.167) / 1.033 [B], without bounds; about 0 is average, 2 very good.
 
-    model: ImageReward.pt (or its tensors as .safetensors), the folder it lies in, or a hub id.
+    model: ImageReward.pt (or its tensors as .safetensors), its folder, or a hub id.
     tokenizer: folder or hub id of BERT's uncased tokenizer; prompts are cut to 35 tokens.
     dtype: the precision of BLIP's weights; the head and scores are at least float32.
 
-    Images are scaled and cropped to a square as CLIP's are. Raises MissingFileError for weights or a tokenizer that
-    are not there, DataError for weights of another model or a tokenizer of another vocabulary.
+    Images are scaled and cropped to a square as for CLIP. Raises MissingFileError for missing weights or tokenizers,
+    DataError for weights of another model or a tokenizer of another vocabulary.
     """
 
     name = "image_reward"
@@ -92,7 +92,7 @@ def _network(state: Mapping[str, Tensor], where: str) -> nn.Module:
 
     from rewards.models.blip import blip_like
 
-    # Linear maps without activations: numbers skip the dropout that stood between them in training.
+    # Linear maps without activations; the numbers skip the dropout between them in training.
     sizes = [shape_of(state, f"mlp.layers.{number}.weight", where) for number in (0, 2, 4, 6, 7)]
     with torch.device("meta"):
         one, two, three, four, five = (nn.Linear(width, out) for out, width in sizes)
@@ -103,7 +103,7 @@ def _network(state: Mapping[str, Tensor], where: str) -> nn.Module:
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer with BLIP's two extra tokens, whose rows the weights have although no score uses them."""
+    """BERT's tokenizer with BLIP's two extra tokens: the weights have their rows, although no score uses them."""
     from transformers import BertTokenizer
 
     try:

@@ -1,7 +1,7 @@
-"""Measures of a clip that need no network: how far things move from frame to frame, and how much brightness flickers.
+"""Measures of a clip that need no network: the motion from frame to frame, and the flicker of the brightness.
 
-Clips [B, F, 3, H, W] in [0, 1]. As in `statistics`, they measure and do not judge; beside a learnt video reward they
-show the clip that stands still to please it. Computed on luminance in fp32 or more, differentiable.
+Clips [B, F, 3, H, W] in [0, 1]. As in `pixel_statistics`, a higher value is not better; monitored beside a learnt video
+reward they show whether clips become still to raise it. Computed on luminance in fp32 or more, differentiable.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from rewards.pixel_statistics import luminance
 if TYPE_CHECKING:
     from torch import Tensor
 
-NOISE = 1e-4  # squared gradient per pixel below which a place is too flat to be followed (one of 0.01 per pixel)
+NOISE = 1e-4  # squared gradient per pixel below which a place is too flat for an estimate (a gradient of 0.01)
 STILL = 1e-3  # pixels; rounds off the length of a vector near 0, where its gradient has no direction
 SMALLEST_SIDE = 16  # of the coarsest level
 
 
 class Motion:
-    """Mean length of the optical flow in pixels a frame, over the places that can be followed.
+    """Mean length of the optical flow in pixels a frame, over the places with enough texture.
 
     The flow is that of Lucas and Kanade (1981), refined from coarse to fine (Bouguet 2001): within a window around each
-    pixel, the shift that best explains the next frame, by least squares. A frame difference would grow with contrast
-    and with brightness; this is a length, the same for a faint and for a bold texture. Each place counts by the smaller
-    eigenvalue l of its structure tensor, l / (l + NOISE): on a flat wall or along a straight edge no motion is seen, so
-    none is claimed. What leaves the image does not count.
+    pixel, the shift that maps it to the next frame with the least squared error. A frame difference would grow with
+    contrast and brightness; this length does not. The weight of a place is l / (l + NOISE), with l the smaller
+    eigenvalue of its structure tensor: flat areas and straight edges, where motion cannot be measured, have almost no
+    weight. Places that leave the image have none.
 
-    Good for shifts up to a sixteenth of the shorter side, beyond it only where the texture is coarse; tests state the
+    Accurate for shifts up to a sixteenth of the shorter side, for larger ones only on coarse textures; tests state the
     error (sharp edges between pixels add up to 0.25). Measured in the clip's own pixels and frames: compare clips of
-    one size and rate. Left out: occlusion, and telling the camera's motion from that of things. Raises ConfigError for
+    one size and rate. Left out: occlusion, separating the camera's motion from that of objects. Raises ConfigError for
     options below 1 or an even window, DataError for sides below 16.
     """
 
@@ -61,11 +61,11 @@ class Motion:
         squared = flow.square().sum(1)
         length = squared / ((squared + STILL**2).sqrt() + STILL)  # |flow|, less up to STILL
         shape = (len(clips), -1)
-        total, seen = ((values * weight).reshape(shape).sum(1) for values in (length, length.new_ones(())))
-        return Scores(total / (seen + NOISE * weight[0].numel()))
+        total, weights = ((values * weight).reshape(shape).sum(1) for values in (length, length.new_ones(())))
+        return Scores(total / (weights + NOISE * weight[0].numel()))
 
     def _flow(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Flow [N, 2, H, W] (x, y) from frames [N, 1, H, W] to the next ones, and each place's weight [N, H, W]."""
+        """Flow [N, 2, H, W] (x, y) from frames [N, 1, H, W] to the next ones, and each pixel's weight [N, H, W]."""
         from torch.nn import functional
 
         levels = [(first, second)]
@@ -80,7 +80,7 @@ class Motion:
         return flow, weight
 
     def _refined(self, before: Tensor, after: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-        """A level's flow after some Gauss-Newton steps, (A + NOISE) step = b within each window, and the weight."""
+        """A level's flow after Gauss-Newton steps, (A + NOISE) step = b in each window, and the weight."""
         import torch
 
         slope_x, slope_y = _slopes(before)
@@ -97,7 +97,7 @@ class Motion:
         return flow, (smaller / (smaller + NOISE) * _warped(after, flow)[1])[:, 0]
 
     def _windowed(self, values: Tensor) -> Tensor:
-        """Mean within the window around each pixel; at the border, of what there is."""
+        """Mean within the window around each pixel; at the border, over the part inside the image."""
         from torch.nn.functional import avg_pool2d
 
         return avg_pool2d(values, self._window, 1, self._window // 2, count_include_pad=False)
@@ -128,9 +128,9 @@ def _warped(frames: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 class Flicker:
     """Mean absolute second difference in time of a frame's mean luminance, |m[t-1] - 2 m[t] + m[t+1]|.
 
-    A fade, a still and a pan over an even scene have none, for what changes steadily has no second difference; light
-    that goes up and down has 4 sin^2(w / 2) times its amplitude at w radians a frame. 2 at most, black and white by
-    turns. Left out: flicker of places that cancels over the image. Raises DataError for fewer than 3 frames.
+    It is 0 for a still, a linear fade and a pan over an even scene; an oscillation of w radians a frame gives
+    4 sin^2(w / 2) times its amplitude. At most 2, for black and white frames in alternation. Left out: local flicker
+    that cancels in the mean. Raises DataError for fewer than 3 frames.
     """
 
     name = "flicker"

@@ -1,9 +1,9 @@
 """Multi-dimensional Preference Score: CLIP ViT-H/14 and cross attention under a condition (arXiv 2405.14705).
 
-Words of the prompt that have nothing to do with the condition are hidden from the image, which then asks the rest
-through four layers of PaLM's kind (arXiv 2204.02311: one head of keys and values, attention and feed-forward side by
-side). The published code masks by similarity over the largest of the whole batch; here it is the row's own, which is
-the same for one image and keeps rows independent.
+Image tokens attend to those words of the prompt that are similar to the condition, in four layers as in PaLM (arXiv
+2204.02311: one head of keys and values, attention and feed-forward in parallel). The published code divides
+similarities by the largest of the whole batch before masking; here by the largest of the row, which is equal for one
+image and keeps rows independent.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ THRESHOLD = 0.3
 
 
 class Mps(ClipReward):
-    """exp(logit_scale) x cosine of the prompt and of the image that has read the prompt; within one prompt only.
+    """exp(logit_scale) x cosine of the prompt and of the image after cross attention; within one prompt only.
 
     model: a file with the published names `model.*` (a transformers CLIP) and `cross_model.*`, perhaps under `mps.`.
     condition: one of `CONDITIONS` or words of your own; the released weights were trained for "overall".
-    threshold: a word is read where its similarity to the condition exceeds this share of the prompt's largest one: 0.3
+    threshold: a word is used if its similarity to the condition exceeds this share of the prompt's largest one: 0.3
     in the authors' evaluations, 0.01 in their module's own forward and in the port RE-N-Y/mpsv1.
     """
 
@@ -71,36 +71,36 @@ class Mps(ClipReward):
         self.native_range = (-self.clip.scale, self.clip.scale)
 
     def _score(self, media: Tensor, prompts: list[str]) -> Tensor:
-        pooled, said = self.clip.read(prompts, tokens=True)
-        seen = self.clip.model.visual_projection(self.clip.see(media).tokens)
-        asked = self._cross["cross_model"](seen, said, self._relevant(said))[:, 0]
-        return self.clip.scale * functional.cosine_similarity(precise(asked), precise(pooled), dim=-1)
+        pooled, text = self.clip.read(prompts, tokens=True)
+        image = self.clip.model.visual_projection(self.clip.see(media).tokens)
+        fused = self._cross["cross_model"](image, text, self._relevant(text))[:, 0]
+        return self.clip.scale * functional.cosine_similarity(precise(fused), precise(pooled), dim=-1)
 
-    def _relevant(self, said: Tensor) -> Tensor:
-        """Which tokens [B, L] of prompts `said` [B, L, D], padding among them as published, concern the condition."""
+    def _relevant(self, text: Tensor) -> Tensor:
+        """Mask [B, L] of tokens `text` [B, L, D] that are similar to the condition, padding included as published."""
         condition = self.clip.read([self._condition], tokens=True)[1][0]
-        similar = (said @ condition.t()).amax(-1)
+        similar = (text @ condition.t()).amax(-1)
         return similar / similar.amax(-1, keepdim=True) > self._threshold
 
 
 class Cross(nn.Module):
-    """Layers of cross attention (image asks prompt) and self attention; the names are the checkpoint's."""
+    """Layers of cross attention (from image to prompt) and self attention; names are those of the checkpoint."""
 
     def __init__(self, layers: int, width: int, inner: int, head: int, wide: int) -> None:
         super().__init__()
         pairs = ([Asking(width, inner, head, wide), Thinking(width, inner, head, wide)] for _ in range(layers))
         self.layers = nn.ModuleList(nn.ModuleList(nn.ModuleDict({"fn": part}) for part in pair) for pair in pairs)
 
-    def forward(self, seen: Tensor, said: Tensor, relevant: Tensor) -> Tensor:
-        """Picture tokens [B, N, D] after reading prompt tokens [B, L, D] where `relevant` [B, L] is true."""
+    def forward(self, image: Tensor, text: Tensor, relevant: Tensor) -> Tensor:
+        """Image tokens [B, N, D] after attention to prompt tokens [B, L, D] where `relevant` [B, L] is true."""
         for asking, thinking in self.layers:
-            seen = seen + asking["fn"](seen, said, relevant)
-            seen = seen + thinking["fn"](seen)
-        return seen
+            image = image + asking["fn"](image, text, relevant)
+            image = image + thinking["fn"](image)
+        return image
 
 
 class Asking(nn.Module):
-    """Cross attention with one head of keys and values, beside a gated feed-forward of the same input."""
+    """Cross attention with one head of keys and values, in parallel with a gated feed-forward of the same input."""
 
     def __init__(self, width: int, inner: int, head: int, wide: int) -> None:
         super().__init__()
@@ -110,15 +110,15 @@ class Asking(nn.Module):
         self.to_out = nn.Linear(inner, width, bias=False)
         self.ff = nn.Sequential(nn.Linear(width, 2 * wide, bias=False), Gate(), nn.Linear(wide, width, bias=False))
 
-    def forward(self, seen: Tensor, said: Tensor, relevant: Tensor) -> Tensor:
-        """What is added to image tokens [B, N, D]; the prompt is not normalised."""
-        seen = self.norm(seen)
-        key, value = self.to_kv(said).chunk(2, dim=-1)
-        return self.to_out(_attend(self.to_q(seen), key, value, relevant[:, None, None])) + self.ff(seen)
+    def forward(self, image: Tensor, text: Tensor, relevant: Tensor) -> Tensor:
+        """Change of image tokens [B, N, D]; the prompt is not normalised."""
+        image = self.norm(image)
+        key, value = self.to_kv(text).chunk(2, dim=-1)
+        return self.to_out(_attend(self.to_q(image), key, value, relevant[:, None, None])) + self.ff(image)
 
 
 class Thinking(nn.Module):
-    """Self attention with rotary places and one head of keys and values, beside a gated feed-forward."""
+    """Self attention with rotary positions and one head of keys and values, in parallel with a gated feed-forward."""
 
     def __init__(self, width: int, inner: int, head: int, wide: int) -> None:
         super().__init__()
@@ -128,12 +128,12 @@ class Thinking(nn.Module):
         self.attn_out = nn.Linear(inner, width, bias=False)
         self.ff_out = nn.Sequential(Gate(), nn.Linear(wide, width, bias=False))
 
-    def forward(self, seen: Tensor) -> Tensor:
-        """What is added to image tokens [B, N, D]; the class token has place 0."""
-        query, key, value, wide = self.fused_attn_ff_proj(self.norm(seen)).split(self.splits, dim=-1)
-        exact, head = torch.promote_types(seen.dtype, torch.float32), key.shape[-1]
-        planes = torch.arange(0, head, 2, device=seen.device, dtype=exact) / head
-        angles = torch.arange(seen.shape[1], device=seen.device, dtype=exact)[:, None] * 10000.0**-planes
+    def forward(self, image: Tensor) -> Tensor:
+        """Change of image tokens [B, N, D]; the class token has position 0."""
+        query, key, value, wide = self.fused_attn_ff_proj(self.norm(image)).split(self.splits, dim=-1)
+        exact, head = torch.promote_types(image.dtype, torch.float32), key.shape[-1]
+        planes = torch.arange(0, head, 2, device=image.device, dtype=exact) / head
+        angles = torch.arange(image.shape[1], device=image.device, dtype=exact)[:, None] * 10000.0**-planes
         heads = query.unflatten(-1, (-1, head))
         query = _turn(heads, angles[:, None]).flatten(2)
         return self.attn_out(_attend(query, _turn(key, angles), value)) + self.ff_out(wide)
@@ -156,7 +156,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
 
 
 def _turn(states: Tensor, angles: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of the last axis, whose halves are the two parts of each plane."""
+    """Rotary embedding (arXiv 2104.09864) of the last axis, whose halves are the two coordinates of each plane."""
     first, second = states.chunk(2, dim=-1)
     cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -168,7 +168,7 @@ def _is_crossing(key: str) -> bool:
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int, int, int]:
-    """(layers, width, inner width, head, feed-forward width); the published sizes where the file does not tell."""
+    """(layers, width, inner width, head, feed-forward width); the published sizes where the file lacks the tensors."""
     layers = len({key.split(".")[2] for key in tensors}) or 4
     names = [f"cross_model.layers.0.0.fn.{part}.weight" for part in ("to_q", "to_kv", "ff.2")]
     if not all(name in tensors for name in names):

@@ -8,7 +8,7 @@ from rewards.models.clip import LAION_H, Clip, ClipReward
 
 
 class PickScore(ClipReward):
-    """exp(logit_scale) x cosine, about 20 for published weights; a softmax over images of one prompt is a choice.
+    """exp(logit_scale) x cosine, about 20 for published weights; its softmax over images predicts the choice.
 
     model: `hf download yuvalkirstain/PickScore_v1 --local-dir FOLDER`, or the id; it has no tokenizer of its own, so
     `processor` names the one it was trained with. Some users divide the score by 26; here it is as published.

@@ -1,8 +1,8 @@
 """Measures of an image that need no network: saturation, high-frequency energy, sharpness, size as a JPEG file.
 
-They measure and do not judge: more is not better. Weigh them in a composite, with a negative weight to hold one down;
-or watch them beside a learnt reward, for what a generator does to please one shows here first. Computed in fp32 or
-more, on the device of the media. Left out: perceptual models of any kind.
+A higher value is not better. Give them a weight in a composite (a negative one lowers the quantity), or monitor them
+beside a learnt reward: its exploitation often shows here first. Computed in fp32 or more, on the device of the media.
+Left out: perceptual models.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from rewards.models.media import check_media, precise, quantised, scores_beside
 if TYPE_CHECKING:
     from torch import Tensor
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and JPEG weigh the channels
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of PIL and JPEG
 SMALLEST_POWER = 1e-8  # per pixel; 8-bit rounding alone makes 1.3e-6
 
 
 def luminance(media: Tensor) -> Tensor:
-    """Luma [..., H, W] in [0, 1] of pixels [..., 3, H, W], in fp32 or, of fp64, in fp64."""
+    """Luma [..., H, W] in [0, 1] of pixels [..., 3, H, W], in fp32, or in fp64 for fp64 pixels."""
     pixels = precise(media)
     return (pixels * pixels.new_tensor(LUMA).reshape(3, 1, 1)).sum(-3)
 
 
 class Statistic:
-    """What the measures of this file declare alike. `measure` gives values [B] of images [B, 3, H, W]."""
+    """Base class of the measures in this file. `measure` gives values [B] of images [B, 3, H, W]."""
 
     name = "statistic"
     modality = "image"
@@ -52,7 +52,7 @@ class Statistic:
 class Saturation(Statistic):
     """Mean over the pixels of max - min of the channels: HSV's saturation times its value.
 
-    Plain HSV saturation would count the noise of near-black pixels as vivid and has unbounded gradients there.
+    Plain HSV saturation is high for the noise of near-black pixels and has unbounded gradients there.
     """
 
     name = "saturation"
@@ -65,9 +65,9 @@ class Saturation(Statistic):
 class HighFrequency(Statistic):
     """Share of luminance's spectral power at radial frequencies above `cutoff` cycles per pixel (Nyquist: 0.5).
 
-    The mean is removed and a Hann window laid over the image, else its opposite edges would meet as a step that is
-    no detail. White noise has a share of 1 - pi cutoff^2 (up to 0.5), photographs a few hundredths or less; 0 for a
-    flat image. Raises ConfigError for a cut-off outside (0, 0.7).
+    The mean is removed and a Hann window applied, since otherwise the step between opposite edges of the image would
+    count as detail. White noise has a share of 1 - pi cutoff^2 (up to 0.5), photographs a few hundredths or less; a
+    flat image has 0. Raises ConfigError for a cut-off outside (0, 0.7).
     """
 
     name = "high_frequency"
@@ -95,8 +95,8 @@ class HighFrequency(Statistic):
 class Sharpness(Statistic):
     """Variance of luminance's Laplacian (4 neighbours minus 4 times the pixel; Pech-Pacheco et al. 2000).
 
-    Luminance in [0, 1]: OpenCV's usual number on 0..255 is 255^2 times this one. It grows with noise as with detail
-    and with the picture's scale, so compare at one size. Raises DataError for sides below 3.
+    Luminance is in [0, 1]: OpenCV's usual number on 0..255 is 255^2 times this one. It grows with noise as well as
+    detail and depends on the image's size, so compare at one size. Raises DataError for sides below 3.
     """
 
     name = "sharpness"
@@ -112,9 +112,9 @@ class Sharpness(Statistic):
 
 
 class JpegSize(Statistic):
-    """Bits per pixel of the image as a JPEG file of `quality` (chroma halved), header and all (about 5,000 bits).
+    """Bits per pixel of the image as a JPEG file of `quality` (4:2:0), including the header of about 5,000 bits.
 
-    Compressibility as in DDPO (arXiv 2305.13301), which takes kilobytes at quality 95 and the negative for less. Not
+    Compressibility as in DDPO (arXiv 2305.13301), which uses kilobytes at quality 95, negated to lower them. Not
     differentiable. Raises ConfigError for a quality outside 1..95.
     """
 
@@ -129,13 +129,13 @@ class JpegSize(Statistic):
 
     def measure(self, media: Tensor) -> Tensor:
         height, width = media.shape[-2:]
-        bits = [8 * self._bytes(picture) / (height * width) for picture in quantised(media)]
+        bits = [8 * self._bytes(image) / (height * width) for image in quantised(media)]
         return scores_beside(media, bits)
 
-    def _bytes(self, picture: Tensor) -> int:
+    def _bytes(self, image: Tensor) -> int:
         from PIL import Image
 
-        pixels = picture.double().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+        pixels = image.double().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=self._quality, subsampling="4:2:0")
         return file.tell()

@@ -1,8 +1,8 @@
-"""A preference head of ImageReward's kind (arXiv 2304.05977): image and prompt are read together into one score.
+"""A preference head as in ImageReward (arXiv 2304.05977): one score from image and prompt together.
 
 Trained with Bradley-Terry on pairs, P(a beats b) = sigmoid(score_a - score_b), so scores compare within a prompt only.
-The class is a transformers model: `from_pretrained` and safetensors work as everywhere. Not here: how raters were
-simulated or heads trained (`alignkit.sandbox`).
+The class is a transformers model with `from_pretrained` and safetensors. Not here: simulated raters and the training
+of heads (`alignkit.sandbox`).
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _halve(channels: int, wider: int) -> nn.Module:
 class PreferenceModel(PreTrainedModel):
     """Scores [B, answers] of pixels [B, 3, H, W] in [0, 1] and prompt tokens [B, L].
 
-    Convolutions look (a transformer on bare patches needs far longer to tell shapes apart: arXiv 2106.14881), then
-    places of the image and words of the prompt meet in a transformer. Each word gets a mark as well: the logit that
-    the image shows what it says, as raters mark words in RichHF-18K (arXiv 2312.10240).
+    Convolutions encode the image (a transformer on patches needs far longer to distinguish shapes: arXiv 2106.14881);
+    a transformer then processes image positions and prompt words together. Each word also has a mark: the logit that
+    the image shows it, as raters mark words in RichHF-18K (arXiv 2312.10240).
     """
 
     config_class = PreferenceConfig
@@ -82,22 +82,22 @@ class PreferenceModel(PreTrainedModel):
         return self.read(self.see(pixels), input_ids)[0]
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Features of every place of the image, [B, places, width]."""
+        """Features of every position of the image, [B, positions, width]."""
         return self.look(pixels * 2 - 1).flatten(2).transpose(1, 2)
 
     def read(self, seen: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(scores [B, answers], marks [B, L]) of what `see` returned."""
         words = self.words(input_ids) + self.order.weight[: input_ids.shape[1]]
         fused = self.fusion(torch.cat([seen + self.where.weight, words], dim=1))
-        places, said = fused.split([seen.shape[1], words.shape[1]], dim=1)
-        return self.scores(torch.cat([places.mean(1), said.mean(1)], dim=1)), self.marks(said).squeeze(-1)
+        image, text = fused.split([seen.shape[1], words.shape[1]], dim=1)
+        return self.scores(torch.cat([image.mean(1), text.mean(1)], dim=1)), self.marks(text).squeeze(-1)
 
 
-AutoConfig.register(PreferenceConfig.model_type, PreferenceConfig, exist_ok=True)  # AutoTokenizer looks it up
+AutoConfig.register(PreferenceConfig.model_type, PreferenceConfig, exist_ok=True)  # AutoTokenizer needs it
 
 
 class PreferenceReward:
-    """A trained PreferenceModel folder as a reward, differentiable to the pixels; other sizes are resized."""
+    """A trained PreferenceModel folder as a reward, differentiable to the pixels; images are resized to its size."""
 
     modality = "image"
     needs_prompt = True

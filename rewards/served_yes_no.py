@@ -1,7 +1,7 @@
-"""The probability of "yes" of a served vision-language model as a reward: one token, no text to parse.
+"""P(yes) of a served vision-language model as a reward, read from the first token of its answer.
 
-VQAScore's question (arXiv 2404.01291), normalised over both answers: P(yes) / (P(yes) + P(no)), so that probability of
-other words does not count. Not differentiable: images are sent as PNG files. Left out: answers of several tokens.
+VQAScore's question (arXiv 2404.01291), normalised over both answers: P(yes) / (P(yes) + P(no)), so that the probability
+of other words does not count. Not differentiable: images are sent as PNG files. Left out: answers of several tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class ServedYesNo(ServedBase):
     """P(yes) against P(no) of the answer's first token, in [0, 1]; the part `margin` is its log-odds.
 
-    question: sent with each; `{prompt}` is the caption. yes, no: words that mean them, in lower case; a word counts in
-    any case and with any white space before it. options: those of `ServedBase`. A row is NaN, and counted, where the
-    answer begins with neither (`malformed`) or the request failed every attempt (`failed`). Only the first token is
+    question: sent with each medium; `{prompt}` is the caption. yes, no: words of that meaning, in lower case; case and
+    white space before a word are ignored. options: those of `ServedBase`. A row is NaN, and counted, if the answer
+    begins with neither (`malformed`) or the request failed every attempt (`failed`). Only the first token is
     read, so a reply that ends at the limit of one token is complete.
     """
 
@@ -54,7 +54,7 @@ class ServedYesNo(ServedBase):
         super().__init__(base_url, model, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """`total` [B] and `margin` [B], float64. Raises ServerError where the server fails as a whole."""
+        """`total` [B] and `margin` [B], float64. Raises ServerError if the server cannot be used."""
         import torch
 
         check_media(media, prompts, self)

@@ -1,8 +1,8 @@
-"""Text rendering: how much of the text that a prompt puts in quotes can be read off the image.
+"""Text rendering: how much of the quoted text of a prompt can be read on the image.
 
-The score is that of Flow-GRPO (arXiv 2505.05470): white space and case are dropped; 1 where the wanted text occurs in
-the recognised one, else 1 - min(d, n) / n with d the edit distance between the two and n the wanted text's length. Of
-several quoted texts, where Flow-GRPO takes the first, the mean counts. Left out: penalties for text beside the wanted.
+The score is that of Flow-GRPO (arXiv 2505.05470): white space and case are ignored; 1 if the quoted text occurs in the
+recognised text, else 1 - min(d, n) / n with d the edit distance between the two and n the length of the quoted text.
+For several quoted texts the score is the mean (Flow-GRPO uses the first). Left out: penalties for additional text.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _QUOTED = re.compile(r"“([^”]+)”|\"([^\"]+)\"")
 
 
 class RapidOcr:
-    """PP-OCRv4 (Chinese and English) by the package rapidocr-onnxruntime, which brings its weights; CPU.
+    """PP-OCRv4 (Chinese and English) of the package rapidocr-onnxruntime, which includes the weights; CPU.
 
-    Raises MissingFileError where the package is not installed. `options` go to its `RapidOCR`.
+    Raises MissingFileError if the package is not installed. `options` go to its `RapidOCR`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -45,16 +45,16 @@ class RapidOcr:
             ) from error
         self._read = RapidOCR(**options)
 
-    def __call__(self, picture: NDArray[np.uint8]) -> str:
-        found, _ = self._read(np.ascontiguousarray(picture[..., ::-1]))  # it takes BGR, as OpenCV does
-        return " ".join(text for _, text, _ in found or ())
+    def __call__(self, image: NDArray[np.uint8]) -> str:
+        lines, _ = self._read(np.ascontiguousarray(image[..., ::-1]))  # BGR, as in OpenCV
+        return " ".join(text for _, text, _ in lines or ())
 
 
 class TextRendering:
-    """Share of the quoted text that `recogniser` reads on the image, in [0, 1]; part `exact` is 1 where all of it is.
+    """Share of the quoted text that `recogniser` reads on the image, in [0, 1]; part `exact` is 1 if it reads all.
 
     recogniser: `rapidocr`, or 'package.module:attribute', built with `options`: a callable from an image
-    [H, W, 3] (uint8, RGB) to the text on it. Judges the 8-bit image, one at a time; not differentiable. Raises
+    [H, W, 3] (uint8, RGB) to the text on it. It is called with one 8-bit image at a time; not differentiable. Raises
     DataError for a prompt without “...” or "...".
     """
 
@@ -72,9 +72,9 @@ class TextRendering:
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         images = quantise(check_media(media, prompts, self))
-        wanted = [quoted(prompt.text) for prompt in prompts]
+        expected = [quoted(prompt.text) for prompt in prompts]
         read = [self._recognise(image) for image in images]
-        each = [[likeness(text, found) for text in texts] for texts, found in zip(wanted, read, strict=True)]
+        each = [[likeness(text, own) for text in texts] for texts, own in zip(expected, read, strict=True)]
         total = scores_beside(media, [sum(scores) / len(scores) for scores in each])
         return Scores(total, {"exact": (total == 1).to(total.dtype)})
 
@@ -93,17 +93,17 @@ class TextRendering:
 
 
 def quoted(text: str) -> list[str]:
-    """What stands in “...” or "..." in a prompt, in order. Raises DataError where nothing does."""
-    found = [curly or straight for curly, straight in _QUOTED.findall(text) if _folded(curly or straight)]
-    if not found:
+    """The texts in “...” or "..." in a prompt, in order. Raises DataError if there is none."""
+    texts = [curly or straight for curly, straight in _QUOTED.findall(text) if _folded(curly or straight)]
+    if not texts:
         raise DataError(f'text_rendering: the prompt "{text}" quotes no text; put what is to be read in “...”')
-    return found
+    return texts
 
 
-def likeness(wanted: str, found: str) -> float:
-    """1 where `wanted` occurs in `found`, else 1 - min(d, n) / n; both without white space and case."""
-    wanted, found = _folded(wanted), _folded(found)
-    return 1.0 if wanted in found else 1 - min(edit_distance(wanted, found), len(wanted)) / len(wanted)
+def likeness(expected: str, read: str) -> float:
+    """1 if `expected` occurs in `read`, else 1 - min(d, n) / n; both without white space and case."""
+    expected, read = _folded(expected), _folded(read)
+    return 1.0 if expected in read else 1 - min(edit_distance(expected, read), len(expected)) / len(expected)
 
 
 def _folded(text: str) -> str:

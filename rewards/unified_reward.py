@@ -1,7 +1,7 @@
-"""UnifiedReward (arXiv 2503.05236) behind a server: a vision-language model writes scores, which are parsed strictly.
+"""UnifiedReward (arXiv 2503.05236) on a server: a vision-language model writes scores, which are parsed strictly.
 
-The questions are those its models were trained on (github.com/CodeGoat24/UnifiedReward, `inference_qwen`): version 1
-ends with "Final Score:", version 2 gives three axes, whose mean is the total here as in published training with it.
+The questions are those of its training (github.com/CodeGoat24/UnifiedReward, `inference_qwen`): version 1 ends with
+"Final Score:", version 2 has three axes, whose mean is the total here, as in published training with it.
 Not differentiable. Left out: pairwise ranking (`rewards.serving.judge`, question `unified_reward`), word-wise scores of
 version 1.5, editing, the -Think variants.
 """
@@ -84,14 +84,14 @@ Text Caption: [{prompt}]"""
 class Form:
     """A question and the answer's lines: `lines` maps a part to (label, least, greatest).
 
-    The part `total` is the total where there is one, else the total is the mean of all.
+    The part `total`, if there is one, is the total; else the total is the mean of all parts.
     """
 
     template: str
     lines: dict[str, tuple[str, float, float]]
 
     def read(self, text: str) -> dict[str, float] | None:
-        """The score of every line; None where one is missing, is out of range or has two different numbers."""
+        """The score of every line; None if one is missing, is out of range or has two different numbers."""
         scores = {part: _score(text, *line) for part, line in self.lines.items()}
         return None if any(math.isnan(value) for value in scores.values()) else scores
 
@@ -170,7 +170,7 @@ class UnifiedReward(ServedBase):
         super().__init__(base_url, model, modality=modality, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """`total` [B] and every line of the answer [B], float64. Raises ServerError where the server fails entirely."""
+        """`total` [B] and every line of the answer [B], float64. Raises ServerError if the server cannot be used."""
         import torch
 
         check_media(media, prompts, self)

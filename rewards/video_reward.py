@@ -1,8 +1,8 @@
 """VideoReward of VideoAlign (arXiv 2501.13918): Qwen2-VL-2B rates visual quality, motion quality and text alignment.
 
-Loads the published folder (`checkpoint-*/model.pth`: the whole model with its LoRA beside it, as PEFT keeps it), and
-the same merged, as model.pth or model.safetensors. Not here: the trainer's third layout, an adapter apart from the
-base model (`adapter_model.safetensors` with `non_lora_state_dict.pth`), and its `multi_pts` sampling of frames.
+Loads the published folder (`checkpoint-*/model.pth`: the whole model with its LoRA in PEFT's names), and the same
+merged, as model.pth or model.safetensors. Not here: the trainer's third layout, an adapter apart from the base model
+(`adapter_model.safetensors` with `non_lora_state_dict.pth`), and its `multi_pts` sampling of frames.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _GET = "hf download KwaiVGI/VideoReward --local-dir ..."
 
 
 class VideoReward:
-    """Sum of visual quality (VQ), motion quality (MQ) and text alignment (TA), each in standard deviations; the parts.
+    """Sum of the parts visual quality (VQ), motion quality (MQ) and text alignment (TA), each in standard deviations.
 
     `weights`: folder of KwaiVGI/VideoReward (model_config.json, checkpoint-*); `model`: folder or hub id of
-    Qwen/Qwen2-VL-2B-Instruct, read for its config, tokenizer and processor. `rate`: frames per second of the clips as
-    they are given. `fps` frames a second are looked at, or `frames` in all; `max_frame_pixels` bounds each: all three
-    are the folder's where not given. `normalise=False` leaves the heads as they are. `eight_bit` adds a part of that
-    name: the total for clips as 8-bit files, without gradient.
+    Qwen/Qwen2-VL-2B-Instruct, for its config, tokenizer and processor. `rate`: frames per second of the clips as they
+    are given. `fps` frames a second are used, or `frames` in all, of at most `max_frame_pixels` each; the defaults are
+    the folder's. `normalise=False` gives the heads' raw outputs. `eight_bit` adds a part of that name: the total for
+    clips as 8-bit files, without gradient.
     """
 
     name = "video_reward"
@@ -101,7 +101,7 @@ class VideoReward:
 
     def _parts(self, clips: Tensor, texts: Sequence[str], *, eight_bit: bool = False) -> dict[str, Tensor]:
         outputs = self._head(clips, texts, eight_bit=eight_bit)
-        # one output serves all tokens, or each token has its own
+        # the head has one output for all tokens, or one for each token
         raw = outputs[..., 0] if outputs.shape[-1] == 1 else outputs.diagonal(dim1=1, dim2=2)
         return {
             part: (value - mean) / deviation
@@ -109,11 +109,11 @@ class VideoReward:
         }
 
     def _count(self, frames: int) -> int:
-        """How many of `frames` are looked at: an even number, as the original's reader counts."""
-        wanted = self._frames or frames / self._rate * self._fps
+        """How many of `frames` are used: an even number, as in the original."""
+        count = self._frames or frames / self._rate * self._fps
         if not self._frames:
-            wanted = min(max(wanted, LEAST_FRAMES), min(MOST_FRAMES, frames) // 2 * 2)
-        return min(max(2, round(wanted / 2) * 2), frames)
+            count = min(max(count, LEAST_FRAMES), min(MOST_FRAMES, frames) // 2 * 2)
+        return min(max(2, round(count / 2) * 2), frames)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -128,17 +128,17 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _checkpoint(folder: Path) -> Path:
-    """The weights of the latest checkpoint in the folder, or right in it."""
+    """The weights of the latest checkpoint in the folder, or those directly in it."""
     steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     places = [*reversed(steps), folder]
-    found = [
+    files = [
         place / file for place in places for file in ("model.safetensors", "model.pth") if (place / file).is_file()
     ]
-    if not found:
+    if not files:
         apart = any((place / "adapter_model.safetensors").is_file() for place in places)
         advice = "its adapter is apart from the model; merge them first" if apart else f"get it with: {_GET}"
         raise MissingFileError(f"video_reward: no model.pth or model.safetensors in '{folder}'; {advice}")
-    return found[0]
+    return files[0]
 
 
 def _moments(config: Mapping[str, Any]) -> list[tuple[float, float]]:

@@ -1,6 +1,6 @@
-"""VQAScore (arXiv 2404.01291) of a decoder vision-language model: the probability that it says "Yes" to the prompt.
+"""VQAScore (arXiv 2404.01291) of a decoder vision-language model: the probability of "Yes" to a question on the prompt.
 
-Not here: CLIP-FlanT5, the encoder-decoder the paper trained for it.
+Not here: CLIP-FlanT5, the encoder-decoder that the paper trained for it (`rewards.clip_flant5`).
 """
 
 from __future__ import annotations

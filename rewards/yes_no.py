@@ -1,8 +1,8 @@
 """Yes/no questions to a vision-language model as a reward: the weighted mean of log sigma(log-odds of yes).
 
-The form of Diffusion-DRF's and PhyCo's critics (arXiv 2601.04153): a satisfied question has no gradient left, many
-precise questions beat one vague one. Asking a question's negation as well cancels a model's leaning to yes. Known
-bias: what the model does not see it does not judge. Not here: writing the questions.
+The form of Diffusion-DRF's and PhyCo's critics (arXiv 2601.04153): a satisfied question has almost no gradient; many
+precise questions are better than a vague one. The negation of a question cancels a model's bias to yes. Known limit:
+errors that the model does not notice do not change the score. Not here: writing the questions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ QUESTION = 'Does this match the description "{prompt}"? Answer with yes or no.'
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question to which yes is good; `{prompt}` in its texts becomes the prompt. `negated` asks for its opposite."""
+    """A question whose good answer is yes; `{prompt}` is replaced by the prompt. `negated`: the opposite question."""
 
     text: str
     weight: float = 1.0
@@ -33,7 +33,7 @@ class Question:
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | Question) -> Question:
-        """From a text, or from a mapping with the fields' names; ConfigError for other keys and weights below 0."""
+        """From a text, or from a mapping with the fields' names; ConfigError for other keys or a weight not above 0."""
         if isinstance(given, str | Question):
             question = cls(given) if isinstance(given, str) else given
         else:
@@ -48,17 +48,17 @@ class Question:
         return question
 
     def asked(self, prompt: str) -> list[str]:
-        """The texts to ask: the question, and its negation where there is one."""
+        """The texts to ask: the question, and its negation if there is one."""
         return [text.replace("{prompt}", prompt) for text in (self.text, self.negated) if text]
 
 
 class YesNo:
     """Sum of w log sigma(m) over a prompt's questions divided by the sum of w; at most 0, and 0 is perfect.
 
-    m is the log-odds of yes; with a negated twin m = [m(question) - m(negated)] / 2, in which a leaning to yes that is
-    the same for both cancels. `questions`: asked of all prompts; a prompt with `metadata["questions"]` (texts, or
-    mappings with text, weight, negated, name) has its own instead. Parts: log sigma(m) by the question's name or
-    number; a part that a prompt's questions lack is NaN in its row. `eight_bit` adds the part `eight_bit`: the total
+    m is the log-odds of yes; with `negated`, m = [m(question) - m(negated)] / 2, in which a bias to yes that is equal
+    for both cancels. `questions`: for all prompts; `metadata["questions"]` of a prompt (texts, or mappings with text,
+    weight, negated, name) replaces them. Parts: log sigma(m) by the question's name or number; NaN in the rows of
+    prompts that do not have the question. `eight_bit` adds the part `eight_bit`: the total
     for media as 8-bit files, without gradient. `options` go to `VlmCritic` (device, dtype, readout, rate, ...).
     """
 
@@ -135,5 +135,5 @@ def _named(given: Sequence[str | Mapping[str, Any]]) -> list[Question]:
     questions = [Question.of(one) for one in given]
     questions = [replace(q, name=q.name or f"question_{number}") for number, q in enumerate(questions, 1)]
     if len({q.name for q in questions}) != len(questions):
-        raise ConfigError(f"two questions are called the same: {', '.join(q.name for q in questions)}")
+        raise ConfigError(f"two questions have the same name: {', '.join(q.name for q in questions)}")
     return questions

@@ -264,8 +264,8 @@ def test_a_methods_name_is_in_its_file_and_in_the_table_alone(method):
 # --- habits ---------------------------------------------------------------------------------------------------------
 # Two habits of older code that new code does not take up. The bounds are today's counts: lower them, never raise them.
 
-SMALL_HELPERS = 96
-SEVERAL_COMPREHENSIONS = 60
+SMALL_HELPERS = 85
+SEVERAL_COMPREHENSIONS = 58
 COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 

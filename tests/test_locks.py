@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,3 +100,26 @@ def test_a_place_that_is_no_folder_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=r"could not write '.*lock\.json'"), locked(tmp_path / "file" / "out"):
         pytest.fail("held")
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_an_error_at_the_end(tmp_path: Path) -> None:
+    """Whether or not it is there again; an error of the work itself stays what it is."""
+    folder = tmp_path / "out"
+
+    def make_again() -> None:
+        folder.mkdir()
+        (folder / "result").write_bytes(b"")
+
+    def work(then: Callable[[], object]) -> None:
+        with locked(folder):
+            shutil.rmtree(folder)
+            then()
+
+    for then in (lambda: None, make_again):
+        with pytest.raises(StorageError, match=r"out' was deleted or moved while the command ran"):
+            work(then)
+    with pytest.raises(KeyError):
+        work(lambda: {}["x"])
+    with locked(folder):
+        (folder / "result").write_bytes(b"")
+    assert [path.name for path in folder.iterdir()] == ["result"]

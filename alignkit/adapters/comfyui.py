@@ -6,7 +6,6 @@ does not map gets no file rather than a wrong one: it would skip what it does no
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from alignkit.adapters import lora
 from alignkit.adapters.exports import file_metadata, layer_weights
 from alignkit.adapters.fingerprint import save_canonical
+from alignkit.escape import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 Layers = dict[str, tuple[Tensor, Tensor, float]]  # down [r, ...], up [out, r, ...] and alpha by module path
 
 

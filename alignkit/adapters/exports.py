@@ -16,6 +16,7 @@ from torch import nn
 from alignkit.adapters import lora
 from alignkit.adapters.fingerprint import BASE_KEY, save_canonical
 from alignkit.errors import AdapterError
+from alignkit.storage import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,5 +83,5 @@ def export_peft(net: Any, folder: Path, *, base_model: str, name: str = lora.NAM
     state = {f"{lora.PEFT_PREFIX}{key}": value for key, value in lora.adapter_state(net, name).items()}
     save_canonical(state, folder / lora.PEFT_FILE, file_metadata({"": base} if base else None))
     config = {**_config(net, name), "base_model_name_or_path": base_model, "peft_type": "LORA", "inference_mode": True}
-    (folder / lora.PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str), encoding="utf-8")
+    write_text(folder / lora.PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str))
     return folder

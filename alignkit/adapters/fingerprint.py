@@ -18,6 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from alignkit.storage import write_atomic
+
 BASE_KEY = "base_fingerprint"  # metadata key of an adapter's file: JSON, `base_of` by component name
 QUANTIZED = "quantized"
 _ALIGNMENT = 8  # bytes; the length of a safetensors header is a multiple of it
@@ -89,7 +91,7 @@ def is_other_base(net: nn.Module, base: str) -> bool:
 def save_canonical(state: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file with keys and metadata in sorted order; the library's own order of metadata is random.
 
-    The parent folder is made.
+    Atomically (see `storage.atomic_file`); the parent folder is made.
     """
     raw = save({key: state[key] for key in sorted(state)}, metadata=dict(metadata))
     length = int.from_bytes(raw[:_ALIGNMENT], "little")
@@ -97,5 +99,4 @@ def save_canonical(state: Mapping[str, Tensor], file: Path, metadata: Mapping[st
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(len(text).to_bytes(_ALIGNMENT, "little") + text + raw[_ALIGNMENT + length :])
+    write_atomic(file, len(text).to_bytes(_ALIGNMENT, "little") + text + raw[_ALIGNMENT + length :])

@@ -8,7 +8,6 @@ A target that matches nothing is an error; diffusers would only warn. Files are 
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,11 +24,12 @@ from transformers import CLIPTextModel
 
 from alignkit.adapters.plain import require_loadable, require_plain
 from alignkit.errors import AdapterError, nearest
+from alignkit.escape import get_logger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NAME = "default"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

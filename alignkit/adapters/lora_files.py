@@ -6,7 +6,6 @@ A file that does not belong to the model at hand is an error that says what the 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +19,12 @@ from alignkit.adapters import lora
 from alignkit.adapters.exports import METADATA_KEY
 from alignkit.adapters.fingerprint import BASE_KEY, base_of, is_other_base
 from alignkit.errors import AdapterError, MissingFileError
+from alignkit.escape import get_logger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Keys that several families have; a family's own keys come first.
 SHARED_KEYS = {

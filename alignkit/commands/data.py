@@ -27,9 +27,10 @@ from alignkit.commands.specs import (
 from alignkit.commands.verb import Tree, counts_line
 from alignkit.config import init_fields
 from alignkit.errors import ConfigError, DataError
-from alignkit.provenance import fingerprint
+from alignkit.provenance import fingerprint, fingerprint_files
 from alignkit.records import Prompt
 from data_pipelines.importers import load_ranked
+from data_pipelines.opening import files_beside
 from data_pipelines.rows import load_rows, without_prompts
 from data_pipelines.synpic import GenerateConfig, RankConfig, ScoreConfig, generate_and_score, rank_candidates
 
@@ -58,9 +59,14 @@ class TrainingData:
 
     @property
     def identity(self) -> str:
-        """Changes with the files of the dataset, or with the training prompts."""
+        """Changes with the files of the dataset, with those that its rows name elsewhere, or with the training prompts.
+
+        What counts is content, so that data which was moved is the same. Raises what `train` raises.
+        """
         if self.path is not None:
-            return fingerprint(self.path)
+            named = files_beside(self.path, self.root)
+            own = fingerprint(self.path)
+            return f"{own} {fingerprint_files(named)}" if named else own
         return hashlib.sha256("\n".join(prompt.text for prompt in self.prompts[0]).encode()).hexdigest()[:16]
 
     def train(self) -> Dataset | Sequence[Prompt]:

@@ -34,10 +34,12 @@ def _key_lines(schema: Any, prefix: str, flat: str = "") -> Iterator[str]:
     for name, field in fields.items():
         if sections[name] is None or sections[name][1]:
             yield f"  --{prefix}{name}  {describe(hints[name])}  {_default(field)}"
-            yield from _note_lines(str(field.metadata.get("help", notes.get(name, ""))))
+            note = str(field.metadata.get("help", notes.get(name, "")))
+            yield from textwrap.wrap(" ".join(note.split()), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
     nested = {name: found for name, found in sections.items() if found}
     for name, (section, suffix) in sorted(nested.items(), key=lambda item: item[0] != flat):
-        yield f"\n{prefix}{name}{suffix}: {notes.get(name) or _first_line(section)}"
+        first = (inspect.getdoc(section) or "").split("\n", maxsplit=1)[0]
+        yield f"\n{prefix}{name}{suffix}: {notes.get(name) or first}"
         yield from _key_lines(section, "" if name == flat else f"{prefix}{name}{suffix}.")
 
 
@@ -51,10 +53,6 @@ def _section(annotation: Any) -> tuple[Any, str] | None:
     return (inner[0][0], many.get(origin, "")) if inner else None
 
 
-def _note_lines(note: str) -> list[str]:
-    return textwrap.wrap(" ".join(note.split()), width=110, initial_indent=" " * 8, subsequent_indent=" " * 8)
-
-
 def _notes(schema: Any) -> dict[str, str]:
     """Meanings of keys by the docstrings of a dataclass and its bases: lines `name: meaning`, else a sentence."""
     notes: dict[str, str] = {}
@@ -65,10 +63,6 @@ def _notes(schema: Any) -> dict[str, str]:
         lines = re.findall(r"^(\w+): (.+(?:\n[ ]+\S.*)*)", doc, flags=re.MULTILINE)
         notes |= {name: note for name, note in [*mentioned.items(), *lines] if note}
     return notes
-
-
-def _first_line(schema: Any) -> str:
-    return (inspect.getdoc(schema) or "").split("\n", maxsplit=1)[0]
 
 
 def _default(field: Field[Any]) -> str:

@@ -122,7 +122,9 @@ def _work(job: Any) -> None:
     shares = job.share_prompts(job.validation.prompts if job.validation else 0)
     evaluated = shares.evaluation[: job.evaluate_prompts]
     claim_config(job.out, job, _free(job.out), advice=TRAIN_FURTHER)
-    write_config(job.out, _resolved(job))
+    config = plain(job)
+    del config["train"]["output_dir"]  # so that it may be given again with another `out`
+    write_config(job.out, config)
     data = _stage(1, "training data", functools.partial(job.make_data, shares))
     validation = functools.partial(job.validation.build, shares.validation, job.rewards) if job.validation else None
     options = {"validation": validation, "sampling": job.evaluate.sampling}
@@ -159,13 +161,6 @@ def _free(out: Path) -> set[str]:
     if not (has["scores"] or has["train"] or has["evaluation"]):
         free.add("rewards")
     return free
-
-
-def _resolved(job: Any) -> Any:
-    """The config as it may be given again, with another `out`."""
-    resolved = plain(job)
-    del resolved["train"]["output_dir"]
-    return resolved
 
 
 def _stage(number: int, title: str, work: Callable[[], Any]) -> Any:

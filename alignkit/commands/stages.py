@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.claims import claim
+from alignkit.claims import claim, claimed
 from alignkit.commands.data import TrainingData
 from alignkit.commands.methods import trainer_class
 from alignkit.commands.specs import (
@@ -25,7 +25,7 @@ from alignkit.commands.specs import (
     load_policy,
 )
 from alignkit.commands.verb import finished, mark_finished, mark_unfinished
-from alignkit.errors import ResumeError
+from alignkit.errors import ResumeError, StorageError
 from alignkit.evaluation.judged import Judged, judge_pairs, read_judged
 from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.evaluation.results import Evaluation, read_evaluation
@@ -64,7 +64,7 @@ def fit(
     The result is `output_dir/adapter`, or `output_dir/model` after full fine-tuning. A finished training is recognised
     and loads nothing; with more steps than it had, it goes on from its last checkpoint. `select` may choose or change
     the training rows (a `datasets.Dataset`, or prompts). Raises ConfigError before the training where the policy cannot
-    be sampled with `sampling`, which is for later.
+    be sampled with `sampling`, which is for later; StorageError where the folder was deleted during the training.
     """
     from alignkit.trainers.checkpoint import writing
     from alignkit.trainers.sharding import whole
@@ -86,6 +86,8 @@ def fit(
         generator.require_sampling(sampling)
     trainer = trainer_class(method)(generator, args, train, heldout, validation=built)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)
+    if not claimed(folder):  # the export would make the folder again, without what belongs to it
+        raise StorageError(f"'{folder}' was deleted or moved during the training; run the same command again")
     mark_unfinished(folder)
     with writing(folder):
         trainer.save_state()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from alignkit.claims import holds_results
 from alignkit.errors import ConfigError, DataError, ResumeError
-from alignkit.escape import to_html
+from alignkit.escape import to_html, to_line
 from alignkit.evaluation import page
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.results import Pairs, read_pairs
@@ -70,7 +70,9 @@ def judge_pairs(folder: Path, name: str, judge: Judge, *, identity: str, config:
     write_json(target / "judge.json", {"identity": identity})
     verdicts: list[int] = []
     rows = range(len(pairs.prompts))
-    for number, start in enumerate(tqdm(range(0, len(rows), config.batch_size), desc=f"judge {name}", unit="batch")):
+    for number, start in enumerate(
+        tqdm(range(0, len(rows), config.batch_size), desc=to_line(f"judge {name}"), unit="batch")
+    ):
         part = target / f"{number:05d}.json"
         if not part.is_file():
             batch = _compare(judge, name, pairs, rows[start : start + config.batch_size])
@@ -114,8 +116,8 @@ def _claim(target: Path, identity: str) -> None:
     before = read_json(path)["identity"] if path.is_file() else identity
     if before != identity and holds_results(target):
         raise ResumeError(
-            f"'{target}' holds the verdicts of another judge; give this one another name.\n"
-            f"  {before!r} there, {identity!r} now"
+            f"'{target}' holds the verdicts of another judge; give this one another name.",
+            f"  {before!r} there, {identity!r} now",
         )
 
 
@@ -147,7 +149,9 @@ def _summary(name: str, verdicts: Sequence[int], pairs: Pairs, config: EvaluateC
 
 def judged_lines(results: Mapping[str, Judged]) -> list[str]:
     """One line a judge for the terminal."""
-    return [f"judge {name}: tuned wins {_rate(result)} ({_counts(result)})" for name, result in results.items()]
+    return [
+        f"judge {to_line(name)}: tuned wins {_rate(result)} ({_counts(result)})" for name, result in results.items()
+    ]
 
 
 def judged_section(results: Mapping[str, Judged]) -> str:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError, nearest
+from alignkit.escape import to_line
 from alignkit.evaluation.results import (
     SCORE,
     Evaluation,
@@ -187,7 +188,7 @@ def _write_side(
 ) -> None:
     """Write the parts of one side that are not there whole, one batch a part."""
     failures = dict.fromkeys(rewards, 0)
-    with tqdm(total=len(items), desc=f"evaluate {source.name}", unit="item") as bar:
+    with tqdm(total=len(items), desc=to_line(f"evaluate {source.name}"), unit="item") as bar:
         for number, start in enumerate(range(0, len(items), config.batch_size)):
             batch = items[start : start + config.batch_size]
             name = f"{number:05d}"

@@ -53,15 +53,12 @@ def _phi(value: Any) -> str:
 def _bins(value: Any) -> tuple[list[float], list[float]]:
     """(edges, counts) of {"edges", "counts"} or of plain counts over [0, 1]; empty where it is neither."""
     counts = value.get("counts", ()) if isinstance(value, Mapping) else value
-    if not (_all_numbers(counts) and len(counts) > 0):
+    is_list = isinstance(counts, Sequence) and not isinstance(counts, str)
+    if not (is_list and counts and all(_is_number(item) for item in counts)):
         return [], []
     even = [k / len(counts) for k in range(len(counts) + 1)]
     edges = value.get("edges", even) if isinstance(value, Mapping) else even
     return ([float(e) for e in edges], list(counts)) if len(edges) == len(counts) + 1 else ([], [])
-
-
-def _all_numbers(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_number(item) for item in value)
 
 
 def _is_number(value: Any) -> bool:
@@ -82,15 +79,11 @@ def _numbers(title: str, note: str, value: Any) -> str:
 
 def _group(name: str, values: Mapping[str, Any]) -> str:
     if all(_is_number(item) for item in values.values()):
-        rows = [Row(str(key), [("tuned", name, _exact(item))]) for key, item in values.items()]
+        rows = [Row(str(key), [("tuned", name, Interval(*[float(item)] * 3))]) for key, item in values.items()]
         return f'<p class="note">{to_html(name)}</p>' + bar_chart(rows, alt=name)
     if all(isinstance(item, Mapping) for item in values.values()):
         return _matrix(values, name)
     return page.tree({name: values})
-
-
-def _exact(value: float) -> Interval:
-    return Interval(float(value), float(value), float(value))
 
 
 def _matrix(value: Mapping[str, Mapping[str, Any]], caption: str) -> str:

@@ -29,7 +29,7 @@ def training_section(log: Log) -> str:
         HELD_OUT + name: (f"Held-out {name}", "Mean on held-out prompts.", False) for name in held_out_rewards(log)
     }
     lead = "Faint lines are logged values, strong ones their moving average. The horizontal axis is the optimiser step."
-    return page.section("training", "Training", lead, _panels(log, curves))
+    return page.section("training", "Training", lead, f'<div class="charts">{_bare_panels(log, curves)}</div>')
 
 
 def health_section(log: Log) -> str:
@@ -64,10 +64,6 @@ def _errors_panel(log: Log) -> str:
         return page.panel(title, note, page.missing("Not in this log."))
     key = page.legend({one.tone: one.name for one in series})
     return page.panel(title, note, key + line_chart(series, alt="Winner and loser error minus reference", zero=True))
-
-
-def _panels(log: Log, curves: dict[str, tuple[str, str, bool]]) -> str:
-    return f'<div class="charts">{_bare_panels(log, curves)}</div>'
 
 
 def _bare_panels(log: Log, curves: dict[str, tuple[str, str, bool]]) -> str:

@@ -53,7 +53,9 @@ class _Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self, most: int = 5) -> list[float]:
-        step = _round_step((self.high - self.low) / most)
+        rough = (self.high - self.low) / most
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * (1 - 1e-9))
         first = math.ceil(self.low / step - 1e-9)
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -155,11 +157,6 @@ def _axis(low: float, high: float, start: float, end: float, pad: float = 0.08) 
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     room = (high - low) * pad
     return _Axis(low - room, high + room, start, end)
-
-
-def _round_step(rough: float) -> float:
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * (1 - 1e-9))
 
 
 def _low(interval: Interval) -> float:

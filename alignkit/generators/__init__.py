@@ -6,12 +6,12 @@ A new family is one file with a class and one line in `GENERATORS` (module `tabl
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, MissingFileError, UnknownNameError
+from alignkit.escape import get_logger
 from alignkit.generators.folders import component_names, read_index, read_model_index
 from alignkit.generators.table import GENERATORS
 from alignkit.resolve import resolve
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from alignkit.generators.pipeline import PipelineGenerator
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def load_generator(

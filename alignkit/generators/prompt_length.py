@@ -9,7 +9,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from alignkit.escape import get_logger
+
+logger = get_logger(__name__)
 SHOWN = 200  # characters of what is lost
 TOGETHER = 1000  # texts tokenised in one call
 

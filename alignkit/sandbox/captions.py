@@ -1,7 +1,7 @@
 """The caption grammar of the sandbox, in the six categories of GenEval, and its inverse.
 
     caption    = [photo] body [ground]
-    photo      = "a photo of" | "an image of" | "a drawing of"
+    photo      = "a photo of" | "a picture of" | "a drawing of"
     ground     = "on a" background "background"
     body       = "a" shape | "a" colour shape | "a" shape "and a" shape | number [colour] shapes
                | "a" shape relation "a" shape | "a" colour shape "and a" colour shape
@@ -82,7 +82,7 @@ def parse(text: str) -> Spec:
 
 
 def prompts(count: int, *, seed: int, weights: dict[str, float] | None = None) -> list[Prompt]:
-    """`count` distinct prompts, categories in turn (or by `weights`), as far as a category has captions left."""
+    """Up to `count` distinct prompts; categories are drawn with equal probability, or by `weights`."""
     rng = np.random.default_rng(derive_seed("sandbox-prompts", seed))
     pools = {category: list(rng.permutation(captions(category))) for category in CATEGORIES}
     share = np.array([(weights or {}).get(category, 1.0) for category in CATEGORIES])
@@ -95,7 +95,7 @@ def prompts(count: int, *, seed: int, weights: dict[str, float] | None = None) -
 
 
 def random_caption(rng: np.random.Generator, weights: Mapping[str, float] | None = None) -> str:
-    """One caption for training: the category first (by `weights`), so that large ones do not drown the rest."""
+    """One caption for training; the category is drawn first (by `weights`), so large categories do not dominate."""
     share = None if weights is None else np.array([weights[category] for category in CATEGORIES])
     category = str(rng.choice(list(CATEGORIES), p=None if share is None else share / share.sum()))
     return str(rng.choice(PREFIXES)) + _random_body(category, rng) + _random_ground(rng)

@@ -1,6 +1,6 @@
-"""Short clips of the sandbox's shapes in motion: one object glides in a straight line, the others stand still.
+"""Short clips of the sandbox's shapes: one object moves in a straight line, the others stand still.
 
-A `Motion` is what can be asked of a clip; item i of a dataset is a function of its seed. Not here: reading clips.
+Questions about a clip are about its `Motion`. Every random choice takes a numpy Generator. Not here: reading clips.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """Which object of a scene moves where; `direction` is None where nothing moves. `pixels` is the whole way."""
+    """The moving object's index in a scene, its direction (None if nothing moves) and the distance in `pixels`."""
 
     thing: int
     direction: str | None
@@ -26,7 +26,7 @@ class Motion:
 
 
 def move(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Motion]:
-    """The first frame and a motion that keeps the object inside and clear of the others; one clip in six is still."""
+    """The first scene and a motion in which the object stays inside and touches no other; one in six has no motion."""
     for _ in range(0 if rng.random() < 1 / 6 else 50):
         index = int(rng.integers(len(scene.things)))
         direction = str(rng.choice(list(DIRECTIONS)))
@@ -38,12 +38,12 @@ def move(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Motion]:
 
 
 def _back(scene: Scene, motion: Motion) -> Scene:
-    """The scene half a way before, so that motions start and end all over the image."""
+    """The scene half the distance earlier, so that motions start and end anywhere in the image."""
     return at(scene, motion, -0.5)
 
 
 def at(scene: Scene, motion: Motion, share: float) -> Scene:
-    """The scene when `share` of the way is gone."""
+    """The scene after `share` of the distance."""
     if motion.direction is None:
         return scene
     ux, uy = DIRECTIONS[motion.direction]
@@ -53,7 +53,7 @@ def at(scene: Scene, motion: Motion, share: float) -> Scene:
 
 
 def _is_clear(scene: Scene, motion: Motion) -> bool:
-    """Whether no frame cuts the mover off at the border or lets it touch another object."""
+    """Whether in every frame the moving object is inside the image and touches no other object."""
     for share in np.linspace(0, 1, FRAMES):
         things = at(scene, motion, float(share)).things
         mover = things[motion.thing]
@@ -69,14 +69,14 @@ def _touch(one: Thing, other: Thing) -> bool:
 
 
 def film(scene: Scene, motion: Motion, rng: np.random.Generator, frames: int = FRAMES) -> NDArray[np.float32]:
-    """Float frames [frames, 64, 64, 3] in [0, 1]; brightness is drawn once a clip, for nothing flickers."""
-    light = int(rng.integers(2**31))
+    """Float frames [frames, 64, 64, 3] in [0, 1]; brightness is drawn once a clip, so nothing flickers."""
+    light_seed = int(rng.integers(2**31))
     shares = np.linspace(0, 1, frames)
-    return np.stack([render(at(scene, motion, float(share)), np.random.default_rng(light)) for share in shares])
+    return np.stack([render(at(scene, motion, float(share)), np.random.default_rng(light_seed)) for share in shares])
 
 
 def covers(scene: Scene, patch: int = 8) -> NDArray[np.int64]:
-    """For each patch [SIZE / patch, SIZE / patch] the object, from 1, that covers a quarter of it and more, or 0."""
+    """For each patch [SIZE / patch, SIZE / patch] the number (from 1) of the object that covers over 1/4, or 0."""
     side = SIZE // patch
     shares = np.full((1 + len(scene.things), side, side), 0.25, np.float32)
     for row, thing in enumerate(scene.things, start=1):

@@ -1,10 +1,10 @@
 """The sandbox's text-to-image generators: how their pipelines are put together and how they were trained.
 
 Both are ordinary diffusers folders trained from scratch with `SFTTrainer` (full fine-tuning of a random network).
-`flow` learns from captions that are wrong as often as those of web images are (`scenes.WEB_NOISE`). The U-Net learns
-from clean captions in four stages (`unet_clean`) and then, through a LoRA, from captions that lie more often still: the
-result is `unet`, the policy, which can draw what it often gets wrong. The same LoRA with its sign turned is
-`clean_adapter`: on `unet` it is the stronger generator of the family. How good they are: docs/sandbox.md.
+`flow` is trained on captions of which a share is wrong, as those of web images are (`scenes.WEB_NOISE`). The U-Net is
+trained on correct captions in four stages (`unet_clean`) and then, through a LoRA, on captions of which a larger share
+is wrong: the result is `unet`, the policy, which can generate what it often gets wrong. The same LoRA with the opposite
+sign is `clean_adapter`: `unet` with it is the stronger generator. Their quality: docs/sandbox.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from alignkit.trainers.sft import SFTConfig, SFTTrainer
 
 @dataclass(frozen=True, slots=True)
 class GeneratorRecipe:
-    """One training: `scenes` distinct images, seen `steps * batch / scenes` times."""
+    """One training on `scenes` distinct images; `steps * batch / scenes` epochs."""
 
     start: str  # what is trained: "new unet", "new flow" or the name of a finished generator
     scenes: int
@@ -51,7 +51,7 @@ class GeneratorRecipe:
     weights: Mapping[str, float] | None = None  # how often each category is drawn; default: equally
     storage: torch.dtype = torch.float16  # of the network's weights on disk
     error_space: str = "velocity"
-    adapter: bool = False  # train a LoRA, fold it in, and keep its negative as `clean_adapter`
+    adapter: bool = False  # train a LoRA, merge it, and export its negative as `clean_adapter`
 
 
 RECIPES = {
@@ -65,7 +65,7 @@ RECIPES = {
 
 
 def build_unet(vae: AutoencoderKL) -> StableDiffusionPipeline:
-    """SD's anatomy: eps U-Net, CLIP text tower, DDIM."""
+    """Components as in Stable Diffusion: eps U-Net, CLIP text encoder, DDIM."""
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -87,8 +87,8 @@ def build_unet(vae: AutoencoderKL) -> StableDiffusionPipeline:
 
 
 def build_flow(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """SD3's anatomy: rectified-flow transformer, two CLIP text towers, a T5."""
-    vae.register_to_config(shift_factor=0.0)  # SD3's pipeline wants one
+    """Components as in SD3: rectified-flow transformer, two CLIP text encoders, a T5."""
+    vae.register_to_config(shift_factor=0.0)  # SD3's pipeline needs one
     return StableDiffusion3Pipeline(
         transformer=models.transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -129,7 +129,7 @@ def _untrained(start: str, models_dir: Path) -> Any:
 
 
 def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: GeneratorRecipe | None = None) -> Path:
-    """Train generator `name` into `out`, from what its recipe names in `models_dir`; continues where it was stopped."""
+    """Train generator `name` into `out`, from its recipe's start in `models_dir`; continues where it was stopped."""
     recipe = recipe or RECIPES[name]
     start = work / "start"
     set_seed(recipe.seed)

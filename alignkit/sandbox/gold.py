@@ -1,9 +1,9 @@
-"""The held-out truth: reads an picture's pixels and says whether it shows its caption.
+"""The verifier: analyses the pixels of an image and decides whether the image shows its caption.
 
-It sees no scene graph, no generator, no seed. A pixel belongs to an object when it has moved at least half the way from
-the ground's colour to a palette colour, along that colour's direction (so anti-aliased edges keep the hue of their
-object). Connected pixels of one colour form an object; its shape is the template with the best overlap. Not judged:
-the background, sizes, and how pretty the image is.
+Its only inputs are pixels and caption: no scene graph, generator or seed. A pixel belongs to an object if its colour is
+at least half-way from the ground's colour to a palette colour, measured along that direction (so anti-aliased edges
+keep the hue of their object). Connected pixels of one colour form an object; its shape is that of the template with the
+best overlap. Not judged: the background, sizes, and the quality of the image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SMALLEST_AREA = 14  # pixels; the smallest drawn object covers about 40
 TEMPLATE = 20  # pixels a side of a normalised object mask
-RECOGNISED = 0.70  # overlap below which a blob is no known shape
+RECOGNISED = 0.70  # least overlap at which a blob counts as a known shape
 _COLORS = np.array(list(PALETTE.values()), np.float32) / 255
 
 
@@ -43,19 +43,19 @@ class Seen:
     area: int
 
 
-def _ground(picture: NDArray[np.float32]) -> NDArray[np.float32]:
+def _ground(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """The ground's colour: the median of the two outermost pixel rows and columns."""
-    edge = np.ones(picture.shape[:2], bool)
+    edge = np.ones(image.shape[:2], bool)
     edge[2:-2, 2:-2] = False
-    return np.median(picture[edge], axis=0)
+    return np.median(image[edge], axis=0)
 
 
-def _color_classes(picture: NDArray[np.float32]) -> NDArray[np.int64]:
+def _color_classes(image: NDArray[np.float32]) -> NDArray[np.int64]:
     """Palette index of each pixel [H, W], -1 for ground."""
-    ground = _ground(picture)
+    ground = _ground(image)
     axes = _COLORS - ground
     length = np.linalg.norm(axes, axis=1)
-    offset = picture - ground
+    offset = image - ground
     along = offset @ (axes / length[:, None]).T  # [H, W, colours], in units of the image
     cosine = along / (np.linalg.norm(offset, axis=-1, keepdims=True) + 1e-6)
     best = cosine.argmax(-1)
@@ -72,13 +72,13 @@ def _normalise(mask: NDArray[np.float32]) -> NDArray[np.float32]:
 @cache
 def _templates() -> dict[str, list[NDArray[np.float32]]]:
     """Normalised masks of every shape at several sizes."""
-    found: dict[str, list[NDArray[np.float32]]] = {}
+    templates: dict[str, list[NDArray[np.float32]]] = {}
     for shape in SHAPES:
         for radius in (6.0, 7.3, 9.0, 11.0):
             mask = coverage(Thing(shape, "white", SIZE / 2, SIZE / 2, radius)) > 0.5
             box = ndimage.find_objects(mask.astype(int))[0]
-            found.setdefault(shape, []).append(_normalise(mask[box].astype(np.float32)))
-    return found
+            templates.setdefault(shape, []).append(_normalise(mask[box].astype(np.float32)))
+    return templates
 
 
 def _shape_of(mask: NDArray[np.bool_]) -> str | None:
@@ -95,10 +95,10 @@ def _shape_of(mask: NDArray[np.bool_]) -> str | None:
     return None if best < RECOGNISED or stretched else name
 
 
-def look(picture: NDArray[np.float32]) -> list[Seen]:
+def look(image: NDArray[np.float32]) -> list[Seen]:
     """All objects in an image [H, W, 3] in [0, 1]."""
-    classes = _color_classes(picture)
-    found = []
+    classes = _color_classes(image)
+    objects = []
     for index, color in enumerate(PALETTE):
         labels, _ = ndimage.label(classes == index)
         for number, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -107,20 +107,20 @@ def look(picture: NDArray[np.float32]) -> list[Seen]:
             if area >= SMALLEST_AREA:
                 rows, columns = np.nonzero(mask)
                 x, y = columns.mean() + box[1].start + 0.5, rows.mean() + box[0].start + 0.5
-                found.append(Seen(_shape_of(mask), color, float(x), float(y), area))
-    return found
+                objects.append(Seen(_shape_of(mask), color, float(x), float(y), area))
+    return objects
 
 
-def shows(seen: Sequence[Seen], spec: Spec) -> bool:
-    """Whether the objects are exactly those asked for (no more, no fewer) and stand as asked."""
-    if len(seen) != len(spec.kinds) or any(thing.shape is None for thing in seen):
+def shows(objects: Sequence[Seen], spec: Spec) -> bool:
+    """Whether the objects are exactly those of `spec` (no more, no fewer) and their positions obey its relation."""
+    if len(objects) != len(spec.kinds) or any(thing.shape is None for thing in objects):
         return False
-    if Counter(thing.shape for thing in seen) != Counter(shape for shape, _ in spec.kinds):
+    if Counter(thing.shape for thing in objects) != Counter(shape for shape, _ in spec.kinds):
         return False
     if spec.category == "counting":
-        wanted = spec.kinds[0][1]
-        return wanted is None or all(thing.color == wanted for thing in seen)
-    by_shape = {thing.shape: thing for thing in seen}
+        color = spec.kinds[0][1]
+        return color is None or all(thing.color == color for thing in objects)
+    by_shape = {thing.shape: thing for thing in objects}
     if any(color is not None and by_shape[shape].color != color for shape, color in spec.kinds):
         return False
     if spec.relation is None:
@@ -151,8 +151,8 @@ class GoldReward:
             raise DataError(f"gold: media {list(media.shape)}, {len(prompts)} prompts; give [B, 3, H, W] and B prompts")
         if not torch.isfinite(media).all():
             raise DataError("gold: a pixel is NaN or infinite; look at the generator or its precision")
-        pictures = media.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+        images = media.detach().float().cpu().permute(0, 2, 3, 1).numpy()
         verdicts = [
-            float(shows(look(picture), parse(prompt.text))) for picture, prompt in zip(pictures, prompts, strict=True)
+            float(shows(look(image), parse(prompt.text))) for image, prompt in zip(images, prompts, strict=True)
         ]
         return Scores(torch.tensor(verdicts))

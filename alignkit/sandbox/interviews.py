@@ -1,6 +1,6 @@
-"""How the sandbox's vision-language model learns: interviews about scenes and clips, many questions at one look.
+"""Training of the sandbox's vision-language model: many questions about one scene or clip, packed in one sequence.
 
-Trained under plain `transformers.Trainer`; `alignkit sandbox train vlm` repeats it, `accuracy` says how well it went.
+Runs under plain `transformers.Trainer`; `alignkit sandbox train vlm` repeats it, `accuracy` measures the result.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ CLOSING, END = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 
 @dataclass(frozen=True, slots=True)
 class Stage(Recipe):
-    """`count`: questions at one look at most, none while only the eyes learn; `near` as in `questions.Subject`.
+    """`count`: most questions a subject; 0 trains the vision tower only. `near`: as in `questions.Subject`.
 
-    `judged`: kinds of question whose words say below the last layer whether they are true.
+    `judged`: kinds of question for which a head at the last layer but one is trained on whether they are true.
     """
 
     count: int = 4
@@ -44,10 +44,10 @@ class Stage(Recipe):
     judged: tuple[str, ...] = CAPTIONED
 
 
-# First the eyes, then the tongue: words teach shapes slowly, names of patches teach them fast. While the tongue learns,
-# the eyes are left alone: pulled at by its first, blind steps they forget, and no yes or no is learnt. Captions and
-# pairs are judged only after the learning rate has been restarted, and whose colour is whose only when nearly all wrong
-# colours are another object's: before, "is the circle red?" was answered as "is anything red?".
+# First the vision tower is trained on labels of patches: from answers alone it learns shapes slowly. Then it is frozen,
+# since the first gradients of the language model destroy its features. Captions and pairs are learnt only after the
+# learning rate is restarted; which colour belongs to which object only if nearly all wrong colours are those of another
+# object: before, "is the circle red?" was answered as "is anything red?".
 STAGES = (
     Stage(steps=900, batch=48, learning_rate=1.5e-3, seed=111, count=0),
     Stage(steps=1500, batch=32, learning_rate=1.5e-3, seed=112),
@@ -70,11 +70,11 @@ Patchify = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Interviews(Dataset[dict[str, Any]]):
-    """`size` subjects with up to `count` questions each: of every twenty a pair of images thrice, a clip four times.
+    """`size` subjects with up to `count` questions each: 15% pairs of images, 20% clips, 65% single images.
 
-    A row: media, a list of [3, 64, 64] images or one clip [F, 3, 64, 64]; for each of them `facts`, what its patches
-    show, `meant`, what words mean in it (`meanings`), and `shown`, which `phrases` of the caption it shows; questions;
-    `interval`, steps of time from one pair of frames to the next.
+    A row has `media`, a list of images [3, 64, 64] or one clip [F, 3, 64, 64]; for each of them `facts` of its patches,
+    `meant`, the facts that words refer to (`meanings`), and `shown`, which `phrases` of the caption it shows;
+    `questions`; `interval`, time steps from one pair of frames to the next.
     """
 
     def __init__(self, size: int, seed: int, count: int = 4, near: float = 0.5) -> None:
@@ -95,7 +95,7 @@ class Interviews(Dataset[dict[str, Any]]):
 def _pair_row(rng: np.random.Generator) -> dict[str, Any]:
     *scenes, caption, question = questions.pair(rng)
     return {
-        "media": [worn(render(scene, rng), rng) for scene in scenes],
+        "media": [with_noise(render(scene, rng), rng) for scene in scenes],
         "interval": 1,
         "facts": [facts(scene)[None] for scene in scenes],
         "questions": [question],
@@ -110,10 +110,10 @@ def _clip_row(about: Subject, rng: np.random.Generator, count: int) -> dict[str,
     frames = int(rng.choice([4, 6, 8]))
     clip = torch.stack([to_tensor(frame) for frame in film(scene, motion, rng, frames=frames)])
     shares = np.linspace(0, 1, frames).reshape(-1, TEMPORAL).mean(1)
-    told = torch.stack([facts(at(scene, motion, float(share)), motion) for share in shares])
+    by_time = torch.stack([facts(at(scene, motion, float(share)), motion) for share in shares])
     return {
         "media": [clip],
-        "facts": [told],
+        "facts": [by_time],
         "interval": int(rng.choice([1, 2, 4])),
         "questions": questions.ask(about, rng, count),
         "meant": [meanings(scene, motion)],
@@ -124,7 +124,7 @@ def _clip_row(about: Subject, rng: np.random.Generator, count: int) -> dict[str,
 def _scene_row(about: Subject, rng: np.random.Generator, count: int) -> dict[str, Any]:
     return {
         "questions": questions.ask(about, rng, count),
-        "media": [worn(render(about.scene, rng), rng)],
+        "media": [with_noise(render(about.scene, rng), rng)],
         "interval": 1,
         "facts": [facts(about.scene)[None]],
         "meant": [meanings(about.scene)],
@@ -133,27 +133,27 @@ def _scene_row(about: Subject, rng: np.random.Generator, count: int) -> dict[str
 
 
 def facts(scene: Scene, motion: Motion | None = None) -> Tensor:
-    """What each patch [8, 8] shows, in the order of FACTS: its object (0 is the ground), side and way, -100 is none."""
-    told = torch.full((1 + len(scene.things), len(FACTS)), -100)
-    told[0, 0] = 0
+    """Facts [8, 8, kinds] of each patch in the order of FACTS: object (0 is the ground), side, way; -100 for none."""
+    labels = torch.full((1 + len(scene.things), len(FACTS)), -100)
+    labels[0, 0] = 0
     for row, thing in enumerate(scene.things, start=1):
         place = whereabouts(scene, thing, motion)
-        told[row, 0] = CLASSES[thing.shape, thing.color]
-        told[row, 1:] = torch.tensor([place.get("side", -100), place.get("way", -100)])
-    return told[torch.from_numpy(covers(scene, PATCH))]
+        labels[row, 0] = CLASSES[thing.shape, thing.color]
+        labels[row, 1:] = torch.tensor([place.get("side", -100), place.get("way", -100)])
+    return labels[torch.from_numpy(covers(scene, PATCH))]
 
 
-def worn(picture: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """A trace of noise on half of all images, as generated ones carry."""
-    noise = rng.normal(0, 0.02, picture.shape) if rng.random() < 0.5 else 0.0
-    return to_tensor(np.clip(picture + noise, 0, 1).astype(np.float32))
+def with_noise(image: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """The image, in half of all cases with a little noise, as generated images have."""
+    noise = rng.normal(0, 0.02, image.shape) if rng.random() < 0.5 else 0.0
+    return to_tensor(np.clip(image + noise, 0, 1).astype(np.float32))
 
 
 class Interview:
-    """Collates rows: all questions about one subject in one sequence, none of which sees another.
+    """Collates rows: all questions about one subject are packed in one sequence and do not attend to each other.
 
-    A mask lets every question see the media and itself alone, and its positions start where the media end, so each is
-    answered exactly as if it had been asked by itself: one look at the image, many questions.
+    With the mask a question attends only to the media and to itself, and its positions start where the media end, so
+    its answer is exactly that of a sequence with this question alone, while the media are encoded once.
     """
 
     def __init__(
@@ -180,8 +180,8 @@ class Interview:
             for name, values in sequence.items():
                 batch[name][..., row, : values.shape[-1]] = values
         patches, grids = zip(*(self.patchify(medium[None]) for row in rows for medium in row["media"]), strict=True)
-        told = torch.cat([by_squares(facts) for row in rows for facts in row["facts"]])
-        return batch | {"patches": torch.cat(patches), "grids": torch.cat(grids), "facts": told}
+        labels = torch.cat([by_squares(facts) for row in rows for facts in row["facts"]])
+        return batch | {"patches": torch.cat(patches), "grids": torch.cat(grids), "facts": labels}
 
     def _encode(self, text: str) -> list[int]:
         return self.words(text, add_special_tokens=False).input_ids
@@ -204,27 +204,25 @@ class Interview:
         pieces = [(torch.tensor(ids), start, nothing[0], torch.zeros(len(ids)), nothing, nothing[:MEDIA])]
         groups = [0] * len(ids)
         for number, question in enumerate(row["questions"], start=1):
-            asked, answer = self._encode(question.text + CLOSING), self._encode(question.answer + END)
-            line = torch.tensor([*asked, *answer])
-            places = start[0, -1] + 1 + torch.arange(len(line))  # the last token before is text
+            question_ids, answer = self._encode(question.text + CLOSING), self._encode(question.answer + END)
+            line = torch.tensor([*question_ids, *answer])
+            places = start[0, -1] + 1 + torch.arange(len(line))  # the token before is text
             targets = torch.full((len(line),), -100)
-            targets[len(asked) - 1 : -1] = torch.tensor(answer)
+            targets[len(question_ids) - 1 : -1] = torch.tensor(answer)
             weights = (targets >= 0) / len(answer)
-            told = self._known(row, question, asked, len(line))
-            pieces.append((line, places.expand(3, -1), targets, weights, *told))
+            labels = self._labels(row, question, question_ids, len(line))
+            pieces.append((line, places.expand(3, -1), targets, weights, *labels))
             groups += [number] * len(line)
         names = ("ids", "positions", "targets", "weights", "meant", "shown")
         joined = {name: torch.cat(parts, -1) for name, parts in zip(names, zip(*pieces, strict=True), strict=True)}
         return joined | {"groups": torch.tensor(groups)}
 
-    def _known(
-        self, row: Mapping[str, Any], question: Question, asked: list[int], length: int
-    ) -> tuple[Tensor, Tensor]:
-        """What the question's words mean [MEDIA * heads, L], and whether what they say is shown [MEDIA, L].
+    def _labels(self, row: Mapping[str, Any], question: Question, ids: list[int], length: int) -> tuple[Tensor, Tensor]:
+        """Facts that the words refer to [MEDIA * heads, L], and 1 or 0 where a phrase is or is not shown [MEDIA, L].
 
-        Of a caption every noun knows that of its phrase, of "Is the circle red?" the last word does.
+        The latter is at every noun of a caption, for its phrase, and at the last word of "Is the circle red?".
         """
-        spelled = [self.spelled.get(token, "") for token in asked]
+        spelled = [self.spelled.get(token, "") for token in ids]
         meant, shown = torch.full((MEDIA, len(HEADS), length), -100), torch.full((MEDIA, length), -100)
         nouns = [place for place, word in enumerate(spelled) if word in NOUNS]
         for medium, (known, truths) in enumerate(zip(row["meant"], row["shown"], strict=True)):
@@ -251,9 +249,10 @@ class Interview:
         return positions[:, 0]
 
 
-def by_squares(told: Tensor) -> Tensor:
-    """Facts [T, 8, 8, kinds] as [T * 64, kinds] in the tower's order, in which merged squares come together."""
-    squares = told.unflatten(2, (-1, MERGE)).unflatten(1, (-1, MERGE))  # time, row, in square, column, in square, kind
+def by_squares(labels: Tensor) -> Tensor:
+    """Facts [T, 8, 8, kinds] as [T * 64, kinds] in the tower's order: the patches of a merged square are adjacent."""
+    # axes: time, row, row in square, column, column in square, kind
+    squares = labels.unflatten(2, (-1, MERGE)).unflatten(1, (-1, MERGE))
     return squares.transpose(2, 3).flatten(0, 4)
 
 
@@ -261,7 +260,7 @@ _FILLS = {"ids": 0, "groups": -1, "targets": -100}
 
 
 def see_only_own(groups: Tensor) -> Tensor:
-    """Additive mask [B, 1, L, L]: causal, within one's own question and the media (group 0)."""
+    """Additive mask [B, 1, L, L]: causal attention to the media (group 0) and to the same question."""
     length = groups.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=groups.device).tril()
     same = (groups[:, :, None] == groups[:, None, :]) | (groups[:, None, :] == 0)
@@ -270,12 +269,12 @@ def see_only_own(groups: Tensor) -> Tensor:
 
 
 class Answering(nn.Module):
-    """Cross-entropy of the answers, each question counting once, and of what every patch shows.
+    """Cross-entropy of the answers, averaged over questions, plus auxiliary losses that are needed to learn binding.
 
-    What a patch shows is asked twice: of the eyes, by heads that are thrown away, and of what they hand on, in the
-    language's own words, so that a word and the image of it meet in one space. What a word means is asked as well,
-    half-way up, and a layer below the last which phrases of a caption are true, as of readers who mark words (arXiv
-    2312.10240): from answers alone nothing was bound to anything, and without the phrases no caption was judged.
+    Patch features are classified twice: before merging, by a linear head, and after it, by the word embeddings of the
+    language model, which brings words and image features into one space. At the middle layer a head predicts the facts
+    that a word refers to; at the last layer but one, which phrases of a caption are true, as raters mark words (arXiv
+    2312.10240). Without these heads, which are not stored, yes/no answers on colours and captions stayed at chance.
     """
 
     _keys_to_ignore_on_save = None
@@ -289,7 +288,7 @@ class Answering(nn.Module):
         self.facts = nn.Linear(model.config.vision_config.hidden_size, sum(FACTS.values()))
         self.meanings = nn.Linear(model.config.text_config.hidden_size, MEDIA * sum(HEADS.values()))
         self.phrases = nn.Linear(model.config.text_config.hidden_size, MEDIA * 2)
-        self.only_eyes = False
+        self.only_vision = False
 
     def forward(
         self,
@@ -306,20 +305,20 @@ class Answering(nn.Module):
         shown: Tensor,
     ) -> dict[str, Tensor]:
         seen = self.vlm.model.visual(patches, grid_thw=grids)
-        known = _told(self.facts(seen.last_hidden_state), facts.T, list(FACTS.values()))
-        if self.only_eyes:
-            return {"loss": known}
+        auxiliary = _cross_entropy(self.facts(seen.last_hidden_state), facts.T, list(FACTS.values()))
+        if self.only_vision:
+            return {"loss": auxiliary}
         states = read(self.vlm, seen.pooler_output, ids, groups, positions)
         hidden, half = states[-1], states[len(states) // 2]
-        wanted = targets >= 0
-        answered = functional.cross_entropy(self.vlm.lm_head(hidden[wanted]).float(), targets[wanted], reduction="none")
-        helped = known + self._speaking(seen.pooler_output, facts[:, 0])
-        helped = helped + _told(self.meanings(half), meant, MEDIA * list(HEADS.values()))
-        helped = helped + _told(self.phrases(states[-2]), shown, MEDIA * [2])
-        return {"loss": (answered * weights[wanted]).sum() / weights.sum() + 0.3 * helped}
+        valid = targets >= 0
+        answers = functional.cross_entropy(self.vlm.lm_head(hidden[valid]).float(), targets[valid], reduction="none")
+        auxiliary = auxiliary + self._naming(seen.pooler_output, facts[:, 0])
+        auxiliary = auxiliary + _cross_entropy(self.meanings(half), meant, MEDIA * list(HEADS.values()))
+        auxiliary = auxiliary + _cross_entropy(self.phrases(states[-2]), shown, MEDIA * [2])
+        return {"loss": (answers * weights[valid]).sum() / weights.sum() + 0.3 * auxiliary}
 
-    def _speaking(self, merged: Tensor, objects: Tensor) -> Tensor:
-        """Merged patches with an object in them: its shape's and its colour's word are nearest of their kind."""
+    def _naming(self, merged: Tensor, objects: Tensor) -> Tensor:
+        """Cross-entropy of the object's shape and colour, with word embeddings as weights; merged patches with one."""
         shown = objects.unflatten(0, (-1, MERGE**2)).amax(1)
         tokens, kinds = merged[shown > 0], shown[shown > 0] - 1
         words = self.vlm.get_input_embeddings().weight
@@ -328,12 +327,12 @@ class Answering(nn.Module):
         return torch.stack(losses).sum()
 
 
-def _told(logits: Tensor, wanted: Tensor, sizes: list[int]) -> Tensor:
-    """Sum over heads of the cross-entropy of `logits` [..., sum of sizes] where `wanted` [heads, ...] has an answer."""
+def _cross_entropy(logits: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
+    """Sum over heads of the cross-entropy of `logits` [..., sum of sizes] where `labels` [heads, ...] are not -100."""
     losses = [
-        functional.cross_entropy(said[answer >= 0], answer[answer >= 0])
-        for said, answer in zip(logits.float().split(sizes, dim=-1), wanted, strict=True)
-        if (answer >= 0).any()
+        functional.cross_entropy(own[label >= 0], label[label >= 0])
+        for own, label in zip(logits.float().split(sizes, dim=-1), labels, strict=True)
+        if (label >= 0).any()
     ]
     return torch.stack([logits.new_zeros(()), *losses]).sum()
 
@@ -341,7 +340,7 @@ def _told(logits: Tensor, wanted: Tensor, sizes: list[int]) -> Tensor:
 def read(
     model: Qwen2_5_VLForConditionalGeneration, seen: Tensor, ids: Tensor, groups: Tensor, positions: Tensor
 ) -> tuple[Tensor, ...]:
-    """States [B, L, width] below, between and above all layers of packed interviews, merged patches `seen` in place."""
+    """States [B, L, width] before and after every layer, of packed questions with the merged patches `seen`."""
     embedded = model.get_input_embeddings()(ids)
     pads = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)
     embedded = embedded.masked_scatter(pads[..., None], seen.to(embedded.dtype))
@@ -353,18 +352,18 @@ def read(
 def train_vlm(
     patchify: Patchify, out: Path, work: Path, stages: Sequence[Stage] = STAGES
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Train the eyes on what patches show, then the rest on answers, and save the model with its tokenizer.
+    """Train the vision tower on facts of patches, then the rest on answers, and save the model with its tokenizer.
 
-    `patchify` cuts media into patches; it comes in as an argument because `rewards` stands outside this package.
+    `patchify` cuts media into patches; it is an argument because this package does not import `rewards`.
     """
     set_seed(stages[0].seed)
     words = tokenizer()
     model = vlm(words)
     objective = Answering(model, words)
     for number, stage in enumerate(stages, start=1):
-        objective.only_eyes = stage.count == 0
+        objective.only_vision = stage.count == 0
         for part in (model.model.visual.patch_embed, model.model.visual.blocks, objective.facts):
-            part.requires_grad_(objective.only_eyes)
+            part.requires_grad_(objective.only_vision)
         rows = Interviews(stage.scenes, stage.seed, stage.count, stage.near)
         fit(objective, rows, stage, work / f"stage-{number}", Interview(words, model, patchify, stage.judged))
     save(model, words, out)
@@ -380,10 +379,10 @@ def accuracy(
     subjects: int = 600,
     seed: int = 999,
 ) -> dict[str, tuple[float, int]]:
-    """(share of right answers, number asked) per kind of question on held-out scenes and clips, greedy answers.
+    """(share of right answers, number of questions) per kind of question on held-out scenes and clips, greedy answers.
 
-    An answer is right when every token of it is the likeliest after the right ones before: for answers of one word
-    this is greedy generation, for longer ones it is stricter on none and kinder to what follows a slip.
+    An answer is right if each of its tokens is the likeliest one after the right tokens before it. This is equal to
+    greedy generation of the whole answer.
     """
     rows, collate = Interviews(subjects, seed, count=10), Interview(words, model, patchify)
     right: dict[str, list[bool]] = defaultdict(list)

@@ -1,6 +1,6 @@
 """The sandbox's models before training: real diffusers / transformers classes at small size, and their tokenizers.
 
-One function a model, every size visible. Training is in `recipes.py`. All build deterministically from a seed.
+One function a model. Training is in `recipes.py`. Initial weights are functions of torch's seed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORDS = tuple(dict.fromkeys([*_PLAIN, *NUMBERS, *PALETTE, *SHAPES, *map(_plural,
 
 
 def byte_pairs(words: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-    """Merges after which every word, given as its letters, is one token."""
+    """Merges with which every word, given as its letters, becomes one token."""
     merges: list[tuple[str, str]] = []
     while split := [pieces for word in words if len(pieces := _merged(word, merges)) > 1]:
         merges.extend(pair for pair in dict.fromkeys((p[0], p[1]) for p in split) if pair not in merges)
@@ -95,7 +95,7 @@ def _text_config() -> CLIPTextConfig:
 
 
 def clip() -> CLIPModel:
-    """Two towers that meet in 96 dimensions; the picture's sees 8 x 8 patches of 8 pixels."""
+    """A text tower and a vision tower with embeddings of 96 dimensions; an image is 8 x 8 patches of 8 pixels."""
     vision = CLIPVisionConfig(
         image_size=SIZE,
         patch_size=8,
@@ -110,10 +110,11 @@ def clip() -> CLIPModel:
 
 
 def text_encoder(*, pooled: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A generator's CLIP text tower, frozen at its seed: a fixed code in which all words are equally far apart.
+    """A generator's CLIP text tower, frozen at its random weights, in which all words are equally far apart.
 
-    The tower of `clip` will not do: its contrastive loss is won by colours, so "circle" and "square" end up 4% apart
-    (colours 97%) and a generator that listens to it never learns shapes. Unit-scale embeddings keep words audible.
+    The tower of `clip` is unsuitable: colours suffice to lower its contrastive loss, so the states of "circle" and
+    "square" differ by 4% (of two colours by 97%), and a generator conditioned on it does not learn shapes. Embeddings
+    of unit scale keep all words distinct.
     """
     config = _text_config()
     config.projection_dim = TEXT_WIDTH
@@ -126,7 +127,7 @@ def text_encoder(*, pooled: bool) -> CLIPTextModel | CLIPTextModelWithProjection
 
 
 def t5() -> T5EncoderModel:
-    """SD3's third encoder at the least size that loads: frozen at its seed, a fixed code of the words."""
+    """SD3's third text encoder at the smallest size that loads, frozen at its random weights."""
     config = T5Config(
         vocab_size=len(t5_tokenizer()),
         d_model=2 * TEXT_WIDTH,
@@ -154,7 +155,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def transformer() -> SD3Transformer2DModel:
-    """The flow-matching transformer: 64 image tokens beside 16 CLIP and 16 T5 tokens, six joint blocks."""
+    """The flow-matching transformer: 64 image tokens, 16 CLIP and 16 T5 tokens, six joint blocks."""
     return SD3Transformer2DModel(
         sample_size=SIZE // 4,
         patch_size=2,

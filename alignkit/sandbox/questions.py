@@ -1,6 +1,6 @@
-"""Questions with answers about scenes and clips of the sandbox: what its vision-language model learns and is asked.
+"""Questions with answers about scenes and clips: the sandbox's vision-language model is trained and tested on them.
 
-Yes/no questions are balanced and their negatives are near misses (the other object's colour, one object more, the
+Yes/no questions are balanced and their negatives are near misses (the colour of another object, one object more, the
 opposite side). Not here: the model (`vlm.py`).
 """
 
@@ -20,7 +20,7 @@ from alignkit.sandbox.scenes import CATEGORIES, PALETTE, RELATIONS, SHAPES, Scen
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 SHOWS = 'Does this figure show "{}"? Please answer Yes or No.'  # VQAScore's words
 BETTER = 'Which picture shows "{}" better? Answer first or second.'
-SHARES = dict(zip(CATEGORIES, (0.5, 1.0, 2.0, 0.5, 1.5, 1.5), strict=True))  # more of what has more to ask
+SHARES = dict(zip(CATEGORIES, (0.5, 1.0, 2.0, 0.5, 1.5, 1.5), strict=True))  # more of those with more questions
 YES_NO = ("object", "color", "count", "relation", "motion", "caption")
 OPEN = ("what_color", "how_many", "which_way", "what_shows")
 
@@ -36,10 +36,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A scene, how it moves where it is a clip, and a caption that it may contradict.
+    """A scene, its motion if it is a clip, and a caption that it may contradict.
 
-    `near` is the share of wrong colours, where there are two, that are another object's: knowing which colours there
-    are tells those from right ones no better than chance.
+    `near`: where the scene has two colours, the share of wrong colours that are the colour of another object. To know
+    which colours the scene has does not help to reject those.
     """
 
     scene: Scene
@@ -50,7 +50,7 @@ class Subject:
 
 
 def subject(rng: np.random.Generator, near: float = 0.5) -> Subject:
-    """A scene of a random caption, which half of all scenes contradict."""
+    """A scene and a random caption; half of all scenes contradict their caption."""
     caption = random_caption(rng, SHARES)
     is_shown = bool(rng.random() < 0.5)
     spec = parse(caption)
@@ -61,13 +61,13 @@ def ask(about: Subject, rng: np.random.Generator, count: int) -> list[Question]:
     """`count` questions of different kinds, as far as the subject allows."""
     kinds = [kind for kind in _MAKERS if (kind in ("motion", "which_way")) <= (about.motion is not None)]
     made = (_MAKERS[str(kind)](about, rng) for kind in rng.permutation(kinds))
-    found = [question for question in made if question is not None]
-    found.sort(key=lambda question: question.kind not in ("relation", "motion", "which_way"))  # what few can tell
-    return found[:count]
+    possible = [question for question in made if question is not None]
+    possible.sort(key=lambda question: question.kind not in ("relation", "motion", "which_way"))  # rare ones first
+    return possible[:count]
 
 
 def pair(rng: np.random.Generator) -> tuple[Scene, Scene, str, Question]:
-    """Two scenes of which one shows a caption and one contradicts it, the caption, and which it is."""
+    """(first scene, second scene, caption, question): one scene shows the caption, the other contradicts it."""
     caption = random_caption(rng)
     spec = parse(caption)
     right, wrong = compose(spec, rng), compose(contradict(spec, rng), rng)
@@ -77,11 +77,11 @@ def pair(rng: np.random.Generator) -> tuple[Scene, Scene, str, Question]:
 
 
 def stands(first: Thing, second: Thing, relation: str) -> bool:
-    """Whether `first` clearly stands so from `second`: "left of", "above" and so on."""
+    """Whether `first` is clearly in this `relation` to `second`: "left of", "above" and so on."""
     return _obeys(first.x - second.x, first.y - second.y, relation, margin=1.4)
 
 
-def _yes(truth: bool) -> str:  # noqa: FBT001 - the one thing it is about
+def _yes(truth: bool) -> str:  # noqa: FBT001 - the only argument
     return "Yes" if truth else "No"
 
 
@@ -98,13 +98,13 @@ def _thing(about: Subject, rng: np.random.Generator) -> Thing:
 
 
 def _unique(about: Subject) -> list[Thing]:
-    """Objects that their shape alone names."""
+    """Objects whose shape occurs once, so the shape identifies them."""
     counts = Counter(thing.shape for thing in about.scene.things)
     return [thing for thing in about.scene.things if counts[thing.shape] == 1]
 
 
 def _object(about: Subject, rng: np.random.Generator) -> Question:
-    """Is there a circle? Is there a red circle? A wrong one has the other's colour, or is nowhere."""
+    """Is there a circle? Is there a red circle? For "No" the scene has no such object, but may have its colour."""
     truth, thing = _coin(rng), _thing(about, rng)
     if _coin(rng):
         absent = [shape for shape in SHAPES if shape not in {other.shape for other in about.scene.things}]
@@ -138,7 +138,7 @@ def _count(about: Subject, rng: np.random.Generator) -> Question:
 
 def _relation(about: Subject, rng: np.random.Generator) -> Question | None:
     unique = _unique(about)
-    if len(unique) < 2 or about.motion is not None:  # likewise
+    if len(unique) < 2 or about.motion is not None:  # motion changes positions
         return None
     first, second = (unique[int(i)] for i in rng.permutation(len(unique))[:2])
     true = [name for name in RELATIONS if stands(first, second, name)]
@@ -149,14 +149,14 @@ def _relation(about: Subject, rng: np.random.Generator) -> Question | None:
     return Question("relation", f"Is the {first.shape} {name} the {second.shape}?", _yes(truth))
 
 
-def _caption(about: Subject, rng: np.random.Generator) -> Question | None:  # noqa: ARG001 - makers are called alike
-    if about.motion is not None and parse(about.caption).relation is not None:  # where a mover stands changes
+def _caption(about: Subject, rng: np.random.Generator) -> Question | None:  # noqa: ARG001 - all makers have one signature
+    if about.motion is not None and parse(about.caption).relation is not None:  # motion changes positions
         return None
     return Question("caption", SHOWS.format(about.caption), _yes(about.is_shown))
 
 
 def _mover(about: Subject) -> tuple[Motion, str] | None:
-    """The motion and the mover's shape, where the shape names it."""
+    """The motion and the shape of the moving object, if that shape occurs once; else None."""
     motion = about.motion
     if motion is None or motion.direction is None:
         return None
@@ -166,8 +166,8 @@ def _mover(about: Subject) -> tuple[Motion, str] | None:
 
 def _motion(about: Subject, rng: np.random.Generator) -> Question | None:
     """Is the circle moving left? Is the circle moving?"""
-    if _coin(rng) and (found := _mover(about)):
-        motion, shape = found
+    if _coin(rng) and (mover := _mover(about)):
+        motion, shape = mover
         truth = _coin(rng)
         way = motion.direction if truth else _pick(rng, [name for name in DIRECTIONS if name != motion.direction])
         return Question("motion", f"Is the {shape} moving {way}?", _yes(truth))
@@ -179,8 +179,8 @@ def _motion(about: Subject, rng: np.random.Generator) -> Question | None:
 
 
 def _which_way(about: Subject, rng: np.random.Generator) -> Question | None:  # noqa: ARG001 - as above
-    found = _mover(about)
-    return found and Question("which_way", f"Which way is the {found[1]} moving?", str(found[0].direction))
+    mover = _mover(about)
+    return mover and Question("which_way", f"Which way is the {mover[1]} moving?", str(mover[0].direction))
 
 
 def _what_color(about: Subject, rng: np.random.Generator) -> Question | None:
@@ -197,7 +197,7 @@ def _how_many(about: Subject, rng: np.random.Generator) -> Question:
 
 
 def _what_shows(about: Subject, rng: np.random.Generator) -> Question:  # noqa: ARG001 - as above
-    """Everything there is, from left to right; equal neighbours are counted."""
+    """All objects from left to right; equal ones are named together with their number."""
     things = sorted(about.scene.things, key=lambda thing: thing.x)
     kinds = Counter((thing.shape, thing.color) for thing in things)
     named = [
@@ -221,9 +221,9 @@ _MAKERS: dict[str, Callable[[Subject, np.random.Generator], Question | None]] = 
 }
 
 
-# What a word can mean in an image, and how many answers there are: of a shape's word the colour of its object (none
-# and several come last), its side of the only other object and its motion (none last); of a plural the number; of a
-# colour's word the shape of its object.
+# Facts that a word can refer to in an image, and the number of classes of each. For the name of a shape: the colour of
+# its object (the last two classes: no object, several objects), the object's side of the only other object, and its
+# motion (the last class: none). For a plural: the count. For the name of a colour: the shape of its object.
 HEADS = {
     "color": len(PALETTE) + 2,
     "side": len(RELATIONS),
@@ -236,9 +236,9 @@ NOUNS = (*SHAPES, *map(_plural, SHAPES), "background")
 
 
 def meanings(scene: Scene, motion: Motion | None = None) -> dict[str, dict[str, int]]:
-    """What every word of MEANT means in an image or clip: head -> answer, for the heads that apply.
+    """What every word of MEANT refers to in an image or clip: head -> class, for the heads that apply.
 
-    Sides rather than places: the eyes know relative places only, for a blank ground looks the same all over.
+    Sides and not absolute positions: the vision tower encodes relative positions only, because the ground is uniform.
     """
     colors, shapes = list(PALETTE), list(SHAPES)
     meant: dict[str, dict[str, int]] = {}
@@ -255,9 +255,9 @@ def meanings(scene: Scene, motion: Motion | None = None) -> dict[str, dict[str, 
 
 
 def phrases(caption: str, scene: Scene) -> list[int]:
-    """For each noun of a caption, 1 if `scene` shows what is said since the noun before, else 0.
+    """For each noun of a caption, 1 if `scene` shows the words from the previous noun up to this one, else 0.
 
-    A network that reads from left to right knows no sooner whether "two", "red" or "left of a" is true.
+    A causal network can decide only at the noun whether "two", "red" or "left of a" is true.
     """
     shown, least = [], 1.0
     for word, mark in zip(caption.split(), marks(caption, scene), strict=True):
@@ -269,12 +269,12 @@ def phrases(caption: str, scene: Scene) -> list[int]:
 
 
 def _only(kinds: list[int], count: int) -> int:
-    """The one kind there is, or `count` for none and `count` + 1 for several objects."""
+    """The only element of `kinds`; `count` if it is empty, `count` + 1 if it has several."""
     return kinds[0] if len(kinds) == 1 else count + bool(kinds)
 
 
 def whereabouts(scene: Scene, thing: Thing, motion: Motion | None) -> dict[str, int]:
-    """Its side: where `thing` stands from the only other object; in a clip its way: where it goes."""
+    """The side of `thing` relative to the only other object; in a clip the direction in which `thing` moves."""
     if motion is not None:
         is_mover = motion.direction is not None and scene.things[motion.thing] is thing
         return {"way": list(DIRECTIONS).index(str(motion.direction)) if is_mover else len(DIRECTIONS)}

@@ -1,4 +1,4 @@
-"""How the sandbox's non-generators were trained: the VAE, the CLIP proxy and the preference heads.
+"""Training of the sandbox's other models: the VAE, the CLIP proxy and the preference heads.
 
 Each recipe is seeded, resumable and runs under plain `transformers.Trainer`; `alignkit sandbox train NAME` repeats one.
 The generators are trained by `alignkit.trainers.sft` (see `generators.py`).
@@ -29,7 +29,7 @@ from alignkit.trainers.resuming import ResumingTrainer
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a training needs beside its model; `steps * batch` scenes are seen, each once."""
+    """Settings of one training; `steps * batch` scenes are used, each once."""
 
     steps: int
     batch: int
@@ -42,13 +42,13 @@ class Recipe:
         return self.steps * self.batch
 
 
-# The second stage restarts the learning rate: after one, cyan and blue still ran together.
+# The second stage restarts the learning rate: after one stage, cyan and blue were hardly distinct.
 VAE = (
     Recipe(steps=750, batch=24, learning_rate=1.5e-3, seed=101),
     Recipe(steps=450, batch=24, learning_rate=1.5e-3, seed=105),
 )
 CLIP = Recipe(steps=1000, batch=192, learning_rate=7e-4, seed=102)
-# After the first stage it reads shapes, numbers and colours; whose colour, and where things stand, need the others.
+# The first stage learns shapes, numbers and colours; which colour belongs to which object, and places, need the others.
 READER = (
     Recipe(steps=900, batch=96, learning_rate=1e-3, seed=107),
     Recipe(steps=500, batch=96, learning_rate=1e-3, seed=108),
@@ -89,23 +89,23 @@ def fit(module: nn.Module, dataset: Dataset[Any], recipe: Recipe, work: Path, co
 
 
 class _Objective(nn.Module):
-    """A module whose forward is a loss; `Trainer` asks a resumed model for this attribute of PreTrainedModel."""
+    """A module whose forward is a loss; `Trainer` reads this attribute of PreTrainedModel when it resumes."""
 
     _keys_to_ignore_on_save = None
 
 
 class _VaeObjective(_Objective):
-    """Reconstruction (L1 + MSE) with a slight pull of the posterior to the unit normal."""
+    """Reconstruction (L1 + MSE) and, with a small weight, the KL divergence of the posterior from the unit normal."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, pixels: Tensor, prompt: Any = None) -> dict[str, Tensor]:  # noqa: ARG002 - rows carry it
-        wanted = pixels * 2 - 1
-        posterior = self.vae.encode(wanted).latent_dist
-        picture = self.vae.decode(posterior.sample()).sample.float()
-        error = (picture - wanted).abs().mean() + 2 * (picture - wanted).square().mean()
+        target = pixels * 2 - 1
+        posterior = self.vae.encode(target).latent_dist
+        image = self.vae.decode(posterior.sample()).sample.float()
+        error = (image - target).abs().mean() + 2 * (image - target).square().mean()
         return {"loss": error + 5e-7 * posterior.kl().mean()}
 
 
@@ -114,7 +114,7 @@ def train_vae(out: Path, work: Path, stages: Sequence[Recipe] = VAE) -> Autoenco
     set_seed(stages[0].seed)
     vae = models.vae()
     with torch.no_grad():
-        # A posterior that starts almost without noise: otherwise colours drown in it for the first half of the run.
+        # A posterior that starts almost without noise: otherwise the noise hides colours for half of the run.
         vae.quant_conv.bias[vae.config.latent_channels :] -= 6
     for number, recipe in enumerate(stages, start=1):
         scenes = Captioned(recipe.scenes, recipe.seed)
@@ -141,7 +141,7 @@ class _ClipObjective(_Objective):
 
 
 def collate_captioned(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pictures stacked, captions as a list."""
+    """Images stacked, captions as a list."""
     return {"pixels": torch.stack([row["pixels"] for row in rows]), "prompt": [row["prompt"] for row in rows]}
 
 
@@ -156,26 +156,26 @@ def train_clip(out: Path, work: Path, recipe: Recipe = CLIP) -> CLIPModel:
 
 
 class _ReaderObjective(_Objective):
-    """Every place names the object whose centre it holds, every word gets its mark, every question its answer."""
+    """Cross-entropy of the object centred in each patch, the mark of each word and the answer to each question."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
         self.head = head
         classes = 1 + len(SHAPES) * len(PALETTE)
         self.names = nn.Linear(head.config.channels[-1], classes)
-        # Nearly all places hold nothing: unweighted, they would be most of the loss.
+        # Most patches hold no centre: unweighted, they would be most of the loss.
         self.register_buffer("weight", torch.cat([torch.tensor([0.05]), torch.ones(classes - 1)]))
 
     def forward(
         self, pixels: Tensor, input_ids: Tensor, labels: Tensor, marks: Tensor, answers: Tensor
     ) -> dict[str, Tensor]:
-        seen = self.head.see(pixels)
-        named = functional.cross_entropy(self.names(seen).float().flatten(0, 1), labels.flatten(), self.weight)
-        scores, logits = self.head.read(seen, input_ids)
+        features = self.head.see(pixels)
+        named = functional.cross_entropy(self.names(features).float().flatten(0, 1), labels.flatten(), self.weight)
+        scores, logits = self.head.read(features, input_ids)
         marked = marks >= 0
         words = functional.binary_cross_entropy_with_logits(logits.float()[marked], marks[marked])
-        asked = functional.binary_cross_entropy_with_logits(scores.float(), answers)
-        return {"loss": named + words + asked}
+        answered = functional.binary_cross_entropy_with_logits(scores.float(), answers)
+        return {"loss": named + words + answered}
 
 
 def collate_readings(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ def collate_readings(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": _tokens([row["prompt"] for row in rows]), **stacked}
 
 
-_tokenizer = functools.cache(models.clip_tokenizer)  # every batch asks for it
+_tokenizer = functools.cache(models.clip_tokenizer)  # used for every batch
 
 
 def _tokens(prompts: Sequence[str]) -> Tensor:
@@ -194,9 +194,9 @@ def _tokens(prompts: Sequence[str]) -> Tensor:
 def train_reader(
     head_class: Any, config_class: Any, out: Path, work: Path, stages: Sequence[Recipe] = READER
 ) -> nn.Module:
-    """Teach image and words to meet, before anybody prefers anything: what BLIP's pre-training is to ImageReward.
+    """Train image and text features before any preference training, as BLIP's pre-training does for ImageReward.
 
-    The head's classes come in as arguments because `rewards` stands outside this package.
+    The head's classes are arguments because this package does not import `rewards`.
     """
     set_seed(stages[0].seed)
     sizes = {"vocab_size": len(models.clip_tokenizer()), "tokens": models.TOKENS, "answers": ("verdict", *ASPECTS)}
@@ -210,7 +210,7 @@ def train_reader(
 
 
 class _PairObjective(_Objective):
-    """Bradley-Terry for each answer: -log sigmoid(answer * (first score - second score)); ties say nothing."""
+    """Bradley-Terry for each answer: -log sigmoid(answer * (first score - second score)); ties have no loss."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()

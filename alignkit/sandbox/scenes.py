@@ -1,6 +1,6 @@
-"""The miniature world: coloured shapes on a dark ground, drawn analytically on 64 x 64 pixels.
+"""Scenes of the sandbox: coloured shapes on a dark ground, drawn analytically on 64 x 64 pixels.
 
-A `Spec` is what a caption says, a `Scene` is one image that shows it. No captions here (`captions.py`) and no reading
+A `Spec` is the meaning of a caption, a `Scene` the content of one image. Not here: captions (`captions.py`), analysis
 of images (`gold.py`). Every random choice takes a numpy Generator, so a scene is a function of its seed.
 """
 
@@ -27,8 +27,8 @@ BACKGROUNDS = {"black": (10, 10, 12), "gray": (70, 70, 74), "navy": (14, 18, 62)
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
-# How often the image contradicts its caption in imperfect training data, per category. Chosen so that a generator
-# trained on it fails where real ones do: binding, counting and position first, single objects hardly ever.
+# Per category, the share of images that contradict their caption in imperfect training data. Chosen so that a generator
+# trained on it fails as large ones do: often at binding, counting and positions, rarely at single objects.
 WEB_NOISE: Mapping[str, float] = {
     "single_object": 0.02,
     "two_object": 0.1,
@@ -38,7 +38,7 @@ WEB_NOISE: Mapping[str, float] = {
     "color_attr": 0.25,
 }
 
-# The same for the last stage of the generator to be aligned: it can draw what it then learns to get wrong.
+# The same for the last stage of the policy, which can generate correct images before this stage.
 POLICY_NOISE: Mapping[str, float] = {
     "single_object": 0.05,
     "two_object": 0.5,
@@ -60,7 +60,7 @@ HARD: Mapping[str, float] = {
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a caption says. `kinds` holds (shape, colour or None) of every object asked for, in caption order."""
+    """The meaning of a caption. `kinds` holds (shape, colour or None) of every object, in caption order."""
 
     category: str
     kinds: tuple[tuple[str, str | None], ...]
@@ -81,7 +81,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything an image shows."""
+    """The content of an image."""
 
     things: tuple[Thing, ...]
     background: str
@@ -100,7 +100,7 @@ def _distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], radius
         upright = np.maximum(np.abs(x) - width, np.abs(y) - arm)
         return np.minimum(upright, np.maximum(np.abs(x) - arm, np.abs(y) - width))
     if shape == "triangle":
-        slope = np.float32(np.sqrt(0.2))  # unit normal (2, -1)/sqrt(5) of a side twice as steep as it is wide
+        slope = np.float32(np.sqrt(0.2))  # unit normal (2, -1)/sqrt(5) of a side of slope 2
         side = (2 * np.abs(x) - (y + radius)) * slope
         return np.maximum(side, y - 0.8 * radius)
     raise ValueError(f"unknown shape '{shape}'; known: {', '.join(SHAPES)}")
@@ -116,14 +116,14 @@ def coverage(thing: Thing) -> NDArray[np.float32]:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Float image [64, 64, 3] in [0, 1]; brightness varies a little from object to object, as in photographs."""
-    picture = np.empty((SIZE, SIZE, 3), np.float32)
-    picture[:] = np.array(BACKGROUNDS[scene.background], np.float32) * rng.uniform(0.85, 1.15)
+    """Float image [64, 64, 3] in [0, 1]; the brightness of ground and objects varies a little, as in photographs."""
+    image = np.empty((SIZE, SIZE, 3), np.float32)
+    image[:] = np.array(BACKGROUNDS[scene.background], np.float32) * rng.uniform(0.85, 1.15)
     for thing in scene.things:
         color = np.array(PALETTE[thing.color], np.float32) * rng.uniform(0.9, 1.04)
         alpha = coverage(thing)[..., None]
-        picture = picture * (1 - alpha) + color * alpha
-    return np.clip(picture / 255, 0, 1).astype(np.float32)
+        image = image * (1 - alpha) + color * alpha
+    return np.clip(image / 255, 0, 1).astype(np.float32)
 
 
 def _place(count: int, rng: np.random.Generator, relation: str | None) -> list[tuple[float, float, float]]:
@@ -140,14 +140,14 @@ def _place(count: int, rng: np.random.Generator, relation: str | None) -> list[t
 
 
 def _obeys(dx: float, dy: float, relation: str, margin: float) -> bool:
-    """Whether an offset points along `relation`, the other axis being smaller by the factor `margin`."""
+    """Whether the offset along `relation` is positive and more than `margin` times the offset across it."""
     ux, uy = RELATIONS[relation]
     along, across = dx * ux + dy * uy, abs(dx * uy) + abs(dy * ux)
     return along > margin * across
 
 
 def compose(spec: Spec, rng: np.random.Generator) -> Scene:
-    """One scene that shows `spec`; what the caption leaves open is drawn at random."""
+    """One scene that shows `spec`; what the caption does not determine is random."""
     same_kind = spec.category == "counting"
     shared = str(rng.choice(list(PALETTE)))
     things = []
@@ -158,7 +158,7 @@ def compose(spec: Spec, rng: np.random.Generator) -> Scene:
 
 
 def contradict(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A spec that breaks `spec` the way captions of web images are broken: another count, side, colour or shape."""
+    """A spec that contradicts `spec` as wrong captions of web images do: another count, side, colour or shape."""
     if spec.category == "counting":
         wrong = int(rng.choice([n for n in (1, 2, 3, 4, 5) if abs(n - len(spec.kinds)) == 1]))
         return replace(spec, kinds=(spec.kinds[0],) * wrong)

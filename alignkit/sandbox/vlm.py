@@ -1,7 +1,7 @@
 """The sandbox's vision-language model: a small Qwen2.5-VL that answers questions about scenes and clips.
 
-Real classes at small size, trained from nothing by `interviews.py`. Good but not perfect, for it is the critic that a
-generator can game. How it is asked for a reward: `rewards.models.vlm`.
+Real classes at small size, trained from scratch by `interviews.py`. Its answers are good but not perfect, so that a
+generator can exploit them as it exploits large critics. How a reward reads its answers: `rewards.models.vlm`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ SPECIAL = (
 
 
 def _words() -> list[str]:
-    """Every piece that the tokenizer's rule cuts the questions and answers into."""
+    """Every piece into which the tokenizer's rule splits the questions and answers."""
     inner = {word for category in CATEGORIES for body in bodies(category) for word in body.split()}
     inner |= {word for prefix in PREFIXES for word in prefix.split()} | {*BACKGROUNDS, "on", "background", *NUMBERS}
     inner |= {*questions.COUNTS.values(), *clips.DIRECTIONS, *map(_plural, SHAPES)}
-    asked = "there a the number of is moving way color many are does picture show shows this figure better answer or"
-    inner |= {*asked.split(), "Please", "Answer", "Yes", "No", "yes", "no", "first", "second"}
+    others = "there a the number of is moving way color many are does picture show shows this figure better answer or"
+    inner |= {*others.split(), "Please", "Answer", "Yes", "No", "yes", "no", "first", "second"}
     starts = {"Is", "Does", "Which", "What", "How", "Yes", "No", "yes", "no", "first", "second", "user", "assistant"}
     answers = {*questions.COUNTS.values(), *clips.DIRECTIONS, *PALETTE, "a", *NUMBERS}
     return sorted({f"Ġ{word}" for word in inner} | starts | answers | {'Ġ"', '"?', "Ċ"})
@@ -93,11 +93,12 @@ CHAT_TEMPLATE = """\
 
 
 def vlm(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """Six blocks of eyes over 8 x 8 patches of 8 pixels, four layers of language over 4 x 4 merged ones.
+    """Six vision blocks on 8 x 8 patches of 8 pixels, four language layers on 4 x 4 merged patches.
 
-    Rotary frequencies are dealt out otherwise than at full size: with the usual shares, neighbouring columns of so
-    small an image turn by a thousandth of a radian, and left would look like right. A small base would mend that too,
-    but leaves no slow frequency by which a word can find its object wherever both stand: nothing was bound to anything.
+    The rotary frequencies are divided between the axes otherwise than at full size: with the usual shares, neighbouring
+    columns of so small an image differ by a rotation of a thousandth of a radian, too little to separate left from
+    right. A smaller base solves that too, but leaves no low frequency, which attention from a word to its object at any
+    distance needs: with it the model did not learn which colour belongs to which object.
     """
     code = {name: words.convert_tokens_to_ids(name) for name in SPECIAL}
     vision = {
@@ -134,10 +135,10 @@ def vlm(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, words: Qwen2Tokenizer, out: Path) -> None:
-    """Write model, tokenizer and how media are cut, such that libraries with an AutoProcessor can build theirs."""
+    """Write model, tokenizer and preprocessor configs, from which an AutoProcessor can be built."""
     model.half().save_pretrained(out)
     words.save_pretrained(out)
-    told = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizing = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
     stored = {
         "size": {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE},
         "image_mean": HALF,
@@ -145,7 +146,7 @@ def save(model: Qwen2_5_VLForConditionalGeneration, words: Qwen2Tokenizer, out: 
     }
     stored |= {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": TEMPORAL, "processor_class": PROCESSOR}
     files = {
-        "tokenizer_config.json": told | {"processor_class": PROCESSOR},
+        "tokenizer_config.json": tokenizing | {"processor_class": PROCESSOR},
         "preprocessor_config.json": stored | {"image_processor_type": "Qwen2VLImageProcessor"},
         "video_preprocessor_config.json": stored | {"video_processor_type": "Qwen2VLVideoProcessor", "fps": clips.FPS},
     }

@@ -1,4 +1,4 @@
-"""Endless, seeded datasets of rendered scenes: item i is a function of (seed, i) alone."""
+"""Seeded datasets of rendered scenes: item i is a function of (seed, i) alone."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from alignkit.sandbox.scenes import PALETTE, SHAPES, Scene, compose, contradict,
 from alignkit.seeds import derive_seed
 
 
-def to_tensor(picture: np.ndarray) -> Tensor:
+def to_tensor(image: np.ndarray) -> Tensor:
     """[H, W, 3] -> [3, H, W]."""
-    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 class Captioned(Dataset[dict[str, Any]]):
     """`size` captioned scenes.
 
-    `noise` gives the share of images per category that contradict their caption, `weights` how often each category
-    is drawn (default: equally).
+    `noise`: per category, the share of images that contradict their caption. `weights`: how often each category is
+    drawn (default: equally).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Captioned(Dataset[dict[str, Any]]):
 
 
 def centres(scene: Scene) -> Tensor:
-    """For each of the 8 x 8 patches 0, or 1 + the (shape, colour) of the object whose centre lies in it."""
+    """Labels [64] of the 8 x 8 patches: 0, or 1 + the (shape, colour) index of the object whose centre is in it."""
     labels = torch.zeros(64, dtype=torch.long)
     for thing in scene.things:
         patch = int(thing.y // 8) * 8 + int(thing.x // 8)

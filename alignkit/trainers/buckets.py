@@ -8,7 +8,6 @@ the common LoRA scripts. Not here: how pixels are resampled (`media`).
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -18,9 +17,10 @@ import torch
 from torch.utils.data import Sampler
 
 from alignkit.errors import ConfigError
+from alignkit.escape import get_logger
 from alignkit.seeds import derive_seed
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 STEP = 64  # pixels between the sides of neighbouring buckets, where the resolution is not too small for it
 
 

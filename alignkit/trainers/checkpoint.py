@@ -157,5 +157,5 @@ def writing(folder: Path) -> Iterator[None]:
         name = error.filename if isinstance(error, OSError) and error.filename else folder
         raise StorageError(
             f"could not write '{name}': {error}. What was finished before is unchanged, an unfinished checkpoint is "
-            "skipped; make room or fix the folder, then run the same command again"
+            "skipped; make room on the disk or fix the folder, then run the same command again"
         ) from error

@@ -6,7 +6,6 @@ It adds to `AlignTrainer` the cache, batches of one size, the errors of policy a
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from alignkit.diffusion.schedules import expand
+from alignkit.escape import get_logger
 from alignkit.media import transparency_note
 from alignkit.trainers.base import AlignTrainer
 from alignkit.trainers.buckets import BucketBatches, report
@@ -38,7 +38,7 @@ from alignkit.trainers.latents import (
 from alignkit.trainers.reference import epochs_needed, precompute, reference_key
 from alignkit.trainers.sharding import Ranks
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 MAX_WEIGHT = 20.0
 _DRAWN = ("latents", "noise", "t")  # batch keys with one entry a candidate, which a call of the model needs
 

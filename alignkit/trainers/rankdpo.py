@@ -15,7 +15,6 @@ Differences to the paper (RankDPO, arXiv 2410.18013):
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
 from alignkit.errors import CheckpointMismatchError, ConfigError, DataError
+from alignkit.escape import get_logger
 from alignkit.losses import LISTS, LOSSES, PAIRS, loser_scale
 from alignkit.records import LossOutput
 from alignkit.resolve import require_known, resolve
@@ -42,7 +42,7 @@ from alignkit.trainers.latents import LatentDataset
 from alignkit.trainers.offline import OfflineTrainer
 from alignkit.trainers.ranges import DECAY, NOT_NEGATIVE, POSITIVE, Range, require_in_range
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 WINDOW = 10  # logs in each half of the window that the drift warning compares
 WINNER_SFT = "winner_sft"  # the loss that `sft_weight` adds
 _RANGES = {"beta": POSITIVE, "protect_winner": DECAY, "sft_weight": NOT_NEGATIVE, "reference_ema": DECAY}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from typing_extensions import override
 
 from alignkit.errors import DataError, ResumeError, StorageError
+from alignkit.escape import get_logger
 from alignkit.trainers.checkpoint import (
     StepBatch,
     best_checkpoint,
@@ -25,7 +25,7 @@ from alignkit.trainers.checkpoint import (
     writing,
 )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class ResumingTrainer(Trainer):

@@ -8,7 +8,6 @@ is whole, so a killed job continues. Not here: what the keys and the rows are (`
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +22,11 @@ from datasets.utils import tqdm
 from torch import Tensor
 
 from alignkit.errors import DataError
+from alignkit.escape import get_logger, to_line
 from alignkit.storage import checksum, write_atomic
 from alignkit.trainers.sharding import Ranks
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 PART_BYTES = 2**27  # of tensors in one file: damage or a kill costs no more work than that
 KEY = "key"  # the column of keys
 SHAPE, DTYPE = ".shape", ".dtype"  # suffixes of the columns beside a tensor's
@@ -87,7 +87,7 @@ class Store:
         rows: list[dict[str, Any]] = []
         held = 0
         try:
-            for numbers in tqdm(batches, desc=f"{self.folder.name}, batches"):
+            for numbers in tqdm(batches, desc=to_line(f"{self.folder.name}, batches")):
                 made = [{KEY: keys[number], **row} for number, row in zip(numbers, make(numbers), strict=True)]
                 rows += made
                 held += sum(len(value) for row in made for value in row.values() if isinstance(value, bytes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import NumericsError
+from alignkit.escape import get_logger
 from alignkit.media import checked_pixels, encode_image
 from alignkit.protocols import ImageSource, Reward, as_scores
 from alignkit.records import Prompt, Sampling, texts
@@ -20,7 +20,7 @@ from alignkit.seeds import derive_seed
 from alignkit.storage import write_atomic
 from alignkit.trainers.sharding import Ranks
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

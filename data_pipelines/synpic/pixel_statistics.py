@@ -26,18 +26,14 @@ def load_columns(paths: Sequence[Path]) -> tuple[dict[str, np.ndarray], np.ndarr
     phi, generators = [], []
     for path in paths:
         table = read_table(path, columns=["scores", "phi", "generators"])
-        for reward, values in _structs(table):
-            scores.setdefault(reward, []).append(values)
+        column = table["scores"].combine_chunks()
+        for field in column.type:
+            scores.setdefault(field.name, []).append(np.array(column.field(field.name).to_pylist()))
         phi.append(np.array(table["phi"].to_pylist()))
         names = table["generators"].to_pylist()
         generators.append(np.array([[codes.setdefault(name, len(codes)) for name in row] for row in names]))
     joined = {reward: np.concatenate(values) for reward, values in scores.items()}
     return joined, np.concatenate(phi), np.concatenate(generators), list(codes)
-
-
-def _structs(table: Any) -> list[tuple[str, np.ndarray]]:
-    column = table["scores"].combine_chunks()
-    return [(field.name, np.array(column.field(field.name).to_pylist())) for field in column.type]
 
 
 def describe(

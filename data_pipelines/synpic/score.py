@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from alignkit.claims import RUN, claim
 from alignkit.errors import ConfigError, MissingFileError, NumericsError, UnknownNameError, nearest
+from alignkit.escape import get_logger
 from alignkit.locks import locked
 from alignkit.media import (
     clip_shape,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 QUARANTINE_LIMIT = 0.05  # share of all rows
 TOTAL = ""  # a reward's verdict among its parts
 

@@ -1,7 +1,7 @@
-"""BLIP (arXiv 2201.12086) as far as a reward needs it: a ViT that sees, a BERT that reads and looks at what was seen.
+"""BLIP (arXiv 2201.12086) as far as a reward needs it: a ViT, and a BERT with cross attention to the image states.
 
-Module names are those of the published checkpoints, so weights load as they are; sizes are read off them. Heads are 64
-wide in every published size. Not here: dropout, BLIP's decoder, contrastive projections and momentum encoders.
+Module names are those of the published checkpoints, so weights load unchanged; sizes are taken from the weights. Heads
+are 64 wide in every published size. Not here: dropout, BLIP's decoder, contrastive projections, momentum encoders.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HEAD = 64
 
 
 class _Block(nn.Module):
-    """One layer of the ViT: what is added is normalised before (eps 1e-6), queries, keys and values are one matrix."""
+    """One pre-norm layer of the ViT (eps 1e-6); queries, keys and values come from one matrix."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -53,38 +53,38 @@ class VisionTransformer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """BERT's attention of `states` [B, L, width] to `seen` [B, S, other width]; the sum is normalised (eps 1e-12)."""
+    """BERT's attention of `states` [B, L, width] to `context` [B, S, context width]; post-norm (eps 1e-12)."""
 
-    def __init__(self, width: int, seen_width: int) -> None:
+    def __init__(self, width: int, context_width: int) -> None:
         super().__init__()
-        sides = {"query": width, "key": seen_width, "value": seen_width}
+        sides = {"query": width, "key": context_width, "value": context_width}
         self.self = nn.ModuleDict({name: nn.Linear(side, width) for name, side in sides.items()})
         self.output = _added(width, width)
 
-    def forward(self, states: Tensor, seen: Tensor, mask: Tensor | None = None) -> Tensor:
-        query, key, value = self.self["query"](states), self.self["key"](seen), self.self["value"](seen)
+    def forward(self, states: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        query, key, value = self.self["query"](states), self.self["key"](context), self.self["value"](context)
         return _add(self.output, _attend(query, key, value, mask), states)
 
 
 class _Layer(nn.Module):
-    """One layer of the text encoder: words to words, words to image, each word by itself."""
+    """One layer of the text encoder: self attention, cross attention to the image, feed-forward."""
 
-    def __init__(self, width: int, inner: int, seen_width: int) -> None:
+    def __init__(self, width: int, inner: int, image_width: int) -> None:
         super().__init__()
         self.attention = _Attention(width, width)
-        self.crossattention = _Attention(width, seen_width)
+        self.crossattention = _Attention(width, image_width)
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = _added(inner, width)
 
-    def forward(self, states: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
-        states = self.crossattention(self.attention(states, states, mask), seen)
+    def forward(self, states: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        states = self.crossattention(self.attention(states, states, mask), image)
         return _add(self.output, functional.gelu(self.intermediate["dense"](states)), states)
 
 
 class TextEncoder(nn.Module):
-    """States [B, L, width] of tokens [B, L] with `mask` [B, L] (1 for words) that look at `seen` [B, S, seen_width]."""
+    """States [B, L, width] of tokens [B, L] with `mask` [B, L] (1 for words), given `image` [B, S, image_width]."""
 
-    def __init__(self, words: int, positions: int, width: int, inner: int, layers: int, seen_width: int) -> None:
+    def __init__(self, words: int, positions: int, width: int, inner: int, layers: int, image_width: int) -> None:
         super().__init__()
         self.embeddings = nn.ModuleDict(
             {
@@ -93,18 +93,18 @@ class TextEncoder(nn.Module):
                 "LayerNorm": nn.LayerNorm(width, eps=1e-12),
             }
         )
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(_Layer(width, inner, seen_width) for _ in range(layers))})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(_Layer(width, inner, image_width) for _ in range(layers))})
 
-    def forward(self, tokens: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         places = self.embeddings["position_embeddings"].weight[: tokens.shape[1]]
         states = self.embeddings["LayerNorm"](self.embeddings["word_embeddings"](tokens) + places)
         for layer in self.encoder["layer"]:
-            states = layer(states, mask[:, None, None].bool(), seen)
+            states = layer(states, mask[:, None, None].bool(), image)
         return states
 
 
 class Blip(nn.Module):
-    """Both halves: states of the words of each prompt, [B, L, width], given its own image."""
+    """Both encoders: states [B, L, width] of each prompt's words, given its own image."""
 
     def __init__(self, visual_encoder: VisionTransformer, text_encoder: TextEncoder) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Blip(nn.Module):
 def blip_like(state: Mapping[str, Tensor], prefix: str, where: str) -> Blip:
     """An empty Blip of the size of a checkpoint whose keys begin with `prefix`.
 
-    Raises DataError where a tensor that tells a size is missing.
+    Raises DataError where a tensor that determines a size is missing.
     """
 
     def shape(key: str) -> torch.Size:
@@ -145,12 +145,12 @@ def blip_like(state: Mapping[str, Tensor], prefix: str, where: str) -> Blip:
 
 
 def _count(keys: Iterable[str], prefix: str) -> int:
-    """How many numbered layers follow `prefix`."""
+    """Number of numbered layers under `prefix`."""
     return len({key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)})
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention with heads of 64, scaled by 1 / 8; where `mask` [B, 1, 1, S] is false nobody looks."""
+    """Attention with heads of 64, scaled by 1 / 8; positions where `mask` [B, 1, 1, S] is false are ignored."""
     heads = (tensor.unflatten(-1, (-1, HEAD)).transpose(1, 2) for tensor in (query, key, value))
     return functional.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
 

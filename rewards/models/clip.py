@@ -1,7 +1,7 @@
-"""One CLIP for every reward that is built on one: loading, preparing, seeing, reading - and sharing what was seen.
+"""CLIP for all rewards that use it: loading, preparing images, encoding images and prompts, sharing a vision tower.
 
 Weights are a transformers folder or hub id, or one file in open_clip's or transformers' names. Everything is frozen;
-gradients reach the pixels. Not here: scores (a reward a file), and open_clip's clean-up of odd Unicode and HTML in
+gradients reach the pixels. Not here: scores (each reward's own file), and open_clip's clean-up of Unicode and HTML in
 prompts, which transformers' tokenizer does not do.
 """
 
@@ -30,8 +30,8 @@ from rewards.models.weights import load_whole, read_state, torch_dtype
 
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-_ROUND = 64  # vocabularies may be filled up to a multiple of it, never beyond
-_REMEMBERED = 8  # batches of prompts; with all tokens (MPS) about 0.3 MiB a prompt
+_ROUND = 64  # a vocabulary may be padded to the next multiple
+_CACHED = 8  # batches of prompts; with all tokens (MPS) about 0.3 MiB a prompt
 
 
 class Features(NamedTuple):
@@ -42,18 +42,18 @@ class Features(NamedTuple):
 
 
 class Vision:
-    """The vision tower: media [B, 3, H, W] in [0, 1] and how to prepare them -> Features."""
+    """The vision tower: media [B, 3, H, W] in [0, 1] and their preparation -> Features."""
 
     def __init__(self, tower: nn.Module) -> None:
         self.tower = tower
 
     def __call__(self, media: Tensor, preparation: Preparation) -> Features:
         weight = self.tower.embeddings.class_embedding
-        seen = self.tower(preparation(media.to(weight.device)).to(weight.dtype))
-        return Features(seen.last_hidden_state, seen.pooler_output)
+        output = self.tower(preparation(media.to(weight.device)).to(weight.dtype))
+        return Features(output.last_hidden_state, output.pooler_output)
 
     def equals(self, other: Vision) -> bool:
-        """Whether both hold the same architecture and the same numbers, on one device in one precision."""
+        """Whether both have the same architecture and equal weights, on one device in one precision."""
         mine, theirs = self.tower, other.tower
         if mine is theirs:
             return True
@@ -64,48 +64,49 @@ class Vision:
 
 
 def _shape(tower: nn.Module) -> tuple[Any, ...]:
-    """What makes a tower besides its numbers."""
+    """The architecture of a tower."""
     c = tower.config
     sizes = c.image_size, c.patch_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers
     return *sizes, c.num_attention_heads, c.hidden_act, c.layer_norm_eps
 
 
 class SharedVision(Vision):
-    """A tower of several rewards that sees each media tensor once for every way to prepare it.
+    """A tower of several rewards that encodes each media tensor once per preparation.
 
-    The last features are kept for the very same tensor object (weakly held) at the same version, so that an in-place
-    edit, another gradient mode, checkpoint, autocast or preparation looks anew. They are dropped as soon as a gradient
-    has passed through them, since that frees their graph; until then several scores may use it, and their sum is
-    back-propagated as one. Scores that share a graph but are back-propagated one by one need `retain_graph`, as in all
-    of torch. Not seen: edits through `.data` or numpy. Not kept: inference tensors, which have no version.
+    The last features are kept for the same tensor object (a weak reference) at the same version; after an in-place
+    edit, or with another gradient mode, checkpoint, autocast or preparation, they are computed again. They are dropped
+    as soon as a gradient has passed through them, since that frees their graph; until then several scores may use it,
+    and their sum is back-propagated at once. Scores that share a graph but are back-propagated one by one need
+    `retain_graph`, as usual in torch. Not noticed: edits through `.data` or numpy. Not kept: features of inference
+    tensors, which have no version.
     """
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__(tower)
         self._media: weakref.ref[Tensor] | None = None
-        self._seen: dict[tuple[Any, ...], Features] = {}
+        self._features: dict[tuple[Any, ...], Features] = {}
 
     def __call__(self, media: Tensor, preparation: Preparation) -> Features:
         if media.is_inference():
             return super().__call__(media, preparation)
         key = _state(media, preparation)
-        if self._media is None or self._media() is not media or any(known[:-1] != key[:-1] for known in self._seen):
-            self._media, self._seen = weakref.ref(media, self._forget), {}
-        if key not in self._seen:
-            seen = super().__call__(media, preparation)
-            if seen.tokens.requires_grad:
-                seen.tokens.register_hook(self._forget)
-            self._seen[key] = seen
-        return self._seen[key]
+        if self._media is None or self._media() is not media or any(known[:-1] != key[:-1] for known in self._features):
+            self._media, self._features = weakref.ref(media, self._forget), {}
+        if key not in self._features:
+            features = super().__call__(media, preparation)
+            if features.tokens.requires_grad:
+                features.tokens.register_hook(self._forget)
+            self._features[key] = features
+        return self._features[key]
 
     def _forget(self, _: object) -> None:
-        self._seen = {}
+        self._features = {}
 
 
 def _state(media: Tensor, preparation: Preparation) -> tuple[Any, ...]:
-    """All that features of one tensor depend on, the preparation last.
+    """All that the features of one tensor depend on; the preparation is last.
 
-    Square images are scaled alike by every fit, or not at all.
+    Square images are resized equally by every fit; at the tower's size they are not resized.
     """
     if media.shape[-1] == media.shape[-2]:
         preparation = replace(preparation, fit="crop", fill=(0.0, 0.0, 0.0), pad_first=False)
@@ -121,15 +122,15 @@ def _state(media: Tensor, preparation: Preparation) -> tuple[Any, ...]:
 
 
 class Clip:
-    """A frozen CLIP with its tokenizer and its way to prepare images.
+    """A frozen CLIP with its tokenizer and its preparation of images.
 
     model: folder or hub id of a transformers CLIPModel, or a file of weights (.safetensors, .pt, .bin, .pth).
-    processor: folder or hub id of the tokenizer and preprocessor_config.json; the model's own where empty.
-    activation: of a weights file, which does not say; open_clip's LAION models have gelu, OpenAI's quick_gelu.
-    get: how to come by the weights, for the error where they are not there.
-    tensors: the weights themselves, where the reward has read a file that holds more than a CLIP.
-    Raises MissingFileError (with how to get them) for absent weights or tokenizers, DataError for keys that are
-    missing or unexpected and for a tokenizer of another vocabulary, ConfigError for an unknown dtype.
+    processor: folder or hub id of the tokenizer and preprocessor_config.json; "" for the model's own.
+    activation: for a weights file, which does not store it; open_clip's LAION models have gelu, OpenAI's quick_gelu.
+    get: how to get the weights, for the error if they are missing.
+    tensors: the weights themselves, if the reward has read a file that holds more than a CLIP.
+    Raises MissingFileError (with how to get them) for missing weights or tokenizers, DataError for missing or
+    unexpected keys and for a tokenizer of another vocabulary, ConfigError for an unknown dtype.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Clip:
         self.model = clip.to(device).eval().requires_grad_(False)
         self.preparation = preparation_of(processor, clip.config.vision_config.image_size, name)
         self.vision: Vision = Vision(self.model.vision_model)
-        self._remembered = functools.lru_cache(_REMEMBERED)(self._read)
+        self._cached_read = functools.lru_cache(_CACHED)(self._read)
 
     @property
     def scale(self) -> float:
@@ -171,7 +172,7 @@ class Clip:
         return float(self.model.logit_scale.double().exp())
 
     def see(self, media: Tensor) -> Features:
-        """What the vision tower makes of media [B, 3, H, W] in [0, 1]; the graph to the pixels is kept."""
+        """Features of media [B, 3, H, W] in [0, 1] from the vision tower, with the graph to the pixels."""
         return self.vision(media, self.preparation)
 
     def embed_media(self, media: Tensor) -> Tensor:
@@ -183,24 +184,24 @@ class Clip:
         return _normalised(self.read(prompts)[0])
 
     def read(self, prompts: Sequence[str], *, tokens: bool = False) -> tuple[Tensor, ...]:
-        """Projected states of prompts without gradient: the pooled [B, D] and, if asked for, all `tokens` [B, L, D].
+        """Projected states of prompts without gradient: the pooled [B, D] and, with `tokens`, all [B, L, D].
 
-        Padded to the whole window and cut to it with the end of text kept, without attention mask, as published: what
-        stands behind the end cannot change it, since the tower is causal. Equal prompts are read once. The last batches
-        are remembered as batches: a batch's states depend on nothing that came before, not even in their last bits.
+        Prompts are padded or truncated to the whole window (the end-of-text token is kept), without attention mask, as
+        published: the tower is causal, so padding cannot change the states before it. Equal prompts are encoded once.
+        The cache holds whole batches, so that states of a batch do not depend on earlier calls, not even by rounding.
         """
         distinct = tuple(dict.fromkeys(prompts))
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.model.device)
-        return tuple(states[rows] for states in self._remembered(distinct, tokens))
+        return tuple(states[rows] for states in self._cached_read(distinct, tokens))
 
-    def _read(self, prompts: tuple[str, ...], tokens: bool) -> tuple[Tensor, ...]:  # noqa: FBT001 - a cache's key
+    def _read(self, prompts: tuple[str, ...], tokens: bool) -> tuple[Tensor, ...]:  # noqa: FBT001 - part of the cache's key
         window = self.model.config.text_config.max_position_embeddings
         with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
             ids = self.tokenizer(
                 list(prompts), padding="max_length", truncation=True, max_length=window, return_tensors="pt"
             ).input_ids
-            said = self.model.text_model(input_ids=ids.to(self.model.device))
-            states = (said.pooler_output, said.last_hidden_state) if tokens else (said.pooler_output,)
+            output = self.model.text_model(input_ids=ids.to(self.model.device))
+            states = (output.pooler_output, output.last_hidden_state) if tokens else (output.pooler_output,)
             return tuple(map(self.model.text_projection, states))
 
 
@@ -209,9 +210,9 @@ def _normalised(states: Tensor) -> Tensor:
 
 
 class ClipReward:
-    """What rewards on one CLIP share: the checks, the call and the attributes that are alike.
+    """Base class of rewards on one CLIP: checks, call and common attributes.
 
-    A child names itself, fills `clip` and says how images [B, 3, H, W] and their own texts make totals [B].
+    A subclass sets `name` and `clip`, and may override `_score`: totals [B] of images [B, 3, H, W] and their texts.
     """
 
     name: str
@@ -234,11 +235,11 @@ class ClipReward:
 
 
 def share_vision(rewards: Iterable[Reward]) -> int:
-    """Let those of `rewards` that are built on CLIP and have equal vision weights look through one tower.
+    """Let those of `rewards` that use CLIP with equal vision weights share one tower.
 
-    Returns how many towers are left. Weights are compared number by number, so this costs a pass over them; copies are
-    freed. PickScore, HPSv2 and MPS are each fine-tuned, so published weights are equal only where a tower was frozen or
-    a model is used twice (CLIP score and the aesthetic score on one CLIP ViT-L/14).
+    Returns the number of towers. All weights are compared, which costs a pass over them; copies are freed. PickScore,
+    HPSv2 and MPS are each fine-tuned, so published weights are equal only if a tower was frozen or a model is used
+    twice (CLIP score and the aesthetic score on one CLIP ViT-L/14).
     """
     groups: list[list[ClipReward]] = []
     for reward in rewards:
@@ -256,9 +257,9 @@ def share_vision(rewards: Iterable[Reward]) -> int:
 
 
 def preparation_of(processor: str, side: int, name: str) -> Preparation:
-    """How preprocessor_config.json of a folder or hub id says to prepare images; CLIP's way where there is none.
+    """The preparation in preprocessor_config.json of a folder or hub id; CLIP's default if there is no such file.
 
-    `side` is the vision tower's. Raises DataError for forms that no CLIP has (another size, no rescaling).
+    `side`: image size of the vision tower. Raises DataError for settings that no CLIP has (another size, no rescaling).
     """
     try:
         stored, _ = CLIPImageProcessorPil.get_image_processor_dict(processor)
@@ -269,15 +270,15 @@ def preparation_of(processor: str, side: int, name: str) -> Preparation:
     crops = stored.get("do_center_crop", True)
     cropped = tuple(crop.values()) if isinstance(crop, dict) else (crop, crop)
     resample = _RESAMPLE.get(stored.get("resample", 3))
-    asked = [stored.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize")]
+    steps = [stored.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize")]
     fit = ""
     if size == {"height": side, "width": side} and (not crops or cropped == (side, side)):
         fit = "stretch"
     elif size == {"shortest_edge": side} and crops and cropped == (side, side):
         fit = "crop"
-    if not (fit and resample and all(asked)):
+    if not (fit and resample and all(steps)):
         raise DataError(
-            f"{name}: preprocessor_config.json of '{processor}' asks for size {size}, "
+            f"{name}: preprocessor_config.json of '{processor}' has size {size}, "
             f"crop {crop if crops else 'none'}, resample {stored.get('resample')}; known are CLIP's forms at the "
             f"tower's {side} pixels"
         )

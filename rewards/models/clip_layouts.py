@@ -1,7 +1,7 @@
-"""Layouts of CLIP checkpoints: open_clip's names become transformers', and tensor shapes become a CLIPConfig.
+"""Layouts of CLIP checkpoints: open_clip's names to transformers' names, tensor shapes to a CLIPConfig.
 
-The two libraries hold the same network: open_clip fuses query, key and value, and stores projections transposed. Not
-here: open_clip's other towers (timm, CoCa, HF text encoders), whose keys are named as unexpected.
+The two libraries have the same network, but open_clip fuses query, key and value, and stores projections transposed.
+Not here: open_clip's other towers (timm, CoCa, HF text encoders), whose keys are reported as unexpected.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from transformers import CLIPConfig
 
 from alignkit.errors import DataError
 
-WIDE_HEADS = 16  # ViT-H, g and G have sixteen heads whatever their width; every narrower tower has heads of 64
+WIDE_HEADS = 16  # ViT-H, g and G have 16 heads at every width; narrower towers have heads of width 64
 
 _TOWERS = {"visual.": "vision_model.", "": "text_model.", "text.": "text_model."}
 _PLACES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # spelt so in transformers
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # transformers' spelling
     "visual.ln_post.": "vision_model.post_layernorm.",
     "token_embedding.": "text_model.embeddings.token_embedding.",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -38,9 +38,9 @@ _PARTS = {
 
 
 def transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under CLIPModel's names, from open_clip's names or as they are.
+    """`tensors` under CLIPModel's names, translated from open_clip's if needed.
 
-    Unknown names stay, so that loading reports them. Left out: buffers of positions that old files store.
+    Unknown names are kept, so that loading reports them. Left out: buffers of positions, which old files store.
     """
     kept = {key: value for key, value in tensors.items() if not key.endswith("position_ids")}
     if "visual.class_embedding" not in kept:
@@ -49,7 +49,7 @@ def transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _translate(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One open_clip tensor under its names in transformers; the text tower may stand under `text.`."""
+    """One open_clip tensor under its names in transformers; names of the text tower may begin with `text.`."""
     plain = key.removeprefix("text.")
     tower, _, block = plain.partition("transformer.resblocks.")
     if block and tower in _TOWERS:
@@ -67,7 +67,7 @@ def _translate(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _renamed(key: str, table: Mapping[str, str]) -> str:
-    """`key` with the prefix that `table` knows (or the whole of it) replaced."""
+    """`key` with its prefix, or the whole key, replaced as `table` maps it."""
     for old, new in table.items():
         if key == old or (old.endswith(".") and key.startswith(old)):
             return new + key.removeprefix(old)
@@ -79,8 +79,8 @@ def config_of(
 ) -> CLIPConfig:
     """The CLIPConfig of a state dict in transformers' names; `activation` and the heads are not in the shapes.
 
-    `special` holds the tokenizer's bos_token_id, eos_token_id (at which the text tower is read) and pad_token_id.
-    Raises DataError where a shape that decides the config is missing.
+    `special`: the tokenizer's bos_token_id, eos_token_id (whose state is the text's pooled state) and pad_token_id.
+    Raises DataError where a tensor that determines the config is missing.
     """
     try:
         patches = tensors["vision_model.embeddings.patch_embedding.weight"]

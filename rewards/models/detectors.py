@@ -1,8 +1,8 @@
-"""Seeing things for `geneval`: a detector of transformers' object detection classes, colours by CLIP, and their seams.
+"""Object detection for `geneval`: transformers' detection classes, colours by CLIP, and the protocols of both.
 
-Judging only: no gradient passes. Images go through the folder's own image processor in its PIL form, so torchvision
-is not needed and numbers do not depend on whether it is there. RT-DETR and YOLOS folders need nothing more; DETR's
-published folders name a timm backbone, except in revision `no_timm`.
+Without gradient. Images are prepared by the folder's own image processor in its PIL form, so torchvision is not needed
+and scores do not depend on whether it is installed. RT-DETR and YOLOS folders need nothing more; DETR's published
+folders name a timm backbone, except in revision `no_timm`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-_AROUND = 0.6  # what GenEval paints around a mask: #999
+_AROUND = 0.6  # the grey that GenEval fills in around a mask: #999
 
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """Things found in one image: boxes [N, 4] (left, top, right, bottom; pixels), label and score of each.
+    """Objects of one image: boxes [N, 4] (left, top, right, bottom; pixels), label and score of each.
 
-    `masks` [N, H, W] (bool) where the detector segments; colours then see the thing without its surroundings.
+    `masks` [N, H, W] (bool) if the detector segments; colours are then read without the surroundings of the object.
     """
 
     boxes: Tensor
@@ -38,27 +38,27 @@ class Detections:
 
 
 class Detector(Protocol):
-    """Finds things. `labels` are all the names it may give."""
+    """Detects objects. `labels` are all names that it can return."""
 
     labels: Collection[str]
 
     def __call__(self, media: Tensor) -> list[Detections]:
-        """Detections of each image of [B, 3, H, W] in [0, 1], of any score."""
+        """Detections of any score, for each image of [B, 3, H, W] in [0, 1]."""
         ...
 
 
 class ColorReader(Protocol):
     """Names colours."""
 
-    def __call__(self, picture: Tensor, boxes: Tensor, masks: Tensor | None, name: str) -> list[str]:
-        """The colour of the thing called `name` in each box [N, 4] of the image [3, H, W]."""
+    def __call__(self, image: Tensor, boxes: Tensor, masks: Tensor | None, name: str) -> list[str]:
+        """The colour of the object `name` in each box [N, 4] of the image [3, H, W]."""
         ...
 
 
 class TransformersDetector:
-    """An AutoModelForObjectDetection folder or hub id, with its image processor: RT-DETR, YOLOS, DETR and their kin.
+    """An AutoModelForObjectDetection folder or hub id, with its image processor: RT-DETR, YOLOS, DETR and others.
 
-    Raises MissingFileError where it is not there.
+    Raises MissingFileError where the model is missing.
     """
 
     def __init__(self, model: str, *, device: str = "cpu") -> None:
@@ -93,8 +93,8 @@ class TransformersDetector:
 class ClipColors:
     """Zero-shot colours with any CLIPModel folder, as GenEval does with ViT-L/14: three templates, ten colours.
 
-    The box is cut out and read as CLIP reads an image; around a mask all is painted grey first. Raises
-    MissingFileError where the folder is not there.
+    The box is cropped and classified by CLIP; pixels outside a mask are set to grey first. Raises MissingFileError
+    where the folder is missing.
     """
 
     def __init__(self, model: str, *, device: str = "cpu") -> None:
@@ -113,38 +113,38 @@ class ClipColors:
         self._fit = Preparation(clip.config.vision_config.image_size)
         self._known: dict[str, Tensor] = {}
 
-    def __call__(self, picture: Tensor, boxes: Tensor, masks: Tensor | None, name: str) -> list[str]:
+    def __call__(self, image: Tensor, boxes: Tensor, masks: Tensor | None, name: str) -> list[str]:
         import torch
         from torch.nn.functional import normalize
 
-        crops = [_cut(picture, box, None if masks is None else masks[i]) for i, box in enumerate(boxes)]
-        seen = torch.cat([self._fit(crop[None].float()) for crop in crops]).to(self._clip.device)
+        cuts = [_cut(image, box, None if masks is None else masks[i]) for i, box in enumerate(boxes)]
+        crops = torch.cat([self._fit(crop[None].float()) for crop in cuts]).to(self._clip.device)
         with torch.no_grad():
             if name not in self._known:
                 self._known[name] = self._colors(name)
             likeness = (
-                normalize(self._clip.get_image_features(pixel_values=seen).pooler_output, dim=-1) @ self._known[name].T
+                normalize(self._clip.get_image_features(pixel_values=crops).pooler_output, dim=-1) @ self._known[name].T
             )
         return [COLORS[index] for index in likeness.argmax(1).tolist()]
 
     def _colors(self, name: str) -> Tensor:
-        """One unit vector a colour [10, D]: the mean over the templates."""
+        """One unit vector per colour, [10, D]: the mean over the templates."""
         from torch.nn.functional import normalize
 
         texts = [template.format(color=color, name=name) for color in COLORS for template in _TEMPLATES]
         length = self._clip.config.text_config.max_position_embeddings
         tokens = self._tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        said = self._clip.get_text_features(**tokens.to(self._clip.device)).pooler_output
-        return normalize(normalize(said, dim=-1).unflatten(0, (len(COLORS), -1)).mean(1), dim=-1)
+        embedded = self._clip.get_text_features(**tokens.to(self._clip.device)).pooler_output
+        return normalize(normalize(embedded, dim=-1).unflatten(0, (len(COLORS), -1)).mean(1), dim=-1)
 
 
-def _cut(picture: Tensor, box: Tensor, mask: Tensor | None) -> Tensor:
-    """The box's pixels [3, h, w], at least one, grey where the mask is not."""
+def _cut(image: Tensor, box: Tensor, mask: Tensor | None) -> Tensor:
+    """The pixels [3, h, w] of the box, at least one; grey outside the mask."""
     import torch
 
     if mask is not None:
-        picture = torch.where(mask.to(picture.device), picture, _AROUND)
-    height, width = picture.shape[-2:]
+        image = torch.where(mask.to(image.device), image, _AROUND)
+    height, width = image.shape[-2:]
     left, top, right, bottom = (round(edge) for edge in box.tolist())
     left, top = min(max(left, 0), width - 1), min(max(top, 0), height - 1)
-    return picture[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+    return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]

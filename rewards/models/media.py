@@ -1,4 +1,4 @@
-"""What every reward does with media before its model sees them: check, fit to a size, normalise - differentiably.
+"""Differentiable preparation of media for the models of rewards: check, resize, normalise.
 
 Media are float tensors [B, 3, H, W] (images) or [B, F, 3, H, W] (clips) in [0, 1]. Everything is plain torch, so
 gradients reach the pixels and torchvision is not needed. Not here: reading files, patches of vision-language models.
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-RANGE_TOLERANCE = 1e-3  # decoders overshoot by rounding; more than this is another range
+RANGE_TOLERANCE = 1e-3  # decoders exceed the range by rounding; more than this is an error
 
 
 def check_media(media: Tensor, prompts: Sequence[Prompt], reward: Reward) -> Tensor:
-    """`media` as it came, once it is what `reward` can judge.
+    """Returns `media` unchanged if `reward` can score them.
 
-    Raises DataError naming the reward and the fault: shape or channel axis (NHWC), no frames or a single one for a
-    video reward, integer pixels, NaN or infinity with its row, a range other than [0, 1], as many prompts as media,
-    an empty prompt where the prompt matters.
+    Raises DataError naming the reward and the fault: shape or channel axis (NHWC), fewer than 2 frames for a video
+    reward, integer pixels, NaN or infinity with its row, a range other than [0, 1], another number of prompts than of
+    media, an empty prompt for a reward that needs one.
     """
     check_pixels(media, reward.name, reward.modality)
     if len(prompts) != len(media):
@@ -40,20 +40,20 @@ def check_media(media: Tensor, prompts: Sequence[Prompt], reward: Reward) -> Ten
 
 
 def check_pixels(media: Tensor, name: str, modality: str) -> None:
-    """What `check_media` says of the media alone, for a critic called `name` that is no reward."""
+    """The checks of `check_media` on the media alone, for a critic `name` that is not a reward."""
     _check_shape(media, name, modality)
     _check_values(media, name)
 
 
 def _check_shape(media: Tensor, name: str, modality: str) -> None:
-    wanted = {"image": "[B, 3, H, W]", "video": "[B, F, 3, H, W]"}[modality]
+    expected = {"image": "[B, 3, H, W]", "video": "[B, F, 3, H, W]"}[modality]
     shape = list(media.shape)
     if media.dim() != (5 if modality == "video" else 4):
         advice = "; a clip is judged frame by frame as its own batch" if media.dim() == 5 else ""
-        raise DataError(f"{name}: media are {shape}, expected {wanted}{advice}")
+        raise DataError(f"{name}: media are {shape}, expected {expected}{advice}")
     if shape[-3] != 3:
         advice = "; channels come last (NHWC): permute them before height and width" if shape[-1] == 3 else ""
-        raise DataError(f"{name}: media are {shape}, expected {wanted} with 3 channels{advice}")
+        raise DataError(f"{name}: media are {shape}, expected {expected} with 3 channels{advice}")
     if 0 in shape[:1] + shape[-2:]:
         raise DataError(f"{name}: media are {shape}; nothing to judge")
     if modality == "video" and shape[1] < 2:
@@ -76,17 +76,17 @@ def _check_values(media: Tensor, name: str) -> None:
 
 
 def require_gradient(rewards: Iterable[Reward]) -> None:
-    """Before a run that back-propagates through rewards: ConfigError naming those that cannot."""
-    blind = [reward.name for reward in rewards if not reward.differentiable]
-    if blind:
+    """Raises ConfigError naming rewards that are not differentiable; call it before training on them."""
+    others = [reward.name for reward in rewards if not reward.differentiable]
+    if others:
         raise ConfigError(
-            f"no gradient reaches the pixels through {', '.join(blind)}; train on differentiable rewards and use "
+            f"no gradient reaches the pixels through {', '.join(others)}; train on differentiable rewards and use "
             "these for ranking or evaluation"
         )
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """At least float32: bfloat16 has steps of 1/256 below 1, half-precision logits near 20 differ by steps of 1/8."""
+    """`tensor` in at least float32: bfloat16 has steps of 1/256 below 1 and of 1/8 near 20."""
     import torch
 
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -98,7 +98,7 @@ def scores_beside(media: Tensor, values: Sequence[float]) -> Tensor:
 
 
 def quantised(media: Tensor) -> Tensor:
-    """`media` as an 8-bit file keeps it, at least float32, no gradient: what a stored image is judged by."""
+    """`media` rounded as in an 8-bit file, at least float32, without gradient."""
     return precise(media.detach()).mul(255).round().clamp(0, 255).div(255)
 
 
@@ -109,9 +109,9 @@ Passes = Literal["pil", "float", "aliased"]
 class Preparation:
     """How images [N, 3, H, W] in [0, 1] become a model's input [N, 3, size, size].
 
-    fit: `crop` scales the shorter side to `size` and cuts the centre out, as CLIP does; `pad` scales the longer side
-    and fills up with `fill`, as HPSv2 and LLaVA do; `stretch` ignores the aspect ratio.
-    passes: how `resize` resamples, as PIL does or, for HPSv2, as torchvision does or did with floats.
+    fit: `crop` scales the shorter side to `size` and crops the centre, as CLIP does; `pad` scales the longer side and
+    pads with `fill`, as HPSv2 and LLaVA do; `stretch` ignores the aspect ratio.
+    passes: how `resize` resamples: as PIL or, for HPSv2, as torchvision on floats (`float`, `aliased`).
     """
 
     size: int
@@ -121,7 +121,7 @@ class Preparation:
     std: tuple[float, ...] = CLIP_STD
     fill: tuple[float, ...] = (0.0, 0.0, 0.0)
     pad_first: bool = False  # pad to a square before scaling, as LLaVA does, rather than after
-    centre: Literal["down", "even"] = "down"  # of an odd excess, floor (transformers) or round (torchvision)
+    centre: Literal["down", "even"] = "down"  # offset of the crop: floor (transformers) or round (torchvision)
     passes: Passes = "pil"
 
     def __call__(self, media: Tensor) -> Tensor:
@@ -157,13 +157,13 @@ def resize(
     passes: Passes = "pil",
     eight_bit: bool = False,
 ) -> Tensor:
-    """Resize of [N, 3, H, W], at least float32; pixels of the right size pass as they are.
+    """Resized pixels [N, 3, height, width] of [N, 3, H, W], at least float32; unchanged if they have this size.
 
-    passes: `pil` resamples the width, then the height, and clamps to [0, 1] after each, for PIL's images are 8-bit
-    in between too; one pass is off by up to 12 levels of 255 on rendered text. PIL's rounding, which has no gradient,
-    is left out: about 1 level. `float` is one pass that may overshoot, as torchvision resamples floats, and `aliased`
-    the same without antialiasing, as it did before version 0.17.
-    eight_bit: round before and after each of PIL's passes as PIL does; then no gradient passes.
+    passes: `pil` resamples the width, then the height, and clamps to [0, 1] after each, because PIL's intermediate
+    image is 8-bit; one pass differs by up to 12 levels of 255 on rendered text. PIL's rounding (about 1 level) is left
+    out, since it has no gradient. `float` is one pass that may exceed [0, 1], as torchvision resamples floats;
+    `aliased` is the same without antialiasing, as before torchvision 0.17.
+    eight_bit: round before and after each pass as PIL does; then there is no gradient.
     """
     from torch.nn import functional
 
@@ -180,7 +180,7 @@ def resize(
 
 
 def _padded(pixels: Tensor, fill: Sequence[float]) -> Tensor:
-    """The image in the middle of a square of colour `fill`."""
+    """The image centred in a square of colour `fill`."""
     height, width = pixels.shape[-2:]
     side = max(height, width)
     if height == width:

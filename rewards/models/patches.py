@@ -2,7 +2,8 @@
 
 A row of the result is one patch [channel, temporal, height, width] flattened; rows are ordered by (time, merged row,
 merged column, row and column within the merged patch), as the vision tower expects. Equal to the library's processor
-on images up to PIL's rounding to 8 bits; for clips, where none runs without torchvision, tests derive it anew.
+on images up to PIL's rounding to 8 bits; for clips, whose processor needs torchvision, tests have a reference of their
+own.
 Sources: Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631). Not here: reading video files.
 """
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 LONGEST_ASPECT = 200
 HALF = (0.5, 0.5, 0.5)
-# (patch, shortest and longest bound on pixels, mean and std) where a processor's file does not say, as the library does
-_PICTURES = (14, 56 * 56, 28 * 28 * 1280, CLIP_MEAN, CLIP_STD)
+# Defaults of the library where a processor's file lacks them: (patch, least and most pixels, mean, std)
+_IMAGES = (14, 56 * 56, 28 * 28 * 1280, CLIP_MEAN, CLIP_STD)
 _CLIPS = (14, 128 * 28 * 28, 28 * 28 * 768, CLIP_MEAN, CLIP_STD)
 _CLIPS_3 = (16, 128 * 32 * 32, 32 * 32 * 768, HALF, HALF)
 
@@ -33,8 +34,8 @@ _CLIPS_3 = (16, 128 * 32 * 32, 32 * 32 * 768, HALF, HALF)
 class Patches:
     """How media become patches.
 
-    Pixel bounds hold per frame, or for all frames of a clip together with `whole_clip` (Qwen3-VL). `cap` > 0 is the
-    processors' `max_video_tokens` under `cap_pixels_per_frame`: long clips get smaller frames.
+    Pixel bounds hold per frame; with `whole_clip` (Qwen3-VL) for all frames of a clip together. `cap` > 0 is
+    `max_video_tokens` of processors with `cap_pixels_per_frame`: long clips get smaller frames.
     """
 
     patch: int = 14
@@ -50,7 +51,7 @@ class Patches:
     def __call__(self, media: Tensor, *, eight_bit: bool = False) -> tuple[Tensor, Tensor]:
         """Patches [B * N, 3 * temporal * patch**2] and grids [B, 3] (time, rows, columns of patches).
 
-        `media`: [B, 3, H, W], or clips [B, F, 3, H, W]; an image is repeated in time, an odd clip's last frame once.
+        `media`: [B, 3, H, W], or clips [B, F, 3, H, W]; an image is repeated in time, a clip's last frame if needed.
         `eight_bit`: round to 8 bits before and after resizing, as files and PIL do; no gradient passes.
         """
         import torch
@@ -67,7 +68,7 @@ class Patches:
         cut = clips.unflatten(1, (time, self.temporal))
         cut = cut.unflatten(-1, (columns // self.merge, self.merge, self.patch))
         cut = cut.unflatten(-4, (rows // self.merge, self.merge, self.patch))
-        # axes: 0 batch, 1 time, 2 frame in patch, 3 channel, 4-6 row (merged, in merge, pixel), 7-9 column alike
+        # axes: 0 batch, 1 time, 2 frame in patch, 3 channel, 4-6 row (merged, in merge, pixel), 7-9 column likewise
         patches = cut.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).flatten(6).flatten(0, 5)
         return patches, torch.tensor([[time, rows, columns]] * batch, device=media.device)
 
@@ -88,14 +89,14 @@ class Patches:
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The nearest size whose sides are multiples of `factor` and whose area lies between the bounds.
 
-    Raises DataError for an image more than 200 times as long as wide, which the models refuse.
+    Raises DataError for an aspect ratio over 200, which the models refuse.
     """
     rows, columns = _nearest(height, width, factor)
     return _bounded((height, width), factor, rows * columns, (min_pixels, max_pixels)) or (rows, columns)
 
 
 def _resize_clip(frames: int, size: tuple[int, int], patches: Patches, max_pixels: int) -> tuple[int, int]:
-    """Qwen3-VL's rule for clips: the bounds hold for frames x height x width; too small a frame is enlarged first."""
+    """Qwen3-VL's rule for clips: the bounds hold for frames x height x width; small frames are enlarged first."""
     factor = patches.patch * patches.merge
     if frames < patches.temporal:
         raise DataError(f"a clip of {frames} frames; this model reads {patches.temporal} at a time")
@@ -109,14 +110,14 @@ def _resize_clip(frames: int, size: tuple[int, int], patches: Patches, max_pixel
 
 def _nearest(height: int, width: int, factor: int) -> tuple[int, int]:
     if max(height, width) > LONGEST_ASPECT * min(height, width):
-        raise DataError(f"a picture of {height} x {width} is over {LONGEST_ASPECT} times as long as wide; crop it")
+        raise DataError(f"an image of {height} x {width} is over {LONGEST_ASPECT} times as long as wide; crop it")
     return round(height / factor) * factor, round(width / factor) * factor
 
 
 def _bounded(
     size: tuple[int, int], factor: int, area: int, bounds: tuple[int, int], frames: int = 1
 ) -> tuple[int, int] | None:
-    """The size scaled into the bounds on `frames` of it, or None where `area` already lies between them."""
+    """The size scaled so that `frames` frames are within the bounds, or None if `area` is already within them."""
     least, most = bounds
     if area > most:
         scale = math.sqrt(frames * size[0] * size[1] / most)
@@ -139,13 +140,13 @@ def sample_frames(clips: Tensor, count: int) -> Tensor:
 def read_patches(model: str, config: Any, *, video: bool) -> Patches:
     """The processor of a model folder or hub id with its transformers `config`, for images or for clips.
 
-    Read, as the library does, from processor_config.json, then video_preprocessor_config.json (clips), then
-    preprocessor_config.json; what these do not say is the class's default. Raises MissingFileError without any, and
-    ConfigError where the file cuts other patches than the model's vision tower takes.
+    As in the library, the first of these files is read: processor_config.json, video_preprocessor_config.json (clips),
+    preprocessor_config.json; missing values are the class's defaults. Raises MissingFileError if there is no file, and
+    ConfigError if its patches are not those of the model's vision tower.
     """
     stored = _stored(model, "video" if video else "image")
     third = video and config.model_type.startswith("qwen3")
-    patch, least, most, mean, std = _CLIPS_3 if third else _CLIPS if video else _PICTURES
+    patch, least, most, mean, std = _CLIPS_3 if third else _CLIPS if video else _IMAGES
     size = stored.get("size") or {}
     patches = Patches(
         patch=stored.get("patch_size", patch),
@@ -159,11 +160,11 @@ def read_patches(model: str, config: Any, *, video: bool) -> Patches:
         cap=stored.get("max_video_tokens", 768 if third else 128000) if stored.get("cap_pixels_per_frame") else 0,
     )
     tower = config.vision_config
-    wanted = (tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
-    if (patches.patch, patches.merge, patches.temporal) != wanted:
+    own = (tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
+    if (patches.patch, patches.merge, patches.temporal) != own:
         raise ConfigError(
             f"'{model}': its processor cuts (patch, merge, temporal) = "
-            f"{(patches.patch, patches.merge, patches.temporal)}, its vision tower takes {wanted}; correct the JSON"
+            f"{(patches.patch, patches.merge, patches.temporal)}, its vision tower takes {own}; correct the JSON"
         )
     return patches
 
@@ -184,6 +185,6 @@ def read_json(model: str, file: str) -> Mapping[str, Any] | None:
 
     path = Path(model) / file
     if not Path(model).is_dir():
-        found = cached_file(model, file, _raise_exceptions_for_missing_entries=False)
-        path = Path(found) if found else path
+        cached = cached_file(model, file, _raise_exceptions_for_missing_entries=False)
+        path = Path(cached) if cached else path
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,7 +1,7 @@
-"""The texts HPSv3 (arXiv 2508.03789) and VideoReward (arXiv 2501.13918) were trained to read, letter by letter.
+"""The exact texts with which HPSv3 (arXiv 2508.03789) and VideoReward (arXiv 2501.13918) were trained.
 
-They are inputs of those models, so their wording, line breaks and white space at line ends are not ours to mend; both
-are published under the MIT licence. Each has one place for the prompt, `{text_prompt}`.
+They are inputs of those models, so wording, line breaks and white space at line ends must not be changed. Both are
+published under the MIT licence. `{text_prompt}` stands for the prompt.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Rewards that read a vision-language model's hidden state at special tokens through a small head: HPSv3, VideoReward.
+"""A small head on a vision-language model's hidden states at special tokens, as in HPSv3 and VideoReward.
 
-Such checkpoints are whole fine-tuned Qwen2-VL models with `rm_head.*` beside them, in the key layout of transformers
-4.45 (`model.*`, `visual.*`), merged or as PEFT kept them (`base_model.model.*` with `lora_A`, `lora_B`). They are
-mapped strictly. Both were trained without multimodal positions: their forward calls the language model directly, so
-tokens are numbered 0, 1, 2, ... on every axis. Not here: adapters stored apart from the model they adapt.
+Their checkpoints hold a whole fine-tuned Qwen2-VL model and `rm_head.*`, in the key layout of transformers 4.45
+(`model.*`, `visual.*`), merged or with PEFT's names (`base_model.model.*` with `lora_A`, `lora_B`); missing and
+unexpected keys are errors. Both were trained without multimodal positions: their forward calls the language model
+directly, so tokens are numbered 0, 1, 2, ... on every axis. Not here: adapters stored apart from the base model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
 class TokenHead:
-    """A Qwen2-VL model read at `tokens` through `head`; states of weights come as `read_state` gives them.
+    """A Qwen2-VL model with `head` on the hidden states at `tokens`; `state`: weights as `read_state` returns them.
 
     `model`: folder or hub id of the original Qwen2-VL, for its config, tokenizer and processor only. `tokens` are added
     to the tokenizer in their order, as in training.
@@ -64,33 +64,33 @@ class TokenHead:
     def __call__(self, media: Tensor, texts: Sequence[str], *, eight_bit: bool = False) -> Tensor:
         """The head's outputs [B, tokens, out] for media with their own texts, differentiable to the pixels.
 
-        Raises DataError where a text has not each special token once: a prompt may not contain them.
+        Raises DataError unless a text has each special token exactly once: a prompt must not contain them.
         """
         import torch
 
-        seen = self._reader.see(media, eight_bit=eight_bit)
-        rows = [self._reader.tokens(seen, text) for text in texts]
+        encoded = self._reader.see(media, eight_bit=eight_bit)
+        rows = [self._reader.tokens(encoded, text) for text in texts]
         for index, row in enumerate(rows):
             if any(row.count(token) != 1 for token in self._ids):
                 raise DataError(
                     f"row {index}: each reward token must be there once; its prompt holds one: {texts[index]!r}"
                 )
         spots = [(index, row.index(token)) for index, row in enumerate(rows) for token in self._ids]
-        states = precise(self._reader.read(seen, range(len(rows)), rows, spots))
+        states = precise(self._reader.read(encoded, range(len(rows)), rows, spots))
         with torch.autocast(states.device.type, enabled=False):
             return self._head.to(states.dtype)(states).unflatten(0, (len(rows), len(self._ids)))
 
 
 def read_unwrapped(path: Path, *, owner: str) -> dict[str, Tensor]:
-    """Tensors of a weight file, prefixes of PEFT taken off; errors as those of `read_state`."""
+    """Tensors of a weight file, without PEFT's prefix; raises what `read_state` raises."""
     return {name.removeprefix(_PEFT): value for name, value in read_state(path, owner=owner).items()}
 
 
 def merge_adapters(state: Mapping[str, Tensor], alpha: float, *, rank_stabilised: bool = False) -> dict[str, Tensor]:
     """W + scale B A for every adapted weight of a PEFT state dict (LoRA, arXiv 2106.09685), in float32.
 
-    scale = alpha / r, or alpha / sqrt(r) where it was `rank_stabilised` (arXiv 2312.03732). Raises DataError where an
-    adapter lacks its half or its base weight.
+    scale = alpha / r, or alpha / sqrt(r) if `rank_stabilised` (arXiv 2312.03732). Raises DataError where A, B or the
+    base weight is missing.
     """
     merged = {name.replace(_BASE, "."): value for name, value in state.items() if ".lora_" not in name}
     halves = [name for name in state if ".lora_" in name]
@@ -106,14 +106,14 @@ def merge_adapters(state: Mapping[str, Tensor], alpha: float, *, rank_stabilised
 
 
 def _renamed(name: str) -> str:
-    """A key of transformers 4.45 or later as the base model of transformers 5 calls it."""
+    """The key in the base model of transformers 5 for a key of transformers 4.45 or later."""
     if name.startswith(("model.visual.", "model.language_model.")):
         return name.removeprefix("model.")
     return f"language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
 def _built(config: Any, weights: Mapping[str, Tensor], owner: str) -> nn.Module:
-    """The base model with exactly these weights; its vocabulary is as large as their embedding."""
+    """The base model with exactly these weights; its vocabulary size is that of their embedding."""
     from transformers import AutoModel
     from transformers.initialization import no_init_weights
 

@@ -1,8 +1,8 @@
-"""Qwen's vision-language models as differentiable readers: pixels and texts in, hidden states out, no processor needed.
+"""Qwen's vision-language models, differentiable: hidden states of pixels and texts, without the stock processor.
 
 Covers the Qwen2-VL, Qwen2.5-VL and Qwen3-VL classes of transformers (arXiv 2409.12191, 2502.13923, 2511.21631). The
-vision tower runs once for each medium, whatever the number of texts about it, and its (deep-stacked) features are
-given to every text, so gradients add up exactly. Not here: what is read out (`vlm`, `token_head`), generation of text.
+vision tower runs once for each medium, for any number of texts about it, and its (deep-stacked) features are given
+to every text, so gradients add up exactly. Not here: answers and heads (`vlm`, `token_head`), generation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLAIN = "<|im_start|>user\n{seen}{text}<|im_end|>\n<|im_start|>assistant\n"  # 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """B media after the vision tower: `features[b]` [tokens, D], `deep[layer][b]` alike, grids [B, 3] of patches."""
+    """B media after the vision tower: `features[b]` and `deep[layer][b]` [tokens, D], grids [B, 3] of patches."""
 
     kind: str  # "image" or "video"
     features: Sequence[Tensor]
@@ -37,7 +37,7 @@ class VisionLanguage:
 
     `network`: the base model (without the head that predicts words). `rate`: frames per second of clips as they are
     given; Qwen2.5-VL counts its time axis with it, Qwen3-VL writes time stamps. `plain_positions`: number the tokens
-    0, 1, 2, ... on all axes rather than by place and time, as some reward models were trained.
+    0, 1, 2, ... on all axes rather than by position and time, as some reward models were trained.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class VisionLanguage:
     def see(self, media: Tensor, *, eight_bit: bool = False) -> Seen:
         """Media [B, 3, H, W] or clips [B, F, 3, H, W] in [0, 1] through the vision tower, with gradient.
 
-        `eight_bit`: as the stock processor would see them from 8-bit files; then no gradient passes.
+        `eight_bit`: rounded as the stock processor does with 8-bit files; then without gradient.
         """
         kind = "video" if media.dim() == 5 else "image"
         patches, grids = self.patches[kind](media.to(self.network.device), eight_bit=eight_bit)
@@ -67,7 +67,7 @@ class VisionLanguage:
         return Seen(kind, output.pooler_output, deep, grids, frames)
 
     def tokens(self, seen: Seen, text: str) -> list[int]:
-        """Token ids of a user's turn with one medium of `seen` and `text`, up to where the answer begins."""
+        """Token ids of a user's turn with one medium of `seen` and `text`, up to the start of the answer."""
         marker = self._image if seen.kind == "image" else self._video
         if self.tokenizer.chat_template:
             content = [{"type": seen.kind}, {"type": "text", "text": text}]
@@ -90,7 +90,7 @@ class VisionLanguage:
         return self.tokenizer(written).input_ids
 
     def _times(self, steps: int, frames: int) -> list[float]:
-        """Qwen3-VL's time stamp of each step: the mean time of its first and last frame, the last one repeated."""
+        """Qwen3-VL's time stamps: the mean time of each step's first and last frame (at most the clip's last)."""
         each = self.patches["video"].temporal
         ends = [(min(step * each, frames - 1), min(step * each + each - 1, frames - 1)) for step in range(steps)]
         return [(first / self.rate + last / self.rate) / 2 for first, last in ends]
@@ -100,8 +100,8 @@ class VisionLanguage:
     ) -> Tensor:
         """Last hidden states [len(spots), D] at `spots`, pairs of (row, position), of token rows about media.
 
-        Row i is about medium `media[i]`. Rows are filled up behind their end, which causal attention cannot see, so a
-        row's states do not depend on the others'. States are picked before any head, as `logits_to_keep` does.
+        Row i is about medium `media[i]`. Rows are padded at the end; with causal attention padding does not change the
+        states before it. States are selected before any head, as `logits_to_keep` does.
         """
         import torch
 
@@ -125,8 +125,8 @@ class VisionLanguage:
 def load(model: str, build: Callable[[Any], Any], *, owner: str, bounds: tuple[int | None, int | None]) -> Any:
     """(what `build(config)` returns, tokenizer, patches) of a model folder or hub id.
 
-    `bounds`: least and most pixels a frame, None for what the folder says.
-    Raises MissingFileError naming `owner` and the folder where it is none, ConfigError for another family of models.
+    `bounds`: least and most pixels a frame, None for those of the folder.
+    Raises MissingFileError naming `owner` and the folder if it is missing, ConfigError for another family of models.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -136,7 +136,7 @@ def load(model: str, build: Callable[[Any], Any], *, owner: str, bounds: tuple[i
             raise ConfigError(
                 f"{owner}: '{model}' is a {config.model_type}; Qwen2-VL, Qwen2.5-VL and Qwen3-VL can be read"
             )
-        config.text_config.attention_dropout = 0.0  # checkpointing needs train(), which must change nothing
+        config.text_config.attention_dropout = 0.0  # activation checkpointing needs train(), which would enable dropout
         built, tokenizer = build(config), AutoTokenizer.from_pretrained(model)
     except OSError as error:
         raise MissingFileError(f"{owner}: '{model}' is no model folder here and no hub id: {error}") from error
@@ -148,7 +148,7 @@ def load(model: str, build: Callable[[Any], Any], *, owner: str, bounds: tuple[i
 
 
 def freeze(network: Any, device: str, *, checkpointing: bool) -> Any:
-    """`network` on `device` without trainable weights; checkpointed, in train() mode with all dropout off."""
+    """`network` on `device`, frozen; with `checkpointing` in train() mode with all dropout off."""
     from torch import nn
 
     network = network.to(device).eval().requires_grad_(False)
@@ -157,6 +157,6 @@ def freeze(network: Any, device: str, *, checkpointing: bool) -> Any:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         network.activation_checkpointing_enable({"use_reentrant": False})
-        network.disable_input_require_grads()  # made for adapters: scores of plain pixels would carry a graph
+        network.disable_input_require_grads()  # else pixels without gradient would get a graph
         network.train()
     return network

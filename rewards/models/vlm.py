@@ -1,7 +1,7 @@
-"""A generative vision-language model as a critic whose answers carry gradients to the pixels.
+"""A generative vision-language model as a critic: answer probabilities, differentiable to the pixels.
 
-The answer is read from logits, never sampled: the log-probability of "Yes" against "No" under a question (VQAScore,
-arXiv 2404.01291), or of any given answer by teacher forcing, token by token, as Diffusion-DRF's explanations need
+Answers are scored from logits, never sampled: the log-probability of "Yes" against "No" under a question (VQAScore,
+arXiv 2404.01291), or of any given answer by teacher forcing, token by token, as for Diffusion-DRF's explanations
 (arXiv 2601.04153). Not here: writing questions, generating answers, served models.
 """
 
@@ -20,11 +20,11 @@ from rewards.models.weights import load_whole, torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-Questions = Sequence[str] | Sequence[Sequence[str]]  # asked of all media, or each medium's own
+Questions = Sequence[str] | Sequence[Sequence[str]]  # the same for all media, or a list for each medium
 
 
 def listed(given: Any, what: str) -> tuple[Any, ...]:
-    """`given` as a tuple. ConfigError naming `what` for a text, which would be taken apart, and for what is no list."""
+    """`given` as a tuple. Raises ConfigError naming `what` for a text or another value that is not a list."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise ConfigError(f"{what} is {given!r}; give a list, [{given!r}]")
     return tuple(given)
@@ -32,10 +32,10 @@ def listed(given: Any, what: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """Which first words of an answer count as positive, and which as negative.
+    """The first words of an answer that count as positive and as negative.
 
-    Spellings that are several tokens are left out. Without `negative` all other tokens are: the plain probability.
-    Raises ConfigError for a side that is a text: give a list.
+    Spellings of several tokens are ignored. With an empty `negative` all other tokens are negative, which gives the
+    plain probability. Raises ConfigError for a side that is a text: give a list.
     """
 
     positive: tuple[str, ...] = ("Yes", " Yes", "yes", " yes", "YES", " YES")
@@ -47,7 +47,7 @@ class Readout:
 
     @classmethod
     def of(cls, given: Readout | Mapping[str, Sequence[str]]) -> Readout:
-        """From a mapping with `positive`, `negative` or both, as a config has it. ConfigError for other keys."""
+        """From a mapping with `positive`, `negative` or both. Raises ConfigError for other keys."""
         if isinstance(given, Readout):
             return given
         if unknown := set(given) - {"positive", "negative"}:
@@ -55,7 +55,7 @@ class Readout:
         return cls(**given)
 
     def ids(self, tokenizer: Any) -> tuple[list[int], list[int]]:
-        """Token ids of both sides; ConfigError where a side has no single-token spelling or both share one."""
+        """Token ids of both sides; ConfigError if a side has no single-token spelling or both share a token."""
         positive, negative = (_single_tokens(tokenizer, words) for words in (self.positive, self.negative))
         if not positive or (self.negative and not negative):
             raise ConfigError(f"{self}: no spelling is a single token of this tokenizer; give others, or use `answers`")
@@ -65,12 +65,12 @@ class Readout:
 
 
 class VlmCritic:
-    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL model that is asked about images or clips (`alignkit.protocols.Critic`).
+    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL model that answers questions on media (`alignkit.protocols.Critic`).
 
-    `model`: folder or hub id with weights, tokenizer and preprocessor_config.json. `dtype`: of the weights; the
-    read-out is at least float32. `rate`: frames per second of clips as they are given. `min_pixels`, `max_pixels`:
-    bounds on a frame in place of the folder's. `checkpointing` trades a second forward for memory; results are equal.
-    `owner` is named in errors.
+    `model`: folder or hub id with weights, tokenizer and preprocessor_config.json. `dtype`: of the weights;
+    logits are at least float32. `rate`: frames per second of clips as they are given. `min_pixels`, `max_pixels`:
+    bounds on a frame that replace the folder's. `checkpointing`: activation checkpointing; results are equal. `owner`:
+    the name in errors.
     """
 
     def __init__(
@@ -101,22 +101,22 @@ class VlmCritic:
         """Log-probabilities [B, Q] of the positive answer, log sigma(margin), differentiable to the pixels.
 
         `media`: [B, 3, H, W] or [B, F, 3, H, W] in [0, 1]; `questions`: Q for all media, or a list of Q for each.
-        `eight_bit`: of the media as 8-bit files, through the stock processor's rounding; without gradient.
+        `eight_bit`: for the media as 8-bit files, rounded as by the stock processor; without gradient.
         """
         from torch.nn import functional
 
         return functional.logsigmoid(self.margins(media, questions, eight_bit=eight_bit))
 
     def margins(self, media: Tensor, questions: Questions, *, eight_bit: bool = False) -> Tensor:
-        """Log-odds [B, Q] of the positive answer: log-sum-exp over its spellings less that over the negative ones'."""
-        asked = self._each(media, questions)
-        if len(set(map(len, asked))) > 1:
+        """Log-odds [B, Q] of the positive answer: log-sum-exp over positive spellings less that over negative ones."""
+        lists = self._each(media, questions)
+        if len(set(map(len, lists))) > 1:
             raise DataError("media have different numbers of questions; use `margins_of`")
-        pairs = [(index, question) for index, own in enumerate(asked) for question in own]
-        return self.margins_of(media, pairs, eight_bit=eight_bit).unflatten(0, (len(asked), -1))
+        pairs = [(index, question) for index, own in enumerate(lists) for question in own]
+        return self.margins_of(media, pairs, eight_bit=eight_bit).unflatten(0, (len(lists), -1))
 
     def margins_of(self, media: Tensor, pairs: Sequence[tuple[int, str]], *, eight_bit: bool = False) -> Tensor:
-        """Log-odds [N] for N pairs (medium, question): any number of questions for each medium."""
+        """Log-odds [N] for N pairs (index of the medium, question)."""
         self._check(media, [question for _, question in pairs])
         seen = self._reader.see(media, eight_bit=eight_bit)
         rows = [self._reader.tokens(seen, question) for _, question in pairs]
@@ -135,7 +135,7 @@ class VlmCritic:
         return logits[:, self._positive].logsumexp(1) - others.logsumexp(1)
 
     def _logits(self, states: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """Logits [N, words] of `states` [N, D] for some rows of the head, or all; at least float32, autocast or not."""
+        """Logits [N, words] of `states` [N, D] for `rows` of the head, or all; at least float32 under autocast too."""
         import torch
 
         words = self._all_words if rows is None else precise(self._words[rows])
@@ -145,10 +145,10 @@ class VlmCritic:
 
     @cached_property
     def _all_words(self) -> Tensor:
-        """The whole head, at least float32; of half-precision weights a copy that is made once and kept.
+        """The whole head in at least float32; of half-precision weights a copy that is made once and kept.
 
-        It takes words x width x 4 bytes, 2.0 GiB for Qwen2.5-VL-7B, from the first read-out over all words on. Graphs
-        share it; promoted in each call, every graph would hold one of its own.
+        It needs words x width x 4 bytes, 2.0 GiB for Qwen2.5-VL-7B, from the first use of all words on. Graphs share
+        it; a conversion in each call would add a copy to every graph.
         """
         return precise(self._words)
 
@@ -157,20 +157,20 @@ class VlmCritic:
     ) -> Tensor:
         """log P(answer | medium, question) [B, Q] by teacher forcing, summed or averaged over the answer's tokens.
 
-        `answers` is shaped like `questions`. An answer ends where its text ends; write "Yes<|im_end|>" to make its end
-        part of it. Raises DataError for an empty answer.
+        `answers` has the form of `questions`. The end of an answer is not scored; write "Yes<|im_end|>" to include it.
+        Raises DataError for an empty answer.
         """
-        asked, said = self._each(media, questions), self._each(media, answers)
-        if [len(own) for own in asked] != [len(own) for own in said] or len({len(own) for own in asked}) > 1:
+        asked, given = self._each(media, questions), self._each(media, answers)
+        if [len(own) for own in asked] != [len(own) for own in given] or len({len(own) for own in asked}) > 1:
             raise DataError("answers and questions differ in number; give each question one answer")
         self._check(media, [question for own in asked for question in own])
         seen = self._reader.see(media)
-        pairs = [(index, *pair) for index, own in enumerate(asked) for pair in zip(own, said[index], strict=True)]
-        losses = self._forced(seen, pairs, reduce)
-        return losses.unflatten(0, (len(asked), -1))
+        pairs = [(index, *pair) for index, own in enumerate(asked) for pair in zip(own, given[index], strict=True)]
+        scores = self._forced(seen, pairs, reduce)
+        return scores.unflatten(0, (len(asked), -1))
 
     def _forced(self, seen: Seen, triples: Sequence[tuple[int, str, str]], reduce: str) -> Tensor:
-        """Log-probabilities [N] of answers; the state before an answer's token predicts it."""
+        """Log-probabilities [N] of answers; each token is predicted from the state before it."""
         import torch
 
         starts = [self._reader.tokens(seen, question) for _, question, _ in triples]
@@ -185,7 +185,7 @@ class VlmCritic:
         return torch.stack([tokens.mean() if reduce == "mean" else tokens.sum() for tokens in each])
 
     def _check(self, media: Tensor, questions: Sequence[str]) -> None:
-        """DataError for media that `check_pixels` refuses, for no question and for empty ones."""
+        """Raises DataError for media that `check_pixels` refuses, for no question and for an empty one."""
         check_pixels(media, self._owner, "video" if media.dim() == 5 else "image")
         if not questions or not all(question.strip() for question in questions):
             raise DataError(f"{self._owner}: a question of {list(questions)} is empty; give each a text")
@@ -207,7 +207,7 @@ def _single_tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:
 
 
 def known_modality(modality: str, owner: str) -> str:
-    """`modality`, if media of it can be asked about: "image" or "video"; else ConfigError naming `owner`."""
+    """`modality` if it is "image" or "video"; else ConfigError naming `owner`."""
     if modality not in ("image", "video"):
         raise ConfigError(f"{owner}: modality '{modality}'; image and video are known")
     return modality

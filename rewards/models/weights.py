@@ -1,4 +1,4 @@
-"""Published weight files: found in a folder or on the hub, read without pickled code, mapped onto a module strictly."""
+"""Published weight files: finding them in a folder or hub repository, reading without pickled code, strict loading."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that an option names. Raises ConfigError for another word than those of `DTYPES`."""
+    """The dtype `name`. Raises ConfigError for a name that is not in `DTYPES`."""
     import torch
 
     if name not in DTYPES:
@@ -32,9 +32,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def find_file(model: str, names: Sequence[str], advice: str) -> Path:
-    """`model` itself where it is a file, else the first of `names` in that folder or hub repository.
+    """`model` itself if it is a file, else the first of `names` in that folder or hub repository.
 
-    With an index on the hub the files that it names are fetched too. Raises MissingFileError that ends in `advice`, how
+    For an index on the hub, the files that it lists are fetched too. Raises MissingFileError that ends in `advice`, how
     to get the file.
     """
     from transformers.utils import cached_file
@@ -53,11 +53,11 @@ def find_file(model: str, names: Sequence[str], advice: str) -> Path:
 
 
 def read_state(path: str | Path, *, owner: str, advice: str = "get it again") -> dict[str, Tensor]:
-    """All tensors of a .safetensors, a torch state dict or the index (.json) of several, on the CPU.
+    """All tensors of a .safetensors file, a torch state dict or the index (.json) of several files, on the CPU.
 
-    A dict under "state_dict" or "model" inside, as training programs write it, is what is meant. Raises
-    MissingFileError where it is not there, DataError where it is damaged or holds pickled code, which is not run. They
-    name `owner`, the reward, and end in what to do.
+    If the file has a dict under "state_dict" or "model", as training programs write it, that dict is returned. Raises
+    MissingFileError for a missing file, DataError for one that is damaged or holds pickled code, which is not run.
+    Messages name `owner`, the reward, and end in what to do.
     """
     import torch
     from safetensors import SafetensorError
@@ -92,20 +92,20 @@ def _part(index: Path, name: str, owner: str, advice: str) -> dict[str, Tensor]:
 def require_same(
     where: str, *, missing: Collection[str] = (), unexpected: Collection[str] = (), misshapen: Collection[str] = ()
 ) -> None:
-    """DataError naming up to three keys of each kind, unless all are empty."""
+    """Raises DataError naming up to three keys of each kind, unless all are empty."""
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    found = [f"{len(keys)} {fault} ({_some(keys)})" for fault, keys in faults.items() if keys]
-    if found:
-        raise DataError(f"{where}: weights do not fit: {'; '.join(found)}. Is it the published file of this model?")
+    named = [f"{len(keys)} {fault} ({_some(keys)})" for fault, keys in faults.items() if keys]
+    if named:
+        raise DataError(f"{where}: weights do not fit: {'; '.join(named)}. Is it the published file of this model?")
 
 
 def load_whole(kind: Any, model: str, owner: str, *, beside: tuple[str, ...] = (), **options: Any) -> Any:
-    """`kind.from_pretrained(model)`, where it fills every weight and has none left.
+    """`kind.from_pretrained(model)` with an error for missing, unexpected and misshapen weights.
 
-    transformers itself gives weights that are not there random values and warns. What counts as no weight: positions
-    and batch counters, which old files store, names that begin with one of `beside`, and what the class itself ties or
-    ignores. `options` go to `from_pretrained`; with a `state_dict` among them `model` is a name for errors only. Raises
-    DataError naming `owner` and some keys, OSError where nothing is there.
+    transformers itself only warns and gives missing weights random values. Ignored keys: positions and batch counters,
+    which old files store, names that begin with one of `beside`, and those that the class itself ties or ignores.
+    `options` go to `from_pretrained`; with a `state_dict` among them `model` is a name for errors only. Raises
+    DataError naming `owner` and some keys, OSError for a missing model.
     """
     place = None if "state_dict" in options else model
     network, info = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
@@ -116,20 +116,20 @@ def load_whole(kind: Any, model: str, owner: str, *, beside: tuple[str, ...] = (
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """`state` becomes the weights of `module`, in its own dtype, and nothing is left over or missing.
+    """Assign `state` as the weights of `module`, in the dtype of `state`.
 
     Raises DataError naming some of the missing, unexpected and misshapen keys.
     """
-    wanted = {key: value.shape for key, value in module.state_dict().items()}
-    shaped = {key for key in wanted.keys() & state.keys() if wanted[key] != state[key].shape}
-    misshapen = {f"{key} {list(state[key].shape)} for {list(wanted[key])}" for key in shaped}
-    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    shapes = {key: value.shape for key, value in module.state_dict().items()}
+    shaped = {key for key in shapes.keys() & state.keys() if shapes[key] != state[key].shape}
+    misshapen = {f"{key} {list(state[key].shape)} for {list(shapes[key])}" for key in shaped}
+    missing, unexpected = shapes.keys() - state.keys(), state.keys() - shapes.keys()
     require_same(where, missing=missing, unexpected=unexpected, misshapen=misshapen)
     module.load_state_dict(dict(state), assign=True)
 
 
 def shape_of(state: Mapping[str, Tensor], key: str, where: str) -> torch.Size:
-    """The shape of a tensor that says how large the network is. Raises DataError where it is missing."""
+    """The shape of a tensor that determines the network's size. Raises DataError if it is missing."""
     if key not in state:
         raise DataError(f"{where}: weights do not fit: no {key} among {_some(state)}")
     return state[key].shape

@@ -1,6 +1,6 @@
-"""Three small photographs with captions, shipped so that any reward can be tried on real images without a download.
+"""Three small photographs with captions, included so that rewards can be tested on real images without a download.
 
-Their sources and licences are in LICENCES.txt beside them. A caption is right for its own photograph and wrong for the
+Sources and licences are in LICENCES.txt in this folder. A caption is right for its own photograph and wrong for the
 other two.
 """
 
@@ -25,8 +25,8 @@ def photographs() -> dict[str, Tensor]:
     import torch
     from PIL import Image
 
-    found = {}
+    images = {}
     for name in CAPTIONS:
         with Image.open(Path(__file__).with_name(f"{name}.jpg")) as image:
-            found[name] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
-    return found
+            images[name] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
+    return images

@@ -1,1 +1,1 @@
-"""Rewards and judges that use a served model: client, cache, messages judges."""
+"""Rewards and judges that use a served model: client, cache, messages, judges."""

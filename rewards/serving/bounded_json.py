@@ -1,7 +1,7 @@
-"""JSON from a server or a file, read within bounds, so that no reply can exhaust memory, the stack or a float.
+"""JSON from a server or a file, parsed within bounds, so that no reply can exhaust memory or the stack.
 
 Bounded here: nesting, the number of arrays and objects, the digits of an integer. Refused: NaN, Infinity and numbers
-that overflow to them, and an object with a duplicate key. The length of the text is the caller's to bound.
+that overflow to them, and an object with a duplicate key. The caller must bound the length of the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]}]', re.DOTALL
 
 
 def parse_json(text: str) -> Any:
-    """The value of `text`; ValueError saying which bound it breaks or where it is no JSON."""
+    """The value of `text`; ValueError naming the bound that it exceeds, or the place where it is not JSON."""
     _check_containers(text)
     return json.loads(
         text,

@@ -1,4 +1,4 @@
-"""A client of servers that speak the OpenAI chat API: vLLM first, `transformers serve` and hosted models as well.
+"""A client of servers with the OpenAI chat API: mainly vLLM; also `transformers serve` and hosted models.
 
 Requests go out from a bounded number of threads. Each has a total time limit and a limit of bytes
 (`rewards.serving.http_exchange`). Temporary errors (connection refused, 5xx, 429, timeout, invalid reply) are retried
@@ -9,7 +9,6 @@ standard library; JSON alone. Left out: streaming, proxies, redirects, connectio
 from __future__ import annotations
 
 import json
-import logging
 import random
 import threading
 import time
@@ -23,12 +22,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from alignkit.errors import ConfigError, ServerError
+from alignkit.escape import get_logger, to_line
 from rewards.serving.bounded_json import parse_json
 from rewards.serving.http_exchange import AttemptError, Call, Endpoint
 from rewards.serving.reply_cache import NoLogprobsError, Reply, ReplyCache, UnusableReplyError, content_key
 
 Result = TypeVar("Result")
-_LOG = logging.getLogger(__name__)
+_LOG = get_logger(__name__)
 _LONGEST_BACKOFF = 30.0  # seconds between attempts, unless the server wants more
 _FAILURES_IN_A_ROW = 10
 _BAR_AFTER = 5.0  # seconds
@@ -71,10 +71,10 @@ class ChatClient:
     retries: attempts after the first; before the n-th, a random wait from [0, min(backoff 2^n, 30)] seconds
         (full jitter), and no less than what `Retry-After` requests.
     cache: folder of replies; None stores nothing.
-    identity: what tells weights of one name apart there, such as a revision. Without it the server is asked once where
-        its weights come from (`root` in its list of models); where it does not say, replies are stored for this
-        base_url alone. Weights exchanged under one path need another identity. With it the cache is read without a
-        server.
+    identity: distinguishes weights of one name in the cache, such as a revision. Without it the client requests the
+        origin of the weights once (`root` in the server's list of models); if the server has none, replies are stored
+        for this base_url alone. Other weights under the same path need another identity. With it the cache can be
+        read without a server.
     extra: fields added to each request, such as {"chat_template_kwargs": {"enable_thinking": False}}.
     prices: per million tokens, (read, written), for the report.
     rng: source of the jitter.
@@ -159,7 +159,7 @@ class ChatClient:
         return Report(**totals, seconds=self._seconds, cost=cost, abstentions=dict(abstentions or {}))
 
     def failure(self, message: str) -> ServerError:
-        """An error that names the server and says how to get one that works."""
+        """An error that names the server and how to start one."""
         return ServerError(
             f"{self.url} (model '{self.model}'): {message}. Start one with `vllm serve FOLDER --served-model-name "
             f"{self.model} --host 127.0.0.1 --port 8000`, or give base_url and model of one that runs; replies so far "
@@ -168,7 +168,8 @@ class ChatClient:
 
     def _gather(self, futures: Mapping[Future[Reply], str], call: Call, label: str) -> dict[str, Reply | None]:
         replies: dict[str, Reply | None] = {}
-        bar = tqdm(as_completed(futures), total=len(futures), desc=label, unit="request", delay=_BAR_AFTER, leave=False)
+        shown = {"desc": to_line(label), "unit": "request", "delay": _BAR_AFTER, "leave": False}
+        bar = tqdm(as_completed(futures), total=len(futures), **shown)
         for future in bar:
             try:
                 replies[futures[future]] = future.result()
@@ -208,9 +209,9 @@ class ChatClient:
             call.end(error)
 
     def _served_weights(self, call: Call) -> str:
-        """Where the served weights come from according to the server, else its URL.
+        """The origin of the served weights as the server states it, else the server's URL.
 
-        `created` does not help: vLLM gives the time of the request. A `root` that only repeats the name says nothing.
+        `created` does not help: vLLM gives the time of the request. A `root` equal to the name identifies nothing.
         """
         try:
             text = self._persist(lambda: self._endpoint.exchange("GET", "models", None, call), call)

@@ -1,9 +1,9 @@
-"""One HTTP request to a chat server, bounded in time and in bytes: the text of its answer, or why there is none.
+"""One HTTP request to a chat server, bounded in time and in bytes: the text of its answer, or an error.
 
-A server is not trusted: it may send without end, byte by byte, or anything at all. Everything that it sends (status
-line, interim answers, headers, chunk sizes, body) counts towards one limit of bytes, and one timer shuts the
-connection. Redirects are not followed, so neither the request nor the key reaches another host. What a server sends
-is quoted in messages only through `Endpoint.quote`: short, printable, without the key.
+A server is not trusted: it may send without end, byte by byte, or invalid data. Everything that it sends (status line,
+interim answers, headers, chunk sizes, body) counts towards one limit of bytes, and one timer shuts the connection.
+Redirects are not followed, so neither the request nor the key reaches another host. Messages quote what a server sends
+only through `Endpoint.quote`: short, printable, without the key.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LONGEST_REQUESTED_WAIT = 600.0  # seconds; a server that wants more cannot be u
 
 
 class AttemptError(Exception):
-    """One attempt failed: whether to try again, whether it ends the run, seconds that the server wants to be left."""
+    """A failed attempt: whether to try again, whether it ends the run, seconds to wait as the server requests."""
 
     def __init__(self, message: str, *, again: bool = True, fatal: bool = False, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -76,7 +76,7 @@ class Call:
 
 
 class TooManyBytesError(OSError):
-    """A server sent more than is read of any answer."""
+    """A server sent more bytes than the limit for an answer."""
 
 
 class _BoundedStream(io.RawIOBase):

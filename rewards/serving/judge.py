@@ -1,4 +1,4 @@
-"""Judges: which of two images or videos is better. A served model that sees both orders, or the difference of a reward.
+"""Judges of which of two images or videos is better: a served model, asked in both orders, or a reward's difference.
 
 Models are biased towards a position (arXiv 2306.05685), so a verdict counts only where both orders agree; everything
 else is an abstention, with the reason counted. The question about a pair is data (`PairQuestion`).
@@ -37,8 +37,8 @@ class PairQuestion:
 
     template: the question after the media; `{prompt}` is the caption. labels: text before each of the two; videos sent
     as frames need it, because nothing else marks where the first ends.
-    answers: lower-case answer -> +1 (the first), -1 (the second) or 0 (a tie), matched against the whole answer, case
-    and final full stop aside. within: an answer may stand inside a longer text, which then must be complete and hold
+    answers: lower-case answer -> +1 (the first), -1 (the second) or 0 (a tie), compared with the whole answer without
+    case and final full stop. within: an answer may be part of a longer text, which then must be complete and contain
     answers of one meaning only.
     """
 
@@ -56,12 +56,12 @@ class PairQuestion:
             )
 
     def parts(self, one: list[dict[str, Any]], other: list[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
-        """The parts of the question about media given as parts."""
+        """Message parts of the question, with the two media `one` and `other` given as parts."""
         before = [[text_part(label)] if label else [] for label in self.labels]
         return [*before[0], *one, *before[1], *other, text_part(self.template.replace("{prompt}", prompt))]
 
     def read(self, text: str) -> int | None:
-        """+1, -1 or 0 of an answer, None where it has no meaning or several."""
+        """The meaning of an answer, +1, -1 or 0; None if it has none or several."""
         folded = " ".join(text.casefold().split())
         if not self.within:
             return self.answers.get(folded.removesuffix("."))
@@ -133,8 +133,8 @@ class ServedJudge(ServedBase):
 
     question: a name of `QUESTIONS`, the path of a YAML file (`read_question`), or a PairQuestion. options: those of
     `ServedBase`. Abstentions are reported as failed, cut off, malformed, disagreed, tie or unsure.
-    least_margin: log-odds in favour of the verdict that both orders must reach at the first token of the answer;
-    None does not use probabilities; servers without log-probabilities and answers of several words need it.
+    least_margin: log-odds in favour of the verdict that both orders must reach at the first token of the answer; None
+    uses no probabilities, as is needed for servers without them and for answers of several words.
     """
 
     name = "served_judge"
@@ -160,16 +160,16 @@ class ServedJudge(ServedBase):
         super().__init__(base_url, model, **options)
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:
-        """+1 where the first is better, -1 the second, 0 where it abstains: one verdict a pair.
+        """One verdict a pair: +1 if the first is better, -1 if the second is better, 0 for an abstention.
 
         first, second: [B, 3, H, W] or [B, F, 3, H, W] in [0, 1]; sizes may differ between the two.
-        Raises DataError for other media, ServerError where the server fails as a whole (`ChatClient.ask`).
+        Raises DataError for other media, ServerError if the server cannot be used (`ChatClient.ask`).
         """
         media = [check_media(side, prompts, self) for side in (first, second)]  # type: ignore[arg-type]
         ones, others = ([self._media_parts(row) for row in side] for side in media)
         forward = [self._request(*row) for row in zip(ones, others, prompts, strict=True)]
         backward = [self._request(*row) for row in zip(others, ones, prompts, strict=True)]
-        # A short answer must match as a whole, so a reply cut off after it is no worse; a longer text may go on.
+        # A short answer must match as a whole, so a reply may be cut off after it; the rest of a longer text matters.
         is_short = not self.question.within
         replies = self.client.ask(forward + backward, label=self.name, allow_cut_off=is_short)
         verdicts = [self._verdict(*pair) for pair in zip(replies, replies[len(forward) :], strict=False)]
@@ -207,7 +207,7 @@ class ServedJudge(ServedBase):
 class RewardJudge:
     """Any reward as `alignkit.protocols.Judge`: the sign of the difference of two scores of one prompt.
 
-    It abstains where the scores differ by no more than `least_difference`, or one is not finite. Each item is scored
+    It abstains if the scores differ by no more than `least_difference`, or one is not finite. Each medium is scored
     alone, so there is no bias towards a position.
 
     reward: a reward; or its name in `REWARDS`, or 'package.module:attribute', built with `options`. Raises ConfigError

@@ -1,4 +1,4 @@
-"""What a served model replied, and the folder that stores replies so that a restart sends nothing twice.
+"""Replies of a served model, and a folder that stores them so that a restart sends nothing twice.
 
 The format is the OpenAI chat completion: https://platform.openai.com/docs/api-reference/chat/object. Only what judges
 read is stored: the text, the alternatives of its first token, how it ended, the tokens used. Neither a server nor a
@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import StorageError
+from alignkit.escape import get_logger
 from rewards.serving.bounded_json import parse_json
 
-_LOG = logging.getLogger(__name__)
+_LOG = get_logger(__name__)
 _SPACES = " \t\n\r▁ĠĊ"  # how tokenizers write the white space before a word
 _COMPLETE = ("stop", "eos_token", "stop_sequence")  # the last two: text-generation-inference
 _CUT_OFF = "length"
-_PASSING_ENDS = ("abort", "error")  # of vLLM, SGLang: the server dropped the request
+_TEMPORARY_ENDS = ("abort", "error")  # of vLLM, SGLang: the server dropped the request
 _MOST_CHARACTERS = 1 << 18  # of a text; 4096 tokens have some 16 thousand
 _MOST_ALTERNATIVES = 128  # of a token; vLLM gives 20 unless it is started with more
 _MOST_TOKEN_CHARACTERS = 1024
@@ -72,7 +73,7 @@ class Reply:
         """Read a chat completion; ValueError saying what is wrong where it is none or not complete.
 
         NoLogprobsError where they are needed and the field is absent; an empty one is a reply without a token.
-        UnusableReplyError where it ended for a reason that will not pass.
+        UnusableReplyError where it ended for a reason that another attempt would not change.
         """
         completion = parse_json(body)
         choices = _member(completion, "choices", list)
@@ -88,7 +89,7 @@ class Reply:
 
     @classmethod
     def from_record(cls, record: Any) -> Reply:
-        """The reply that `asdict` and JSON made `record` of; ValueError for another record."""
+        """The reply of a `record` made by `asdict` and JSON; ValueError for another record."""
         if not isinstance(record, dict) or set(record) != {"text", "first", "tokens", "is_cut_off"}:
             raise ValueError("the record is not of a reply")
         first = tuple(_pair(entry) for entry in _member(record, "first", list))
@@ -107,8 +108,8 @@ class Reply:
     def margin(self, one: Collection[str], other: Collection[str]) -> float:
         """log P(one) - log P(other), words in lower case; NaN where neither is listed.
 
-        Servers list the likeliest tokens only, so a side that is not among them counts as the last of them: the margin
-        is then a lower bound of its size.
+        Servers list the likeliest tokens only. A side that is not listed gets the probability of the last listed token,
+        so that the margin is then a lower bound of its size.
         """
         sides = [self.logprob(one), self.logprob(other)]
         if max(sides) == -math.inf:
@@ -123,8 +124,8 @@ def _require(is_valid: bool, what: str) -> None:  # noqa: FBT001
 
 
 def _is_cut_off(finish_reason: str) -> bool:
-    """Whether the limit of tokens ended the reply; raises for every end but this and the model's own."""
-    if finish_reason in _PASSING_ENDS:
+    """Whether the limit of tokens ended the reply; raises unless this or the model itself ended it."""
+    if finish_reason in _TEMPORARY_ENDS:
         raise ValueError(f"finish_reason is {finish_reason}")
     if finish_reason not in (*_COMPLETE, _CUT_OFF):
         raise UnusableReplyError(f"a reply ended with finish_reason {finish_reason}")
@@ -163,7 +164,7 @@ def _first_token(logprobs: Any) -> tuple[tuple[str, Any], ...]:
 
 
 def content_key(request: Mapping[str, Any], identity: str = "") -> str:
-    """64 hex digits of everything that decides a reply: the request (images included) and whose weights reply."""
+    """Hash (64 hex digits) of all that determines a reply: the request (images included) and the model's weights."""
     return _sha256({"request": request, "identity": identity})
 
 
@@ -214,7 +215,8 @@ class ReplyCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 aside.unlink()
-            raise StorageError(f"the reply cache '{self.folder}' cannot be written: {error}") from error
+            advice = "make room on the disk or fix the folder, then run the same command again"
+            raise StorageError(f"could not write '{path}': {error}; {advice}") from error
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import datasets
 import pytest
 import yaml
+from PIL import Image
 
 from alignkit import cli
 from alignkit.commands.data import DATA, TrainingData
 from alignkit.errors import ConfigError, DataError
+from alignkit.provenance import fingerprint
 from alignkit.records import Prompt
 from alignkit.trainers import METHODS, Method
 
@@ -200,3 +203,74 @@ def test_a_data_stage_refuses_several_processes(work, verb, monkeypatch, capsys)
     monkeypatch.setenv("WORLD_SIZE", "1")
     if verb == "generate":
         assert cli.main([verb, f"--config={verb}.yaml"]) == 0
+
+
+# --- the same data --------------------------------------------------------------------------------------------------
+
+
+def jsonl(folder):
+    (folder / "rows.jsonl").write_text('{"text": "a", "image": "images/a.png"}', encoding="utf-8")
+    return {"path": folder / "rows.jsonl"}
+
+
+def lists(folder):
+    (folder / "lists").mkdir()
+    names = ",".join(str(folder / "images" / name) for name in ("a.png", "b.png"))
+    (folder / "lists" / "rows.csv").write_text(f"prompt,chosen,rejected\nx,{names}\n", encoding="utf-8")
+    return {"path": folder / "lists", "root": folder}
+
+
+def parquet(folder):
+    cells = [{"bytes": None, "path": str(folder / "images" / name)} for name in ("a.png", "b.png")]
+    rows = datasets.Dataset.from_dict({"prompt": ["x"], "videos": [cells], "labels": [[1]]})
+    rows.to_parquet(folder / "rows.parquet")
+    return {"path": folder / "rows.parquet", "root": folder}
+
+
+def kohya(folder):
+    (folder / "images" / "a.txt").write_text("a", encoding="utf-8")
+    (folder / "images").rename(folder / "10_images")
+    return {"path": folder}
+
+
+@pytest.mark.parametrize("layout", [jsonl, lists, parquet, kohya])
+def test_data_are_the_same_while_the_files_that_rows_name_are(tmp_path, layout):
+    """By content: not where the data lies, nor when it was written; a file that no row names is none of it."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    (first / "images").mkdir(parents=True)
+    for name in ("a", "b"):
+        (first / "images" / f"{name}.png").write_bytes(f"image {name}".encode())
+    given = layout(first)
+    before = TrainingData(kind="ranked", **given).identity
+    if "root" not in given:  # rows that name files outside the data's folder do it by absolute paths
+        first.rename(other)
+        given = {"path": other / given["path"].relative_to(first)}
+    data = TrainingData(kind="ranked", **given)
+    (image,) = tmp_path.rglob("a.png")
+    os.utime(image, (1, 1))
+    assert data.identity == before
+    if layout is not kohya:  # there every file of the folder counts
+        (image.parent / "unused.png").write_bytes(b"")
+        assert data.identity == before
+    image.write_bytes(b"image c")
+    assert data.identity != before
+
+
+def test_bytes_in_rows_need_no_other_file(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["x"], "image": [{"bytes": b"image", "path": "a.png"}]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    alone = TrainingData(kind="ranked", path=tmp_path / "rows.parquet").identity
+    assert alone == fingerprint(tmp_path / "rows.parquet")
+
+
+def test_a_changed_image_is_what_is_trained_on(tmp_path, monkeypatch):
+    """The cache of `datasets` knows the table, not the images that its rows name."""
+    monkeypatch.chdir(tmp_path)  # `to_parquet` looks for the file
+    Path("a.png").write_bytes(b"")
+    cells = {"bytes": None, "path": "a.png"}
+    rows = datasets.Dataset.from_dict({"text": ["x"], "image": [cells]}).cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "rows.parquet")
+    data = TrainingData(kind="ranked", path=tmp_path / "rows.parquet")
+    for color in ((255, 0, 0), (0, 0, 255)):
+        Image.new("RGB", (8, 8), color).save(tmp_path / "a.png")
+        assert data.train()[0]["images"][0].getpixel((0, 0)) == color

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+
+import pytest
 
 from alignkit import cli
 
@@ -74,3 +78,28 @@ def test_a_model_folder_that_lacks_files(tmp_path, capsys):
     )
     assert cli.main(["doctor", f"--model={tmp_path}"]) == 2
     assert "incomplete, missing: unet/" in capsys.readouterr().err
+
+
+SCHEDULERS = [
+    ({"_class_name": "DDPMScheduler"}, "5000, as the network predicts epsilon"),  # what a config without it means
+    ({"_class_name": "DDPMScheduler", "prediction_type": "epsilon"}, "5000, as the network predicts epsilon"),
+    ({"_class_name": "DDPMScheduler", "prediction_type": "v_prediction"}, "5000, as the network predicts v_prediction"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "500, as the network predicts flow"),
+    (
+        {"_class_name": "DPMSolver", "prediction_type": "flow_prediction"},
+        "500, as the network predicts flow",
+    ),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "says"), SCHEDULERS)
+def test_the_default_of_beta_and_why(model_folders, tmp_path, capsys, scheduler, says):
+    shutil.copytree(model_folders["unet"], tmp_path / "model")
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
+    words = ["doctor", f"--model={tmp_path / 'model'}", "--resolution=16"]
+    assert cli.main([*words, "--method=rankdpo"]) == 0, capsys.readouterr().err
+    _, _, defaults = capsys.readouterr().out.partition("defaults that depend on the model\n")
+    reason = "flow models 500 (published: 100 to 2000), others 5000 (Diffusion-DPO's SDXL)"
+    assert defaults == f"  beta is not set: {says}; {reason}\n"
+    assert cli.main([*words, "--method=sft"]) == 0
+    assert "beta" not in capsys.readouterr().out

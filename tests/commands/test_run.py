@@ -11,10 +11,14 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from full_disk import full_disk
 
 from alignkit import cli
+from alignkit.commands.specs import load_policy
 from alignkit.evaluation.results import read_pairs
+from data_pipelines import exporters
 
+IMAGE = datasets.Image()
 SAMPLING = {"height": 16, "width": 16, "steps": 2}
 
 
@@ -119,6 +123,78 @@ def test_a_run_on_existing_data_leaves_out_the_prompts_that_it_evaluates(work, r
     assert f"{shared} training rows left out" in capsys.readouterr().out
     assert not (work / "second" / "candidates").exists()
     assert (work / "second" / "report.html").is_file()
+
+
+@pytest.fixture
+def captioned(work, ranked_rows):
+    """A config for `run`, and flags for `train`, of a training on captioned images that writes no checkpoint."""
+    rows = [{"text": row["prompt"], "image": row["images"][0]} for row in ranked_rows(4)]
+    features = datasets.Features({"text": datasets.Value("string"), "image": IMAGE})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(work / "images.parquet")
+    train = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.1, "save_strategy": "no"}
+
+    def words(verb, run):
+        if verb == "train":
+            flags = [f"--{key}={value}" for key, value in train.items()]
+            return ["train", "sft", "--model=model", "--data=images.parquet", "--held_out=0", "--out=run", *flags]
+        command = run(method="sft", data={"path": "images.parquet"}, train=train)
+        config = yaml.safe_load((work / "run.yaml").read_text(encoding="utf-8"))
+        del config["generate"], config["score"]
+        (work / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        return command
+
+    return words
+
+
+@pytest.mark.parametrize("verb", ["run", "train"])
+def test_a_folder_deleted_during_the_training_is_an_error(work, run, captioned, monkeypatch, capsys, verb):
+    """Without checkpoints too, where the training itself writes nothing; the same command then does it all."""
+    words = captioned(verb, run)
+
+    def load(*given):
+        shutil.rmtree(work / "run")
+        return load_policy(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alignkit.commands.stages.load_policy", load)
+        assert cli.main(words) == 2
+    assert re.search(r"alignkit: 'run\S*' was deleted or moved during the training", capsys.readouterr().err)
+    assert not list(work.glob("run/**/*.safetensors"))
+    assert cli.main(words) == 0, capsys.readouterr().err
+    assert list(work.glob("run/**/adapter/*.safetensors"))
+    assert list(work.glob("run/config.yaml"))
+
+
+def test_a_folder_deleted_during_an_export_is_an_error(work, ranked_rows, monkeypatch, capsys):
+    rows = [{"prompt": r["prompt"], "chosen": r["images"][0], "rejected": r["images"][1]} for r in ranked_rows(2)]
+    features = datasets.Features({"prompt": datasets.Value("string"), **dict.fromkeys(("chosen", "rejected"), IMAGE)})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(work / "pairs.parquet")
+    make_table = exporters._table
+
+    def table(*given):
+        shutil.rmtree(work / "out")
+        return make_table(*given)
+
+    words = ["export", "--data=pairs.parquet", "--out=out/pairs.parquet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(exporters, "_table", table)
+        assert cli.main(words) == 2
+    assert re.search(r"alignkit: could not write 'out/pairs.parquet': .*No such file", capsys.readouterr().err)
+    assert not (work / "out").exists()
+    assert cli.main(words) == 0
+    assert (work / "out" / "pairs.parquet").is_file()
+
+
+def test_a_training_that_found_no_room_for_its_result_goes_on(work, run, captioned, capsys):
+    """What is exported is taken for the result only when all of it is there."""
+    words = captioned("train", run)
+    for step in ("write", "close"):
+        with full_disk(Path("run/adapter"), step):
+            assert cli.main(words) == 2
+        assert re.search(r"alignkit: could not write 'run/adapter.*make room on the disk", capsys.readouterr().err)
+        assert not list(work.glob("run/adapter/*.safetensors"))
+    assert cli.main(words) == 0, capsys.readouterr().err
+    assert list(work.glob("run/adapter/*.safetensors"))
 
 
 def test_the_program_finds_modules_of_the_working_folder(work, monkeypatch):

@@ -283,16 +283,16 @@ def test_back_propagation_drops_the_features(pair):
     gradient([one], media)
     torch.testing.assert_close(gradient([two], media), gradient([lone], media), rtol=1e-5, atol=1e-7)
     assert len(looks) == 2
-    assert not one.clip.vision._seen
+    assert not one.clip.vision._features
 
 
 def test_features_do_not_outlive_their_media(pair):
     (one, _), _, _ = pair
     media = noise()
     one(media, PROMPTS)
-    assert one.clip.vision._seen
+    assert one.clip.vision._features
     del media
-    assert not one.clip.vision._seen
+    assert not one.clip.vision._features
 
 
 def test_shared_rewards_may_be_recomputed(pair):

@@ -188,7 +188,7 @@ def test_relations_are_the_published_rule():
     ("asked", "told"),
     [
         (Prompt.from_text("a cat"), "no `include` and no `exclude`"),
-        (prompt(want("unicorn")), "knows no 'unicorn'"),
+        (prompt(want("unicorn")), "has no class 'unicorn'"),
         (prompt(want("dgo")), "Did you mean 'dog'"),
         (prompt({"class": "cat"}), "`count` a number"),
         (prompt(want("cat", 0)), "`count` a number"),

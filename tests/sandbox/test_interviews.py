@@ -201,8 +201,8 @@ def test_what_patches_hand_on_is_measured_in_words(model, words):
         for row, kind in enumerate(kinds.amax(1).tolist()):
             if kind:
                 merged[row, (kind - 1) // 7] = merged[row, 20 + (kind - 1) % 7] = 50.0
-        assert objective._speaking(merged, kinds.flatten()) < 1e-3
-        assert objective._speaking(merged.flip(0), kinds.flatten()) > 1
+        assert objective._naming(merged, kinds.flatten()) < 1e-3
+        assert objective._naming(merged.flip(0), kinds.flatten()) > 1
 
 
 def test_recipe_saves_what_loads_without_a_processor(tmp_path, words):

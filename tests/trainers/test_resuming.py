@@ -8,10 +8,14 @@ import re
 import resource
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from full_disk import STEPS, full_disk
+from safetensors import SafetensorError
 
+from alignkit import cli
 from alignkit.errors import DataError, ResumeError, StorageError
 from alignkit.trainers.checkpoint import StepBatch, best_checkpoint, find_checkpoint, require_batch
 
@@ -104,6 +108,44 @@ def test_a_full_disk_ends_with_the_file_and_keeps_the_last_checkpoint(run, tmp_p
             trainer.train(resume_from_checkpoint=True)
     with pytest.warns(UserWarning, match="checkpoint-4' is refused"):
         assert find_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
+def write_half(state, file):
+    Path(file).write_bytes(b"\0" * 100)
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def fail_to_save(message):
+    def save(*_, **__):
+        raise RuntimeError(message)
+
+    return save
+
+
+TORCH = ("basic_ios::clear: iostream error", "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+
+@pytest.mark.parametrize("step", ["weights", *TORCH, *STEPS])
+def test_a_checkpoint_on_a_full_disk(run, tmp_path, monkeypatch, capsys, step):
+    """What safetensors and torch.save say on a full disk, and each step of what Python writes."""
+    run(max_steps=2).train()
+    training = run(max_steps=4).train
+    monkeypatch.setattr(cli, "_dispatch", lambda _: training(resume_from_checkpoint=True))
+    capsys.readouterr()
+    with monkeypatch.context() as patch, full_disk(tmp_path / "run", step):
+        if step == "weights":
+            patch.setattr("alignkit.trainers.base.save_file", write_half)
+        elif step in TORCH:
+            patch.setattr(torch, "save", fail_to_save(step))
+        assert cli.main(["train"]) == 2
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("alignkit: "))
+    assert re.search(r"could not write '.*checkpoint-4.*make room on the disk", said)
+    with pytest.warns(UserWarning, match="checkpoint-4' is refused"):
+        assert find_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    again = run(max_steps=4)
+    with pytest.warns(UserWarning, match="checkpoint-4' is refused"):
+        again.train(resume_from_checkpoint=True)
+    assert find_checkpoint(tmp_path / "run").name == "checkpoint-4"
 
 
 def test_a_folder_deleted_during_the_training_is_an_error(run, tmp_path):
