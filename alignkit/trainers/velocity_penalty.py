@@ -12,8 +12,7 @@ from alignkit.diffusion.solvers import Grid
 from alignkit.diffusion.steps import Steps
 from alignkit.generators.pipeline import PipelineGenerator, Predictor
 from alignkit.records import Conditioning
-
-MAX_WEIGHT = 20.0  # of a squared error; next to pure noise the velocity weight of an eps network would pass 200
+from alignkit.trainers.offline import MAX_WEIGHT
 
 
 class VelocityPenalty:
