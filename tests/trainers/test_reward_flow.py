@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import datasets
@@ -40,6 +41,13 @@ class Red:
 
     def __call__(self, media, prompts):
         return Scores(torch.sin(3 * media[:, 0]).mean((1, 2)) - media[:, 1:].square().mean((1, 2, 3)))
+
+
+class RedVideo(Red):
+    modality = "video"
+
+    def __call__(self, media, prompts):
+        return Scores(torch.sin(3 * media[:, :, 0]).mean((1, 2, 3)))
 
 
 class Blind(Red):
@@ -210,6 +218,22 @@ def test_bf16_gradients_reach_the_weights(make):
     trainer = make(bf16=True, max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_a_video_model_gets_the_gradient_of_plain_autograd(make, monkeypatch):
+    """A causal video VAE is decoded again in the backward pass; without any checkpoint the gradient is the same."""
+    from alignkit.trainers import reward_flow
+
+    keys = {"num_frames": 5, "gradient_steps": "last 2", "state_gradient_cap": None}
+    trainer = make("wan", rewards={"red": RedVideo()}, **keys)
+    batch = exact(trainer)
+    found = flown(trainer, batch)
+    monkeypatch.setattr(reward_flow, "checkpoint", lambda function, *inputs, **_: function(*inputs))
+    monkeypatch.setattr(reward_flow, "rollout", functools.partial(reward_flow.rollout, checkpointed=False))
+    torch.testing.assert_close(found, flown(trainer, batch))
+    assert found.norm() > 0
+    with pytest.raises(ConfigError, match="reward 'red' scores images, but here are videos"):
+        make("wan", num_frames=5)
 
 
 def test_explosion_stops_before_the_weights_change(make):
