@@ -71,7 +71,7 @@ class Codec:
         return vae.encode(pixels).latent_dist.mode()
 
     def _in_range(self, coder: Callable[[Any, Tensor], Tensor], values: Tensor) -> Tensor:
-        """`coder(vae, values)` in the VAE's dtype; in float32 after the VAE has overflowed once in float16 (SDXL's does).
+        """`coder(vae, values)` in the VAE's dtype; in float32 after an overflow of the VAE in float16 (SDXL's does).
 
         The float32 VAE is a copy: the pipeline decodes its own samples in its own way, and a backward pass needs the
         weights of its forward pass.

@@ -1,14 +1,14 @@
 """Decoding with gradients in bounded memory: one activation checkpoint for each call of the VAE's decoder.
 
-A causal video VAE (Wan, Qwen-Image) calls its decoder once for each latent frame. Between the calls a list holds the last
-frames of the input of every convolution, and every call changes this list. A checkpoint around such a call fails: when the
-backward pass repeats it, the list is one call ahead. Here the list is an input and a result of the checkpointed call, as in
-https://github.com/huggingface/diffusers/pull/14771, which makes the list local to one decode. The decoder gets the same
-tensors in the same calls as from the plain VAE, so pixels and gradients are equal to the last bit.
+A causal video VAE (Wan, Qwen-Image) calls its decoder once for each latent frame. Between the calls a list holds the
+last frames of the input of every convolution, and every call changes this list. A plain activation checkpoint around
+such a call fails: when the backward pass repeats the call, the list is ahead of it. Here the list is an input and a
+result of the call and belongs to one decode, as in https://github.com/huggingface/diffusers/pull/14771. The decoder
+gets the same tensors in the same calls as from the plain VAE, so pixels and gradients are equal to the last bit.
 
-Kept for the backward pass: the activations of one call, the list of each call, and the pixels. VAEs without such a list get
-the same checkpoint: one for the whole batch, or one for each row, spatial tile or temporal tile that the VAE decodes on its
-own (`vae.enable_slicing()`, `vae.enable_tiling()`).
+Kept for the backward pass: the activations of one call, the list of each call, and the pixels. VAEs without such a list
+get one activation checkpoint for the whole batch, or one for each row, spatial tile or temporal tile that the VAE
+decodes on its own (`vae.enable_slicing()`, `vae.enable_tiling()`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Decoding:
     """How `PipelineGenerator.decode` bounds the memory of its backward pass.
 
     Args:
-        frames: of a video: the first so many frames, or the indices of frames, in any order; all by default. Latent frames
-            after the last of them are left out where the family's decoder is causal.
-        segment: latent frames per outer checkpoint, of a VAE with a feature cache. With segments of s of T latent frames
-            T / s + s caches are kept instead of T, at the cost of one more forward pass; the square root of T is best. 1:
-            no outer checkpoints.
-        cache_on_cpu: keep the feature caches in the memory of the CPU.
+        frames: of a video: the first so many frames, or the indices of frames, in any order; all by default. Latent
+            frames after the last of them are left out where the family's decoder is causal.
+        segment: latent frames per outer activation checkpoint, of a VAE with a feature cache. With segments of s of T
+            latent frames T / s + s caches are kept instead of T, at the cost of one more forward pass; least for the
+            square root of T. 1: no outer ones.
+        cache_on_cpu: keep the feature caches between the calls, or between the segments, in the memory of the CPU.
 
     Raises ConfigError for a segment below 1.
     """
@@ -67,12 +67,13 @@ class Decoding:
 def decode_checkpointed(
     vae: Any, raw: Tensor, decode: Callable[[Any, Tensor], Tensor], decoding: Decoding, first: int | None = None
 ) -> Tensor:
-    """`decode(vae, raw)`, with checkpoints. `vae` is not changed; in the backward pass it must be what it is now.
+    """`decode(vae, raw)` with activation checkpointing. `vae` is not changed, and must not be before the backward pass.
 
     Args:
         vae: an autoencoder of diffusers, frozen or not, in any dtype, also under autocast.
         raw: latents [B, C, h, w] or [B, C, T, h, w] as the VAE takes them.
         decode: calls the `decode` method of the VAE that it gets.
+        decoding: segment length and place of the caches; its frames are the caller's.
         first: decode only so many latent frames.
 
     Raises ConfigError if segments or caches are asked of a VAE without a feature cache, or segments of one that tiles.
@@ -80,8 +81,8 @@ def decode_checkpointed(
     is_cached = CACHE in inspect.signature(vae.decoder.forward).parameters
     if not is_cached and (decoding.segment > 1 or decoding.cache_on_cpu):
         raise ConfigError(
-            f"segment and cache_on_cpu are for VAEs with a feature cache, and {type(vae).__name__} has none; leave both "
-            "out, or use vae.enable_slicing() or vae.enable_tiling() to save memory"
+            f"segment and cache_on_cpu are for VAEs with a feature cache, and {type(vae).__name__} has none; leave "
+            "both out, or use vae.enable_slicing() or vae.enable_tiling() to save memory"
         )
     if is_cached and not vae.use_tiling:
         rows = raw.split(1) if vae.use_slicing else [raw]
@@ -127,7 +128,7 @@ def _saving(*, on_cpu: bool) -> AbstractContextManager[Any]:
 
 
 class _CheckpointedDecoder(nn.Module):
-    """A VAE's decoder with one checkpoint per call; `start` is the feature cache after the frames before."""
+    """A VAE's decoder with an activation checkpoint per call; `start` is the feature cache after the frames before."""
 
     def __init__(self, decoder: nn.Module, *, cache_on_cpu: bool = False, start: Sequence[Any] = ()) -> None:
         super().__init__()
