@@ -27,7 +27,7 @@ class Codec:
 
     pipeline: Any
     name: str
-    _float32_vae: Any = None  # after an overflow in float16
+    _has_overflowed = False
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, C, h, w] of pixels [B, 3, H, W] in [0, 1], normalised as the network expects them.
@@ -73,17 +73,17 @@ class Codec:
     def _in_range(self, coder: Callable[[Any, Tensor], Tensor], values: Tensor) -> Tensor:
         """`coder(vae, values)` in the VAE's dtype; in float32 after an overflow of the VAE in float16 (SDXL's does).
 
-        The float32 VAE is a copy: the pipeline decodes its own samples in its own way, and a backward pass needs the
-        weights of its forward pass.
+        The float32 VAE is a copy for this call: the pipeline decodes its own samples in its own way, and a backward pass
+        needs the weights of its forward pass.
         """
         vae = self.pipeline.vae
-        if self._float32_vae is None:
+        if not self._has_overflowed:
             result = coder(vae, values.to(vae.dtype))
             if vae.dtype != torch.float16 or result.isfinite().all():
                 return result
             warnings.warn(f"the VAE of '{self.name}' overflows in float16; it now runs in float32", stacklevel=3)
-            self._float32_vae = copy.deepcopy(vae).float()
-        return coder(self._float32_vae.to(values.device), values.float())
+            self._has_overflowed = True
+        return coder(copy.deepcopy(vae).float(), values.float())
 
     @property
     def spatial_ratio(self) -> int:
