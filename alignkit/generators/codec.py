@@ -73,8 +73,8 @@ class Codec:
     def _in_range(self, coder: Callable[[Any, Tensor], Tensor], values: Tensor) -> Tensor:
         """`coder(vae, values)` in the VAE's dtype; in float32 after an overflow of the VAE in float16 (SDXL's does).
 
-        The float32 VAE is a copy for this call: the pipeline decodes its own samples in its own way, and a backward pass
-        needs the weights of its forward pass.
+        The float32 VAE is a copy for this call: the pipeline decodes its own samples in its own way, and a backward
+        pass needs the weights of its forward pass.
         """
         vae = self.pipeline.vae
         if not self._has_overflowed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 
 import diffusers
 import pytest
@@ -149,6 +150,34 @@ def test_segments_keep_one_cache_each():
     """6 latent frames: with 1, 2 and 5 borders between segments or calls."""
     halves, thirds, each = (saved_bytes(functools.partial(checkpointed, segment=size), 6) for size in (3, 2, 1))
     assert 0 < 4 * (thirds - halves) <= each - halves
+
+
+def most_live_bytes(decode, frames):
+    """The most bytes of results of Wan's modules that live at once in the backward pass."""
+    vae, live, most = copy.deepcopy(vae_of("wan")), 0, 0
+
+    def note(module, inputs, result):
+        nonlocal live, most
+        live += result.nbytes
+        most = max(most, live)
+        weakref.finalize(result, forget, result.nbytes)
+
+    def forget(size):
+        nonlocal live
+        live -= size
+
+    for module in vae.decoder.modules():
+        if module is not vae.decoder:
+            module.register_forward_hook(note)
+    pixels, most = decode(vae, latents_of("wan", frames)), 0
+    pixels.square().sum().backward()
+    return most or live
+
+
+@pytest.mark.parametrize("segment", [1, 2])
+def test_activations_of_one_latent_frame_live_in_the_backward_pass(segment):
+    few, many = (most_live_bytes(functools.partial(checkpointed, segment=segment), frames) for frames in (4, 6))
+    assert 0 < many == few
 
 
 @pytest.mark.parametrize(("family", "frames"), [("wan", 3), ("wan", [6, 1]), ("cogvideox", 3), ("ltx", [2, 9])])
