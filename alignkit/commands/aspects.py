@@ -57,7 +57,7 @@ class AspectsJob:
     writer: what writes the questions.
     aspects: which questions are wanted.
     out: the folder of the questions; run again, it continues.
-    show: print the questions of the first prompts with the critic's answers, and write none.
+    show: print the questions of the first prompts with the critic's answers, and write none; images go to OUT_show.
     """
 
     prompts: PromptsConfig
@@ -72,9 +72,13 @@ def _plan(job: AspectsJob) -> list[str]:
     preview, kinds = job.preview, ", ".join(job.aspects.aspects)
     generators = {"preview": preview.generator} if preview.generator else {}
     critics = {"preview": preview.critic} if preview.critic else {}
-    shown = absences(generators, rewards=critics, prompts=job.prompts) if job.show else absences({}, prompts=job.prompts)
+    missing = absences(generators if job.show else {}, rewards=critics if job.show else {}, prompts=job.prompts)
     what = f"print the questions ({kinds}) of {preview.prompts} prompts" if job.show else f"write questions ({kinds})"
-    return [*shown, *job.writer.absent, f"{what} of {job.prompts} with the writer '{job.writer.writer}' into {job.out}"]
+    return [
+        *missing,
+        *job.writer.absent,
+        f"{what} of {job.prompts} with the writer '{job.writer.writer}' into {job.out}",
+    ]
 
 
 def _work(job: AspectsJob) -> None:
@@ -115,7 +119,9 @@ def _show(job: AspectsJob, prompts: Sequence[Prompt], build: Callable[[], Questi
         ]
     preview = job.preview
     critic = build_reward(preview.critic.reward, dict(preview.critic.options)) if preview.critic else None
-    images = _images(preview, [one.prompt for one in shown], job.out / "_show") if critic else [None] * len(shown)
+    images: Sequence[Tensor | None] = [None] * len(shown)
+    if critic:
+        images = _images(preview, [one.prompt for one in shown], job.out.with_name(f"{job.out.name}_show"))
     for one, image in zip(shown, images, strict=True):
         print(f"\nprompt: {one.prompt.text}")
         print("\n".join([*(f"  not usable: {problem}" for problem in one.problems), *_answered(one, image, critic)]))

@@ -1,9 +1,9 @@
 """Questions about sandbox captions, from the grammar and in the forms that the sandbox's VLM was trained on.
 
-Every image with an object too many is wrong to gold, so each caption also gets questions about what else is there: the
-number of each shape, and the other shapes, which must be absent. Not asked, for the VLM knows no form for it: the number
-of all objects ("Is the number of objects two?"), whether all objects of a count have the colour, objects of no known
-shape, and the background (which gold does not judge).
+Gold fails an image with an object too many, so each caption also gets questions about what else is there: the number of
+each shape, and the other shapes, which must be absent. Not asked, for the VLM knows no form for it: the number of all
+objects ("Is the number of objects two?"), whether all objects of a count have the colour, objects of no known shape,
+and the background (which gold does not judge).
 """
 
 from __future__ import annotations

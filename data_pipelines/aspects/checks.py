@@ -10,12 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from alignkit.aspects import FACTS, Draft, Fact, Question, Rules
+from alignkit.aspects import FACTS, Draft, Question, Rules
 
 _QUOTED = re.compile(r'"[^"]*"')
-_FIRST = "is are was were does do did has have had can could will would should".split()
+_FIRST = re.compile(r"(is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b", re.IGNORECASE)
 _NEGATION = re.compile(
-    r"\b(no|not|never|none|nobody|nothing|nowhere|neither|nor|without|lacks?|lacking|absent|missing|isn't|\w+n't)\b"
+    r"\b(no|not|never|none|nobody|nothing|nowhere|neither|nor|without|lacks?|lacking|absent|missing|\w+n't)\b"
 )
 _SUFFIX = re.compile(r"\?\s*(?:(?:please )?answer (?:with )?yes or no\.?)?$", re.IGNORECASE)
 _STOP = {"the", "and", "with", "that", "this", "has", "have", "are", "its", "one", "there", "exactly"}
@@ -73,7 +73,7 @@ def _form_problems(text: str) -> Iterator[str]:
     body = _bare(text)
     if not body.endswith("?") or body.count("?") != 1:
         yield f"'{text}': it must be one question that ends with a question mark"
-    if body.split(" ", 1)[0].casefold() not in _FIRST:
+    if not _FIRST.match(body):
         yield f"'{text}': it must begin with a word such as Is, Are, Does or Has, so that yes or no answers it"
     if re.search(r"\bor\b", body.casefold()):
         yield f"'{text}': it offers a choice ('or'), which yes or no does not answer; ask about one of them"

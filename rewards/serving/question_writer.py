@@ -1,6 +1,6 @@
 """A served language model that writes yes/no questions about prompts (`alignkit.aspects.QuestionWriter`).
 
-The words of the request are a text file that users edit; the form of the reply is fixed by a JSON schema, which vLLM and
+The words of the request are a text file that users edit; a JSON schema fixes the form of the reply, which vLLM and
 OpenAI-compatible servers enforce (`response_format`). A reply is data of a server: types are checked here, what the
 questions say is checked by `data_pipelines.aspects`.
 """
@@ -33,7 +33,9 @@ class ServedWriter:
     client: options of `ChatClient` (cache, concurrency, timeout, api_key_env ...); ConfigError for unknown ones.
     """
 
-    get = "`vllm serve FOLDER --served-model-name NAME` gives base_url and model; template: configs/aspects/questions.txt"
+    get = (
+        "`vllm serve FOLDER --served-model-name NAME` gives base_url and model; template: configs/aspects/questions.txt"
+    )
 
     def __init__(self, base_url: str, model: str, *, template: str, max_tokens: int = 2048, **client: Any) -> None:
         self._template = read_template(Path(template))
@@ -116,8 +118,10 @@ def _draft(reply: Reply | None) -> Draft:
         return Draft(problems=["the reply was cut off at max_tokens; write fewer or shorter questions"])
     try:
         value = parse_json(reply.text)
-        facts = [Fact(_text(entry, "kind"), _text(entry, "text")) for entry in _list(value, "facts")]
-        asked = [_asked(entry) for entry in _list(value, "questions")]
+        facts = [
+            Fact(_member(entry, "kind", str), _member(entry, "text", str)) for entry in _member(value, "facts", list)
+        ]
+        asked = [_asked(entry) for entry in _member(value, "questions", list)]
     except ValueError as error:
         return Draft(problems=[f"the reply is not of the schema: {error}"])
     questions, covers = zip(*asked, strict=True) if asked else ((), ())
@@ -126,22 +130,15 @@ def _draft(reply: Reply | None) -> Draft:
 
 def _asked(entry: Any) -> tuple[Question, list[int]]:
     """A question and the numbers of its facts."""
-    named = {name: _text(entry, name) for name in ("name", "aspect", "text", "negated")}
-    numbers = _list(entry, "facts")
+    named = {name: _member(entry, name, str) for name in ("name", "aspect", "text", "negated")}
+    numbers = _member(entry, "facts", list)
     if not all(type(number) is int for number in numbers):
         raise ValueError(f"'facts' of a question is {numbers}; give whole numbers")
     return Question(**named), numbers
 
 
-def _list(record: Any, name: str) -> list[Any]:
+def _member(record: Any, name: str, kind: type) -> Any:
     value = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(value, list):
-        raise ValueError(f"'{name}' is missing or no list")
-    return value
-
-
-def _text(record: Any, name: str) -> str:
-    value = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(value, str):
-        raise ValueError(f"'{name}' is missing or no text")
-    return " ".join(value.split())
+    if isinstance(value, kind):
+        return value
+    raise ValueError(f"'{name}' is missing or no {kind.__name__}")
