@@ -7,7 +7,7 @@ errors that the model does not notice do not change the score. Not here: writing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignkit.aspects import Question
@@ -81,7 +81,11 @@ class YesNo:
         margins = iter(self._critic.margins_of(media, pairs, eight_bit=eight_bit))
         rows = []
         for questions in own:
-            row = {q.name: functional.logsigmoid(_margin(q, margins)) for q in questions}
+            row = {}
+            for q in questions:
+                good = [next(margins)] if q.text else []  # log-odds of the good answer
+                good += [-next(margins)] if q.negated else []
+                row[q.name] = functional.logsigmoid(sum(good[1:], good[0]) / len(good))
             for aspect in dict.fromkeys(q.aspect for q in questions if q.aspect):
                 row[f"aspect/{aspect}"] = _mean([q for q in questions if q.aspect == aspect], row)
             rows.append(row)
@@ -89,13 +93,6 @@ class YesNo:
         absent = total[0].new_tensor(float("nan"))
         names = dict.fromkeys(name for row in rows for name in row)
         return _column(total), {name: _column([row.get(name, absent) for row in rows]) for name in names}
-
-
-def _margin(question: Question, margins: Iterator[Tensor]) -> Tensor:
-    """The log-odds of a good answer, from those of yes to the texts that were asked, which are next in `margins`."""
-    good = [next(margins)] if question.text else []
-    good += [-next(margins)] if question.negated else []
-    return sum(good[1:], good[0]) / len(good)
 
 
 def _mean(questions: Sequence[Question], row: Mapping[str, Tensor]) -> Tensor:

@@ -51,8 +51,8 @@ class GrammarWriter:
         facts = list(dict.fromkeys(fact for _, covered in asked for fact in covered))
         if self.whole:
             asked.append((_question("whole", SHOWS.format(caption)), facts))
-        numbers = [[facts.index(fact) for fact in covered] for _, covered in asked]
-        return Draft(facts, [question for question, _ in asked], numbers)
+        covers = [list(map(facts.index, covered)) for _, covered in asked]
+        return Draft(facts, [question for question, _ in asked], covers)
 
     def _about_objects(self, spec: Spec) -> Iterator[Asked]:
         """Each object, its colour and the number of its shape."""

@@ -137,27 +137,25 @@ def write_aspects(
 
 def _write(folder: Path, name: str, rows: Sequence[Prompt], config: AspectsConfig, writer: QuestionWriter) -> Part:
     """One finished part: the good drafts as rows, counts and quarantine as notes."""
-    results = list(zip(rows, checked_drafts(rows, config, writer), strict=True))
-    kept = [(prompt, result.draft) for prompt, result in results if not result.problems]
+    kept, quarantined = [], []
     counts: Counter[str] = Counter()
-    for _, draft in kept:
+    for prompt, result in zip(rows, checked_drafts(rows, config, writer), strict=True):
+        named, draft = {"prompt_id": prompt.id, "prompt": prompt.text}, result.draft
+        questions = list(map(asdict, draft.questions))
+        counts["written_again"] += result.attempts > 1
+        if result.problems:
+            reason = "; ".join(result.problems)
+            quarantined.append({**named, "reason": reason, "attempts": result.attempts, "questions": questions})
+            continue
+        facts = list(map(asdict, draft.facts))
+        kept.append({**named, "metadata": _metadata(prompt), "questions": questions, "facts": facts})
         counts.update(f"questions_{question.aspect}" for question in draft.questions)
         counts.update(f"facts_{fact.kind}" for fact in draft.facts)
-    counts["written_again"] = sum(result.attempts > 1 for _, result in results)
-    quarantined = [_fault(prompt, result) for prompt, result in results if result.problems]
     notes = {"rows": len(kept), "counts": dict(counts), "quarantined": quarantined}
     return write_part(folder, name, {f"data/{name}.parquet": _table(kept)}, notes=notes)
 
 
-def _fault(prompt: Prompt, result: Checked) -> dict[str, Any]:
-    """The line of a prompt in quarantine."""
-    questions = [asdict(question) for question in result.draft.questions]
-    reason = "; ".join(result.problems)
-    named = {"prompt_id": prompt.id, "prompt": prompt.text, "reason": reason}
-    return {**named, "attempts": result.attempts, "questions": questions}
-
-
-def _table(kept: Sequence[tuple[Prompt, Draft]]) -> pa.Table:
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
     import pyarrow as pa
     from datasets import Features, List, Value
 
@@ -165,14 +163,7 @@ def _table(kept: Sequence[tuple[Prompt, Draft]]) -> pa.Table:
     texts = dict.fromkeys(("name", "aspect", "text", "negated"), text)
     named: dict[str, Any] = dict.fromkeys(("prompt_id", "prompt", "metadata"), text)
     named |= {"questions": List({**texts, "weight": Value("float64")}), "facts": List({"kind": text, "text": text})}
-    columns = {
-        "prompt_id": [prompt.id for prompt, _ in kept],
-        "prompt": [prompt.text for prompt, _ in kept],
-        "metadata": [_metadata(prompt) for prompt, _ in kept],
-        "questions": [list(map(asdict, draft.questions)) for _, draft in kept],
-        "facts": [list(map(asdict, draft.facts)) for _, draft in kept],
-    }
-    return pa.table(columns, schema=Features(named).arrow_schema)
+    return pa.Table.from_pylist(rows, schema=Features(named).arrow_schema)
 
 
 def _metadata(prompt: Prompt) -> str:
