@@ -124,35 +124,6 @@ def test_the_fixed_cost_is_measured_on_sdxls_structure(benchmarks):
         assert times["all"] == pytest.approx(sum(value for name, value in times.items() if name != "all"), abs=0.02)
 
 
-@pytest.fixture
-def encoded(load, ranked_rows, tmp_path):
-    """A row of 4 candidates as training stores it, and the side of its images."""
-    plan = DrawPlan(sample_t=lambda n, rng: torch.rand(n, generator=rng), noise_seed=0, caption_dropout=0.0)
-    rows = ranked_rows(2)
-    side = rows[0]["images"][0].height
-    return encode_rows(load("sdxl"), rows, plan, tmp_path)[0], side
-
-
-def test_the_size_of_a_cache_is_that_of_the_tensors_of_an_encoded_row(
-    benchmarks, monkeypatch, capsys, model_folders, encoded
-):
-    """Of the tiny model's shapes alone the benchmark gives what a real row takes."""
-    row, side = encoded
-    latents = row["latents"].numel()
-    width = row[f"{COND}encoder_hidden_states"].shape[-1]  # of each of CLIP's 77 tokens; the tiny tokenizer's are fewer
-    cond = 77 * width + row[f"{COND}text_embeds"].numel()
-    cache_size = importlib.import_module("cache_size")
-    monkeypatch.setattr(cache_size, "CONFIGS", model_folders["sdxl"].parent)
-    words = ["--models", "sdxl", "--rows", "10000000", "--rows_a_prompt", "5", "--candidates", "4", "--side", str(side)]
-    monkeypatch.setattr(sys, "argv", ["cache_size.py", *words])
-    cache_size.main()
-    found = json.loads(capsys.readouterr().out)
-    assert found["settings"] == {"rows": 10_000_000, "rows_a_prompt": 5, "candidates": 4, "side": side}
-    for name, size in (("float32_gb", 4), ("bfloat16_gb", 2)):
-        expected = {"with every row": latents + cond, "once a prompt": latents + cond / 5}
-        assert found[name] == {key: pytest.approx(size * value / 100, abs=0.051) for key, value in expected.items()}
-
-
 NO_TORCHVISION = "import torchvision_is_not_here\n"
 STAND_IN = """import json, pathlib, sys
 with pathlib.Path(__file__).with_suffix(".jsonl").open("a") as file:
@@ -213,3 +184,32 @@ def test_diffusers_loop_crops_the_middle_of_both_images(benchmarks):
     levels = (pixels + 1) * 255 / 2
     assert levels[0, 0].tolist() == pytest.approx([95 - 2 * x - 0.5 for x in range(8, 40)], abs=0.01)
     assert levels[3, 0].tolist() == pytest.approx([2 * x + 0.5 for x in range(8, 40)], abs=0.01)
+
+
+@pytest.fixture
+def encoded(load, ranked_rows, tmp_path):
+    """A row of 4 candidates as training stores it, and the side of its images."""
+    plan = DrawPlan(sample_t=lambda n, rng: torch.rand(n, generator=rng), noise_seed=0, caption_dropout=0.0)
+    rows = ranked_rows(2)
+    side = rows[0]["images"][0].height
+    return encode_rows(load("sdxl"), rows, plan, tmp_path)[0], side
+
+
+def test_the_size_of_a_cache_is_that_of_the_tensors_of_an_encoded_row(
+    benchmarks, monkeypatch, capsys, model_folders, encoded
+):
+    """Of the tiny model's shapes alone the benchmark gives what a real row takes."""
+    row, side = encoded
+    latents = row["latents"].numel()
+    width = row[f"{COND}encoder_hidden_states"].shape[-1]  # of each of CLIP's 77 tokens; the tiny tokenizer's are fewer
+    cond = 77 * width + row[f"{COND}text_embeds"].numel()
+    cache_size = importlib.import_module("cache_size")
+    monkeypatch.setattr(cache_size, "CONFIGS", model_folders["sdxl"].parent)
+    words = ["--models", "sdxl", "--rows", "10000000", "--rows_a_prompt", "5", "--candidates", "4", "--side", str(side)]
+    monkeypatch.setattr(sys, "argv", ["cache_size.py", *words])
+    cache_size.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == {"rows": 10_000_000, "rows_a_prompt": 5, "candidates": 4, "side": side}
+    for name, size in (("float32_gb", 4), ("bfloat16_gb", 2)):
+        expected = {"with every row": latents + cond, "once a prompt": latents + cond / 5}
+        assert found[name] == {key: pytest.approx(size * value / 100, abs=0.051) for key, value in expected.items()}

@@ -39,9 +39,10 @@ from alignkit.provenance import claim_config, plain, write_config
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """The report's title, and how many images or videos each group of its gallery shows."""
+    """The report's title, what the run shows in a sentence, and how many images or videos each gallery group shows."""
 
     title: str = "alignkit report"
+    note: str = ""
     gallery: int = 6
 
     def __post_init__(self) -> None:
@@ -137,6 +138,8 @@ def _work(job: Any) -> None:
     evaluation = _stage(3, "evaluate", scoring)
     judged = judge_evaluation(out, job.judges, job.evaluate)
     report = _stage(4, "report", functools.partial(_report, job, result))
+    if job.report.note:
+        print(f"\n{job.report.note}")
     print("", before_after(evaluation), *judged_lines(judged), sep="\n")
     print(f"\nreport:  {report}\nresult:  {result}\n\nNext, look at the report; then try")
     rate = f"{job.train.learning_rate / 3:.1g}"
@@ -174,7 +177,7 @@ def _stage(number: int, title: str, work: Callable[[], Any]) -> Any:
 
 
 def _report(job: Any, result: Path) -> Path:
-    report = ReportJob(run=job.out, title=job.report.title, gallery=job.report.gallery)
+    report = ReportJob(run=job.out, title=job.report.title, note=job.report.note, gallery=job.report.gallery)
     inputs = gather(report)
     write_report(inputs, report.target)
     title = f"{job.policy} aligned with {job.method}"
