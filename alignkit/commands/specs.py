@@ -282,6 +282,11 @@ def trained_frames(args: object) -> int | None:
     return None if isinstance(args, Mapping) else vars(args).get("num_frames")
 
 
+def trained_rewards(args: object) -> Sequence[str]:
+    """The names of the rewards that a trainer's config trains on; none where its keys are not known (a dry run)."""
+    return () if args is None or isinstance(args, Mapping) else args.trained_rewards  # type: ignore[attr-defined]
+
+
 def generator_builders(specs: Mapping[str, GeneratorSpec]) -> dict[str, Callable[[], ImageSource]]:
     """One builder a generator; calling it loads the model."""
     return {name: functools.partial(build_generator, name, spec) for name, spec in specs.items()}

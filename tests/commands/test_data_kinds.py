@@ -13,6 +13,7 @@ from PIL import Image
 
 from alignkit import cli
 from alignkit.commands.data import DATA, TrainingData
+from alignkit.diffusion.estimators import ESTIMATORS
 from alignkit.errors import ConfigError, DataError
 from alignkit.losses import LOSSES
 from alignkit.provenance import fingerprint
@@ -187,7 +188,7 @@ def test_the_page_of_methods_lists_the_tables():
     rows = [f"| `{name}` | {method.data} | {method.summary} |" for name, method in METHODS.items()]
     listed = [line for line in lines if line.startswith("| `")]
     assert listed[: len(rows)] == rows
-    assert {line.split("`")[1] for line in listed[len(rows) :]} == set(LOSSES)
+    assert {line.split("`")[1] for line in listed[len(rows) :]} == {*LOSSES, *ESTIMATORS}
     first_cells = [line.split(" | ")[0] for line in lines]
     start = first_cells.index("| ranked")
     assert first_cells[start : start + len(DATA)] == [f"| {kind}" for kind in DATA]
