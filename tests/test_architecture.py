@@ -44,6 +44,7 @@ LEVELS = [
         "clips",
         "columns",
         "provenance",
+        "aspects",
     ),
     ("diffusion", "losses", "precision"),
     ("backbones", "generators", "adapters"),
@@ -59,6 +60,7 @@ OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resol
     "media",
     "clips",
     "columns",
+    "aspects",
 }
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve"}

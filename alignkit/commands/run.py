@@ -2,12 +2,13 @@
 
     OUT/config.yaml  versions.json      what it was made with; another config is refused
     OUT/candidates   scores   ranked    Syn-Pic, where the method trains on ranked data that is made here
+    OUT/aspects                         questions, where the method trains on those and they are written here
     OUT/train        OUT/train/adapter  training and its result
     OUT/evaluation   OUT/report.html    base against tuned
 
-Which sections say where the training data comes from depends on the method (`data.DATA`): generate, score and rank; or
-`data`, an existing dataset; or none, for a method that trains on prompts alone. Each stage recognises what is finished
-and does the rest. Deliberately not here: any stage.
+Which sections say where the training data comes from depends on the method (`data.DATA`): generate, score and rank;
+writer and aspects; or `data`, an existing dataset; or none, for a method that trains on prompts alone. Each stage
+recognises what is finished and does the rest. Deliberately not here: any stage.
 """
 
 from __future__ import annotations
@@ -147,14 +148,18 @@ def _work(job: Any) -> None:
     print(f"  alignkit run --config {job.out / 'config.yaml'} --out {job.out}-2 --train.learning_rate {rate}")
 
 
+_STAGES = ("candidates", "scores", "ranked", "aspects", "train", "evaluation")
+
+
 def _free(out: Path) -> set[str]:
     """Sections that may still change: nothing has been made with them. Each stage compares what it was made with."""
     free = {"report", "judges"}
-    has = {stage: holds_results(out / stage) for stage in ("candidates", "scores", "ranked", "train", "evaluation")}
+    has = {stage: holds_results(out / stage) for stage in _STAGES}
     sections = {
         "candidates": {"generate"},
         "scores": {"score"},
         "ranked": {"rank"},
+        "aspects": {"writer", "aspects"},
         "train": {"method", "data", "train", "validation"},
         "evaluation": {"evaluate", "evaluate_prompts", "gold"},
     }

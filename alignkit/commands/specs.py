@@ -110,7 +110,7 @@ class RewardSpec:
     @property
     def identity(self) -> str:
         """Changes with the options and with the files that they name, a composite's `state` among them."""
-        return _identity(self.reward, self.options)
+        return identity_of(self.reward, self.options)
 
     @property
     def absent(self) -> list[str]:
@@ -136,7 +136,7 @@ class JudgeSpec:
     @property
     def identity(self) -> str:
         """Changes with the options and with the files that they name, a question's among them."""
-        return _identity(self.judge, self.options)
+        return identity_of(self.judge, self.options)
 
 
 def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
@@ -146,7 +146,7 @@ def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
     return replace(base, adapter=result)
 
 
-def _identity(name: str, options: Mapping[str, Any]) -> str:
+def identity_of(name: str, options: Mapping[str, Any]) -> str:
     """A name and its options, with the content of the files and folders that they name.
 
     `cache` is left out at every level: replies are added to it, but it does not change a score.

@@ -188,7 +188,7 @@ def test_the_page_of_methods_lists_the_tables():
     rows = [f"| `{name}` | {method.data} | {method.summary} |" for name, method in METHODS.items()]
     listed = [line for line in lines if line.startswith("| `")]
     assert listed[: len(rows)] == rows
-    assert {line.split("`")[1] for line in listed[len(rows) :]} == {*LOSSES, *ESTIMATORS}
+    assert {*LOSSES, *ESTIMATORS} <= {line.split("`")[1] for line in listed[len(rows) :]}
     first_cells = [line.split(" | ")[0] for line in lines]
     start = first_cells.index("| ranked")
     assert first_cells[start : start + len(DATA)] == [f"| {kind}" for kind in DATA]
