@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": ("alignkit.commands.generate:main", "Generate candidates for prompts with several generators."),
     "score": ("alignkit.commands.score:main", "Score candidates with several rewards; raw scores are kept."),
     "rank": ("alignkit.commands.rank:main", "Turn scores into a ranked dataset."),
+    "aspects": ("alignkit.commands.aspects:main", "Write yes/no questions about prompts, for a critic."),
     **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
     "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),
     "export": ("alignkit.commands.export:main", "Write ranked data as pairs for TRL or Pick-a-Pic programs."),

@@ -21,7 +21,6 @@ import ctypes
 import functools
 import io
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from fixed_cost import fixed_cost
 from PIL import Image
@@ -164,34 +164,36 @@ class Turns(TrainerCallback):
     """Times each step of a running training, from one `on_step_end` to the next, and between them the `others`.
 
     So a busy machine is equally unkind to all. All that Trainer does is in `step`: rows, clipping, optimizer, logging.
+    `clock` gives seconds, or an array of the seconds of several clocks.
     """
 
-    def __init__(self, trainer: RankDPOTrainer, make_others: Callable[[], dict[str, Callable[[], None]]]) -> None:
-        self.trainer, self.make_others, self.others = trainer, make_others, {}
-        self.taken: dict[str, list[float]] = defaultdict(list)
-        self.since = 0.0
+    def __init__(
+        self, make_others: Callable[[], dict[str, Callable[[], Any]]], clock: Callable[[], Any] = time.perf_counter
+    ) -> None:
+        self.make_others, self.others, self.clock = make_others, {}, clock
+        self.taken: dict[str, list[Any]] = defaultdict(list)
+        self.since = clock()
 
     @override
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         _synchronise()
-        took = time.perf_counter() - self.since
+        took = self.clock() - self.since
         self.others = self.others or self.make_others()
-        times = {"step": took, **{name: _seconds(run) for name, run in self.others.items()}}
+        times = {"step": took, **{name: self._seconds(run) for name, run in self.others.items()}}
         if state.global_step > WARM_UP:
             for name, value in times.items():
                 self.taken[name].append(value)
-        self.since = time.perf_counter()
+        self.since = self.clock()
 
-    def medians(self) -> dict[str, float]:
+    def _seconds(self, run: Callable[[], Any]) -> Any:
+        start = self.clock()
+        run()
+        _synchronise()
+        return self.clock() - start
+
+    def medians(self) -> dict[str, Any]:
         """Median seconds of every kind."""
-        return {name: statistics.median(seconds) for name, seconds in self.taken.items()}
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    _synchronise()
-    return time.perf_counter() - start
+        return {name: np.median(seconds, axis=0) for name, seconds in self.taken.items()}
 
 
 def keep_freed_memory() -> None:
@@ -215,7 +217,7 @@ def speed(model: Path, chosen: argparse.Namespace, work: Path) -> list[dict[str,
         full, low, ready = KINDS[name]
         options = {"full_finetune": full, "low_memory": low, "precompute_reference": ready}
         trainer = build(model, chosen, work / name.replace(", ", "-").replace(" ", "_"), **options)
-        turns = Turns(trainer, functools.partial(_others, trainer, ready=ready))
+        turns = Turns(functools.partial(_others, trainer, ready=ready))
         trainer.add_callback(turns)
         trainer.train()
         taken = turns.medians()

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.columns import column
 from alignkit.errors import DataError
 from alignkit.escape import get_logger
 from alignkit.media import clip_shape, image_size, is_video
@@ -32,7 +33,8 @@ from data_pipelines.cells import contained, read_cell, read_files
 from data_pipelines.folders import FolderRow, Say, captioned_rows, is_captioned_folder, pair_rows
 from data_pipelines.labels import first_is_better
 from data_pipelines.opening import IMAGE_COLUMNS, bounds_of, is_plain_folder, open_dataset, own_split
-from data_pipelines.prompts import split_of, to_prompt
+from data_pipelines.prompts import to_prompt
+from data_pipelines.rows import rows_of_split
 from data_pipelines.synpic.rank import COLUMNS, SPLITS, VIDEO_COLUMNS, ranked_features
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def load_ranked(path: str | Path, split: str, *, held_out: float = 0.1, root: st
     if own is not None:
         return _to_ranked(splits[own], path, bounds_of(path, root), say) if own else _empty(path, split, held_out)
     ranked = _to_ranked(next(iter(splits.values())), path, bounds_of(path, root), say)
-    mine = [row for row, prompt_id in enumerate(ranked["prompt_id"][:]) if split_of(prompt_id, held_out) == split]
+    mine = rows_of_split(ranked, split, held_out)
     return ranked.select(mine) if mine else _empty(path, split, held_out)
 
 
@@ -165,7 +167,14 @@ def _with_phi(raw: Dataset, path: Path, say: Say) -> Dataset:
 
 
 def _check_phi(rows: Dataset, path: Path) -> None:
-    for row, values in enumerate(rows["phi"][:]):
+    import pyarrow.compute as pa_compute
+
+    cells = column(rows, "phi")
+    numbers, counts = pa_compute.list_flatten(cells), pa_compute.list_value_length(cells)
+    within = pa_compute.and_(pa_compute.greater_equal(numbers, 0), pa_compute.less_equal(numbers, 1))
+    if all(pa_compute.all(good, skip_nulls=False).as_py() for good in (within, pa_compute.greater(counts, 0))):
+        return
+    for row, values in enumerate(cells.to_pylist()):
         if not values or any(value is None or not 0 <= value <= 1 for value in values):
             raise DataError(f"'{path}', row {row}: phi is {values}; it must be a list of numbers within 0 and 1")
 

@@ -223,12 +223,18 @@ def _saved_to_disk(path: Path) -> Mapping[str, Dataset]:
 # --- JSON lines and CSV ---------------------------------------------------------------------------------------------
 
 
+_NO_DATA = ("metadata", "quarantine")
+
+
 def _tables(path: Path) -> dict[str, Path]:
-    """The .jsonl and .csv files at `path` by split: one that is alone is "train", several are named after splits."""
+    """The .jsonl and .csv files at `path` by split: one that is alone is "train", several are named after splits.
+
+    What a stage left out, `quarantine.jsonl`, is no data.
+    """
     if path.is_file():
         return {"train": path} if path.suffix.lower() in TABLES else {}
     files = list(_visible(path, depth=1))
-    tables = [file for file in files if file.suffix.lower() in TABLES and file.stem != "metadata"]
+    tables = [file for file in files if file.suffix.lower() in TABLES and file.stem not in _NO_DATA]
     if any(file.suffix.lower() == ".parquet" for file in files) or not tables:
         return {}
     if len(tables) == 1:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.columns import column, once_each
 from alignkit.errors import DataError
 from alignkit.escape import get_logger
 from alignkit.records import Prompt
@@ -44,7 +45,7 @@ def load_rows(
     if "videos" in rows.column_names:
         rows = contained(rows, "videos", bounds_of(path, root), f"'{path}'")
     if own is None:
-        rows = rows.select([row for row, id_ in enumerate(rows["prompt_id"]) if split_of(id_, held_out) == split])
+        rows = rows.select(rows_of_split(rows, split, held_out))
     if own == "" or not len(rows):
         raise DataError(f"'{path}' has no row in the split '{split}' (held_out {held_out}); give more data")
     return rows
@@ -62,9 +63,17 @@ def with_prompt_ids(rows: Dataset, path: Path) -> Dataset:
     return rows if "prompt_id" in rows.column_names else rows.add_column("prompt_id", ids)
 
 
+def rows_of_split(rows: Dataset, split: str, held_out: float) -> list[int]:
+    """The numbers of the rows whose `prompt_id` falls on the side `split`."""
+    splits = once_each(column(rows, "prompt_id").to_pylist(), lambda prompt_id: split_of(prompt_id, held_out))
+    return [row for row, own in enumerate(splits) if own == split]
+
+
 def without_prompts(rows: Dataset, ids: frozenset[str]) -> Dataset:
     """`rows` less those whose prompt has one of `ids`. Raises DataError where none stays."""
-    stay = [row for row, text in enumerate(rows["prompt"][:]) if Prompt.from_text(text).id not in ids]
+    texts = column(rows, "prompt").to_pylist()
+    stays = once_each(texts, lambda text: Prompt.from_text(text).id not in ids)
+    stay = [row for row, is_kept in enumerate(stays) if is_kept]
     if not stay:
         raise DataError("every training row has a prompt that validation or evaluation uses; give other prompts")
     return rows if len(stay) == len(rows) else rows.select(stay)

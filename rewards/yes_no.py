@@ -8,9 +8,9 @@ errors that the model does not notice do not change the score. Not here: writing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from alignkit.aspects import Question
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt, Scores
 from rewards.models.media import check_media
@@ -22,43 +22,14 @@ if TYPE_CHECKING:
 QUESTION = 'Does this match the description "{prompt}"? Answer with yes or no.'
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question whose good answer is yes; `{prompt}` is replaced by the prompt. `negated`: the opposite question."""
-
-    text: str
-    weight: float = 1.0
-    negated: str = ""
-    name: str = ""
-
-    @classmethod
-    def of(cls, given: str | Mapping[str, Any] | Question) -> Question:
-        """From a text, or from a mapping with the fields' names; ConfigError for other keys or a weight not above 0."""
-        if isinstance(given, str | Question):
-            question = cls(given) if isinstance(given, str) else given
-        else:
-            unknown = set(given) - {"text", "weight", "negated", "name"}
-            if unknown or not given.get("text"):
-                raise ConfigError(
-                    f"question {dict(given)}: it has text, weight, negated and name; {unknown} is unknown"
-                )
-            question = cls(**given)
-        if not question.weight > 0:
-            raise ConfigError(f"question '{question.text}': its weight is {question.weight}; give more than 0")
-        return question
-
-    def asked(self, prompt: str) -> list[str]:
-        """The texts to ask: the question, and its negation if there is one."""
-        return [text.replace("{prompt}", prompt) for text in (self.text, self.negated) if text]
-
-
 class YesNo:
     """Sum of w log sigma(m) over a prompt's questions divided by the sum of w; at most 0, and 0 is perfect.
 
-    m is the log-odds of yes; with `negated`, m = [m(question) - m(negated)] / 2, in which a bias to yes that is equal
-    for both cancels. `questions`: for all prompts; `metadata["questions"]` of a prompt (texts, or mappings with text,
-    weight, negated, name) replaces them. Parts: log sigma(m) by the question's name or number; NaN in the rows of
-    prompts that do not have the question. `eight_bit` adds the part `eight_bit`: the total
+    m is the log-odds of yes to `text`, or minus those to `negated`; of a question that has both it is the mean of the
+    two, in which a bias to yes that is equal for both cancels. `questions`: for all prompts; `metadata["questions"]` of
+    a prompt (texts, or mappings with text, weight, negated, name, aspect) replaces them. Parts: log sigma(m) by the
+    question's name or number, and `aspect/NAME`, the weighted mean over the questions of an aspect; NaN in the rows of
+    prompts that do not have the question or the aspect. `eight_bit` adds the part `eight_bit`: the total
     for media as 8-bit files, without gradient. `options` go to `VlmCritic` (device, dtype, readout, rate, ...).
     """
 
@@ -110,16 +81,24 @@ class YesNo:
         margins = iter(self._critic.margins_of(media, pairs, eight_bit=eight_bit))
         rows = []
         for questions in own:
-            odds = {q.name: (next(margins) - next(margins)) / 2 if q.negated else next(margins) for q in questions}
-            rows.append({name: functional.logsigmoid(value) for name, value in odds.items()})
-        total = [
-            sum(q.weight * row[q.name] for q in qs) / sum(q.weight for q in qs)
-            for qs, row in zip(own, rows, strict=True)
-        ]
-        return _column(total), {
-            name: _column([row[name] if name in row else total[0].new_tensor(float("nan")) for row in rows])
-            for name in dict.fromkeys(name for row in rows for name in row)
-        }
+            row = {}
+            for q in questions:
+                good = [next(margins)] if q.text else []  # log-odds of the good answer
+                good += [-next(margins)] if q.negated else []
+                row[q.name] = functional.logsigmoid(sum(good[1:], good[0]) / len(good))
+            for aspect in dict.fromkeys(q.aspect for q in questions if q.aspect):
+                row[f"aspect/{aspect}"] = _mean([q for q in questions if q.aspect == aspect], row)
+            rows.append(row)
+        total = [_mean(questions, row) for questions, row in zip(own, rows, strict=True)]
+        absent = total[0].new_tensor(float("nan"))
+        names = dict.fromkeys(name for row in rows for name in row)
+        return _column(total), {name: _column([row.get(name, absent) for row in rows]) for name in names}
+
+
+def _mean(questions: Sequence[Question], row: Mapping[str, Tensor]) -> Tensor:
+    """The weighted mean of log sigma(m) over `questions`."""
+    weighted = [q.weight * row[q.name] for q in questions]
+    return sum(weighted[1:], weighted[0]) / sum(q.weight for q in questions)
 
 
 def _column(values: Sequence[Tensor]) -> Tensor:

@@ -42,7 +42,9 @@ LEVELS = [
         "claims",
         "media",
         "clips",
+        "columns",
         "provenance",
+        "aspects",
     ),
     ("diffusion", "losses", "precision"),
     ("backbones", "generators", "adapters"),
@@ -57,6 +59,8 @@ OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resol
     "locks",
     "media",
     "clips",
+    "columns",
+    "aspects",
 }
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve"}

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from alignkit.adapters import lora
+from alignkit.media import encode_image
 from alignkit.sandbox import generators
 from alignkit.trainers.draws import DrawPlan
 from alignkit.trainers.latents import COND, encode_rows
@@ -117,6 +122,68 @@ def test_the_fixed_cost_is_measured_on_sdxls_structure(benchmarks):
     assert costs["lists_ms"].keys() == costs["walks_ms"].keys() == USES
     for times in (costs["lists_ms"], costs["walks_ms"]):
         assert times["all"] == pytest.approx(sum(value for name, value in times.items() if name != "all"), abs=0.02)
+
+
+NO_TORCHVISION = "import torchvision_is_not_here\n"
+STAND_IN = """import json, pathlib, sys
+with pathlib.Path(__file__).with_suffix(".jsonl").open("a") as file:
+    print(json.dumps(sys.argv[1:]), file=file)
+"""
+
+
+def test_diffusers_loop_computes_our_loss(benchmarks, monkeypatch, capsys, tmp_path):
+    """Both sides run on one folder; a script that cannot be run is named, and a bare loop measured in its place."""
+    (tmp_path / "script.py").write_text(NO_TORCHVISION)
+    told = {
+        "script": tmp_path / "script.py",
+        "work": tmp_path / "work",
+        "side": 64,
+        "pairs": 2,
+        "epochs": 2,
+        "steps": 1,
+    }
+    options = [str(part) for name, value in told.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["against_diffusers.py", "--tiny", *options])
+    against = importlib.import_module("against_diffusers")
+    monkeypatch.setattr(against, "keep_freed_memory", lambda: None)  # it would hold for the whole process
+    against.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    answer = json.loads(line)
+    assert "a bare loop" in answer["theirs"]
+    assert "No module named 'torchvision_is_not_here'" in answer["theirs"]
+    loss = answer["loss"]["float64"]
+    assert loss["relative_difference"] < 1e-4 < abs(loss["ours"] - math.log(2))
+    assert answer["draws"] == {"rows x epochs": 4, "distinct": 4}
+    for found in (answer["whole_run"], *answer["per_step"].values()):
+        assert found["ratio"]["wall_s"] == pytest.approx(found["theirs"]["wall_s"] / found["ours"]["wall_s"], rel=0.05)
+    saved = [load_file(tmp_path / "work" / side / lora.DIFFUSERS_FILE).values() for side in ("ours", "theirs")]
+    ours, theirs = (sorted(tuple(tensor.shape) for tensor in tensors) for tensors in saved)
+    assert ours == theirs
+
+
+def test_diffusers_script_runs_twice_and_for_its_imports(benchmarks, tmp_path):
+    (tmp_path / "script.py").write_text(STAND_IN)
+    against = importlib.import_module("against_diffusers")
+    settings = against.Settings(1, 64, 8, 1e-5, 5000.0, 0, bf16=True)
+    script = against.Script(tmp_path / "script.py", tmp_path / "model", tmp_path / "pairs", settings, tmp_path)
+    found = script.measure(epochs=3, steps=9)
+    assert {name: values.shape for name, values in found.items()} == {"per_step": (2,), "whole_run": (2,)}
+    first, *runs = map(json.loads, (tmp_path / "script.jsonl").read_text().splitlines())
+    assert first == ["--help"]
+    told = [dict(zip(run[1::2], run[2::2], strict=True)) for run in runs]
+    assert [options.get("--max_train_steps") for options in told] == [str(against.FEW), None]
+    assert told[1]["--num_train_epochs"] == "3"
+    assert (told[1]["--beta_dpo"], told[1]["--mixed_precision"]) == ("5000", "bf16")
+
+
+def test_diffusers_loop_crops_the_middle_of_both_images(benchmarks):
+    bare = importlib.import_module("bare_dpo")
+    ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None], (64, 96, 3))
+    pixels, facts = bare._pair(encode_image(ramp), encode_image(ramp[:, ::-1].copy()), 0.0, side=32)
+    assert facts == [(64, 96), (0, 8)]
+    levels = (pixels + 1) * 255 / 2
+    assert levels[0, 0].tolist() == pytest.approx([95 - 2 * x - 0.5 for x in range(8, 40)], abs=0.01)
+    assert levels[3, 0].tolist() == pytest.approx([2 * x + 0.5 for x in range(8, 40)], abs=0.01)
 
 
 @pytest.fixture

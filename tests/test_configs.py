@@ -53,7 +53,7 @@ def test_a_dry_run_prints_the_keys_of_the_method_and_those_given(monkeypatch, ca
     words = ["--config", "configs/demo.yaml", "--train.weight_decay", "0.1", "--dry-run"]
     assert cli.main(["run", *words]) == 0
     train = yaml.safe_load(capsys.readouterr().out)["train"]
-    assert (train["beta"], train["weight_decay"], train["sft_weight"]) == (100, 0.1, 0.0)
+    assert (train["beta"], train["weight_decay"], train["sft_weight"]) == (30, 0.1, 0.0)
     assert "adam_beta1" not in train
 
 

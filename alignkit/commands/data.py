@@ -25,10 +25,12 @@ from alignkit.commands.specs import (
     require_sources,
 )
 from alignkit.commands.verb import Tree, counts_line
+from alignkit.commands.writers import WriterSpec
 from alignkit.config import init_fields
 from alignkit.errors import ConfigError, DataError
 from alignkit.provenance import fingerprint, fingerprint_files
 from alignkit.records import Prompt
+from data_pipelines.aspects import AspectsConfig, write_aspects
 from data_pipelines.importers import load_ranked
 from data_pipelines.opening import files_beside
 from data_pipelines.rows import load_rows, without_prompts
@@ -230,6 +232,31 @@ class SynPicJob(PolicyJob):
         return counts_line(rank_candidates(*folders, self.rank, out / "ranked").counts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuestionsJob(PolicyJob):
+    """Questions about the training prompts, written into the folder aspects of the run.
+
+    writer: what writes the questions.
+    aspects: which questions are wanted.
+    """
+
+    writer: WriterSpec = field(default_factory=WriterSpec)
+    aspects: AspectsConfig = field(default_factory=AspectsConfig)
+
+    def data_plan(self) -> list[str]:
+        kinds, name = ", ".join(self.aspects.aspects), self.writer.writer
+        source = f"the training share of {self.prompts}"
+        return [*self.writer.absent, f"aspects: questions ({kinds}) about {source}, written by '{name}'"]
+
+    def make_data(self, shares: PromptShares) -> TrainingData:
+        path, build_writer = self.out / "aspects", self.writer.builder()
+        result = write_aspects(
+            shares.train, self.aspects, path, build_writer=build_writer, identity=self.writer.identity
+        )
+        print(f"      {counts_line(result.counts)}")
+        return TrainingData(kind="aspects", path=path)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetConfig:
     """An existing dataset.
@@ -299,12 +326,12 @@ class DataKind:
 
 
 _DENSE = (("prompt",), ("videos", "latents"), ("labels",))
-_ASPECTS = (("prompt",), ("questions",))
+_ASPECTS = functools.partial(load_rows, columns=(("prompt",), ("questions",)))
 
 DATA = {
     "ranked": DataKind("ranked candidates (or pairs, or captioned media)", load_ranked, SynPicJob),
     "dense": DataKind("pairs of clips with labels of their segments", functools.partial(load_rows, columns=_DENSE)),
-    "aspects": DataKind("prompts with questions about them", functools.partial(load_rows, columns=_ASPECTS)),
+    "aspects": DataKind("prompts with questions about them", _ASPECTS, QuestionsJob),
     "prompts": DataKind("prompts", made=PolicyJob),
 }
 
@@ -324,8 +351,10 @@ def data_sections(method: str, tree: Tree, problems: list[str], *, dry_run: bool
     method are those that the config has, for its module is not imported.
     """
     if dry_run and known_method(method) is None:
-        synpic = SynPicJob if {"generate", "score", "rank"} & set(tree) else PolicyJob
-        return DatasetJob if "data" in tree else synpic
+        if "data" in tree:
+            return DatasetJob
+        questions = QuestionsJob if {"writer", "aspects"} & set(tree) else PolicyJob
+        return SynPicJob if {"generate", "score", "rank"} & set(tree) else questions
     kind = data_kind(method)
     sections: type[PolicyJob] = kind.made or DatasetJob
     if "data" in tree and kind.load is not None:

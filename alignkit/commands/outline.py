@@ -79,6 +79,8 @@ def _annotation(node: ast.expr) -> Any:
         return operator.or_(_annotation(node.left), _annotation(node.right))
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "list":
         return list[_annotation(node.slice)]  # type: ignore[misc]
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and ast.unparse(node.value) == "dict":
+        return dict[_annotation(node.slice.elts[0]), _annotation(node.slice.elts[1])]  # type: ignore[misc]
     if isinstance(node, ast.Constant) and node.value is None:
         return type(None)
     return _TYPES.get(ast.unparse(node), str)

@@ -24,6 +24,7 @@ class ReportJob:
     training: the folder of a training.
     data: the folder of a ranked dataset.
     title: the page's title.
+    note: a sentence under it: what the run shows.
     gallery: images or videos in each group of the gallery.
     out: the page, or report.html in the run's folder.
     """
@@ -33,6 +34,7 @@ class ReportJob:
     training: Path | None = None
     data: Path | None = None
     title: str = "alignkit report"
+    note: str = ""
     gallery: int = 6
     out: Path | None = None
 
@@ -70,6 +72,7 @@ def gather(job: ReportJob) -> ReportInputs:
     evaluation = parts["evaluation"]
     return ReportInputs(
         title=job.title,
+        note=job.note,
         evaluation=evaluation if evaluation and (evaluation / "evaluation.json").is_file() else None,
         log=state.get("log_history", []),
         data=_read(parts["data"], "statistics.json"),

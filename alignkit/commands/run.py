@@ -2,12 +2,13 @@
 
     OUT/config.yaml  versions.json      what it was made with; another config is refused
     OUT/candidates   scores   ranked    Syn-Pic, where the method trains on ranked data that is made here
+    OUT/aspects                         questions, where the method trains on those and they are written here
     OUT/train        OUT/train/adapter  training and its result
     OUT/evaluation   OUT/report.html    base against tuned
 
-Which sections say where the training data comes from depends on the method (`data.DATA`): generate, score and rank; or
-`data`, an existing dataset; or none, for a method that trains on prompts alone. Each stage recognises what is finished
-and does the rest. Deliberately not here: any stage.
+Which sections say where the training data comes from depends on the method (`data.DATA`): generate, score and rank;
+writer and aspects; or `data`, an existing dataset; or none, for a method that trains on prompts alone. Each stage
+recognises what is finished and does the rest. Deliberately not here: any stage.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from alignkit.claims import holds_results
 from alignkit.commands.data import PolicyJob, data_sections
 from alignkit.commands.methods import DEFAULT_METHOD, more_help, unchecked_methods, with_trainer
 from alignkit.commands.report import ReportJob, gather
-from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, trained_frames, tuned_spec
+from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, trained_frames, trained_rewards, tuned_spec
 from alignkit.commands.stages import RESUMABLE, TRAIN_FURTHER, compare, default_notes, fit, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, coerce
@@ -38,9 +39,10 @@ from alignkit.provenance import claim_config, plain, write_config
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """The report's title, and how many images or videos each group of its gallery shows."""
+    """The report's title, what the run shows in a sentence, and how many images or videos each gallery group shows."""
 
     title: str = "alignkit report"
+    note: str = ""
     gallery: int = 6
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class RunJob(PolicyJob):
         super().__post_init__()
         require_at_least(1, {"evaluate_prompts": self.evaluate_prompts})
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
+        self.check_judges("train.reward_weights", trained_rewards(self.train))
         require_plain_names(self.judges)
         self.aligned.require_frames(self.evaluate.sampling.num_frames, "evaluate.sampling.num_frames")
         self.aligned.require_frames(trained_frames(self.train), "train.num_frames")
@@ -127,7 +130,8 @@ def _work(job: Any) -> None:
     write_config(job.out, config)
     data = _stage(1, "training data", functools.partial(job.make_data, shares))
     validation = functools.partial(job.validation.build, shares.validation, job.rewards) if job.validation else None
-    options = {"validation": validation, "sampling": job.evaluate.sampling}
+    rewards = {name: job.rewards[name] for name in trained_rewards(job.train)}
+    options = {"validation": validation, "sampling": job.evaluate.sampling, "rewards": rewards}
     training = functools.partial(fit, job.method, (job.policy, job.aligned), job.train, data, **options)
     with locked(job.out / "train"):
         result = _stage(2, "train", training)
@@ -136,20 +140,26 @@ def _work(job: Any) -> None:
     evaluation = _stage(3, "evaluate", scoring)
     judged = judge_evaluation(out, job.judges, job.evaluate)
     report = _stage(4, "report", functools.partial(_report, job, result))
+    if job.report.note:
+        print(f"\n{job.report.note}")
     print("", before_after(evaluation), *judged_lines(judged), sep="\n")
     print(f"\nreport:  {report}\nresult:  {result}\n\nNext, look at the report; then try")
     rate = f"{job.train.learning_rate / 3:.1g}"
     print(f"  alignkit run --config {job.out / 'config.yaml'} --out {job.out}-2 --train.learning_rate {rate}")
 
 
+_STAGES = ("candidates", "scores", "ranked", "aspects", "train", "evaluation")
+
+
 def _free(out: Path) -> set[str]:
     """Sections that may still change: nothing has been made with them. Each stage compares what it was made with."""
     free = {"report", "judges"}
-    has = {stage: holds_results(out / stage) for stage in ("candidates", "scores", "ranked", "train", "evaluation")}
+    has = {stage: holds_results(out / stage) for stage in _STAGES}
     sections = {
         "candidates": {"generate"},
         "scores": {"score"},
         "ranked": {"rank"},
+        "aspects": {"writer", "aspects"},
         "train": {"method", "data", "train", "validation"},
         "evaluation": {"evaluate", "evaluate_prompts", "gold"},
     }
@@ -169,7 +179,7 @@ def _stage(number: int, title: str, work: Callable[[], Any]) -> Any:
 
 
 def _report(job: Any, result: Path) -> Path:
-    report = ReportJob(run=job.out, title=job.report.title, gallery=job.report.gallery)
+    report = ReportJob(run=job.out, title=job.report.title, note=job.report.note, gallery=job.report.gallery)
     inputs = gather(report)
     write_report(inputs, report.target)
     title = f"{job.policy} aligned with {job.method}"

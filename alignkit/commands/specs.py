@@ -110,7 +110,7 @@ class RewardSpec:
     @property
     def identity(self) -> str:
         """Changes with the options and with the files that they name, a composite's `state` among them."""
-        return _identity(self.reward, self.options)
+        return identity_of(self.reward, self.options)
 
     @property
     def absent(self) -> list[str]:
@@ -136,7 +136,7 @@ class JudgeSpec:
     @property
     def identity(self) -> str:
         """Changes with the options and with the files that they name, a question's among them."""
-        return _identity(self.judge, self.options)
+        return identity_of(self.judge, self.options)
 
 
 def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
@@ -146,7 +146,7 @@ def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
     return replace(base, adapter=result)
 
 
-def _identity(name: str, options: Mapping[str, Any]) -> str:
+def identity_of(name: str, options: Mapping[str, Any]) -> str:
     """A name and its options, with the content of the files and folders that they name.
 
     `cache` is left out at every level: replies are added to it, but it does not change a score.
@@ -280,6 +280,11 @@ def require_sources(generate: GenerateConfig, generators: Mapping[str, Generator
 def trained_frames(args: object) -> int | None:
     """`num_frames` of a trainer's config; None where its method has none, or its keys are not known (a dry run)."""
     return None if isinstance(args, Mapping) else vars(args).get("num_frames")
+
+
+def trained_rewards(args: object) -> Sequence[str]:
+    """The names of the rewards that a trainer's config trains on; none where its keys are not known (a dry run)."""
+    return () if args is None or isinstance(args, Mapping) else args.trained_rewards  # type: ignore[attr-defined]
 
 
 def generator_builders(specs: Mapping[str, GeneratorSpec]) -> dict[str, Callable[[], ImageSource]]:

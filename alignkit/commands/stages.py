@@ -58,19 +58,22 @@ def fit(
     validation: Callable[[], Validation] | None,
     select: Callable[[Any], Any] = lambda rows: rows,
     sampling: Sampling | None = None,
+    rewards: Mapping[str, RewardSpec] | None = None,
 ) -> Path:
     """Train, or continue from the newest whole checkpoint, export, push if asked; returns the folder of the result.
 
     The result is `output_dir/adapter`, or `output_dir/model` after full fine-tuning. A finished training is recognised
     and loads nothing; with more steps than it had, it goes on from its last checkpoint. `select` may choose or change
-    the training rows (a `datasets.Dataset`, or prompts). Raises ConfigError before the training where the policy cannot
-    be sampled with `sampling`, which is for later; StorageError where the folder was deleted during the training.
+    the training rows (a `datasets.Dataset`, or prompts). `rewards` are those that the loss uses. Raises ConfigError
+    before the training where the policy cannot be sampled with `sampling`, which is for later; StorageError where the
+    folder was deleted during the training.
     """
     from alignkit.trainers.checkpoint import writing
     from alignkit.trainers.sharding import whole
 
     folder = Path(args.output_dir)
     inputs = {"policy": policy[1].identity, "data": data.identity}
+    inputs |= {f"reward {name}": spec.identity for name, spec in (rewards or {}).items()}
     result = folder / ("model" if args.full_finetune else "adapter")
     claim(folder, {"inputs": inputs})
     made_with = {name: vars(args)[name] for name in _LENGTH}
@@ -84,7 +87,9 @@ def fit(
     generator = load_policy(*policy)
     if sampling is not None:
         generator.require_sampling(sampling)
-    trainer = trainer_class(method)(generator, args, train, heldout, validation=built)
+    loaded = {name: builder() for name, builder in RewardBuilders(rewards or {}).items()}
+    options: dict[str, Any] = {"rewards": loaded} if loaded else {}
+    trainer = trainer_class(method)(generator, args, train, heldout, validation=built, **options)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)
     if not claimed(folder):  # the export would make the folder again, without what belongs to it
         raise StorageError(f"'{folder}' was deleted or moved during the training; run the same command again")

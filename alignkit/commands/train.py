@@ -29,6 +29,7 @@ from alignkit.commands.specs import (
     absences,
     require_names,
     trained_frames,
+    trained_rewards,
 )
 from alignkit.commands.stages import RESUMABLE, default_notes, fit
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
@@ -68,7 +69,9 @@ class TrainJob:
             require_names(self.validation.rewards, self.rewards, kind="reward", key="validation.rewards")
             self.policy.require_frames(self.validation.sampling.num_frames, "validation.sampling.num_frames")
         # The section `train` is in the classes that `with_trainer` makes.
-        self.policy.require_frames(trained_frames(vars(self).get("train", {})), "num_frames")
+        args = vars(self).get("train", {})
+        self.policy.require_frames(trained_frames(args), "num_frames")
+        require_names(trained_rewards(args), self.rewards, kind="reward", key="reward_weights")
 
     @property
     def policy(self) -> GeneratorSpec:
@@ -204,7 +207,8 @@ def _work(method: str, job: Any) -> None:
         held_out = job.prompts.split()[1]
         validation = functools.partial(job.validation.build, held_out, job.rewards)
     policy = (Path(model_path(job.model)).name, job.policy)
-    result = fit(method, policy, job.train, job.training_data(method), validation=validation)
+    rewards = {name: job.rewards[name] for name in trained_rewards(job.train)}
+    result = fit(method, policy, job.train, job.training_data(method), validation=validation, rewards=rewards)
     print(f"result: {result}")
     tuned = "model" if job.train.full_finetune else "adapter"
     print(f"next: alignkit evaluate --base.model {job.model} --tuned.{tuned} {result} ...")

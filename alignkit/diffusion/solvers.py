@@ -9,7 +9,7 @@ in sigma. A `Grid` says where the steps lie; `alignkit.generators.grids` reads i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,19 @@ class Grid:
                 f"{float(self.sigma[-1]):.3g}. Use more steps or a larger sigma"
             )
         return self[int(below[0]) :]
+
+    def ending_at(self, index: int) -> Grid:
+        """The steps 0 to `index`, the last of which goes straight to where the whole grid ends.
+
+        For all kinds of predictions that step gives the clean latents that the network predicts at step `index`.
+        """
+        short, last = self[: index + 1], self[-1:]
+        return replace(
+            short,
+            t_next=torch.cat([short.t_next[:-1], last.t_next]),
+            alpha_next=torch.cat([short.alpha_next[:-1], last.alpha_next]),
+            sigma_next=torch.cat([short.sigma_next[:-1], last.sigma_next]),
+        )
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Grid:
         """The same grid in another dtype, and on `device` if that is not None."""

@@ -38,7 +38,8 @@ class ReportInputs:
     """What a run left behind; every part but the title may be missing.
 
     `evaluation` is a folder written by `evaluate`; `log` the `log_history` of trainer_state.json; `data` the
-    statistics of the training data; `config` and `versions` as resolved; `command` reprints the report.
+    statistics of the training data; `config` and `versions` as resolved; `command` reprints the report; `note` is
+    a sentence that says what the run shows.
     """
 
     title: str
@@ -49,6 +50,7 @@ class ReportInputs:
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     gallery: int = 6
+    note: str = ""
 
 
 def write_report(run: ReportInputs, path: Path) -> None:
@@ -118,7 +120,8 @@ def _header(run: ReportInputs, evaluation: Evaluation | None) -> str:
     models = ""
     if evaluation:
         models = f'<p class="models"><b>{to_html(evaluation.base)}</b> against <b>{to_html(evaluation.tuned)}</b></p>'
-    head = f'<p class="eyebrow">alignkit report</p><h1>{to_html(run.title)}</h1>{models}'
+    note = f'<p class="lead">{to_html(run.note)}</p>' if run.note else ""
+    head = f'<p class="eyebrow">alignkit report</p><h1>{to_html(run.title)}</h1>{note}{models}'
     navigation = f'<nav aria-label="Sections">{links}</nav>'
     return (
         f"<header>{head}{navigation}</header>\n{_hero(evaluation) if evaluation else ''}{_filmstrip(run, evaluation)}"

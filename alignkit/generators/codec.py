@@ -5,12 +5,16 @@ Results are float32 at least; a float64 VAE gives float64. Families override the
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.generators.decoding import Decoding, decode_checkpointed
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -32,10 +36,25 @@ class Codec:
         """
         return at_least_float32(self._normalised(self._in_range(self._posterior_mode, pixels * 2 - 1)))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] of normalised latents, differentiable."""
-        pixels = self._in_range(self._decode, self._denormalised(latents))
+    def decode(self, latents: Tensor, decoding: Decoding | None = None) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] of normalised latents, differentiable.
+
+        With `decoding` the activations are recomputed in the backward pass; pixels and gradients stay the same. Raises
+        ConfigError if this VAE cannot do what it asks.
+        """
+
+        def coder(vae: Any, raw: Tensor) -> Tensor:
+            if decoding is None:
+                return self._decode(vae, raw)
+            first = None if decoding.frames is None else self._latents_of(decoding, raw.shape[2])
+            return decode_checkpointed(vae, raw, self._decode, decoding, first)
+
+        pixels = self._in_range(coder, self._denormalised(latents))
         return (at_least_float32(pixels) / 2 + 0.5).clamp(0, 1)
+
+    def _latents_of(self, decoding: Decoding, count: int) -> int:  # noqa: ARG002 - for video
+        """How many of the first of `count` latent frames are decoded for the frames of `decoding`."""
+        raise ConfigError(f"frames is {decoding.frames}, and generator '{self.name}' makes images; leave it out")
 
     def _normalised(self, raw: Tensor) -> Tensor:
         config = self.pipeline.vae.config
@@ -45,29 +64,26 @@ class Codec:
         config = self.pipeline.vae.config
         return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
-    def _decode(self, raw: Tensor) -> Tensor:
-        return self.pipeline.vae.decode(raw).sample
+    def _decode(self, vae: Any, raw: Tensor) -> Tensor:
+        return vae.decode(raw).sample
 
-    def _posterior_mode(self, pixels: Tensor) -> Tensor:
-        return self.pipeline.vae.encode(pixels).latent_dist.mode()
+    def _posterior_mode(self, vae: Any, pixels: Tensor) -> Tensor:
+        return vae.encode(pixels).latent_dist.mode()
 
-    def _in_range(self, coder: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-        """`coder(values)` in the VAE's dtype; in float32 after the VAE has overflowed once in float16 (SDXL's does).
+    def _in_range(self, coder: Callable[[Any, Tensor], Tensor], values: Tensor) -> Tensor:
+        """`coder(vae, values)` in the VAE's dtype; in float32 after an overflow of the VAE in float16 (SDXL's does).
 
-        Between calls the VAE stays in float16, because the pipeline decodes its own samples in its own way.
+        The float32 VAE is a copy for this call: the pipeline decodes its own samples in its own way, and a backward
+        pass needs the weights of its forward pass.
         """
         vae = self.pipeline.vae
         if not self._has_overflowed:
-            result = coder(values.to(vae.dtype))
+            result = coder(vae, values.to(vae.dtype))
             if vae.dtype != torch.float16 or result.isfinite().all():
                 return result
             warnings.warn(f"the VAE of '{self.name}' overflows in float16; it now runs in float32", stacklevel=3)
             self._has_overflowed = True
-        vae.float()
-        try:
-            return coder(values.float())
-        finally:
-            vae.half()
+        return coder(copy.deepcopy(vae).float(), values.float())
 
     @property
     def spatial_ratio(self) -> int:

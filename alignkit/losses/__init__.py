@@ -18,9 +18,8 @@ LOSSES = {
     "lair": "alignkit.losses.preference:lair",
     "winner_sft": "alignkit.losses.preference:winner_sft",
 }
-PAIRS = frozenset(
-    {"diffusion_dpo", "linear_dpo"}
-)  # take each row's best and worst candidate, in this order, and no phi
+# Take each row's best and worst candidate, in this order, and no phi.
+PAIRS = frozenset({"diffusion_dpo", "linear_dpo"})
 LISTS = frozenset({"plackett_luce", "lair"})  # compare no pairs, so winner protection has no loser to scale
 
 __all__ = [

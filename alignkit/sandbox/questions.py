@@ -19,6 +19,10 @@ from alignkit.sandbox.scenes import CATEGORIES, PALETTE, RELATIONS, SHAPES, Scen
 
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 SHOWS = 'Does this figure show "{}"? Please answer Yes or No.'  # VQAScore's words
+THERE = "Is there a {}?"
+IS = "Is the {} {}?"
+NUMBER = "Is the number of {} {}?"
+BESIDE = "Is the {} {} the {}?"
 BETTER = 'Which picture shows "{}" better? Answer first or second.'
 SHARES = dict(zip(CATEGORIES, (0.5, 1.0, 2.0, 0.5, 1.5, 1.5), strict=True))  # more of those with more questions
 YES_NO = ("object", "color", "count", "relation", "motion", "caption")
@@ -109,13 +113,13 @@ def _object(about: Subject, rng: np.random.Generator) -> Question:
     if _coin(rng):
         absent = [shape for shape in SHAPES if shape not in {other.shape for other in about.scene.things}]
         shape = thing.shape if truth else _pick(rng, absent)
-        return Question("object", f"Is there a {shape}?", _yes(truth))
+        return Question("object", THERE.format(shape), _yes(truth))
     shown = list(dict.fromkeys((other.shape, other.color) for other in about.scene.things))  # a set has no order
     near = [(shape, color) for shape, _ in shown for _, color in shown if (shape, color) not in shown]
     other = [(thing.shape, color) for color in PALETTE if (thing.shape, color) not in shown]
     wrong = near if near and rng.random() < about.near else other
     shape, color = (thing.shape, thing.color) if truth else wrong[int(rng.integers(len(wrong)))]
-    return Question("object", f"Is there a {color} {shape}?", _yes(truth))
+    return Question("object", THERE.format(f"{color} {shape}"), _yes(truth))
 
 
 def _color(about: Subject, rng: np.random.Generator) -> Question | None:
@@ -125,7 +129,7 @@ def _color(about: Subject, rng: np.random.Generator) -> Question | None:
     near = [other.color for other in about.scene.things if other.color != thing.color]
     wrong = near if near and rng.random() < about.near else [color for color in PALETTE if color != thing.color]
     color = thing.color if truth else _pick(rng, wrong)
-    return Question("color", f"Is the {thing.shape} {color}?", _yes(truth))
+    return Question("color", IS.format(thing.shape, color), _yes(truth))
 
 
 def _count(about: Subject, rng: np.random.Generator) -> Question:
@@ -133,7 +137,7 @@ def _count(about: Subject, rng: np.random.Generator) -> Question:
     count = sum(thing.shape == shape for thing in about.scene.things)
     if not truth:
         count = int(rng.choice([other for other in COUNTS if abs(other - count) == 1]))
-    return Question("count", f"Is the number of {_plural(shape)} {COUNTS[count]}?", _yes(truth))
+    return Question("count", NUMBER.format(_plural(shape), COUNTS[count]), _yes(truth))
 
 
 def _relation(about: Subject, rng: np.random.Generator) -> Question | None:
@@ -146,7 +150,7 @@ def _relation(about: Subject, rng: np.random.Generator) -> Question | None:
         return None
     truth = _coin(rng)
     name = true[0] if truth else _pick(rng, [name for name in RELATIONS if name != true[0]])
-    return Question("relation", f"Is the {first.shape} {name} the {second.shape}?", _yes(truth))
+    return Question("relation", BESIDE.format(first.shape, name, second.shape), _yes(truth))
 
 
 def _caption(about: Subject, rng: np.random.Generator) -> Question | None:  # noqa: ARG001 - all makers have one signature

@@ -36,4 +36,16 @@ METHODS = {
         "ranked",
         "Train a generator with the plain denoising objective, on winners or on all candidates.",
     ),
+    "reward_flow": Method(
+        "alignkit.trainers.reward_flow:RewardConfig",
+        "alignkit.trainers.reward_flow:RewardTrainer",
+        "prompts",
+        "Raise differentiable rewards by their gradients through the denoising chain (ReFL, DRaFT, AlignProp, DRTune).",
+    ),
+    "drf": Method(
+        "alignkit.trainers.drf:DRFConfig",
+        "alignkit.trainers.drf:DRFTrainer",
+        "aspects",
+        "Raise a vision-language model's answers to each prompt's questions by their gradients (Diffusion-DRF).",
+    ),
 }

@@ -84,6 +84,11 @@ class AlignConfig(TrainingArguments):
         return {}
 
     @property
+    def trained_rewards(self) -> tuple[str, ...]:
+        """Names of the rewards that the loss uses; the trainer gets them, loaded, as its keyword `rewards`."""
+        return ()
+
+    @property
     def length(self) -> str:
         """How long the training is: `400 steps` or `3 epochs`."""
         return f"{self.max_steps} steps" if (self.max_steps or 0) > 0 else f"{self.num_train_epochs:g} epochs"

@@ -6,7 +6,6 @@ Media count with all their bytes, those in files too: hashing reads 1 to 2 GB/s 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pa_compute
 
 from alignkit.adapters.fingerprint import fingerprint
+from alignkit.columns import once_each, stored_places
 from alignkit.generators.prompt_length import tokenizers_of
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
 from alignkit.trainers.sharding import Ranks
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from alignkit.generators.pipeline import PipelineGenerator
 
 FORMAT = 3  # of the cache; another number makes old caches unused
-_ROWS = 256  # hashed together; their media are in memory at once where rows were shuffled
 
 
 def latents_key(generator: PipelineGenerator, sizes: Sizes = AS_THEY_ARE) -> str:
@@ -57,46 +56,53 @@ def _key(generator: PipelineGenerator, weights: str, settings: Sequence[Any]) ->
 
 def prompt_digests(prompts: Sequence[str]) -> list[str]:
     """The key of each prompt's conditioning."""
-    return [_sha256(prompt.encode()) for prompt in prompts]
+    return list(once_each(prompts, lambda prompt: _sha256(prompt.encode())))
 
 
 def row_digests(rows: datasets.Dataset, column: str, ranks: Ranks) -> list[str]:
     """The key of each row's latents: all bytes of its media in `column`, or the latents that it holds.
 
-    All processes call this together; each reads a part of the rows.
+    All processes call this together; each reads a part of the rows, in the order in which they are stored.
     """
     start, stop = share_of(len(rows), 1, ranks)
-    own = rows.select(range(start, stop)).select_columns([column]).with_format("arrow")
-    digests = [digest for table in own.iter(batch_size=_ROWS) for digest in _digests(table[column].combine_chunks())]
-    return ranks.gather(digests)
+    stored, order = np.unique(stored_places(rows)[start:stop], return_inverse=True)
+    digests: list[str] = []
+    begin = 0
+    for cells in rows.data.column(column).chunks:
+        end = begin + len(cells)
+        digests += _digests(cells, stored[slice(*stored.searchsorted([begin, end]))] - begin)
+        begin = end
+    return ranks.gather([digests[place] for place in order.tolist()])
 
 
-def _digests(cells: Any) -> Iterator[str]:
-    cells = cells.combine_chunks() if isinstance(cells, pa.ChunkedArray) else cells
-    media = pa_compute.list_flatten(cells) if pa.types.is_list(cells.type) else cells
+def _digests(cells: pa.Array, rows: np.ndarray) -> Iterator[str]:
+    """The digests of these rows of `cells`, whose bytes are not copied."""
+    is_list = pa.types.is_list(cells.type)
+    media = pa_compute.list_flatten(cells) if is_list else cells
     if not pa.types.is_struct(media.type):
-        yield from (_whole_digest(cells.slice(row, 1)) for row in range(len(cells)))
+        yield from (_whole_digest(cells.slice(row, 1)) for row in rows.tolist())
         return
-    counts = pa_compute.list_value_length(cells).to_pylist() if pa.types.is_list(cells.type) else [1] * len(cells)
+    counts = pa_compute.list_value_length(cells).fill_null(0).to_numpy() if is_list else np.ones(len(cells), np.int64)
+    stops = counts.cumsum()[rows]
+    starts = stops - counts[rows]
     encoded, paths = (pa_compute.struct_field(media, name) for name in ("bytes", "path"))
-    whole = None if encoded.null_count else _buffer(encoded)
-    stop = 0
-    for count in counts:
-        start, stop = stop, stop + (count or 0)
-        if whole is None:
+    if encoded.null_count:
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             raw = [_raw(encoded[place], paths[place]) for place in range(start, stop)]
             yield _row_digest([len(part) for part in raw], raw)
-        else:
-            data, places = whole
-            lengths = [end - begin for begin, end in itertools.pairwise(places[start : stop + 1])]
-            yield _row_digest(lengths, [data[places[start] : places[stop]]])
+        return
+    data, places = _buffer(encoded)
+    lengths = np.diff(places).tolist()
+    ranges = (array.tolist() for array in (starts, stops, places[starts], places[stops]))
+    for start, stop, first, last in zip(*ranges, strict=True):
+        yield _row_digest(lengths[start:stop], [data[first:last]])
 
 
-def _buffer(encoded: Any) -> tuple[memoryview, list[int]]:
+def _buffer(encoded: pa.Array) -> tuple[memoryview, np.ndarray]:
     """The bytes of all elements, side by side, and the places where each begins, with the end of the last."""
     kind = np.int64 if pa.types.is_large_binary(encoded.type) else np.int32
     _, offsets, data = encoded.buffers()
-    places = np.frombuffer(offsets, kind)[encoded.offset : encoded.offset + len(encoded) + 1].tolist()
+    places = np.frombuffer(offsets, kind)[encoded.offset : encoded.offset + len(encoded) + 1]
     return memoryview(b"" if data is None else data), places
 
 

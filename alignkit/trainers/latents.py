@@ -18,6 +18,7 @@ import pyarrow.compute as pa_compute
 import torch
 from torch import Tensor
 
+from alignkit.columns import column, once_each, stored_places
 from alignkit.errors import DataError
 from alignkit.media import decode_clip, decode_image, fit, has_transparency, to_pixels
 from alignkit.records import Conditioning, Prompt, Texts
@@ -68,7 +69,7 @@ class LatentDataset(EpochData):
         super().__init__()
         self.rows, self.conditioning, self.targets, self.plan = rows, conditioning, dict(targets), plan
         self.key = key or rows._fingerprint + conditioning._fingerprint  # noqa: SLF001 - `datasets` keys with them
-        self.latent_shapes = [tuple(shape) for shape in rows[LATENTS + SHAPE][:]]
+        self.latent_shapes = _shapes(column(rows, LATENTS + SHAPE))
         self.draw_ids = list(names)
         self.prompts: list[str] | None = None  # of each row, where trained text encoders read them in each step
         self.picked: Tensor | None = None  # [rows, k] candidate numbers, where not all are used
@@ -93,10 +94,9 @@ class LatentDataset(EpochData):
             values_NK = values if isinstance(values, Tensor) else torch.stack(list(values))
             self.targets[name] = values_NK.gather(1, candidates_Nk)
 
-    def total(self, column: str) -> int:
+    def total(self, name: str) -> int:
         """The sum of a column of counts of the rows; rows that an earlier version cached may lack it and count 0."""
-        values = self.rows[column][:] if column in self.rows.column_names else ()
-        return sum(value or 0 for value in values)
+        return pa_compute.sum(column(self.rows, name)).as_py() or 0 if name in self.rows.column_names else 0
 
     def __len__(self) -> int:
         return len(self.draw_ids)
@@ -122,6 +122,16 @@ def conditioning(batch: Mapping[str, Any], null: Mapping[str, Tensor]) -> Condit
     null = {name: tensor.to(batch["dropped"].device) for name, tensor in null.items()}
     cached = Conditioning(tensors, null).drop(batch["dropped"])
     return Texts(batch[PROMPT], batch["dropped"], cached) if PROMPT in batch else cached
+
+
+def _shapes(cells: pa.ChunkedArray) -> list[tuple[int, ...]]:
+    """The shape of each row, all of one number of axes; rows of one shape share the object."""
+    if not len(cells):
+        return []
+    sizes_NA = pa_compute.list_flatten(cells).to_numpy().reshape(len(cells), -1)
+    different, numbers = np.unique(sizes_NA, axis=0, return_inverse=True)
+    shapes = [tuple(sizes) for sizes in different.tolist()]
+    return [shapes[number] for number in numbers.tolist()]
 
 
 class Encoder:
@@ -204,15 +214,12 @@ class Encoder:
         return [clip[:frames] for clip in clips]
 
 
-def _count(rows: datasets.Dataset, column: str) -> int:
+def _count(rows: datasets.Dataset, name: str) -> int:
     """K. Raises DataError for none, and naming the first row with another number."""
-    parts = [np.ones(0, np.int64)]
-    for table in rows.select_columns([column]).iter(batch_size=1000):
-        cells = table[column]
-        is_list = pa.types.is_list(cells.type)
-        counted = pa_compute.fill_null(pa_compute.list_value_length(cells), 0).to_numpy() if is_list else None
-        parts.append(np.ones(len(cells), np.int64) if counted is None else counted)
-    counts = np.concatenate(parts)
+    cells = rows.data.column(name)
+    if not pa.types.is_list(cells.type):
+        return 1
+    counts = pa_compute.fill_null(pa_compute.list_value_length(cells), 0).to_numpy()[stored_places(rows)]
     if not counts[0]:
         raise DataError("row 0: no image; remove the row")
     for row in (counts != counts[0]).nonzero()[0]:
@@ -224,7 +231,7 @@ def phi_targets(rows: datasets.Dataset, count: int) -> dict[str, Tensor]:
     """{"phi": [N, K]} of ranked rows; 0 where the data has no phi. Raises DataError naming a row that does not fit."""
     if "phi" not in rows.column_names:
         return {"phi": torch.zeros(len(rows), count)}
-    cells = rows.select_columns(["phi"]).with_format("arrow")[:]["phi"].combine_chunks()
+    cells = column(rows, "phi")
     values = pa_compute.fill_null(pa_compute.list_flatten(cells).cast(pa.float64()), float("nan")).to_numpy()
     counts = pa_compute.fill_null(pa_compute.list_value_length(cells), 0).to_numpy()
     is_good = counts == count
@@ -256,25 +263,26 @@ def encode_rows(
     smaller than the model's patch or shorter than `num_frames`. Raises ConfigError for a `num_frames` that the model
     does not take.
     """
-    column = _media_column(generator, rows)
+    media = _media_column(generator, rows)
     if not len(rows):
         raise DataError("training data has no row")
     if sizes.num_frames is not None:
         generator.require_frames(sizes.num_frames, "num_frames")
-    encoder = Encoder(generator, _with_structs(rows, column), column, sizes)
+    encoder = Encoder(generator, _with_structs(rows, media), media, sizes)
     loaded = targets(rows, encoder.count)
-    texts = rows[PROMPT][:]
+    texts = column(rows, PROMPT).to_pylist()
     names = [latents_key(generator, sizes), conditioning_key(generator)]
-    keys = [row_digests(encoder.rows, column, ranks), prompt_digests(texts)]
+    keys = [row_digests(encoder.rows, media, ranks), prompt_digests(texts)]
     folders = [cache_dir / f"latents-{names[0]}", cache_dir / f"conditioning-{names[1]}"]
     latents = Store(folders[0], ranks).rows(
         keys[0], encoder.latents, batch_size if generator.modality == "image" else 1
     )
     cond = Store(folders[1], ranks).rows(keys[1], encoder.conditioning, batch_size)
     if "prompt_id" in rows.column_names:
-        ids = rows["prompt_id"][:]
+        ids = column(rows, "prompt_id").to_pylist()
     else:  # plain captioned images; the same caption may belong to several, each with its own draws
-        ids = [f"{Prompt.from_text(text).id}-{row}" for row, text in enumerate(texts)]
+        own = once_each(texts, lambda text: Prompt.from_text(text).id)
+        ids = [f"{prompt_id}-{row}" for row, prompt_id in enumerate(own)]
     key = hashlib.sha256("\n".join([*names, *keys[0], *keys[1]]).encode()).hexdigest()[:16]
     return LatentDataset(latents, cond, loaded, draw_ids(ids), plan, key=key)
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from alignkit.columns import column
 from alignkit.diffusion.schedules import expand
 from alignkit.escape import get_logger
 from alignkit.media import transparency_note
@@ -82,11 +83,12 @@ class OfflineTrainer(AlignTrainer):
         with self._base_texts():
             encoded = encode_rows(self.generator, rows, plan, args.cache_folder, **options)
         if self.generator.model.trained_encoders:
-            encoded.prompts = rows[PROMPT][:]
+            encoded.prompts = column(rows, PROMPT).to_pylist()
         if args.process_index == 0:
-            self.generator.warn_of_cuts(rows["prompt"][:])
-            media = sum(shape[0] for shape in encoded.latent_shapes)
-            report(Counter(encoded.latent_shapes), media, encoded.total(CHANGED), args.train_batch_size)
+            self.generator.warn_of_cuts(column(rows, PROMPT).unique().to_pylist())
+            counts = Counter(encoded.latent_shapes)
+            media = sum(shape[0] * count for shape, count in counts.items())
+            report(counts, media, encoded.total(CHANGED), args.train_batch_size)
             if transparent := encoded.total(TRANSPARENT):
                 logger.warning(transparency_note(transparent, media))
         return encoded

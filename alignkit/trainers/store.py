@@ -17,10 +17,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pa_compute
 import torch
 from datasets.utils import tqdm
 from torch import Tensor
 
+from alignkit.columns import column
 from alignkit.errors import DataError
 from alignkit.escape import get_logger, to_line
 from alignkit.storage import checksum, write_atomic
@@ -50,27 +52,32 @@ class Store:
         the values are those of one process. Raises DataError where the processes share no folder.
         """
         self._remove_damaged()
-        stored = {} if (present := self._read()) is None else dict.fromkeys(present[KEY][:])
-        first = {key: number for number, key in reversed(list(enumerate(keys))) if key not in stored}
+        present, places = self._find(keys)
+        first = {keys[number]: number for number in reversed(np.flatnonzero(places < 0).tolist())}
         missing = self.ranks.broadcast(sorted(first.values()))
-        start, stop = share_of(len(missing), batch_size, self.ranks)
-        self._write(keys, make, [missing[place : place + batch_size] for place in range(start, stop, batch_size)])
-        self.ranks.wait()
-        present = self._read()
-        place = {} if present is None else {key: number for number, key in enumerate(present[KEY][:])}
-        if present is None or not place.keys() >= set(keys):
+        if missing:
+            start, stop = share_of(len(missing), batch_size, self.ranks)
+            self._write(keys, make, [missing[place : place + batch_size] for place in range(start, stop, batch_size)])
+            self.ranks.wait()
+            present, places = self._find(keys)
+        if present is None or (places < 0).any():
             raise DataError(
                 f"'{self.folder}' lacks rows that another process made, as seen by process {self.ranks.rank}: give a "
                 "cache_dir that all nodes share, or set save_on_each_node, with which each node encodes for itself"
             )
-        return present.select(np.array([place[key] for key in keys]))
+        return present.select(places)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.arrow"))
 
-    def _read(self) -> datasets.Dataset | None:
+    def _find(self, keys: Sequence[str]) -> tuple[datasets.Dataset | None, np.ndarray]:
+        """All stored rows, and the number of each key's row among them, -1 where there is none."""
         parts = [datasets.Dataset.from_file(str(file)) for file in self._files()]
-        return datasets.concatenate_datasets(parts) if parts else None
+        if not parts:
+            return None, np.full(len(keys), -1)
+        present = datasets.concatenate_datasets(parts)
+        found = pa_compute.index_in(pa.array(keys), value_set=column(present, KEY).combine_chunks())
+        return present, pa_compute.fill_null(found, -1).to_numpy()
 
     def _remove_damaged(self) -> None:
         own = self._files()[self.ranks.rank :: self.ranks.world]

@@ -13,7 +13,9 @@ from PIL import Image
 
 from alignkit import cli
 from alignkit.commands.data import DATA, TrainingData
+from alignkit.diffusion.estimators import ESTIMATORS
 from alignkit.errors import ConfigError, DataError
+from alignkit.losses import LOSSES
 from alignkit.provenance import fingerprint
 from alignkit.records import Prompt
 from alignkit.trainers import METHODS, Method
@@ -184,9 +186,12 @@ def test_prompts_alone_are_passed_on_as_they_are():
 def test_the_page_of_methods_lists_the_tables():
     lines = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
     rows = [f"| `{name}` | {method.data} | {method.summary} |" for name, method in METHODS.items()]
-    assert [line for line in lines if line.startswith("| `")] == rows
-    start = lines.index("| --- | --- | --- | --- |") + 1
-    assert [line.split(" | ")[0] for line in lines[start : start + len(DATA)]] == [f"| {kind}" for kind in DATA]
+    listed = [line for line in lines if line.startswith("| `")]
+    assert listed[: len(rows)] == rows
+    assert {*LOSSES, *ESTIMATORS} <= {line.split("`")[1] for line in listed[len(rows) :]}
+    first_cells = [line.split(" | ")[0] for line in lines]
+    start = first_cells.index("| ranked")
+    assert first_cells[start : start + len(DATA)] == [f"| {kind}" for kind in DATA]
     assert {method.data for method in METHODS.values()} <= set(DATA)
 
 

@@ -209,6 +209,12 @@ def test_equal_verdicts_of_gold_are_ordered_by_the_proxies(finished):
     assert grey[chosen["losses"][0]] == min(grey[gold == -1])
 
 
+def test_a_note_stands_under_the_title_and_is_escaped():
+    text = render(ReportInputs("One", note="what <b>it</b> shows"))
+    assert '</h1><p class="lead">what &lt;b&gt;it&lt;/b&gt; shows</p>' in text
+    assert '<p class="lead"></p>' not in render(ReportInputs("One"))
+
+
 def test_no_gain_gives_no_gains(world, tmp_path):
     sources = (world.source("base"), world.source("tuned"))
     evaluate(*sources, world.prompts, world.config, tmp_path, rewards=world.rewards(), gold="gold")

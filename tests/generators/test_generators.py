@@ -141,15 +141,15 @@ def test_a_vae_that_overflows_in_half_precision(load, monkeypatch):
     generator = load("sdxl")
     expected = generator.encode(torch.ones(1, 3, 16, 16) / 2)
     vae = generator.pipeline.vae.half()
-    real = vae.encode
+    real = type(vae).encode
 
-    def encode(pixels):
-        coded = real(pixels)
+    def encode(self, pixels):
+        coded = real(self, pixels)
         if pixels.dtype == torch.float16:
             coded.latent_dist.mean = coded.latent_dist.mean + torch.inf
         return coded
 
-    monkeypatch.setattr(vae, "encode", encode)
+    monkeypatch.setattr(type(vae), "encode", encode)
     with pytest.warns(UserWarning, match="the VAE of 'sdxl' overflows in float16"):
         first = generator.encode(torch.ones(1, 3, 16, 16) / 2)
     with warnings.catch_warnings():

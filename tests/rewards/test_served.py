@@ -448,7 +448,7 @@ def test_processes_share_a_cache(tmp_path):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with ChatServer(in_turn(said("yes"))) as server, pytest.raises(StorageError, match="cannot be written"):
+    with ChatServer(in_turn(said("yes"))) as server, pytest.raises(StorageError, match="could not write"):
         client(server.url, cache=tmp_path / "file").ask([question()])
 
 

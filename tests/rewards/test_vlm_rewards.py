@@ -186,6 +186,28 @@ def test_yes_no_is_the_weighted_mean_and_its_twins_cancel_a_leaning(folder):
     assert moved[0] > 0.1 > 10 * moved[1]
 
 
+def test_an_aspect_is_a_part_and_a_question_may_have_its_opposite_alone(folder):
+    """The opposite alone turns the sign; an aspect is the weighted mean of its questions, NaN where it has none."""
+    own = [
+        {"text": "Is there a ring?", "name": "ring", "aspect": "alignment", "weight": 3.0, "negated": ""},
+        {"text": "", "name": "cross", "aspect": "alignment", "weight": 1.0, "negated": "Is there a cross?"},
+        {"text": "Is it sharp?", "name": "sharp", "aspect": "quality", "weight": 2.0, "negated": ""},
+    ]
+    prompts = [Prompt.from_text("a ring", questions=own), Prompt.from_text("a ring", questions=own[:2])]
+    scores = YesNo(str(folder), dtype="float64")(media(), prompts)
+    critic = VlmCritic(str(folder), dtype="float64")
+    ring, cross, sharp = critic.margins(media(), ["Is there a ring?", "Is there a cross?", "Is it sharp?"]).unbind(1)
+    ring, cross, sharp = ring.sigmoid().log(), (-cross).sigmoid().log(), sharp.sigmoid().log()
+    assert list(scores.parts) == ["ring", "cross", "sharp", "aspect/alignment", "aspect/quality"]
+    torch.testing.assert_close(scores.parts["cross"], cross, rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores.parts["aspect/alignment"], (3 * ring + cross) / 4, rtol=0, atol=1e-12)
+    assert torch.isnan(scores.parts["aspect/quality"]).tolist() == [False, True]
+    assert abs(scores.parts["aspect/quality"][0] - sharp[0]) < 1e-12
+    assert abs(scores.total[0] - (3 * ring + cross + 2 * sharp)[0] / 6) < 1e-12
+    with pytest.raises(ConfigError, match="at least text or negated is not empty"):
+        YesNo(str(folder), questions=[{"text": "", "name": "x"}])
+
+
 def test_a_prompt_brings_its_own_questions(folder):
     own = [{"text": "Is there a ring?", "name": "ring", "weight": 2}, "Is it blue?"]
     prompts = [PROMPTS[0], Prompt.from_text("a ring", questions=own)]

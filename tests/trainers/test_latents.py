@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -288,6 +289,27 @@ def test_what_was_encoded_before_a_damaged_row_is_kept(load, ranked_rows, tmp_pa
     counts = Counts(generator, monkeypatch)
     encode_rows(generator, ranked_rows(20), plan(), tmp_path)
     assert sum(shape[0] for shape in counts.images) == 4 * 4  # the batch of rows 16 to 19
+
+
+def test_a_start_makes_few_calls_a_row(load, random_png, tmp_path):
+    """Of rows in another order than on disk, which `datasets` would gather one by one; the rows are the same."""
+    generator = load("flow")
+    kinds = {"image": datasets.Image(decode=False), "prompt": datasets.Value("string")}
+    items = [{"image": {"bytes": random_png(16, 16, row), "path": None}, "prompt": f"{row % 5}"} for row in range(90)]
+    data = datasets.Dataset.from_list(items, features=datasets.Features(kinds))
+    plain = encode_rows(generator, data, plan(), tmp_path)
+    calls = []
+    for count in (30, 90):
+        noted = []
+        turned = data.select(range(count - 1, -1, -1))
+        sys.setprofile(lambda _frame, event, _value, noted=noted: noted.append(event) if "call" in event else None)
+        try:
+            encoded = encode_rows(generator, turned, plan(), tmp_path)
+        finally:
+            sys.setprofile(None)
+        calls.append(len(noted))
+        assert torch.equal(encoded[2]["latents"], plain[count - 3]["latents"])
+    assert (calls[1] - calls[0]) / 60 < 15
 
 
 def test_conditioning_is_stored_once_a_prompt(load, ranked_rows, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,12 @@ class CogVideoX(VideoGenerator):
     @property
     def temporal_ratio(self) -> int:
         return int(self.pipeline.vae.config.temporal_compression_ratio)
+
+    def latent_prefix(self, needed: int, count: int) -> int:
+        """The VAE decodes latent frames in groups, the rest of the division in the first; each is normalised alone."""
+        size = self.pipeline.vae.num_latent_frames_batch_size
+        rest = count % size
+        return min(count, max(1, math.ceil((needed - rest) / size)) * size + rest)
 
     # --- description ---
 

@@ -80,8 +80,8 @@ class DreamLite(PipelineGenerator):
         ).sample
         return output[..., : x_t.shape[-1]]
 
-    def _posterior_mode(self, pixels: Tensor) -> Tensor:
-        return self.pipeline.vae.encode(pixels).latents
+    def _posterior_mode(self, vae: Any, pixels: Tensor) -> Tensor:
+        return vae.encode(pixels).latents
 
     @property
     def spatial_ratio(self) -> int:

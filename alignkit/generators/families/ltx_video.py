@@ -59,9 +59,9 @@ class LTXVideo(ChannelStatistics, VideoGenerator):
         mean, std = (values.to(like)[:, None, None, None] for values in (vae.latents_mean, vae.latents_std))
         return mean, std / vae.config.scaling_factor
 
-    def _decode(self, raw: Tensor) -> Tensor:
-        time = raw.new_zeros(len(raw)) if self.pipeline.vae.config.timestep_conditioning else None
-        return self.pipeline.vae.decode(raw, time).sample
+    def _decode(self, vae: Any, raw: Tensor) -> Tensor:
+        time = raw.new_zeros(len(raw)) if vae.config.timestep_conditioning else None
+        return vae.decode(raw, time).sample
 
     @property
     def spatial_ratio(self) -> int:

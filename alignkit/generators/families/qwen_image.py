@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from alignkit.adapters.comfyui import Keys
 from alignkit.adapters.lora_files import Origin
+from alignkit.generators.decoding import Decoding
 from alignkit.generators.description import Inputs, LatentSize, packed_inputs
 from alignkit.generators.families.flux import Flux, pack, unpack
 from alignkit.generators.families.mixins import ChannelStatistics, flow_schedule, keep_norm, linear_sigmas
@@ -85,8 +86,8 @@ class QwenImage(ChannelStatistics, PipelineGenerator):
     def encode(self, pixels: Tensor) -> Tensor:
         return super().encode(pixels.unsqueeze(2)).squeeze(2)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return super().decode(latents.unsqueeze(2)).squeeze(2)
+    def decode(self, latents: Tensor, decoding: Decoding | None = None) -> Tensor:
+        return super().decode(latents.unsqueeze(2), decoding).squeeze(2)
 
     @property
     def spatial_ratio(self) -> int:

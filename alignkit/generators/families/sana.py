@@ -58,8 +58,8 @@ class Sana(PipelineGenerator):
     def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         return net(x_t, timestep=model_time * net.config.timestep_scale, **cond.tensors).sample
 
-    def _posterior_mode(self, pixels: Tensor) -> Tensor:
-        return self.pipeline.vae.encode(pixels).latent
+    def _posterior_mode(self, vae: Any, pixels: Tensor) -> Tensor:
+        return vae.encode(pixels).latent
 
     @property
     def spatial_ratio(self) -> int:

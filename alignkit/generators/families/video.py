@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from alignkit.generators.decoding import Decoding
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.records import Sampling
 
@@ -37,9 +39,23 @@ class VideoGenerator(PipelineGenerator):
         self.latent_frames(pixels.shape[1])
         return super().encode(pixels.transpose(1, 2))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Videos [B, F, 3, H, W] in [0, 1] of latents [B, C, T, h, w]."""
-        return super().decode(latents).transpose(1, 2)
+    def decode(self, latents: Tensor, decoding: Decoding | None = None) -> Tensor:
+        """Videos [B, F, 3, H, W] in [0, 1] of latents [B, C, T, h, w], or the frames that `decoding` chooses."""
+        video = super().decode(latents, decoding).transpose(1, 2)
+        if decoding is None or decoding.frames is None:
+            return video
+        return video[:, decoding.indices(video.shape[1])]
+
+    def _latents_of(self, decoding: Decoding, count: int) -> int:
+        last = max(decoding.indices((count - 1) * self.temporal_ratio + 1))
+        return self.latent_prefix(1 + math.ceil(last / self.temporal_ratio), count)
+
+    def latent_prefix(self, needed: int, count: int) -> int:  # noqa: ARG002 - for causal decoders
+        """How many of the first of `count` latent frames are decoded if the first `needed` are asked for.
+
+        Their frames must be those of the whole video, to the last bit. All, unless the family's decoder is causal.
+        """
+        return count
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """[C, T, h, w] of a video of `frames` frames of `height` x `width` pixels."""

@@ -46,6 +46,9 @@ class WanVideo(ChannelStatistics, VideoGenerator):
     def latent_channels(self) -> int:
         return self.pipeline.vae.config.z_dim
 
+    def latent_prefix(self, needed: int, count: int) -> int:  # noqa: ARG002 - one latent frame after the other
+        return needed
+
     # --- description ---
 
     tokens = 512

@@ -1,0 +1,95 @@
+"""Yes/no questions about a prompt, and what their writers and their critics agree on.
+
+A writer turns a prompt into a `Draft`: the facts that it found in the prompt, and questions that each cover some of
+them. The stage `data_pipelines.aspects` checks and stores drafts; the reward `yes_no` asks the questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from alignkit.errors import ConfigError
+from alignkit.records import Prompt
+
+ASPECTS = ("alignment", "physics", "quality")
+FACTS = ("object", "attribute", "count", "relation", "extra")  # extra: nothing else is in the image
+_KEYS = ("name", "aspect", "text", "negated", "weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """`text`: yes is good. `negated`: the opposite question, for which no is good. At least one of them is given.
+
+    `{prompt}` in them is replaced by the prompt. `weight` is above 0; `aspect` is free here, the stage knows `ASPECTS`.
+    """
+
+    text: str = ""
+    weight: float = 1.0
+    negated: str = ""
+    name: str = ""
+    aspect: str = ""
+
+    @classmethod
+    def of(cls, given: str | Mapping[str, Any] | Question) -> Question:
+        """From a text, or from a mapping with the fields' names; ConfigError for other keys or a weight not above 0."""
+        if isinstance(given, str | Question):
+            question = cls(given) if isinstance(given, str) else given
+        else:
+            unknown = set(given) - set(_KEYS)
+            if unknown or not (given.get("text") or given.get("negated")):
+                raise ConfigError(
+                    f"question {dict(given)}: it has {', '.join(_KEYS)}, and at least text or negated is not empty; "
+                    f"{unknown or 'none'} is unknown"
+                )
+            question = cls(**given)
+        if not question.weight > 0:
+            raise ConfigError(f"question '{question.text}': its weight is {question.weight}; give more than 0")
+        return question
+
+    def asked(self, prompt: str) -> list[str]:
+        """The texts to ask: `text`, then `negated`, less one that is empty."""
+        return [text.replace("{prompt}", prompt) for text in (self.text, self.negated) if text]
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Something that a prompt says; `kind` is one of `FACTS`, `text` is in the prompt's words ("red circle")."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a writer made of one prompt.
+
+    covers: for each question the numbers of the facts that its answer decides.
+    problems: why there is no usable draft (no reply, a prompt that the writer cannot read); empty otherwise.
+    """
+
+    facts: Sequence[Fact] = ()
+    questions: Sequence[Question] = ()
+    covers: Sequence[Sequence[int]] = ()
+    problems: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a draft must be like: each of `aspects` has a question, no other has, at most `max_questions` in all."""
+
+    aspects: Sequence[str]
+    max_questions: int
+
+
+@runtime_checkable
+class QuestionWriter(Protocol):
+    """What writes questions: a parser of a grammar, or a served language model. Also `Reporting` where it costs."""
+
+    def write(self, prompts: Sequence[Prompt], rules: Rules, complaints: Sequence[Sequence[str]]) -> Sequence[Draft]:
+        """One draft a prompt, in order. `complaints`: for each prompt what was wrong with its last draft, or nothing.
+
+        A writer without use for complaints may ignore them. Raises ServerError where nothing can be written at all.
+        """
+        ...

@@ -1,0 +1,297 @@
+"""Direct reward gradients: sample, decode, score, and follow the gradient of the reward through the denoising chain.
+
+One engine for ReFL, DRaFT, AlignProp, DRTune and others; an estimator (`alignkit.diffusion.estimators`) says which
+steps carry gradients. The gradient is exact for those steps: each step, the decoding and, if there are several, each
+reward is checkpointed, so that memory is that of one step. Deliberately not here: rewards; they are passed in, loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
+
+from alignkit.diffusion.estimators import ChainPlan, Estimator, find_estimator
+from alignkit.diffusion.solvers import Grid
+from alignkit.diffusion.steps import Steps
+from alignkit.errors import ConfigError, NumericsError
+from alignkit.generators.codec import at_least_float32
+from alignkit.generators.rollout import rollout
+from alignkit.generators.state_gradients import StateGradients
+from alignkit.protocols import Reward
+from alignkit.records import Conditioning, LossOutput, Prompt, Sampling, texts
+from alignkit.trainers.base import AlignTrainer
+from alignkit.trainers.config import AlignConfig
+from alignkit.trainers.ranges import COUNT, NOT_NEGATIVE, POSITIVE, require_in_range
+from alignkit.trainers.velocity_penalty import VelocityPenalty
+from alignkit.trainers.weighted_rewards import WeightedRewards
+
+GROWTH_LIMIT = 1e6
+_RANGES = {
+    "sampling_steps": COUNT,
+    "noise_samples": NOT_NEGATIVE,
+    "state_gradient_cap": POSITIVE,
+    "growth_limit": POSITIVE,
+    "kl_weight": NOT_NEGATIVE,
+}
+
+
+@dataclass
+class RewardConfig(AlignConfig):
+    """How chains are sampled, which rewards are raised, and which steps carry gradients."""
+
+    reward_weights: dict[str, float] | None = field(
+        default=None, metadata={"help": "Weights of the rewards that are raised, by their names under `rewards`."}
+    )
+    reward_targets: dict[str, float] | None = field(
+        default=None, metadata={"help": "By name, the value from which on a reward is satisfied and pushes no more."}
+    )
+    estimator: str = field(
+        default="draft",
+        metadata={
+            "help": "Which steps carry gradients: exact (all), refl, draft, draft-lv, alignprop, drtune, first-step, "
+            "flowbp-sparse. The next five keys replace single settings of it."
+        },
+    )
+    gradient_steps: str | None = field(
+        default=None,
+        metadata={
+            "help": "all; last K, first K, random K, even K (K: 3, 30%, or drawn from 1-100%); or window A-B (2-5 or "
+            "0%-40%)."
+        },
+    )
+    coupling: float | None = field(
+        default=None, metadata={"help": "Gradient at a step's input: 1 exact, 0 stopped (DRTune), or between."}
+    )
+    unconditional_gradient: bool | None = field(
+        default=None, metadata={"help": "Whether the unconditional call of guidance carries gradients too."}
+    )
+    early_end: str | None = field(
+        default=None,
+        metadata={"help": "Steps after which the chain may end with the predicted clean latents: 75%-100%; '' never."},
+    )
+    noise_samples: int | None = field(
+        default=None, metadata={"help": "Further noise samples of the last step (DRaFT-LV)."}
+    )
+    state_gradient_cap: float | None = field(
+        default=1.0,
+        metadata={
+            "help": "Cap each row's gradient of the state at so many times its norm after the last step; or null."
+        },
+    )
+    growth_limit: float = field(
+        default=GROWTH_LIMIT,
+        metadata={"help": "Stop when the state's gradient exceeds that after the last step by this factor."},
+    )
+    kl_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the squared velocity difference to the reference on visited states."}
+    )
+    sampling_steps: int = field(default=30, metadata={"help": "Denoising steps of a chain."})
+    guidance_scale: float = field(default=5.0, metadata={"help": "Guidance scale of the chain; 1: no guidance."})
+    height: int = field(default=512, metadata={"help": "Height of what is sampled, in pixels."})
+    width: int = field(default=512, metadata={"help": "Width of what is sampled, in pixels."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video; default: 1."})
+
+    @property
+    def trained_rewards(self) -> tuple[str, ...]:
+        # Not checked in __post_init__: the library and the model card make a config of defaults alone.
+        if not self.reward_weights:
+            raise ConfigError("reward_weights is missing: name at least one of `rewards` with its weight, e.g. clip: 1")
+        return tuple(self.reward_weights)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the chains are sampled."""
+        return Sampling(self.sampling_steps, self.guidance_scale, self.height, self.width, self.num_frames or 1)
+
+    @property
+    def gradient(self) -> Estimator:
+        """The estimator with the keys that replace its settings."""
+        given = {
+            "steps": self.gradient_steps,
+            "coupling": self.coupling,
+            "unconditional": self.unconditional_gradient,
+            "early_end": self.early_end,
+            "noise_samples": self.noise_samples,
+        }
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(find_estimator(self.estimator), **changes)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_in_range(vars(self), _RANGES)
+        weights = {f"reward_weights.{name}": weight for name, weight in (self.reward_weights or {}).items()}
+        require_in_range(weights, dict.fromkeys(weights, POSITIVE))
+        for name, target in (self.reward_targets or {}).items():
+            if name not in (self.reward_weights or {}) or not math.isfinite(target):
+                raise ConfigError(f"reward_targets.{name} is {target}; give a finite target of one of reward_weights")
+        if self.train_text_encoder:
+            raise ConfigError("train_text_encoder: this method trains the denoiser alone; leave it out")
+        self.gradient.draw(self.sampling.steps)
+
+
+class RewardTrainer(AlignTrainer):
+    """Raises rewards by their gradients through the chain; loss [P], one chain for each prompt.
+
+    The loss of a row is minus the weighted mean of its rewards (the mean over the chain and its `noise_samples`) plus
+    `kl_weight` times the velocity penalty. `rewards` are the loaded rewards by name (`alignkit.protocols.Reward`).
+    Noise is keyed by (`noise_seed`, prompt id, epoch), and what the estimator draws by (`noise_seed`, step). Held-out
+    losses are those of the whole chain.
+
+    Raises ConfigError, before the training, naming a reward without gradients at the pixels.
+    """
+
+    args: RewardConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: RewardConfig,
+        train_dataset: Any,
+        *rest: Any,
+        rewards: Mapping[str, Reward],
+        **options: Any,
+    ) -> None:
+        self.needs_reference = args.kl_weight > 0
+        weights = {name: (args.reward_weights or {})[name] for name in args.trained_rewards}
+        self._rewards = WeightedRewards(rewards, weights, args.reward_targets or {})
+        self._estimator = args.gradient
+        self._gradients, self._loss_scale_P = StateGradients(0), torch.ones(1)
+        super().__init__(model, args, train_dataset, *rest, **options)
+        self._try_rewards()
+
+    @override
+    def prepare_model(self, args: Any) -> None:
+        """As in AlignTrainer; the VAE is frozen, for gradients only pass it."""
+        self.generator.require_sampling(args.sampling)
+        super().prepare_model(args)
+        if self.generator.model.trained_encoders:
+            raise ConfigError(
+                "the adapter trains text encoders; this method trains the denoiser alone: start without it"
+            )
+        self.generator.pipeline.vae.requires_grad_(False)
+
+    def _try_rewards(self) -> None:
+        """Each reward once, on decoded noise of the first prompt, in the size that is trained on."""
+        first = next((data[0] for data in (self.train_dataset, self._held_out) if data), None)
+        if first is None:
+            return
+        source = torch.Generator().manual_seed(int(first["seed"]))
+        with torch.no_grad(), self.components_on(self.args.device), self._own_precision():
+            noise = self.generator.initial_noise(self._latent_shape, source).to(self.args.device)
+            media = self.generator.decode(noise)
+        with self._own_precision():
+            self._rewards.require_gradients(media, first["prompts"], self.generator.modality)
+
+    # --- the loss ---
+
+    def method_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> LossOutput:
+        prompts: list[Prompt] = batch["prompts"]
+        sources = [torch.Generator("cpu").manual_seed(int(seed)) for seed in batch["seed"]]
+        with torch.no_grad(), self._own_precision():
+            cond = self.generator.encode_prompts(texts(prompts))
+        grid = self.generator.grid(self.args.sampling_steps, self._latent_shape)
+        plan = ChainPlan(Steps(), len(grid) - 1)  # held out: the whole chain
+        if torch.is_grad_enabled():  # equal for all ranks and micro-batches of a step
+            plan = self._estimator.draw(len(grid), self.args.noise_seed, self.state.global_step)
+        grid = grid.ending_at(plan.end)
+        latents, penalty_P = self._chain(model, cond, grid, plan.steps, sources)
+        reward_P, metrics = self._score(latents, prompts)
+        noised = self._noised(model, cond, grid, plan, latents.detach(), sources)
+        further = [self._score(sample, prompts)[0] for sample in noised]
+        loss_P = -torch.stack([reward_P, *further]).mean(0)
+        if penalty_P is not None:
+            loss_P = loss_P + self.args.kl_weight * penalty_P
+            metrics["velocity_difference"] = penalty_P.detach().mean()
+        if loss_P.requires_grad:
+            loss_P.register_hook(self._note_scale)
+        return LossOutput(loss_P, metrics)
+
+    def _chain(
+        self, model: Any, cond: Conditioning, grid: Grid, steps: Steps, sources: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The final latents [P, C, ...] of a chain from fresh noise, and its velocity penalty [P] if there is one."""
+        scale = self.args.guidance_scale
+        x = self._noise(sources) * grid.start
+        gradients = self._gradients = StateGradients(len(grid), self.args.state_gradient_cap)
+        penalty = None
+        if self.args.kl_weight > 0:
+            penalty = VelocityPenalty(self.generator, model, cond, grid, x, scale=scale, steps=steps)
+
+        def on_step(index: int, state: Tensor, prediction: Tensor) -> None:
+            gradients(index, state, prediction)
+            if penalty is not None:
+                penalty(index, state, prediction)
+
+        options = {"scale": scale, "model": model, "steps": steps, "sources": sources}
+        latents = rollout(self.generator, cond, x, grid, on_step=on_step, **options)
+        return latents, None if penalty is None else penalty.mean()
+
+    def _noised(
+        self, model: Any, cond: Conditioning, grid: Grid, plan: ChainPlan, x0: Tensor, sources: list[torch.Generator]
+    ) -> Iterator[Tensor]:
+        """Denoised latents of `x0` noised to the last step's level with fresh noise, `noise_samples` times."""
+        last = grid[-1:]
+        steps = replace(plan.steps, active=None)
+        for _ in range(plan.noise_samples):
+            x = float(last.alpha[0]) * x0 + float(last.sigma[0]) * self._noise(sources)
+            scale = self.args.guidance_scale
+            yield rollout(self.generator, cond, x, last, scale=scale, model=model, steps=steps, sources=sources)
+
+    def _noise(self, sources: list[torch.Generator]) -> Tensor:
+        """Unit noise [P, C, ...], at least float32, each row from its own source."""
+        noise = torch.cat([self.generator.initial_noise(self._latent_shape, source) for source in sources])
+        return at_least_float32(noise.to(self.args.device, torch.promote_types(noise.dtype, self.generator.net.dtype)))
+
+    def _score(self, latents: Tensor, prompts: list[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is maximised [P] and the rewards' means, of the decoded latents."""
+        several = len(self._rewards.rewards) > 1 or self._estimator.noise_samples > 0
+        with self._own_precision():
+            repeats = latents.requires_grad
+            decode = self.generator.decode
+            media = checkpoint(decode, latents, use_reentrant=False) if repeats else decode(latents)
+            return self._rewards(media, prompts, checkpointed=several)
+
+    def _own_precision(self) -> AbstractContextManager[Any]:
+        """Within it text encoders, VAE and rewards compute in the dtype of their weights, as where images are made."""
+        return torch.autocast(self.args.device.type, enabled=False)
+
+    @property
+    def _latent_shape(self) -> tuple[int, ...]:
+        sampling = self.args.sampling
+        return self.generator.latent_shape(sampling.height, sampling.width, sampling.num_frames)
+
+    # --- the state's gradient ---
+
+    def _note_scale(self, gradient_P: Tensor) -> None:
+        """The factor of each row's loss in what is differentiated: its share of the step, and fp16's loss scale."""
+        self._loss_scale_P = gradient_P.detach()
+
+    @override
+    def training_step(self, *inputs: Any, **options: Any) -> Tensor:
+        """As in Trainer; after the backward pass the norms of the state's gradient are checked and logged."""
+        loss = super().training_step(*inputs, **options)
+        norms = dict(sorted(self._gradients.norms.items()))
+        if not self.args.fp16:  # whose loss scaler meets infinite gradients by design, and skips the step
+            self._require_bounded(self._gradients.growth())
+        scale_P = self._loss_scale_P.abs().clamp(min=torch.finfo(torch.float32).tiny)
+        means = {f"state_gradient/{index:02d}": (norm_P / scale_P).mean() for index, norm_P in norms.items()}
+        self._health.add(means, len(scale_P))
+        return loss
+
+    def _require_bounded(self, growth: Mapping[int, float]) -> None:
+        for index, ratio in sorted(growth.items(), reverse=True):
+            if not ratio <= self.args.growth_limit:
+                raise NumericsError(
+                    f"the gradient of the state after denoising step {index} is {ratio:.3g} times that after the last "
+                    f"one, at training step {self.state.global_step}; weights and the last checkpoint are as they "
+                    "were before it. Set state_gradient_cap, take fewer steps or those nearer to the end "
+                    "(gradient_steps), lower coupling, or raise growth_limit"
+                )

@@ -1,0 +1,178 @@
+"""Reward gradients: what each estimator costs and how near it comes to the exact gradient; memory against steps.
+
+    python benchmarks/reward_flow.py --estimators [--model sandbox:unet] [--reward preference --weights sandbox:careful]
+        [--batches 4] [--batch 8] [--sampling_steps 8] [--guidance_scale 1]
+    python benchmarks/reward_flow.py --memory [the same]
+
+`--estimators`: one JSON line for each estimator: CPU seconds of a gradient, the cosine of its gradient to the exact one
+on the same prompts and noise (mean, least and largest over batches), the cosine between the gradients of different
+batches, and the norms. `capped` is the exact chain with the cap of the trainer's default.
+`--memory`: one JSON line for each number of differentiated steps: peak bytes of the tensors that one gradient makes and
+CPU seconds, with each step and the decoding checkpointed and without.
+The weights are a LoRA at its start, in float32, so B of the LoRA alone has a gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from rankdpo_step import TensorBytes
+from torch import Tensor
+from tqdm import tqdm
+
+from alignkit.commands.specs import build_reward
+from alignkit.diffusion.estimators import ESTIMATORS, Estimator
+from alignkit.generators import load_generator
+from alignkit.sandbox.captions import prompts
+from alignkit.shipped import model_path
+from alignkit.trainers import reward_flow
+from alignkit.trainers.data import collate
+
+COUNTS = (1, 2, 4, 8)
+EXACT, CAPPED = "exact", "capped"
+
+
+def build(chosen: argparse.Namespace, folder: str) -> reward_flow.RewardTrainer:
+    """A trainer on the sandbox's prompts whose gradients are taken, and that is never run."""
+    arguments = reward_flow.RewardConfig(
+        output_dir=folder,
+        reward_weights={"reward": 1.0},
+        sampling_steps=chosen.sampling_steps,
+        guidance_scale=chosen.guidance_scale,
+        height=chosen.side,
+        width=chosen.side,
+        state_gradient_cap=None,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    options = {"model": model_path(chosen.weights)} if chosen.weights else {}
+    rewards = {"reward": build_reward(chosen.reward, options)}
+    generator = load_generator(chosen.model, device=str(arguments.device))
+    rows = prompts(chosen.batches * chosen.batch, seed=11)
+    return reward_flow.RewardTrainer(generator, arguments, rows, rewards=rewards)
+
+
+def batches(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """`chosen.batches` batches of different prompts."""
+    starts = range(0, chosen.batches * chosen.batch, chosen.batch)
+    return [collate([trainer.train_dataset[row] for row in range(start, start + chosen.batch)]) for start in starts]
+
+
+def gradient(trainer: reward_flow.RewardTrainer, batch: dict[str, Any]) -> tuple[Tensor, float]:
+    """The gradient of the mean loss by all trained weights, as one vector, and its CPU seconds."""
+    weights = [weight for weight in trainer.generator.model.parameters() if weight.requires_grad]
+    start = time.process_time()
+    loss = trainer.method_loss(trainer.model, batch).loss.mean()
+    parts = torch.autograd.grad(loss, weights, allow_unused=True)
+    seconds = time.process_time() - start
+    return torch.cat([part.flatten() for part in parts if part is not None]), seconds
+
+
+def settle(trainer: reward_flow.RewardTrainer, estimator: Estimator, step: int, cap: float | None = None) -> None:
+    """Make the next gradient one by `estimator`, as at training step `step`."""
+    trainer._estimator, trainer.args.state_gradient_cap, trainer.state.global_step = estimator, cap, step  # noqa: SLF001
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """Of two vectors; 0 where one is zero."""
+    return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+
+
+def estimators(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each estimator, the exact one first."""
+    given, exact = batches(trainer, chosen), []
+    cases = {EXACT: (ESTIMATORS[EXACT], None), CAPPED: (ESTIMATORS[EXACT], 1.0)}
+    further = [replace(ESTIMATORS["draft"], steps=f"last {k}") for k in (2, 3, 5) if k < chosen.sampling_steps]
+    cases |= {estimator.steps: (estimator, None) for estimator in further}
+    cases |= {name: (estimator, None) for name, estimator in ESTIMATORS.items() if name != EXACT}
+    for name, (estimator, cap) in tqdm(cases.items(), desc="estimators"):
+        found, seconds = [], []
+        for step, batch in enumerate(given):
+            settle(trainer, estimator, step, cap)
+            vector, took = gradient(trainer, batch)
+            found.append(vector)
+            seconds.append(took)
+        exact = exact or found
+        to_exact = torch.tensor([cosine(*pair) for pair in zip(found, exact, strict=True)])
+        between = torch.tensor([cosine(*pair) for pair in itertools.combinations(found, 2)])
+        norms = torch.stack([vector.norm() for vector in found])
+        yield {
+            "estimator": name,
+            "cpu_s": round(sorted(seconds)[len(seconds) // 2], 3),
+            "cosine_to_exact": [round(float(value), 3) for value in (to_exact.mean(), to_exact.min(), to_exact.max())],
+            "cosine_between_batches": round(float(between.mean()), 3) if len(between) else None,
+            "norm": [float(f"{value:.3g}") for value in (norms.median(), norms.min(), norms.max())],
+        }
+
+
+@contextmanager
+def kept_activations() -> Iterator[None]:
+    """Within it no step and no decoding is checkpointed."""
+
+    def plain(function: Callable[..., Any], *inputs: Any, **_: Any) -> Any:
+        return function(*inputs)
+
+    def rollout(*inputs: Any, **options: Any) -> Tensor:
+        return real(*inputs, checkpointed=False, **options)
+
+    real = reward_flow.rollout
+    with mock.patch.object(reward_flow, "checkpoint", plain), mock.patch.object(reward_flow, "rollout", rollout):
+        yield
+
+
+def memory(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each number of differentiated steps."""
+    batch = batches(trainer, chosen)[0]
+    for count in tqdm([*(k for k in COUNTS if k < chosen.sampling_steps), chosen.sampling_steps], desc="steps"):
+        settle(trainer, replace(ESTIMATORS["draft"], steps=f"last {count}"), 0)
+        line: dict[str, Any] = {"differentiated_steps": count}
+        line["checkpointed_bytes"], line["checkpointed_cpu_s"] = _peak(trainer, batch)
+        with kept_activations():
+            line["plain_bytes"], line["plain_cpu_s"] = _peak(trainer, batch)
+        yield line
+
+
+def _peak(trainer: reward_flow.RewardTrainer, batch: dict[str, Any]) -> tuple[int, float]:
+    with TensorBytes() as counter:
+        gradient(trainer, batch)
+    return counter.peak, round(gradient(trainer, batch)[1], 3)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--estimators", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--model", default="sandbox:unet")
+    parser.add_argument("--reward", default="preference")
+    parser.add_argument("--weights", default="sandbox:careful", help="the reward's option `model`; '' for none")
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--sampling_steps", type=int, default=8)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--side", type=int, default=64, help="picture size in pixels")
+    chosen = parser.parse_args()
+    if not (chosen.estimators or chosen.memory):
+        parser.error("name what is measured: --estimators or --memory")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(chosen, folder)
+        settings = {key: value for key, value in vars(chosen).items() if key not in ("estimators", "memory")}
+        for measure in (estimators, memory):
+            for line in measure(trainer, chosen) if vars(chosen)[measure.__name__] else ():
+                print(json.dumps({"question": measure.__name__, "settings": settings, **line}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What is wrong with a draft of questions, in sentences that a language model can act on.
+
+The words that mark negation and choice are those of English; other languages need checks of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from alignkit.aspects import FACTS, Draft, Question, Rules
+
+_QUOTED = re.compile(r'"[^"]*"')
+_FIRST = re.compile(r"(is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"\b(no|not|never|none|nobody|nothing|nowhere|neither|nor|without|lacks?|lacking|absent|missing|\w+n't)\b"
+)
+_SUFFIX = re.compile(r"\?\s*(?:(?:please )?answer (?:with )?yes or no\.?)?$", re.IGNORECASE)
+_STOP = {"the", "and", "with", "that", "this", "has", "have", "are", "its", "one", "there", "exactly"}
+
+
+def problems_of(draft: Draft, rules: Rules) -> list[str]:
+    """Everything that is wrong with `draft`, a sentence each; empty for a good one.
+
+    Checked: each question can be answered with yes or no, is phrased positively (its negated twin is the opposite),
+    and is asked once; there are at most `rules.max_questions`; every aspect of `rules.aspects` has one; every fact is
+    covered by a question that shares a word with it ("extra" facts have no words of the prompt).
+    """
+    if draft.problems:
+        return list(draft.problems)
+    if not draft.questions:
+        return ["there is no question; write at least one"]
+    found = [*_count_problems(draft, rules), *_repeated(draft.questions)]
+    for question in draft.questions:
+        found += _question_problems(question, rules)
+    return [*found, *_uncovered(draft)]
+
+
+def _count_problems(draft: Draft, rules: Rules) -> Iterator[str]:
+    questions = draft.questions
+    if len(questions) > rules.max_questions:
+        yield f"there are {len(questions)} questions; write at most {rules.max_questions}"
+    present = {question.aspect for question in questions}
+    for aspect in rules.aspects:
+        if aspect not in present:
+            yield f"no question has the aspect '{aspect}'; write at least one"
+    names = Counter(question.name for question in questions)
+    for name, count in names.items():
+        if count > 1:
+            yield f"{count} questions have the name '{name}'; give each its own"
+
+
+def _question_problems(question: Question, rules: Rules) -> Iterator[str]:
+    shown = question.text or question.negated
+    if not question.name or question.name.startswith("aspect/"):
+        yield f"'{shown}': its name is '{question.name}'; give it a short one"
+    if question.aspect not in rules.aspects:
+        yield f"'{shown}': its aspect is '{question.aspect}'; only {', '.join(rules.aspects)} are wanted"
+    if not (question.weight > 0 and math.isfinite(question.weight)):
+        yield f"'{shown}': its weight is {question.weight}; give a number above 0"
+    if not shown:
+        yield "a question has no text"
+    for text in filter(None, (question.text, question.negated)):
+        yield from _form_problems(text)
+    if negation := _NEGATION.search(_bare(question.text).casefold()):
+        yield f"'{question.text}': '{negation[0]}' is a negation; ask so that yes is the good answer"
+
+
+def _form_problems(text: str) -> Iterator[str]:
+    """Whether `text` is one question that yes or no answers."""
+    body = _bare(text)
+    if not body.endswith("?") or body.count("?") != 1:
+        yield f"'{text}': it must be one question that ends with a question mark"
+    if not _FIRST.match(body):
+        yield f"'{text}': it must begin with a word such as Is, Are, Does or Has, so that yes or no answers it"
+    if re.search(r"\bor\b", body.casefold()):
+        yield f"'{text}': it offers a choice ('or'), which yes or no does not answer; ask about one of them"
+
+
+def _bare(text: str) -> str:
+    """A question without what it quotes, and without "Answer yes or no." after it."""
+    return _SUFFIX.sub("?", _QUOTED.sub('""', text).strip())
+
+
+def _repeated(questions: Sequence[Question]) -> Iterator[str]:
+    asked = [text for question in questions for text in (question.text, question.negated) if text]
+    first: dict[str, str] = {}
+    for text in asked:
+        key = " ".join(_words(text))
+        if key in first:
+            yield f"'{text}' repeats '{first[key]}'; ask it once"
+        first.setdefault(key, text)
+
+
+def _uncovered(draft: Draft) -> Iterator[str]:
+    """Facts of an unknown kind, numbers of facts that are none, and facts without a question about them."""
+    if len(draft.covers) != len(draft.questions):
+        yield f"{len(draft.covers)} lists of facts for {len(draft.questions)} questions; give one for each"
+        return
+    for question, numbers in zip(draft.questions, draft.covers, strict=True):
+        for number in numbers:
+            if not 0 <= number < len(draft.facts):
+                yield f"'{question.text or question.negated}' covers fact {number}; there are {len(draft.facts)} facts"
+    for number, fact in enumerate(draft.facts):
+        if fact.kind not in FACTS:
+            yield f"fact '{fact.text}' is of the kind '{fact.kind}'; known kinds: {', '.join(FACTS)}"
+        about = [q for q, numbers in zip(draft.questions, draft.covers, strict=True) if number in numbers]
+        if not about:
+            yield f"no question covers the {fact.kind} '{fact.text}'; ask about it"
+            continue
+        own = {word for word in _words(fact.text) if len(word) > 2 and word not in _STOP}
+        asked = _words(" ".join(f"{question.text} {question.negated}" for question in about))
+        if fact.kind != "extra" and own and own.isdisjoint(asked):  # short words alone are taken on trust
+            yield f"no question that covers the {fact.kind} '{fact.text}' uses any of its words; use the prompt's words"
+
+
+def _words(text: str) -> list[str]:
+    """Words in lower case without articles, and without a plural's ending."""
+    words = re.findall(r"[\w'-]+", text.casefold())
+    return [re.sub(r"(?<=s)es$|(?<=[^s])s$", "", word) for word in words if word not in ("a", "an", "the")]

@@ -1,0 +1,207 @@
+"""The aspects stage: a writer's questions about every prompt, checked, retried, stored in parts.
+
+A draft with problems goes back to the writer with the problems as complaints; what still fails is left out, noted in
+`quarantine.jsonl` and counted. Not here: what is wrong with a draft (checks.py), and any writer.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from alignkit.aspects import ASPECTS, Draft, QuestionWriter, Rules
+from alignkit.claims import claim
+from alignkit.errors import ConfigError, DataError, require_at_least
+from alignkit.locks import locked
+from alignkit.records import Prompt
+from alignkit.storage import (
+    STAGE_FILES,
+    Part,
+    StageResult,
+    finish_run,
+    finished_part,
+    part_name,
+    read_table,
+    write_part,
+    write_quarantine,
+    write_text,
+)
+from data_pipelines.aspects.card import card_text
+from data_pipelines.aspects.checks import problems_of
+from data_pipelines.prompts import drop_duplicates
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AspectsConfig:
+    """Which questions are wanted, and how they are written.
+
+    aspects: each prompt gets at least one question of each: alignment, physics, quality.
+    max_questions: the most questions of one prompt.
+    attempts: drafts of one prompt before it is left out.
+    part_size: prompts of one file, which the writer gets at once.
+    quarantine_limit: the stage stops once more than this share of all prompts is left out.
+    """
+
+    aspects: Sequence[str] = ("alignment",)
+    max_questions: int = 16
+    attempts: int = 3
+    part_size: int = 256
+    quarantine_limit: float = 0.05
+
+    def __post_init__(self) -> None:
+        counts = {"max_questions": self.max_questions, "attempts": self.attempts, "part_size": self.part_size}
+        require_at_least(1, counts)
+        wrong = [name for name in self.aspects if name not in ASPECTS]
+        if wrong or not self.aspects or len(set(self.aspects)) < len(self.aspects):
+            raise ConfigError(f"aspects: {list(self.aspects)}; give some of {', '.join(ASPECTS)}, each once")
+        if not 0 <= self.quarantine_limit <= 1:
+            raise ConfigError(f"quarantine_limit is {self.quarantine_limit}; it is a share and must be within 0 and 1")
+
+    @property
+    def rules(self) -> Rules:
+        """What a writer and the checks need of this."""
+        return Rules(tuple(self.aspects), self.max_questions)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The last draft of a prompt, what is wrong with it (nothing, for one that is kept), and how often it was asked."""
+
+    draft: Draft
+    problems: Sequence[str]
+    attempts: int
+
+
+def checked_drafts(prompts: Sequence[Prompt], config: AspectsConfig, writer: QuestionWriter) -> list[Checked]:
+    """A checked draft for every prompt, in order; those with problems are asked for again, `config.attempts` in all."""
+    results = [Checked(Draft(), (), 0)] * len(prompts)
+    waiting = list(range(len(prompts)))
+    for attempt in range(1, config.attempts + 1):
+        if not waiting:
+            break
+        complaints = [results[index].problems for index in waiting]
+        drafts = writer.write([prompts[index] for index in waiting], config.rules, complaints)
+        for index, draft in zip(waiting, drafts, strict=True):
+            results[index] = Checked(draft, problems_of(draft, config.rules), attempt)
+        waiting = [index for index in waiting if results[index].problems]
+    return results
+
+
+def write_aspects(
+    prompts: Sequence[Prompt],
+    config: AspectsConfig,
+    out_dir: str | Path,
+    *,
+    build_writer: Callable[[], QuestionWriter],
+    identity: str = "",
+) -> StageResult:
+    """Questions for every prompt into `out_dir/data/part-*.parquet`, one row a prompt, with manifest and dataset card.
+
+    Columns: prompt_id, prompt, metadata (JSON), questions [{name, aspect, text, negated, weight}] (as the reward
+    `yes_no` takes them), facts [{kind, text}] that the writer found. Opened by `datasets.load_dataset(out_dir)`.
+    `identity` says what the questions depend on beside the config: the writer, its template, its model; where it
+    differs from that of an earlier run in `out_dir`, the run is refused. The writer is built only when a part is
+    missing.
+
+    Raises DataError without prompts, or over the quarantine limit; ResumeError, StorageError; what the writer raises.
+    """
+    folder = Path(out_dir)
+    unique, duplicates = drop_duplicates(prompts)
+    if not unique:
+        raise DataError("no prompts to write questions for; give at least one")
+    digest = hashlib.sha256("".join(f"{p.id}\x1f{_metadata(p)}\x1e" for p in unique).encode())
+    inputs = {"prompts": len(unique), "prompts_sha256": digest.hexdigest(), "writer": identity}
+    with locked(folder):
+        claim(folder, {"stage": "aspects", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
+        writer, parts = functools.cache(build_writer), []
+        with tqdm(total=len(unique), desc="aspects", unit="prompt") as bar:
+            for index in range(-(-len(unique) // config.part_size)):
+                rows = unique[index * config.part_size :][: config.part_size]
+                name = part_name(index)
+                parts.append(finished_part(folder, name) or _write(folder, name, rows, config, writer()))
+                bar.update(len(rows))
+                _require_within_limit(folder, parts, config, len(unique))
+        return _finish(folder, config, parts, duplicates)
+
+
+def _write(folder: Path, name: str, rows: Sequence[Prompt], config: AspectsConfig, writer: QuestionWriter) -> Part:
+    """One finished part: the good drafts as rows, counts and quarantine as notes."""
+    kept, quarantined = [], []
+    counts: Counter[str] = Counter()
+    for prompt, result in zip(rows, checked_drafts(rows, config, writer), strict=True):
+        named, draft = {"prompt_id": prompt.id, "prompt": prompt.text}, result.draft
+        questions = list(map(asdict, draft.questions))
+        counts["written_again"] += result.attempts > 1
+        if result.problems:
+            reason = "; ".join(result.problems)
+            quarantined.append({**named, "reason": reason, "attempts": result.attempts, "questions": questions})
+            continue
+        facts = list(map(asdict, draft.facts))
+        kept.append({**named, "metadata": _metadata(prompt), "questions": questions, "facts": facts})
+        counts.update(f"questions_{question.aspect}" for question in draft.questions)
+        counts.update(f"facts_{fact.kind}" for fact in draft.facts)
+    notes = {"rows": len(kept), "counts": dict(counts), "quarantined": quarantined}
+    return write_part(folder, name, {f"data/{name}.parquet": _table(kept)}, notes=notes)
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    import pyarrow as pa
+    from datasets import Features, List, Value
+
+    text = Value("string")
+    texts = dict.fromkeys(("name", "aspect", "text", "negated"), text)
+    named: dict[str, Any] = dict.fromkeys(("prompt_id", "prompt", "metadata"), text)
+    named |= {"questions": List({**texts, "weight": Value("float64")}), "facts": List({"kind": text, "text": text})}
+    return pa.Table.from_pylist(rows, schema=Features(named).arrow_schema)
+
+
+def _metadata(prompt: Prompt) -> str:
+    return json.dumps(dict(prompt.metadata), sort_keys=True, default=str)
+
+
+def _quarantined(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    return [fault for part in parts for fault in part.notes["quarantined"]]
+
+
+def _require_within_limit(folder: Path, parts: Sequence[Part], config: AspectsConfig, rows: int) -> None:
+    bad = _quarantined(parts)
+    if len(bad) > config.quarantine_limit * rows:
+        path = write_quarantine(folder, bad)
+        raise DataError(
+            f"{len(bad)} of {rows} prompts have no usable questions, over quarantine_limit "
+            f"{config.quarantine_limit:.0%}; the first one, '{bad[0]['prompt']}': {bad[0]['reason']}. See '{path}'; "
+            "change the prompts, the writer or its template, and write into another folder, or raise quarantine_limit"
+        )
+
+
+def _finish(folder: Path, config: AspectsConfig, parts: Sequence[Part], duplicates: int) -> StageResult:
+    counts: Counter[str] = Counter({"duplicate_prompts": duplicates, "quarantined": len(_quarantined(parts))})
+    for part in parts:
+        counts.update(part.notes["counts"])
+    write_quarantine(folder, _quarantined(parts))
+    rows = sum(part.notes["rows"] for part in parts)
+    examples = first_rows(folder, parts, 3)
+    write_text(folder / "README.md", card_text(asdict(config), counts, rows, examples))
+    return finish_run(folder, "aspects", parts, rows=rows, counts=counts)
+
+
+def first_rows(folder: Path, parts: Sequence[Part], count: int) -> list[Mapping[str, Any]]:
+    """The first `count` rows of the stage in `folder`."""
+    rows: list[Mapping[str, Any]] = []
+    for part in parts:
+        (path,) = part.files
+        rows += read_table(folder / path).slice(0, count - len(rows)).to_pylist()
+        if len(rows) >= count:
+            break
+    return rows

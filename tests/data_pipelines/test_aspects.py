@@ -1,0 +1,181 @@
+"""The aspects stage: what a draft must be like, another try with complaints, quarantine, and resuming byte by byte."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+
+from alignkit.aspects import Draft, Fact, Question, Rules
+from alignkit.commands.data import TrainingData
+from alignkit.errors import ConfigError, DataError, ResumeError
+from alignkit.records import Prompt
+from data_pipelines.aspects import AspectsConfig, checked_drafts, problems_of, write_aspects
+
+RULES = Rules(("alignment", "quality"), 3)
+FACTS = (Fact("object", "dogs"), Fact("count", "two dogs"), Fact("extra", "anything else"))
+GOOD = Draft(
+    FACTS,
+    (
+        Question("Is there a dog?", 1.0, "Is the picture empty?", "dog", "alignment"),
+        Question("Is the number of dogs two?", 1.0, "", "count", "alignment"),
+        Question('Does it show "no cats"? Please answer Yes or No.', 2.0, "", "sharp", "quality"),
+    ),
+    ((0,), (1, 2), ()),
+)
+
+
+def asked(text="Is there a dog?", **changes):
+    """GOOD with its first question changed."""
+    return replace(GOOD, questions=(replace(GOOD.questions[0], text=text, **changes), *GOOD.questions[1:]))
+
+
+def test_a_good_draft_has_no_problem():
+    assert problems_of(GOOD, RULES) == []
+    assert problems_of(asked("", negated="Is the dog without a tail?"), RULES) == []  # no is good
+
+
+@pytest.mark.parametrize(
+    ("draft", "problem"),
+    [
+        (Draft(), "there is no question"),
+        (Draft(problems=["no reply"]), "no reply"),
+        (asked("Which dog is there?"), "must begin with a word such as Is"),
+        (asked("Is there a dog"), "ends with a question mark"),
+        (asked("Is there a dog? Is it red?"), "must be one question"),
+        (asked("Is there a dog or a wolf?"), "offers a choice"),
+        (asked("Is there a dog that isn't red?"), '"isn\'t" is a negation'.replace('"', "'")),
+        (asked("Is there a dog without a tail?"), "'without' is a negation"),
+        (asked("Is the dog not there?"), "'not' is a negation"),
+        (asked(negated="How many dogs are there?"), "'How many dogs are there?': it must begin"),
+        (asked("Is the number of dogs two?"), "repeats 'Is the number of dogs two?'"),
+        (asked("Are there dogs?", negated="Are there the dogs?"), "repeats 'Are there dogs?'"),
+        (asked("", negated=""), "a question has no text"),
+        (asked(weight=float("nan")), "its weight is nan"),
+        (asked(weight=0.0), "its weight is 0.0"),
+        (asked(name=""), "give it a short one"),
+        (asked(name="count"), "2 questions have the name 'count'"),
+        (asked(aspect="physics"), "only alignment, quality are wanted"),
+        (replace(GOOD, questions=GOOD.questions[:2], covers=GOOD.covers[:2]), "no question has the aspect 'quality'"),
+        (replace(GOOD, covers=((0,), (1,), ())), "no question covers the extra 'anything else'"),
+        (replace(GOOD, covers=((0, 3), (1, 2), ())), "covers fact 3; there are 3 facts"),
+        (replace(GOOD, covers=((0,),)), "1 lists of facts for 3 questions"),
+        (replace(GOOD, facts=(Fact("thing", "dogs"), *FACTS[1:])), "of the kind 'thing'; known kinds: object"),
+        (replace(GOOD, facts=(Fact("object", "wolf"), *FACTS[1:])), "uses any of its words"),
+    ],
+)
+def test_what_is_wrong_with_a_draft_is_said(draft, problem):
+    problems = problems_of(draft, RULES)
+    assert any(problem in said for said in problems), problems
+
+
+def test_too_many_questions_are_refused():
+    assert problems_of(GOOD, Rules(RULES.aspects, 2)) == ["there are 3 questions; write at most 2"]
+
+
+class Writer:
+    """Good drafts, except for prompts that end with a number: those need as many attempts. `told`: what it got."""
+
+    def __init__(self):
+        self.told = []
+
+    def write(self, prompts, rules, complaints):
+        drafts = []
+        for prompt, complaint in zip(prompts, complaints, strict=True):
+            self.told.append((prompt.text, list(complaint)))
+            needed = int(prompt.text.split()[-1]) if prompt.text[-1].isdigit() else 1
+            tries = sum(text == prompt.text for text, _ in self.told)
+            drafts.append(GOOD if tries >= needed else asked("Where is the dog?"))
+        return drafts
+
+
+CONFIG = AspectsConfig(aspects=RULES.aspects, max_questions=3, attempts=2, part_size=2, quarantine_limit=0.5)
+PROMPTS = [Prompt.from_text(text, mark=index) for index, text in enumerate(("dogs", "dogs 2", "dogs 9", "two dogs"))]
+
+
+def test_a_draft_with_problems_is_written_again_with_complaints():
+    writer = Writer()
+    results = checked_drafts(PROMPTS[:3], CONFIG, writer)
+    assert [(result.attempts, bool(result.problems)) for result in results] == [(1, False), (2, False), (2, True)]
+    assert [text for text, _ in writer.told] == ["dogs", "dogs 2", "dogs 9", "dogs 2", "dogs 9"]
+    assert all(("'Where is the dog?'" in "".join(complaint)) == (n > 2) for n, (_, complaint) in enumerate(writer.told))
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "versions.json"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_the_stage_stores_quarantines_and_resumes(tmp_path):
+    """A writer that stops half-way costs the unfinished part alone; in the end every byte is the same."""
+    whole = write_aspects([*PROMPTS, PROMPTS[0]], CONFIG, tmp_path / "a", build_writer=Writer, identity="w")
+    assert (whole.rows, whole.counts["quarantined"], whole.counts["written_again"]) == (3, 1, 2)
+    assert (whole.counts["questions_alignment"], whole.counts["questions_quality"]) == (6, 3)
+    (line,) = (tmp_path / "a" / "quarantine.jsonl").read_text("utf-8").splitlines()
+    fault = json.loads(line)
+    assert (fault["prompt"], fault["attempts"]) == ("dogs 9", 2)
+    assert "must begin" in fault["reason"]
+
+    class Stops(Writer):
+        def write(self, prompts, rules, complaints):
+            if prompts[0].text == "dogs 9":
+                raise ConnectionError("down")
+            return super().write(prompts, rules, complaints)
+
+    with pytest.raises(ConnectionError):
+        write_aspects([*PROMPTS, PROMPTS[0]], CONFIG, tmp_path / "b", build_writer=Stops, identity="w")
+    second = Writer()
+    write_aspects([*PROMPTS, PROMPTS[0]], CONFIG, tmp_path / "b", build_writer=lambda: second, identity="w")
+    assert {text for text, _ in second.told} == {"dogs 9", "two dogs"}
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+    write_aspects([*PROMPTS, PROMPTS[0]], CONFIG, tmp_path / "b", build_writer=pytest.fail, identity="w")  # not called
+    for given in ({"identity": "other"}, {"identity": "w", "prompts": PROMPTS[:3]}):
+        rows = given.pop("prompts", [*PROMPTS, PROMPTS[0]])
+        with pytest.raises(ResumeError, match="another config or other inputs"):
+            write_aspects(rows, CONFIG, tmp_path / "b", build_writer=Writer, **given)
+
+
+def test_the_rows_are_what_a_training_reads(tmp_path):
+    write_aspects(PROMPTS, CONFIG, tmp_path / "a", build_writer=Writer)
+    row = TrainingData(kind="aspects", path=tmp_path / "a").train()[0]
+    assert row["questions"][0] == {
+        "name": "dog",
+        "aspect": "alignment",
+        "text": "Is there a dog?",
+        "negated": "Is the picture empty?",
+        "weight": 1.0,
+    }
+    assert (row["prompt_id"], json.loads(row["metadata"])) == (PROMPTS[0].id, {"mark": 0})
+    assert [fact["kind"] for fact in row["facts"]] == ["object", "count", "extra"]
+    loaded = datasets.load_dataset(str(tmp_path / "a"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert list(loaded["prompt"]) == ["dogs", "dogs 2", "two dogs"]
+    card = (tmp_path / "a" / "README.md").read_text("utf-8")
+    assert "3 prompts, each with yes/no questions" in card
+    assert "- alignment, weight 1: `Is there a dog?` against `Is the picture empty?`" in card
+
+
+def test_too_much_quarantine_stops_the_stage(tmp_path):
+    strict = replace(CONFIG, quarantine_limit=0.2)
+    with pytest.raises(DataError, match=r"1 of 4 prompts have no usable questions.*'dogs 9'.*quarantine\.jsonl"):
+        write_aspects(PROMPTS, strict, tmp_path / "a", build_writer=Writer)
+    assert (tmp_path / "a" / "quarantine.jsonl").is_file()
+    with pytest.raises(DataError, match="no prompts to write questions for"):
+        write_aspects([], CONFIG, tmp_path / "b", build_writer=Writer)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"aspects": ("beauty",)}, "give some of alignment, physics, quality"),
+        ({"aspects": ()}, "give some of"),
+        ({"aspects": ("quality", "quality")}, "each once"),
+        ({"attempts": 0}, "attempts is 0"),
+        ({"quarantine_limit": 1.5}, "quarantine_limit is 1.5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        AspectsConfig(**keys)

@@ -1,0 +1,334 @@
+"""Reward gradients equal plain autograd over a chain written out here; caps, limits, refusals and ranks."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from two_processes import run_two
+
+from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError
+from alignkit.records import Scores, texts
+
+PROMPTS = ["a red circle", "two blue rings", "a green square", "a cross"]
+STEPS = 3
+SETTINGS = {
+    "reward_weights": {"red": 1.0},
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "sampling_steps": STEPS,
+    "guidance_scale": 2.0,
+    "height": 16,
+    "width": 16,
+    "lora_rank": 2,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+
+
+class Red:
+    """A curved function of the red channel, so that its gradient differs from pixel to pixel."""
+
+    name, modality, needs_prompt, differentiable = "red", "image", False, True
+    comparable_across_prompts, native_range, licence, source = True, (-1.0, 1.0), "Apache-2.0", "here"
+
+    def __call__(self, media, prompts):
+        return Scores(torch.sin(3 * media[:, 0]).mean((1, 2)) - media[:, 1:].square().mean((1, 2, 3)))
+
+
+class RedVideo(Red):
+    modality = "video"
+
+    def __call__(self, media, prompts):
+        return Scores(torch.sin(3 * media[:, :, 0]).mean((1, 2, 3)))
+
+
+class Blind(Red):
+    def __call__(self, media, prompts):
+        return Scores((media * 255).round().mean((1, 2, 3)))
+
+
+class Fixed(Red):
+    differentiable = False
+
+
+@pytest.fixture
+def make(load, tmp_path):
+    """A trainer on prompts, from config keys."""
+    from alignkit.trainers.reward_flow import RewardConfig, RewardTrainer
+
+    def build(family="flow", *, rewards=None, rows=PROMPTS, held_out=None, kind=(RewardConfig, RewardTrainer), **keys):
+        args = kind[0](**{**SETTINGS, "output_dir": str(tmp_path / "run"), **keys})
+        return kind[1](load(family), args, rows, held_out, rewards=rewards or {"red": Red()})
+
+    return build
+
+
+def exact(trainer):
+    """The trainer in float64, off the zero of LoRA initialisation, and a batch of two rows."""
+    trainer.generator.model.double()
+    trainer.generator.pipeline.vae.double()
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer._trainable().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng, dtype=torch.float64))
+    return trainer.data_collator([trainer.train_dataset[row] for row in range(2)])
+
+
+def gradients(trainer, loss):
+    found = torch.autograd.grad(loss, list(trainer._trainable().values()), allow_unused=True)
+    return torch.cat([grad.flatten() for grad in found if grad is not None])
+
+
+def flown(trainer, batch):
+    return gradients(trainer, trainer.method_loss(trainer.model, batch).loss.mean())
+
+
+def derived(trainer, batch, active, *, end=STEPS - 1, kl=0.0, noise_samples=0):
+    """The loss by a chain of plain tensors, with no checkpoint and nothing of the engine but the network and its times.
+
+    Euler's step for flow, Song's DDIM step for eps; guidance 2; inactive steps have constant predictions.
+    """
+    generator, flow = trainer.generator, trainer.generator.prediction == "flow"
+    grid = generator.grid(STEPS, generator.latent_shape(16, 16))
+    sources = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+    with torch.no_grad():
+        cond = generator.encode_prompts(texts(batch["prompts"]))
+
+    def noise():
+        shape = generator.latent_shape(16, 16)
+        return torch.cat([torch.randn(1, *shape, generator=source) for source in sources]).double()
+
+    def guided(x, index):
+        t = grid.t[index].double().expand(len(x))
+        null = generator.model(x, t, cond.unconditional())
+        return null + 2.0 * (generator.model(x, t, cond) - null)
+
+    def step(x, p, index, last):
+        alpha, sigma = grid.alpha[index].double(), grid.sigma[index].double()
+        after = -1 if last else index
+        alpha_next, sigma_next = grid.alpha_next[after].double(), grid.sigma_next[after].double()
+        return x + (sigma_next - sigma) * p if flow else alpha_next * (x - sigma * p) / alpha + sigma_next * p
+
+    def reward(x):
+        config = generator.pipeline.vae.config
+        raw = x / config.scaling_factor + (config.shift_factor or 0.0)
+        return Red()((generator.pipeline.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1), None).total
+
+    x, penalties = noise() * grid.start, []
+    for index in range(end + 1):
+        p = guided(x, index)
+        if index in active and kl:
+            with generator.reference():
+                base = guided(x, index)
+            weight = 1.0 if flow else min(20.0, 1 / float(grid.alpha[index]) ** 2)
+            penalties.append(weight * (p - base).square().mean((1, 2, 3)))
+        x = step(x, p if index in active else p.detach(), index, index == end)
+    rewards = [reward(x)]
+    for _ in range(noise_samples):
+        start = grid.alpha[end].double() * x.detach() + grid.sigma[end].double() * noise()
+        rewards.append(reward(step(start, guided(start, end), end, True)))
+    loss = -torch.stack(rewards).mean()
+    return loss + kl * torch.stack(penalties).mean() if kl else loss
+
+
+@pytest.mark.parametrize("family", ["flow", "unet"])
+def test_the_gradient_is_that_of_plain_autograd(make, family):
+    """One, two and all steps; an early end; further noise samples; and the velocity penalty. In float64."""
+    trainer = make(family, state_gradient_cap=None, kl_weight=0.7)
+    batch = exact(trainer)
+    cases = [
+        ({"gradient_steps": "last 1"}, {2}, {}),
+        ({"gradient_steps": "last 2"}, {1, 2}, {}),
+        ({"gradient_steps": "all"}, {0, 1, 2}, {"kl": 0.7}),
+        ({"gradient_steps": "first 1"}, {0}, {}),
+        ({"gradient_steps": "last 1", "early_end": "1"}, {1}, {"end": 1}),
+        ({"gradient_steps": "last 1", "noise_samples": 2}, {2}, {"noise_samples": 2}),
+    ]
+    settings = trainer.args
+    for keys, active, told in cases:
+        args = replace(settings, kl_weight=told.get("kl", 0.0), **keys)
+        trainer.args, trainer._estimator = args, args.gradient
+        found, expected = flown(trainer, batch), gradients(trainer, derived(trainer, batch, active, **told))
+        assert expected.norm() > 0
+        assert (found - expected).norm() <= 1e-6 * expected.norm(), keys  # grids are float32
+
+
+def test_the_cap_scales_what_comes_before_it(make):
+    """One row, two steps: last step's part + factor x first step's part, the factor from the norms without a cap."""
+    trainer = make(state_gradient_cap=None, gradient_steps="all", sampling_steps=2)
+    batch = {name: value[:1] for name, value in exact(trainer).items()}
+    whole, norms = flown(trainer, batch), trainer._gradients.norms
+    trainer._estimator = replace(trainer._estimator, steps="last 1")
+    last = flown(trainer, batch)
+    trainer._estimator, trainer.args.state_gradient_cap = replace(trainer._estimator, steps="all"), 0.3
+    factor = 0.3 * norms[1] / norms[0]
+    assert factor < 0.9
+    torch.testing.assert_close(flown(trainer, batch), last + factor * (whole - last))
+    assert trainer._gradients.norms[0] == pytest.approx(norms[0].item())  # what is logged is before the cap
+
+
+def test_a_fixed_batch_rises(make):
+    """Held-out prompts are the training prompts; several rewards, a hinge, and what is logged."""
+    rewards = {"red": Red(), "other": Red(), "unused": Fixed()}
+    keys = {"reward_weights": {"red": 1, "other": 3}, "reward_targets": {"other": -5.0}, "gradient_steps": "all"}
+    trainer = make(
+        "unet",
+        learning_rate=3e-2,
+        rewards=rewards,
+        held_out=PROMPTS,
+        max_steps=6,
+        per_device_train_batch_size=4,
+        **keys,
+    )
+    before = trainer.evaluate()["eval_reward/red"]
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_reward/red"] > before + 0.03
+    assert after["eval_satisfied/other"] == 1.0
+    assert after["eval_loss"] == pytest.approx(-(0.25 * after["eval_reward/red"] + 0.75 * -5.0), rel=1e-5)
+    logged = trainer.state.log_history[1]
+    assert {"health/reward", *(f"health/state_gradient/{step:02d}" for step in range(STEPS))} <= set(logged)
+    assert logged["grad_norm"] > 0
+
+
+def test_rows_do_not_hang_on_the_batch(make):
+    """Micro-batches of one row equal one batch: draws are keyed by prompt and by step."""
+    ends, starts = [], []
+    for size in (1, 4):
+        keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "optim": "sgd"}
+        trainer = make(estimator="drtune", gradient_steps="even 1", **keys)
+        starts.append({name: value.detach().clone() for name, value in trainer._trainable().items()})
+        trainer.train()
+        ends.append(trainer._trainable())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-7)
+    assert any(not torch.equal(value, starts[0][name]) for name, value in ends[0].items())
+
+
+def test_bf16_gradients_reach_the_weights(make):
+    """Autocast keeps casts of weights that a step without gradients has made; a step with gradients makes its own."""
+    trainer = make(bf16=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_a_video_model_gets_the_gradient_of_plain_autograd(make, monkeypatch):
+    """A causal video VAE is decoded again in the backward pass; without any checkpoint the gradient is the same."""
+    from alignkit.trainers import reward_flow
+
+    keys = {"num_frames": 5, "gradient_steps": "last 2", "state_gradient_cap": None}
+    trainer = make("wan", rewards={"red": RedVideo()}, **keys)
+    batch = exact(trainer)
+    found = flown(trainer, batch)
+    monkeypatch.setattr(reward_flow, "checkpoint", lambda function, *inputs, **_: function(*inputs))
+    monkeypatch.setattr(reward_flow, "rollout", functools.partial(reward_flow.rollout, checkpointed=False))
+    torch.testing.assert_close(found, flown(trainer, batch))
+    assert found.norm() > 0
+    with pytest.raises(ConfigError, match="reward 'red' scores images, but here are videos"):
+        make("wan", num_frames=5)
+
+
+def test_explosion_stops_before_the_weights_change(make):
+    trainer = make(gradient_steps="all", growth_limit=1e-9)
+    before = {name: value.detach().clone() for name, value in trainer._trainable().items()}
+    with pytest.raises(NumericsError, match=r"after denoising step 2 is 1 times .* at training step 0"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer._trainable().items())
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [(Fixed, "reward 'red' is not differentiable"), (Blind, "reward 'red' says .* its gradient at the pixels is zero")],
+)
+def test_a_reward_without_gradient_is_refused(make, reward, message):
+    with pytest.raises(ConfigError, match=message):
+        make(rewards={"red": reward()})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"reward_weights": None}, "reward_weights is missing"),
+        ({"reward_weights": {"red": 0.0}}, "reward_weights.red is 0.0; it must be positive"),
+        ({"reward_targets": {"blue": 1.0}}, "reward_targets.blue"),
+        ({"gradient_steps": "window 1-3"}, "the chain has steps 0 to 2"),
+        ({"estimator": "draftt"}, "Did you mean 'draft'"),
+        ({"train_text_encoder": True}, "train_text_encoder"),
+        ({"height": 0}, "height is 0"),
+    ],
+)
+def test_bad_settings_are_named(make, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**keys)
+
+
+def test_a_weight_without_a_reward_is_named(make):
+    with pytest.raises(UnknownNameError, match=r"'redd', which is none of the rewards\. Did you mean 'red'"):
+        make(reward_weights={"redd": 1.0})
+
+
+def test_drf_needs_questions(make):
+    from alignkit.trainers.drf import DRFConfig, DRFTrainer
+
+    rows = [{"prompt": "a ring", "questions": ["Is there a ring?"]}, {"prompt": "a cross", "questions": []}]
+    keys = {"kind": (DRFConfig, DRFTrainer), "rewards": {"critic": Red()}, "reward_weights": {"critic": 1.0}}
+    with pytest.raises(DataError, match="prompt 'a cross' has no questions"):
+        make(rows=rows, **keys)
+    trainer = make(rows=rows[:1], **keys)
+    assert trainer.train_dataset[0]["prompts"].metadata["questions"] == ["Is there a ring?"]
+    assert trainer.args.gradient.steps == "last 3"
+
+
+TWO = """
+import torch
+
+from alignkit.records import Scores
+from alignkit.trainers.reward_flow import RewardTrainer
+
+
+class Red:
+    name, modality, differentiable = "red", "image", True
+
+    def __call__(self, media, prompts):
+        return Scores(media[:, 0].square().mean((1, 2)))
+
+
+class WithRed(RewardTrainer):
+    def __init__(self, *args, **options):
+        super().__init__(*args, rewards={"red": Red()}, **options)
+"""
+
+
+def test_two_processes_equal_one(tmp_path, model_folders, worker, monkeypatch):
+    """The worker gives no rewards, so the trainer has its own. Steps are repeated inside DDP's backward pass; every
+    rank draws the same steps.
+    """
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "two_reward_flow.py").write_text(TWO)
+    datasets.Dataset.from_dict({"prompt": PROMPTS}).save_to_disk(tmp_path / "rows")
+    keys = {"optim": "sgd", "estimator": "alignprop", "kl_weight": 0.1, "train_sampling_strategy": "sequential"}
+    job = {
+        "model": str(model_folders["flow"]),
+        "rows": str(tmp_path / "rows"),
+        "method": ["alignkit.trainers.reward_flow:RewardConfig", "two_reward_flow:WithRed"],
+        "path": str(tmp_path),
+        "settings": SETTINGS | keys | {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 4},
+    }
+    one = worker["train"](job)
+    settings = job["settings"] | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2}
+    history = run_two(tmp_path, job | {"settings": settings | {"ddp_backend": "gloo"}})
+    for name in ("loss", "grad_norm", "health/reward/red", "health/state_gradient/02"):
+        found, expected = ([log[name] for log in logs if name in log] for logs in (history, one.state.log_history))
+        assert len(expected) == 2
+        assert found == pytest.approx(expected, rel=1e-4), name
+    weights = load_file(tmp_path / "job-0.safetensors")
+    for name, value in one._trainable().items():
+        torch.testing.assert_close(weights[name], value.detach(), rtol=1e-4, atol=1e-6)
