@@ -1,4 +1,4 @@
-"""Yes/no questions about a prompt, and what their writers and their critics agree on.
+"""Yes/no questions about a prompt: the records that writers, checks and critics share.
 
 A writer turns a prompt into a `Draft`: the facts that it found in the prompt, and questions that each cover some of
 them. The stage `data_pipelines.aspects` checks and stores drafts; the reward `yes_no` asks the questions.
@@ -22,7 +22,8 @@ _KEYS = ("name", "aspect", "text", "negated", "weight")
 class Question:
     """`text`: yes is good. `negated`: the opposite question, for which no is good. At least one of them is given.
 
-    `{prompt}` in them is replaced by the prompt. `weight` is above 0; `aspect` is free here, the stage knows `ASPECTS`.
+    `{prompt}` in them is replaced by the prompt. `weight` is above 0. Any `aspect` is allowed here, and those of
+    `ASPECTS` in the stage.
     """
 
     text: str = ""
@@ -55,7 +56,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Something that a prompt says; `kind` is one of `FACTS`, `text` is in the prompt's words ("red circle")."""
+    """Something that a prompt states; `kind` is one of `FACTS`, `text` is in the prompt's words ("red circle")."""
 
     kind: str
     text: str
@@ -63,9 +64,9 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a writer made of one prompt.
+    """What a writer wrote for one prompt.
 
-    covers: for each question the numbers of the facts that its answer decides.
+    covers: for each question the indices of the facts that it is about.
     problems: why there is no usable draft (no reply, a prompt that the writer cannot read); empty otherwise.
     """
 
@@ -77,7 +78,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a draft must be like: each of `aspects` has a question, no other has, at most `max_questions` in all."""
+    """The rules of a draft: one question or more for each of `aspects`, none for others, at most `max_questions`."""
 
     aspects: Sequence[str]
     max_questions: int
@@ -85,11 +86,11 @@ class Rules:
 
 @runtime_checkable
 class QuestionWriter(Protocol):
-    """What writes questions: a parser of a grammar, or a served language model. Also `Reporting` where it costs."""
+    """Writes questions: a parser of a grammar, or a served language model. It is also `Reporting` if it has costs."""
 
     def write(self, prompts: Sequence[Prompt], rules: Rules, complaints: Sequence[Sequence[str]]) -> Sequence[Draft]:
         """One draft a prompt, in order. `complaints`: for each prompt what was wrong with its last draft, or nothing.
 
-        A writer without use for complaints may ignore them. Raises ServerError where nothing can be written at all.
+        A writer may ignore complaints. Raises ServerError if the server cannot be used.
         """
         ...

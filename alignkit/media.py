@@ -132,7 +132,7 @@ def has_transparency(data: Encoded | Image.Image, where: str) -> bool:
 
 
 def transparency_note(transparent: int, images: int) -> str:
-    """What is said once of a stage's images of which some are transparent."""
+    """The message about a stage's images of which some have transparency."""
     return f"{transparent} of {images} images have transparency; they are composited on {BACKGROUND}"
 
 
@@ -250,7 +250,7 @@ def fit(frames: np.ndarray, size: tuple[int, int], multiple: int) -> np.ndarray:
 def is_video(data: bytes, name: str = "") -> bool:
     """Whether encoded bytes of a file called `name` are a video: mp4, mkv, webm, mov, avi, or a moving GIF or WebP.
 
-    All else counts as an image, damaged bytes too: its decoder says what is wrong with them.
+    Everything else counts as an image, also damaged bytes: the image decoder then names the fault.
     """
     start, brand = data[:4], data[8:12]
     if start == b"GIF8" or (start, brand) == (b"RIFF", b"WEBP"):

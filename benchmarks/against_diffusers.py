@@ -4,19 +4,19 @@
         [--batch 1] [--rank 8] [--work FOLDER] [--tiny]
 
 PATH is diffusers' examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py (Apache-2.0; not part of
-alignkit). It runs in a process of its own, twice: with few steps and with all epochs; what is in between is the price
-of a step, and a third start with `--help` that of its imports. Without it, or where it does not run (it imports
-torchvision and wandb), the same calls are made by a bare loop, and the answer says so; its steps then take turns with
+alignkit). It runs in a process of its own, twice: with few steps and with all epochs; the difference is the cost
+of the steps, and a third start with `--help` measures its imports. Without it, or where it does not run (it imports
+torchvision and wandb), a bare loop makes the same calls, and the output says so; its steps then alternate with
 ours in one process.
 
 `whole_run`: `--epochs` epochs from loading to saving, without imports; ours builds the latents cache.
-`per_step`: ours with that cache, and with a cache that also holds the reference errors of all epochs (an earlier run
-with the same draws has left them there, see `precompute_reference`).
+`per_step`: ours with that cache, and with a cache that also holds the reference errors of all epochs (from an
+earlier run with the same draws, see `precompute_reference`).
 `loss`: both losses on the same pairs, noise and timesteps, with the same random LoRA; a difference in float64 above
 1e-4 of their size ends in an error.
 
-The model is a small SDXL with random weights, in which VAE and text encoders have SDXL's own shares of the arithmetic
-at 256 pixels (`sizes`). `--tiny` shows that the script works; its figures mean nothing.
+The model is a small SDXL with random weights. Its VAE and text encoders have the same shares of the arithmetic as those
+of SDXL at 256 pixels (`sizes`). `--tiny` shows that the script works; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Script:
 
     def __init__(self, path: Path, model: Path, data: Path, settings: Settings, work: Path) -> None:
         self.path, self.settings, self.work = path, settings, work
-        self.told = {
+        self.flags = {
             "pretrained_model_name_or_path": model,
             "dataset_name": data,
             "dataset_split_name": "train",
@@ -94,11 +94,11 @@ class Script:
         return {"per_step": (whole - few) / (steps - FEW), "whole_run": whole - imports}
 
     def _options(self, **length: int) -> list[str]:
-        told = {**self.told, **length, "output_dir": self.work / f"script-{'-'.join(length)}"}
-        return ["--no_hflip", *(str(part) for name, value in told.items() for part in (f"--{name}", value))]
+        flags = {**self.flags, **length, "output_dir": self.work / f"script-{'-'.join(length)}"}
+        return ["--no_hflip", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
 
     def _seconds(self, options: Sequence[str]) -> np.ndarray:
-        """Wall and CPU seconds of one run; what it prints goes to stderr."""
+        """Wall and CPU seconds of one run; its output is copied to stderr."""
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command, last = [sys.executable, str(self.path), *options], b""
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # noqa: S603 - the user names it
@@ -126,31 +126,31 @@ class Ours:
 
     def trainer(self, name: str, **options: Any) -> RankDPOTrainer:
         """A trainer with the settings of both sides; the first one fills the cache."""
-        told = self.settings
+        settings = self.settings
         arguments = RankDPOConfig(
             output_dir=str(self.work / name),
             cache_dir=str(self.work / "cache"),
             loss="diffusion_dpo",
-            beta=told.beta,
-            lora_rank=told.rank,
-            per_device_train_batch_size=told.batch,
-            learning_rate=told.learning_rate,
+            beta=settings.beta,
+            lora_rank=settings.rank,
+            per_device_train_batch_size=settings.batch,
+            learning_rate=settings.learning_rate,
             lr_scheduler_type="constant",
             weight_decay=0.01,
             caption_dropout=0.0,
-            resolution=told.side,
-            seed=told.seed,
-            bf16=told.bf16,
+            resolution=settings.side,
+            seed=settings.seed,
+            bf16=settings.bf16,
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             **options,
         )
         rows = load_ranked(self.data, "train", held_out=0.0)
-        generator = load_generator(self.model, dtype=torch.bfloat16 if told.bf16 else torch.float32)
+        generator = load_generator(self.model, dtype=torch.bfloat16 if settings.bf16 else torch.float32)
         return RankDPOTrainer(generator, arguments, rows)
 
     def whole_run(self, epochs: int) -> tuple[np.ndarray, RankDPOTrainer, set[tuple[int, float]]]:
-        """Seconds with a cache that is not there yet; the trainer, and the draws (row, a value of the noise) it saw."""
+        """Seconds with an empty cache; the trainer, and the draws (row, a value of the noise) that it used."""
         draws: set[tuple[int, float]] = set()
 
         def noted(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -223,13 +223,13 @@ def seconds(values: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in zip(used, values, strict=False)}
 
 
-def beside(ours: np.ndarray, theirs: np.ndarray) -> dict[str, dict[str, float]]:
-    """Both, and how many times ours is as fast."""
+def compared(ours: np.ndarray, theirs: np.ndarray) -> dict[str, dict[str, float]]:
+    """The seconds of both sides, and theirs over ours."""
     return {"ours": seconds(ours), "theirs": seconds(theirs), "ratio": seconds(theirs / ours)}
 
 
-def rehearse(settings: Settings, work: Path) -> None:
-    """One step of both sides on a tiny model: what they import late counts in neither whole run."""
+def warm_up(settings: Settings, work: Path) -> None:
+    """One step of both sides on a tiny model, so that late imports are not part of the whole runs."""
     small_sdxl.build(tiny=True).save_pretrained(model := work / "model")
     data = small_sdxl.write_pairs(work / "pairs", settings.batch, settings.side)
     Ours(model, data, settings, work).whole_run(1)
@@ -240,21 +240,21 @@ def measure(chosen: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All figures."""
     settings = Settings(chosen.batch, chosen.side, chosen.rank, chosen.learning_rate, chosen.beta, 0, chosen.bf16)
     if not chosen.tiny:
-        rehearse(settings, work / "rehearsal")
+        warm_up(settings, work / "warm_up")
     pipeline = small_sdxl.build(tiny=chosen.tiny)
     sizes = {"unet_parameters": sum(parameter.numel() for parameter in pipeline.unet.parameters())}
     sizes |= small_sdxl.shares(pipeline, chosen.side)
     pipeline.save_pretrained(model := work / "model")
     data = small_sdxl.write_pairs(work / "pairs", chosen.pairs, chosen.side)
 
-    who, script = "a bare loop of the same calls; no script was given", None
+    theirs, script = "a bare loop of the same calls; no script was given", None
     if chosen.script is not None:
         try:
             script = Script(chosen.script, model, data, settings, work).measure(chosen.epochs, chosen.all_steps)
-            who = f"'{chosen.script}', from runs of two lengths"
+            theirs = f"'{chosen.script}', from runs of two lengths"
         except ScriptError as error:
-            who = f"a bare loop of the same calls; {error}"
-    print(f"diffusers' side is {who}", file=sys.stderr)
+            theirs = f"a bare loop of the same calls; {error}"
+    print(f"diffusers' side is {theirs}", file=sys.stderr)
 
     ours = Ours(model, data, settings, work)
     whole, trainer, draws = ours.whole_run(chosen.epochs)
@@ -262,15 +262,15 @@ def measure(chosen: argparse.Namespace, work: Path) -> dict[str, Any]:
     per_step = {}
     for name, ready in (("latents cached", False), ("latents and reference errors cached", True)):
         taken = ours.warm(chosen.steps, {} if script else {"theirs": bare.step}, ready=ready)
-        per_step[name] = beside(taken["step"], script["per_step"] if script else taken["theirs"])
+        per_step[name] = compared(taken["step"], script["per_step"] if script else taken["theirs"])
     return {
         "question": "seconds of Diffusion-DPO in alignkit beside diffusers' script",
-        "theirs": who,
+        "theirs": theirs,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "precision": "bf16" if chosen.bf16 else "fp32",
         "per_step": per_step,
-        "whole_run": beside(whole, script["whole_run"] if script else bare_whole),
+        "whole_run": compared(whole, script["whole_run"] if script else bare_whole),
         "loss": losses(trainer, bare),
         "draws": {"rows x epochs": chosen.pairs * chosen.epochs, "distinct": len(draws)},
         "sizes": sizes,

@@ -37,7 +37,7 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides are told; `side` in pixels, `batch` in pairs."""
+    """Settings of both sides; `side` in pixels, `batch` in pairs."""
 
     batch: int
     side: int
@@ -68,14 +68,14 @@ class Bare:
         self.optimizer = torch.optim.AdamW(self.trained, lr=settings.learning_rate, weight_decay=0.01)
         self.schedule = get_scheduler("constant", self.optimizer)
         rows = datasets.load_dataset(str(data), split="train", cache_dir=str(cache))
-        # A function of tokenizers alone: `datasets` hashes all that it holds, which for networks takes ten seconds.
+        # A function of tokenizers alone: `datasets` hashes all objects in it, which takes ten seconds for networks.
         words = {name: self.pipeline.components[name] for name in ("tokenizer", "tokenizer_2")}
         self.rows = rows.with_transform(partial(_columns, words, settings.side))
         self.loader = DataLoader(self.rows, batch_size=settings.batch, shuffle=True, collate_fn=stacked)
         self._batches = self._endless()
 
     def _place(self) -> None:
-        """Frozen parts on the device; all but the VAE in bfloat16 where that was asked for."""
+        """Frozen parts on the device; all but the VAE in bfloat16 if `bf16` is set."""
         for name, part in self.pipeline.components.items():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).to(self.device)
@@ -112,7 +112,7 @@ class Bare:
         }
 
     def loss(self, latents: Tensor, noise: Tensor, timesteps: Tensor, condition: Mapping[str, Any]) -> Tensor:
-        """Mean of -log sigmoid(-beta/2 (delta_winner - delta_loser)); noise and timesteps [B] hold for both images."""
+        """Mean of -log sigmoid(-beta/2 (delta_winner - delta_loser)); both images share noise and timesteps [B]."""
         noise, timesteps = noise.repeat(2, 1, 1, 1), timesteps.repeat(2)
         x_t = self.noise.add_noise(latents, noise, timesteps)
 
@@ -150,7 +150,7 @@ class Bare:
         StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=state)
 
     def steps(self, epochs: int) -> int:
-        """Of so many epochs."""
+        """The number of steps of `epochs`."""
         return epochs * math.ceil(len(self.rows) / self.settings.batch)
 
 

@@ -1,4 +1,4 @@
-"""Reward gradients: what each estimator costs and how near it comes to the exact gradient; memory against steps.
+"""Reward gradients: what each estimator costs and how close it is to the exact gradient; memory against steps.
 
     python benchmarks/reward_flow.py --estimators [--model sandbox:unet] [--reward preference --weights sandbox:careful]
         [--batches 4] [--batch 8] [--sampling_steps 8] [--guidance_scale 1]
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sampling_steps", type=int, default=8)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--side", type=int, default=64, help="picture size in pixels")
+    parser.add_argument("--side", type=int, default=64, help="image size in pixels")
     chosen = parser.parse_args()
     if not (chosen.estimators or chosen.memory):
         parser.error("name what is measured: --estimators or --memory")

@@ -6,7 +6,7 @@ Rows are those of a parquet file of tiny images; latents and conditioning are in
 with random values. `load_s` is what `alignkit train` does to load the rows, of which a tenth is held out by prompt.
 `start_s` is the trainer's construction and its first batch. Of it, `fixed_s` is the same for 16 rows (the model, its
 LoRA, fingerprints), `hashing_s` is SHA-256 of the media, row by row, and of the cache's files, and `rest_s` is what
-remains: what rows cost beside their bytes. `--profile` prints the functions that take the most of it.
+remains: the cost of the rows without that of their bytes. `--profile` prints the functions that take the most of it.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreviewConfig:
-    """What `--show` prints beside the questions.
+    """What `--show` prints with the questions.
 
-    prompts: of so many prompts, the first ones.
+    prompts: number of prompts, from the first.
     critic: a reward that answers the questions of a prompt, such as yes_no; none: the questions alone.
     generator: what makes the image of a prompt.
     image: one file for all prompts, instead of a generator.
@@ -46,7 +46,7 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         require_at_least(1, {"prompts": self.prompts})
         if self.critic is not None and (self.generator is None) == (self.image is None):
-            raise ConfigError("preview: the critic looks at an image: give either `generator` or `image`")
+            raise ConfigError("preview: the critic needs an image: give either `generator` or `image`")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class AspectsJob:
 
     prompts: where the prompts come from.
     writer: what writes the questions.
-    aspects: which questions are wanted.
+    aspects: which questions are written, and how.
     out: the folder of the questions; run again, it continues.
     show: print the questions of the first prompts with the critic's answers, and write none; images go to OUT_show.
     """

@@ -237,7 +237,7 @@ class QuestionsJob(PolicyJob):
     """Questions about the training prompts, written into the folder aspects of the run.
 
     writer: what writes the questions.
-    aspects: which questions are wanted.
+    aspects: which questions are written, and how.
     """
 
     writer: WriterSpec = field(default_factory=WriterSpec)

@@ -1,7 +1,7 @@
-"""How many frames a model's videos have: 1 + r k, for its codec makes one latent frame of r frames after the first.
+"""Valid numbers of frames: 1 + r k, because the codec encodes r frames after the first as one latent frame.
 
-Pipelines of diffusers round another number and go on. Here it is an error: from the configs of a local folder, before
-anything is loaded, and again where a generator is asked. Imports no torch, but for the family of a local folder.
+The pipelines of diffusers round any other number. Here it is an error: checked with the configs of a local folder,
+before anything is loaded, and again when a generator is called. Imports torch only with the family of a local folder.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def require_frames(frames: int, key: str, model: str, *, modality: str, ratio: i
 
 
 def require_known_frames(frames: int, key: str, folder: Path, model: str) -> None:
-    """`require_frames` from the configs in a diffusers `folder`; passes what they do not say.
+    """`require_frames` with the ratio in the configs of a diffusers `folder`.
 
-    Not known is a folder that is not there, a pipeline class that is not in `GENERATORS`, and a VAE without a config.
+    Does nothing if the ratio cannot be read: no such folder, a pipeline class outside `GENERATORS`, a VAE without a
+    config.
     """
     config = folder / "vae" / "config.json"
     if frames == 1 or not config.is_file() or not (folder / "model_index.json").is_file():

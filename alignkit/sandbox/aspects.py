@@ -1,9 +1,9 @@
 """Questions about sandbox captions, from the grammar and in the forms that the sandbox's VLM was trained on.
 
-Gold fails an image with an object too many, so each caption also gets questions about what else is there: the number of
-each shape, and the other shapes, which must be absent. Not asked, for the VLM knows no form for it: the number of all
-objects ("Is the number of objects two?"), whether all objects of a count have the colour, objects of no known shape,
-and the background (which gold does not judge).
+Gold rejects an image with one object too many, so each caption also gets questions about other objects: the number of
+each shape, and the other shapes, which must be absent. There are no questions about the number of all objects ("Is the
+number of objects two?"), the colour of all counted objects, and objects of other shapes, because the VLM was not
+trained on such questions. The background has none, because gold does not check it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from alignkit.aspects import Draft, Fact, Question, Rules
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt
 from alignkit.sandbox.captions import _plural, parse
-from alignkit.sandbox.questions import BESIDE, COUNTS, IS, NUMBER, SHOWS, THERE
+from alignkit.sandbox.questions import COLOR, COUNTS, NUMBER, OBJECT, RELATION, SHOWS
 from alignkit.sandbox.scenes import PALETTE, SHAPES, Spec
 
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _EXTRA = Fact("extra", "anything else")
-Asked = tuple[Question, list[Fact]]  # a question and the facts that it covers
+Entry = tuple[Question, list[Fact]]  # a question and the facts that it covers
 
 
 class GrammarWriter:
     """Writes questions of the aspect alignment; it needs no model. A `QuestionWriter`.
 
     whole: adds VQAScore's question about the whole caption.
-    twins: adds the opposite question where there is a near one: the other side, one object more, the colour of the
-        other object.
+    twins: adds the opposite question where there is one: the other side, one more object, the colour of the other
+        object.
     extra_weight: the weight that all questions about absent shapes have together, and those about absent colours; any
         other question has 1.
     """
@@ -45,41 +45,41 @@ class GrammarWriter:
         try:
             spec = parse(caption)
         except DataError as error:
-            own = "for free text set `writer` to 'served' (a language model) or your own 'package.module:attribute'"
-            return Draft(problems=[f"{error}; {own}"])
-        asked = [*self._about_objects(spec), *self._about_relation(spec), *self._about_others(spec)]
-        facts = list(dict.fromkeys(fact for _, covered in asked for fact in covered))
+            advice = "for free text set `writer` to 'served' (a language model) or your own 'package.module:attribute'"
+            return Draft(problems=[f"{error}; {advice}"])
+        entries = [*self._about_objects(spec), *self._about_relation(spec), *self._about_others(spec)]
+        facts = list(dict.fromkeys(fact for _, covered in entries for fact in covered))
         if self.whole:
-            asked.append((_question("whole", SHOWS.format(caption)), facts))
-        covers = [list(map(facts.index, covered)) for _, covered in asked]
-        return Draft(facts, [question for question, _ in asked], covers)
+            entries.append((_question("whole", SHOWS.format(caption)), facts))
+        covers = [list(map(facts.index, covered)) for _, covered in entries]
+        return Draft(facts, [question for question, _ in entries], covers)
 
-    def _about_objects(self, spec: Spec) -> Iterator[Asked]:
+    def _about_objects(self, spec: Spec) -> Iterator[Entry]:
         """Each object, its colour and the number of its shape."""
         kinds = list(dict.fromkeys(spec.kinds))
         is_count = len(kinds) < len(spec.kinds)
         for shape, color in kinds:
-            seen = f"{color} {shape}" if color else shape
-            facts = [Fact("object", shape), *([Fact("attribute", seen)] if color else [])]
-            leaked = [other for _, other in kinds if color and other != color]
-            twin = THERE.format(f"{leaked[0]} {shape}") if self.twins and leaked else ""
-            yield _question(f"object_{shape}", THERE.format(seen), twin), facts
+            described = f"{color} {shape}" if color else shape
+            facts = [Fact("object", shape), *([Fact("attribute", described)] if color else [])]
+            other_colors = [other for _, other in kinds if color and other != color]
+            twin = OBJECT.format(f"{other_colors[0]} {shape}") if self.twins and other_colors else ""
+            yield _question(f"object_{shape}", OBJECT.format(described), twin), facts
             if color and not is_count:  # "the circle" is one circle
-                yield _question(f"color_{shape}", IS.format(shape, color)), facts[1:]
+                yield _question(f"color_{shape}", COLOR.format(shape, color)), facts[1:]
             number = spec.kinds.count((shape, color))
             more = NUMBER.format(_plural(shape), COUNTS[number + 1]) if self.twins else ""
-            told = Fact("count", f"{COUNTS[number]} {_plural(shape)}") if is_count else _EXTRA
-            yield _question(f"count_{shape}", NUMBER.format(_plural(shape), COUNTS[number]), more), [told]
+            covered = Fact("count", f"{COUNTS[number]} {_plural(shape)}") if is_count else _EXTRA
+            yield _question(f"count_{shape}", NUMBER.format(_plural(shape), COUNTS[number]), more), [covered]
 
-    def _about_relation(self, spec: Spec) -> Iterator[Asked]:
+    def _about_relation(self, spec: Spec) -> Iterator[Entry]:
         if spec.relation:
             (first, _), (second, _) = spec.kinds
-            text = BESIDE.format(first, spec.relation, second)
-            opposite = BESIDE.format(first, _OPPOSITE[spec.relation], second) if self.twins else ""
+            text = RELATION.format(first, spec.relation, second)
+            opposite = RELATION.format(first, _OPPOSITE[spec.relation], second) if self.twins else ""
             fact = Fact("relation", f"{first} {spec.relation} {second}")
             yield _question("relation", text, opposite), [fact]
 
-    def _about_others(self, spec: Spec) -> Iterator[Asked]:
+    def _about_others(self, spec: Spec) -> Iterator[Entry]:
         """Shapes that the caption does not name, and other colours of objects that are counted: no is good."""
         named = {shape for shape, _ in spec.kinds}
         yield from self._absent([shape for shape in SHAPES if shape not in named], _EXTRA)
@@ -88,9 +88,9 @@ class GrammarWriter:
             others = [f"{other} {shape}" for other in PALETTE if other != color]
             yield from self._absent(others, Fact("attribute", f"{color} {shape}"))
 
-    def _absent(self, things: Sequence[str], fact: Fact) -> Iterator[Asked]:
+    def _absent(self, things: Sequence[str], fact: Fact) -> Iterator[Entry]:
         for thing in things:
-            text, name = THERE.format(thing), f"no_{thing.replace(' ', '_')}"
+            text, name = OBJECT.format(thing), f"no_{thing.replace(' ', '_')}"
             weight = self.extra_weight / len(things)
             yield Question(negated=text, weight=weight, name=name, aspect="alignment"), [fact]
 

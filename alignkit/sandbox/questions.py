@@ -19,10 +19,10 @@ from alignkit.sandbox.scenes import CATEGORIES, PALETTE, RELATIONS, SHAPES, Scen
 
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 SHOWS = 'Does this figure show "{}"? Please answer Yes or No.'  # VQAScore's words
-THERE = "Is there a {}?"
-IS = "Is the {} {}?"
+OBJECT = "Is there a {}?"
+COLOR = "Is the {} {}?"
 NUMBER = "Is the number of {} {}?"
-BESIDE = "Is the {} {} the {}?"
+RELATION = "Is the {} {} the {}?"
 BETTER = 'Which picture shows "{}" better? Answer first or second.'
 SHARES = dict(zip(CATEGORIES, (0.5, 1.0, 2.0, 0.5, 1.5, 1.5), strict=True))  # more of those with more questions
 YES_NO = ("object", "color", "count", "relation", "motion", "caption")
@@ -113,13 +113,13 @@ def _object(about: Subject, rng: np.random.Generator) -> Question:
     if _coin(rng):
         absent = [shape for shape in SHAPES if shape not in {other.shape for other in about.scene.things}]
         shape = thing.shape if truth else _pick(rng, absent)
-        return Question("object", THERE.format(shape), _yes(truth))
+        return Question("object", OBJECT.format(shape), _yes(truth))
     shown = list(dict.fromkeys((other.shape, other.color) for other in about.scene.things))  # a set has no order
     near = [(shape, color) for shape, _ in shown for _, color in shown if (shape, color) not in shown]
     other = [(thing.shape, color) for color in PALETTE if (thing.shape, color) not in shown]
     wrong = near if near and rng.random() < about.near else other
     shape, color = (thing.shape, thing.color) if truth else wrong[int(rng.integers(len(wrong)))]
-    return Question("object", THERE.format(f"{color} {shape}"), _yes(truth))
+    return Question("object", OBJECT.format(f"{color} {shape}"), _yes(truth))
 
 
 def _color(about: Subject, rng: np.random.Generator) -> Question | None:
@@ -129,7 +129,7 @@ def _color(about: Subject, rng: np.random.Generator) -> Question | None:
     near = [other.color for other in about.scene.things if other.color != thing.color]
     wrong = near if near and rng.random() < about.near else [color for color in PALETTE if color != thing.color]
     color = thing.color if truth else _pick(rng, wrong)
-    return Question("color", IS.format(thing.shape, color), _yes(truth))
+    return Question("color", COLOR.format(thing.shape, color), _yes(truth))
 
 
 def _count(about: Subject, rng: np.random.Generator) -> Question:
@@ -150,7 +150,7 @@ def _relation(about: Subject, rng: np.random.Generator) -> Question | None:
         return None
     truth = _coin(rng)
     name = true[0] if truth else _pick(rng, [name for name in RELATIONS if name != true[0]])
-    return Question("relation", BESIDE.format(first.shape, name, second.shape), _yes(truth))
+    return Question("relation", RELATION.format(first.shape, name, second.shape), _yes(truth))
 
 
 def _caption(about: Subject, rng: np.random.Generator) -> Question | None:  # noqa: ARG001 - all makers have one signature

@@ -2,7 +2,7 @@
 
 One engine for ReFL, DRaFT, AlignProp, DRTune and others; an estimator (`alignkit.diffusion.estimators`) says which
 steps carry gradients. The gradient is exact for those steps: each step, the decoding and, if there are several, each
-reward is checkpointed, so that memory is that of one step. Deliberately not here: rewards; they are passed in, loaded.
+reward is checkpointed, so that memory is that of one step. The caller passes the loaded rewards.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _RANGES = {
 
 @dataclass
 class RewardConfig(AlignConfig):
-    """How chains are sampled, which rewards are raised, and which steps carry gradients."""
+    """How chains are sampled, which rewards are maximised, and which steps carry gradients."""
 
     reward_weights: dict[str, float] | None = field(
-        default=None, metadata={"help": "Weights of the rewards that are raised, by their names under `rewards`."}
+        default=None, metadata={"help": "Weights of the rewards that are maximised, by their names under `rewards`."}
     )
     reward_targets: dict[str, float] | None = field(
-        default=None, metadata={"help": "By name, the value from which on a reward is satisfied and pushes no more."}
+        default=None, metadata={"help": "By name, the value above which a reward is not increased further."}
     )
     estimator: str = field(
         default="draft",
@@ -138,7 +138,7 @@ class RewardConfig(AlignConfig):
 
 
 class RewardTrainer(AlignTrainer):
-    """Raises rewards by their gradients through the chain; loss [P], one chain for each prompt.
+    """Maximises rewards by their gradients through the chain; loss [P], one chain for each prompt.
 
     The loss of a row is minus the weighted mean of its rewards (the mean over the chain and its `noise_samples`) plus
     `kl_weight` times the velocity penalty. `rewards` are the loaded rewards by name (`alignkit.protocols.Reward`).
@@ -169,7 +169,7 @@ class RewardTrainer(AlignTrainer):
 
     @override
     def prepare_model(self, args: Any) -> None:
-        """As in AlignTrainer; the VAE is frozen, for gradients only pass it."""
+        """As in AlignTrainer; the VAE is frozen, because gradients only pass through it."""
         self.generator.require_sampling(args.sampling)
         super().prepare_model(args)
         if self.generator.model.trained_encoders:
@@ -179,7 +179,7 @@ class RewardTrainer(AlignTrainer):
         self.generator.pipeline.vae.requires_grad_(False)
 
     def _try_rewards(self) -> None:
-        """Each reward once, on decoded noise of the first prompt, in the size that is trained on."""
+        """Call each reward once, on decoded noise for the first prompt, at the training size."""
         first = next((data[0] for data in (self.train_dataset, self._held_out) if data), None)
         if first is None:
             return

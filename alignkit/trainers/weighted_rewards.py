@@ -1,4 +1,4 @@
-"""Several differentiable rewards as one: their weighted mean, hinges, and the checks that come before a training."""
+"""Several differentiable rewards as one: their weighted mean, targets, and the checks before a training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class WeightedRewards:
     Args:
         rewards: the loaded rewards by name; those without a weight are not used.
         weights: positive weight by name.
-        targets: a reward at or above its target is satisfied in that row: it counts as the target and pushes no more
-            (the hinge of ReFL, arXiv 2304.05977).
+        targets: a reward at or above its target counts as the target in that row, without gradient (the hinge of ReFL,
+            arXiv 2304.05977).
 
     Raises UnknownNameError for a name in `weights` or `targets` without a reward, ConfigError for a reward that is not
     differentiable or whose rows depend on each other.
@@ -52,7 +52,7 @@ class WeightedRewards:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(what is maximised [B], the means to log) of media [B, 3, H, W] or [B, F, 3, H, W] in [0, 1].
 
-        `checkpointed` keeps no activations of the rewards, so that those of several never lie side by side. Raises
+        `checkpointed` keeps no activations of the rewards, so that only one reward needs memory at a time. Raises
         NumericsError naming a reward that gives NaN or infinity.
         """
         total_B = media.new_zeros(len(media))
@@ -77,14 +77,14 @@ class WeightedRewards:
         score_B = score_B.to(media.device, torch.promote_types(score_B.dtype, media.dtype))
         if not score_B.isfinite().all():
             raise NumericsError(
-                f"reward '{name}' is {score_B.tolist()} for the prompts {[p.text for p in prompts]}; mend it"
+                f"reward '{name}' is {score_B.tolist()} for the prompts {[p.text for p in prompts]}; fix the reward"
             )
         return score_B
 
     def require_gradients(self, media: Tensor, prompt: Prompt, modality: str) -> None:
-        """ConfigError naming the first reward that does not score `modality`, or whose gradient misses the pixels.
+        """ConfigError naming the first reward of another modality, or whose gradient does not reach the pixels.
 
-        Each is tried on `media`, [1, 3, H, W] or [1, F, 3, H, W] in [0, 1], in the size that will be trained on.
+        Each is called on `media`, [1, 3, H, W] or [1, F, 3, H, W] in [0, 1], in the size that will be trained on.
         """
         require_modality(self.rewards, modality)
         for name in self.rewards:
@@ -97,6 +97,6 @@ class WeightedRewards:
             if gradient is None or not gradient.isfinite().all() or not gradient.any():
                 found = "none" if gradient is None else "zero" if gradient.isfinite().all() else "not finite"
                 raise ConfigError(
-                    f"reward '{name}' says that it is differentiable, but its gradient at the pixels is {found}. Its "
+                    f"reward '{name}' is declared differentiable, but its gradient at the pixels is {found}. Its "
                     "preprocessing (a conversion to 8-bit or PIL, no_grad, detach) must keep the graph"
                 )

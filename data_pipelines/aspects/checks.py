@@ -57,7 +57,7 @@ def _question_problems(question: Question, rules: Rules) -> Iterator[str]:
     if not question.name or question.name.startswith("aspect/"):
         yield f"'{shown}': its name is '{question.name}'; give it a short one"
     if question.aspect not in rules.aspects:
-        yield f"'{shown}': its aspect is '{question.aspect}'; only {', '.join(rules.aspects)} are wanted"
+        yield f"'{shown}': its aspect is '{question.aspect}'; use {' or '.join(rules.aspects)}"
     if not (question.weight > 0 and math.isfinite(question.weight)):
         yield f"'{shown}': its weight is {question.weight}; give a number above 0"
     if not shown:
@@ -85,9 +85,9 @@ def _bare(text: str) -> str:
 
 
 def _repeated(questions: Sequence[Question]) -> Iterator[str]:
-    asked = [text for question in questions for text in (question.text, question.negated) if text]
+    texts = [text for question in questions for text in (question.text, question.negated) if text]
     first: dict[str, str] = {}
-    for text in asked:
+    for text in texts:
         key = " ".join(_words(text))
         if key in first:
             yield f"'{text}' repeats '{first[key]}'; ask it once"
@@ -111,8 +111,8 @@ def _uncovered(draft: Draft) -> Iterator[str]:
             yield f"no question covers the {fact.kind} '{fact.text}'; ask about it"
             continue
         own = {word for word in _words(fact.text) if len(word) > 2 and word not in _STOP}
-        asked = _words(" ".join(f"{question.text} {question.negated}" for question in about))
-        if fact.kind != "extra" and own and own.isdisjoint(asked):  # short words alone are taken on trust
+        used = _words(" ".join(f"{question.text} {question.negated}" for question in about))
+        if fact.kind != "extra" and own and own.isdisjoint(used):  # facts of short words alone are not compared
             yield f"no question that covers the {fact.kind} '{fact.text}' uses any of its words; use the prompt's words"
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AspectsConfig:
-    """Which questions are wanted, and how they are written.
+    """Which questions are written, and how.
 
     aspects: each prompt gets at least one question of each: alignment, physics, quality.
     max_questions: the most questions of one prompt.
@@ -76,7 +76,7 @@ class AspectsConfig:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The last draft of a prompt, what is wrong with it (nothing, for one that is kept), and how often it was asked."""
+    """The last draft of a prompt, its problems (none if it is kept), and how many drafts were written."""
 
     draft: Draft
     problems: Sequence[str]
@@ -84,7 +84,7 @@ class Checked:
 
 
 def checked_drafts(prompts: Sequence[Prompt], config: AspectsConfig, writer: QuestionWriter) -> list[Checked]:
-    """A checked draft for every prompt, in order; those with problems are asked for again, `config.attempts` in all."""
+    """A checked draft for every prompt, in order; one with problems is written again, up to `config.attempts` times."""
     results = [Checked(Draft(), (), 0)] * len(prompts)
     waiting = list(range(len(prompts)))
     for attempt in range(1, config.attempts + 1):

@@ -1,8 +1,8 @@
 """A served language model that writes yes/no questions about prompts (`alignkit.aspects.QuestionWriter`).
 
 The words of the request are a text file that users edit; a JSON schema fixes the form of the reply, which vLLM and
-OpenAI-compatible servers enforce (`response_format`). A reply is data of a server: types are checked here, what the
-questions say is checked by `data_pipelines.aspects`.
+OpenAI-compatible servers enforce (`response_format`). The types of a reply are checked here, the content of
+its questions by `data_pipelines.aspects`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class ServedWriter:
         ServerError if the server cannot be used (`ChatClient.ask`).
         """
         pairs = zip(prompts, complaints, strict=True)
-        replies = self.client.ask([self._request(prompt, rules, told) for prompt, told in pairs], label="aspects")
+        requests = [self._request(prompt, rules, problems) for prompt, problems in pairs]
+        replies = self.client.ask(requests, label="aspects")
         return [_draft(reply) for reply in replies]
 
     def report(self) -> Report:
@@ -82,7 +83,7 @@ def read_template(path: Path) -> str:
             f"template '{path}' cannot be read ({error}); give a UTF-8 text file, such as configs/aspects/questions.txt"
         ) from error
     if _PLACES[0] not in text:
-        raise ConfigError(f"template '{path}' does not hold {_PLACES[0]}; it may hold {', '.join(_PLACES)}")
+        raise ConfigError(f"template '{path}' lacks {_PLACES[0]}; known places: {', '.join(_PLACES)}")
     return text
 
 
@@ -121,14 +122,14 @@ def _draft(reply: Reply | None) -> Draft:
         facts = [
             Fact(_member(entry, "kind", str), _member(entry, "text", str)) for entry in _member(value, "facts", list)
         ]
-        asked = [_asked(entry) for entry in _member(value, "questions", list)]
+        entries = [_question(entry) for entry in _member(value, "questions", list)]
     except ValueError as error:
         return Draft(problems=[f"the reply is not of the schema: {error}"])
-    questions, covers = zip(*asked, strict=True) if asked else ((), ())
+    questions, covers = zip(*entries, strict=True) if entries else ((), ())
     return Draft(facts, questions, covers)
 
 
-def _asked(entry: Any) -> tuple[Question, list[int]]:
+def _question(entry: Any) -> tuple[Question, list[int]]:
     """A question and the numbers of its facts."""
     named = {name: _member(entry, name, str) for name in ("name", "aspect", "text", "negated")}
     numbers = _member(entry, "facts", list)

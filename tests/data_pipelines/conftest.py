@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +68,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def stored_rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted((folder / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
+
+
 @dataclass(frozen=True)
 class World:
     """What the tests share; a fixture, for test files do not import one another."""
@@ -76,6 +82,7 @@ class World:
     prompts: Callable[[int], list[Prompt]] = make_prompts
     config: Callable[..., synpic.GenerateConfig] = generate_config
     snapshot: Callable[[Path], dict[str, bytes]] = snapshot
+    rows: Callable[[Path], list[dict[str, Any]]] = stored_rows
 
     def generate(self, folder: Path, count: int = 10, **changes: object) -> Path:
         synpic.generate_candidates(make_prompts(count), generate_config(**changes), folder, build_sources=SOURCES)

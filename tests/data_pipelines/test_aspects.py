@@ -58,7 +58,7 @@ def test_a_good_draft_has_no_problem():
         (asked(weight=0.0), "its weight is 0.0"),
         (asked(name=""), "give it a short one"),
         (asked(name="count"), "2 questions have the name 'count'"),
-        (asked(aspect="physics"), "only alignment, quality are wanted"),
+        (asked(aspect="physics"), "use alignment or quality"),
         (replace(GOOD, questions=GOOD.questions[:2], covers=GOOD.covers[:2]), "no question has the aspect 'quality'"),
         (replace(GOOD, covers=((0,), (1,), ())), "no question covers the extra 'anything else'"),
         (replace(GOOD, covers=((0, 3), (1, 2), ())), "covers fact 3; there are 3 facts"),

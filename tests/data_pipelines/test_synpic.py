@@ -26,7 +26,6 @@ from alignkit import storage
 from alignkit.errors import (
     ConfigError,
     DataError,
-    FlaggedError,
     NumericsError,
     ResumeError,
     StorageError,
@@ -37,12 +36,8 @@ from alignkit.seeds import derive_seed
 from data_pipelines import synpic
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [row for path in sorted((folder / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
-
-
 def test_seeds_and_pictures_follow_the_definition(world: Any, tmp_path: Path) -> None:
-    rows = rows_of(world.generate(tmp_path / "c"))
+    rows = world.rows(world.generate(tmp_path / "c"))
     prompts = world.prompts(10)
     assert [row["prompt_id"] for row in rows] == [prompt.id for prompt in prompts]
     for row, prompt in zip(rows, prompts, strict=True):
@@ -55,7 +50,7 @@ def test_seeds_and_pictures_follow_the_definition(world: Any, tmp_path: Path) ->
 
 
 def test_another_batch_size_gives_the_same_rows(world: Any, tmp_path: Path) -> None:
-    small, large = (rows_of(world.generate(tmp_path / str(size), batch_size=size)) for size in (4, 7))
+    small, large = (world.rows(world.generate(tmp_path / str(size), batch_size=size)) for size in (4, 7))
     assert small == large
 
 
@@ -75,7 +70,7 @@ def test_batches_never_cross_parts(world: Any, tmp_path: Path) -> None:
 
 def test_scores_are_the_rewards_of_the_stored_pictures(world: Any, tmp_path: Path) -> None:
     candidates, scores = world.scored(tmp_path)
-    for drawn, scored in zip(rows_of(candidates), rows_of(scores), strict=True):
+    for drawn, scored in zip(world.rows(candidates), world.rows(scores), strict=True):
         assert drawn["prompt_id"] == scored["prompt_id"]
         for channel, name in enumerate(world.rewards):
             arrays = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in drawn["images"]]
@@ -91,7 +86,7 @@ def test_parts_of_rewards_are_kept_beside_their_scores(world: Any, tmp_path: Pat
     config = synpic.ScoreConfig(rewards=["both", "blue"], batch_size=3)
     builders = {"both": lambda: mean, "blue": world.rewards["blue"]}
     result = synpic.score_candidates(world.generate(tmp_path / "c"), config, tmp_path / "s", build_rewards=builders)
-    rows = rows_of(tmp_path / "s")
+    rows = world.rows(tmp_path / "s")
     assert result.rows == len(rows) == 10
     for row in rows:
         assert set(row["parts"]) == {"both"}
@@ -113,7 +108,7 @@ def test_pictures_of_several_sizes_are_scored_apart(world: Any, tmp_path: Path) 
         tmp_path / "c", synpic.ScoreConfig(rewards=["size"]), tmp_path / "s", build_rewards={"size": lambda: reward}
     )
     assert shapes == [(3, 3, 8, 8), (3, 3, 12, 12)]
-    assert [row["scores"]["size"] for row in rows_of(tmp_path / "s")] == [[8.0, 12.0]] * 3
+    assert [row["scores"]["size"] for row in world.rows(tmp_path / "s")] == [[8.0, 12.0]] * 3
 
 
 def test_finished_run_builds_nothing_and_keeps_its_bytes(world: Any, tmp_path: Path) -> None:
@@ -219,84 +214,6 @@ def test_unknown_names_get_the_nearest(world: Any, tmp_path: Path) -> None:
         synpic.score_candidates(candidates, config, tmp_path / "s", build_rewards=world.rewards)
 
 
-def replace_picture(folder: Path, data: bytes) -> None:
-    """Swap the picture of row 1, candidate 2 of the second part, as if it had been drawn so."""
-    path = folder / "data/part-00001.parquet"
-    table = pq.read_table(path)
-    images = table["images"].to_pylist()
-    images[1][2]["bytes"] = data
-    column = pa.array(images, type=table.schema.field("images").type)
-    pq.write_table(table.set_column(table.column_names.index("images"), table.schema.field("images"), column), path)
-
-
-@pytest.mark.parametrize(("keep", "message"), [(0, "empty"), (60, "truncated")])
-def test_broken_picture_is_named(world: Any, tmp_path: Path, keep: int, message: str) -> None:
-    folder = world.generate(tmp_path / "c")
-    good = rows_of(folder)[5]["images"][2]["bytes"]
-    replace_picture(folder, good[:keep])
-    with pytest.raises(DataError, match=rf"part-00001\.parquet', row 1 .*candidate 2: the image .*{message}"):
-        synpic.score_candidates(folder, world.score, tmp_path / "s", build_rewards=world.rewards)
-
-
-def test_images_with_transparency_are_scored_on_white_and_counted(
-    world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = world.generate(tmp_path / "c")
-    with io.BytesIO() as buffer:
-        Image.new("RGBA", (8, 8), (0, 0, 0, 51)).save(buffer, "PNG")
-        replace_picture(folder, buffer.getvalue())
-    (tmp_path / "c/parts/part-00001.json").write_text(
-        json.dumps(
-            storage.read_json(tmp_path / "c/parts/part-00001.json")
-            | {"files": {"data/part-00001.parquet": storage.checksum(folder / "data/part-00001.parquet")}}
-        )
-    )
-    for _ in range(2):  # scored, and finished already
-        caplog.clear()
-        result = synpic.score_candidates(folder, world.score, tmp_path / "s", build_rewards=world.rewards)
-        assert result.counts == {"quarantined": 0, "transparent": 1}
-        assert caplog.text.count("1 of 30 images have transparency; they are composited on white") == 1
-    assert rows_of(tmp_path / "s")[5]["scores"]["red"][2] == pytest.approx(0.8)
-    assert "transparent" not in storage.read_json(world.scored(tmp_path / "plain")[1] / "manifest.json")["counts"]
-
-
-@dataclass
-class FailingReward:
-    """NaN for the prompts whose text ends in one of `bad`."""
-
-    bad: tuple[str, ...]
-
-    def __call__(self, media: torch.Tensor, prompts: Any) -> Scores:
-        total = media.mean(dim=(1, 2, 3))
-        return Scores(total.masked_fill(torch.tensor([p.text.split()[-1] in self.bad for p in prompts]), float("nan")))
-
-
-def score_failing(world: Any, base: Path, bad: tuple[str, ...]) -> storage.StageResult:
-    folder = world.generate(base / "c", count=20)
-    config = synpic.ScoreConfig(rewards=["failing", "red"])
-    builders = {"failing": lambda: FailingReward(bad), "red": world.rewards["red"]}
-    return synpic.score_candidates(folder, config, base / "s", build_rewards=builders)
-
-
-def test_rows_that_are_not_finite_are_quarantined(world: Any, tmp_path: Path) -> None:
-    result = score_failing(world, tmp_path, ("6",))
-    assert (result.rows, result.counts) == (19, {"quarantined": 1})
-    (line,) = (tmp_path / "s/quarantine.jsonl").read_text().splitlines()
-    entry = json.loads(line)
-    assert entry["prompt"] == "picture number 6"
-    assert (entry["file"], entry["row"]) == ("data/part-00001.parquet", 2)
-    assert entry["reason"] == "reward 'failing' is nan for candidate 0"
-    ranked = synpic.rank_candidates(tmp_path / "c", tmp_path / "s", synpic.RankConfig(), tmp_path / "r")
-    assert ranked.counts["quarantined"] == 1
-    assert "picture number 6" not in [row["prompt"] for row in rows_of(tmp_path / "r")]
-
-
-def test_over_five_percent_stops_with_advice(world: Any, tmp_path: Path) -> None:
-    with pytest.raises(NumericsError, match=r"2 of 20 rows .*5%.*quarantine\.jsonl.*leave out that reward"):
-        score_failing(world, tmp_path, ("6", "3"))
-    assert len((tmp_path / "s/quarantine.jsonl").read_text().splitlines()) == 2
-
-
 def test_full_disk_keeps_finished_parts(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
 
@@ -356,8 +273,11 @@ def test_scoring_overlaps_generation_and_gives_the_same_folders(world: Any, tmp_
     assert world.snapshot(tmp_path / "both") == world.snapshot(tmp_path / "apart")
 
 
-def test_failing_reward_stops_the_drawing(world: Any, tmp_path: Path) -> None:
-    rewards = dict.fromkeys(world.rewards, lambda: FailingReward(tuple(map(str, range(40)))))
+def test_failing_reward_stops_the_generation(world: Any, tmp_path: Path) -> None:
+    def nan(media: torch.Tensor, prompts: Any) -> Scores:
+        return Scores(torch.full((len(media),), float("nan")))
+
+    rewards = dict.fromkeys(world.rewards, lambda: nan)
     with pytest.raises(NumericsError, match="NaN or infinite"):
         synpic.generate_and_score(
             world.prompts(200),
@@ -442,7 +362,7 @@ def test_plain_numbers_of_a_reward_are_scored(world: Any, tmp_path: Path) -> Non
     red = world.rewards["red"]()
     builders = {**world.rewards, "red": lambda: lambda *batch: red(*batch).total.tolist()}
     synpic.score_candidates(candidates, world.score, tmp_path / "plain", build_rewards=builders)
-    assert rows_of(tmp_path / "plain") == rows_of(scores)
+    assert world.rows(tmp_path / "plain") == world.rows(scores)
 
 
 def test_hostile_names_in_a_dataset_card_are_shown_and_do_nothing(world: Any, tmp_path: Path) -> None:
@@ -462,79 +382,3 @@ def test_hostile_names_in_a_dataset_card_are_shown_and_do_nothing(world: Any, tm
     assert kinds.isdisjoint({"image", "link_open", "html_block", "html_inline"})
     cells = [token.content for token in tokens if token.type == "inline"]
     assert sum("tracker" in cell for cell in cells) == 4  # the list of rewards, a generator, a row and a column
-
-
-# --- images that a safety checker replaced --------------------------------------------------------------------------
-
-
-@dataclass
-class Checked:
-    """A source whose checker replaces the image of every prompt whose text ends in one of `bad`."""
-
-    inner: Any
-    bad: tuple[str, ...]
-    calls: int = 0
-    dies_at: int = 0
-
-    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> torch.Tensor:
-        self.calls += 1
-        if self.calls == self.dies_at:
-            raise KeyboardInterrupt
-        pixels = self.inner.generate(prompts, seeds, sampling)
-        flags = [prompt.split()[-1] in self.bad for prompt in prompts]
-        if any(flags):
-            pixels[torch.tensor(flags)] = 0
-            raise FlaggedError("unsafe", pixels=pixels, flags=flags)
-        return pixels
-
-
-def checked(world: Any, *bad: str, dies_at: int = 0) -> dict[str, Any]:
-    bright = Checked(world.sources["bright"](), bad, dies_at=dies_at)
-    return {"dull": world.sources["dull"], "bright": lambda: bright}
-
-
-def test_flagged_images_are_quarantined_and_the_run_goes_on(world: Any, tmp_path: Path) -> None:
-    bad = ("1", "4", "5", "6", "7")  # of the first part one, of the second all
-    folders = tmp_path / "c", tmp_path / "s"
-    builders = {"build_sources": checked(world, *bad), "build_rewards": world.rewards}
-    results = synpic.generate_and_score(world.prompts(10), world.config(), world.score, folders, **builders)
-    counts = {"duplicate_prompts": 0, "pictures": 15, "quarantined": 5, "flagged": 5}
-    assert [(result.rows, result.counts) for result in results] == [(5, counts), (5, {"quarantined": 0})]
-    assert storage.read_json(tmp_path / "c/manifest.json")["counts"] == counts
-    lines = [json.loads(line) for line in (tmp_path / "c/quarantine.jsonl").read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == [f"picture number {number}" for number in bad]
-    assert {(line["generator"], line["candidate"]) for line in lines} == {("bright", 2)}
-    assert lines[0]["reason"] == "the pipeline of generator 'bright' flagged candidate 2 as unsafe and replaced it"
-
-    plain = {row["prompt_id"]: row for row in rows_of(world.generate(tmp_path / "plain"))}
-    rows = rows_of(folders[0])
-    assert [row["prompt"][-1] for row in rows] == ["0", "2", "3", "8", "9"]
-    assert all(row == plain[row["prompt_id"]] for row in rows)  # the rest is what it is without a checker
-
-    synpic.score_candidates(folders[0], world.score, tmp_path / "again", build_rewards=world.rewards)
-    assert world.snapshot(folders[1]) == world.snapshot(tmp_path / "again")
-    ranked = synpic.rank_candidates(*folders, synpic.RankConfig(temperature=1.0, held_out=0.0), tmp_path / "r")
-    assert (ranked.rows, ranked.counts["quarantined"]) == (5, 5)
-    assert storage.read_json(tmp_path / "r/statistics.json")["counts"]["quarantined"] == 5
-
-
-def test_a_resumed_run_leaves_out_the_same_images(world: Any, tmp_path: Path) -> None:
-    def generate(folder: Path, **options: int) -> None:
-        builders = checked(world, "1", "6", **options)
-        synpic.generate_candidates(world.prompts(10), world.config(), folder, build_sources=builders)
-
-    generate(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        generate(tmp_path / "broken", dies_at=3)
-    assert (tmp_path / "broken/parts/part-00000.json").is_file()
-    assert not (tmp_path / "broken/manifest.json").exists()
-    for _ in range(2):  # resumed, and then finished already
-        generate(tmp_path / "broken")
-        assert world.snapshot(tmp_path / "broken") == world.snapshot(tmp_path / "whole")
-
-
-def test_nothing_left_is_an_error(world: Any, tmp_path: Path) -> None:
-    builders = checked(world, *map(str, range(10)))
-    with pytest.raises(DataError, match=r"no prompt is left: pipelines flagged 10 images as unsafe.*quarantine\.jsonl"):
-        synpic.generate_candidates(world.prompts(10), world.config(), tmp_path, build_sources=builders)
-    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 10

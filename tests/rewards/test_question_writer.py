@@ -103,7 +103,7 @@ def test_a_rejected_draft_is_asked_for_again_and_both_replies_are_cached(tmp_pat
 def test_what_cannot_work_is_said(tmp_path):
     lacking = tmp_path / "lacking.txt"
     lacking.write_text("Write questions.", encoding="utf-8")
-    for template, message in ((lacking, r"does not hold \{prompt\}"), (tmp_path / "absent.txt", "cannot be read")):
+    for template, message in ((lacking, r"lacks \{prompt\}"), (tmp_path / "absent.txt", "cannot be read")):
         with pytest.raises(ConfigError, match=message):
             ServedWriter("http://127.0.0.1:9/v1", "tiny", template=str(template))
     with pytest.raises(ConfigError, match="question writer has no option 'cach'"):

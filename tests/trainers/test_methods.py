@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 import sys
@@ -111,19 +112,22 @@ def test_micro_batches_are_one_batch(job, worker, method, size):
     assert any(not torch.equal(value, weights(start)[name]) for name, value in weights(whole).items())
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_two_processes_equal_one(tmp_path, job, worker, method):
+def test_two_processes_equal_one(tmp_path, job, worker):
     """The second process has the rows without labels; of three held-out rows the last has one."""
     labels = [*LABELS, [1, 1], [0, 0], [-1, 0]]
     options = {"held_out": 3, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
-    data = rows(method, labels)
-    two = job(method, "two", data, per_device_train_batch_size=2, ddp_backend="gloo", **options)
-    history = run_two(tmp_path, two)
-    one = worker["train"](job(method, "one", data, **options))
-    for name in ("loss", "grad_norm", "eval_loss", "health/brightness", "health/accuracy", "eval_accuracy"):
-        assert values(history, name) == pytest.approx(values(one.state.log_history, name), rel=1e-5, abs=1e-7), name
-    assert len(values(history, "eval_loss")) == 2
-    assert_same(load_file(tmp_path / "job-0.safetensors"), weights(one))
+    data = {method: rows(method, labels) for method in METHODS}
+    shared = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    run_two(tmp_path, [job(method, f"two-{method}", data[method], **shared, **options) for method in METHODS])
+    for number, method in enumerate(METHODS):
+        stem = f"job-0-{number}" if number else "job-0"
+        history = json.loads((tmp_path / f"{stem}.log").read_text())
+        one = worker["train"](job(method, f"one-{method}", data[method], **options))
+        for name in ("loss", "grad_norm", "eval_loss", "health/brightness", "health/accuracy", "eval_accuracy"):
+            expected = pytest.approx(values(one.state.log_history, name), rel=1e-5, abs=1e-7)
+            assert values(history, name) == expected, (method, name)
+        assert len(values(history, "eval_loss")) == 2
+        assert_same(load_file(tmp_path / f"{stem}.safetensors"), weights(one))
 
 
 def test_the_loss_is_the_mean_over_labelled_frames(job, worker):

@@ -111,20 +111,26 @@ def train(job: dict[str, Any], *, resume: str | bool | None = None) -> Any:
     return trainer
 
 
-def main(job_file: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error", ResourceWarning)
-    job = json.loads(job_file.read_text())
+def run(job: dict[str, Any], name: Path) -> None:
+    """Train one job; the first process writes its weights and its log beside `name`."""
     trainer = train(job, resume=job.get("resume"))
     if "export" in job:
         trainer.export(Path(job["export"]))
     print("sharded" if is_sharded(trainer.generator.net) else "whole")
     weights = gather(trainer._trainable())  # all processes take part
     if trainer.is_world_process_zero():
-        save_file({k: v.contiguous() for k, v in weights.items()}, job_file.with_suffix(".safetensors"))
-        job_file.with_suffix(".log").write_text(json.dumps(trainer.state.log_history))
+        save_file({k: v.contiguous() for k, v in weights.items()}, name.with_suffix(".safetensors"))
+        name.with_suffix(".log").write_text(json.dumps(trainer.state.log_history))
     print(f"\nbest {trainer.state.best_model_checkpoint}")
     print(json.dumps(COUNTS))
+
+
+def main(job_file: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error", ResourceWarning)
+    jobs = json.loads(job_file.read_text())
+    for number, job in enumerate(jobs if isinstance(jobs, list) else [jobs]):
+        run(job, job_file.with_stem(f"{job_file.stem}-{number}") if number else job_file)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
