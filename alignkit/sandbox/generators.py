@@ -1,10 +1,10 @@
 """The sandbox's text-to-image generators: how their pipelines are put together and how they were trained.
 
-Both are ordinary diffusers folders trained from scratch with `SFTTrainer` (full fine-tuning of a random network).
-`flow` is trained on captions of which a share is wrong, as those of web images are (`scenes.WEB_NOISE`). The U-Net is
-trained on correct captions in four stages (`unet_clean`) and then, through a LoRA, on captions of which a larger share
-is wrong: the result is `unet`, the policy, which can generate what it often gets wrong. The same LoRA with the opposite
-sign is `clean_adapter`: `unet` with it is the stronger generator. Their quality: docs/sandbox.md.
+Both are ordinary diffusers folders. A clean generator is trained on correct captions first: `unet_clean` in four stages
+with `SFTTrainer` (full fine-tuning of a random network), `flow_clean` together with its text encoders
+(`alignkit.sandbox.flow`). It is then trained through a LoRA on captions of which a share is wrong
+(`scenes.POLICY_NOISE`): the result, `unet` or `flow`, is the policy, which can generate what it often gets wrong. The
+same LoRA with the opposite sign is `clean_adapter`: the policy with it is the stronger generator. Their quality: docs/sandbox.md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FP8 = torch.float8_e4m3fn  # halves a file
 class GeneratorRecipe:
     """One training on `scenes` distinct images; `steps * batch / scenes` epochs."""
 
-    start: str  # what is trained: "new unet", "new flow" or the name of a finished generator
+    start: str  # what is trained: "new unet" or the name of a finished generator
     scenes: int
     steps: int
     batch: int
@@ -128,10 +128,9 @@ def dataset(recipe: GeneratorRecipe, work: Path) -> datasets.Dataset:
 
 def _untrained(start: str, models_dir: Path) -> Any:
     """The pipeline that a recipe trains, in float32."""
-    build = {"new unet": build_unet, "new flow": build_flow}.get(start)
-    if build is None:
-        return DiffusionPipeline.from_pretrained(models_dir / start, dtype=torch.float32)
-    return build(AutoencoderKL.from_pretrained(models_dir / "vae"))
+    if start == "new unet":
+        return build_unet(AutoencoderKL.from_pretrained(models_dir / "vae"))
+    return DiffusionPipeline.from_pretrained(models_dir / start, dtype=torch.float32)
 
 
 def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: GeneratorRecipe | None = None) -> Path:
