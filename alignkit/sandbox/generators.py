@@ -4,7 +4,8 @@ Both are ordinary diffusers folders. A clean generator is trained on correct cap
 with `SFTTrainer` (full fine-tuning of a random network), `flow_clean` together with its text encoders
 (`alignkit.sandbox.flow`). It is then trained through a LoRA on captions of which a share is wrong
 (`scenes.POLICY_NOISE`): the result, `unet` or `flow`, is the policy, which can generate what it often gets wrong. The
-same LoRA with the opposite sign is `clean_adapter`: the policy with it is the stronger generator. Their quality: docs/sandbox.md.
+same LoRA with the opposite sign is `clean_adapter`: the policy with it is the stronger generator. Quality: see
+docs/sandbox.md.
 """
 
 from __future__ import annotations
