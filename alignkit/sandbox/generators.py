@@ -3,9 +3,9 @@
 Both are ordinary diffusers folders. A clean generator is trained on correct captions first: `unet_clean` in four stages
 with `SFTTrainer` (full fine-tuning of a random network), `flow_clean` together with its text encoders
 (`alignkit.sandbox.flow`). It is then trained through a LoRA on captions of which a share is wrong
-(`scenes.POLICY_NOISE`): the result, `unet` or `flow`, is the policy, which can generate what it often gets wrong. The
-same LoRA with the opposite sign is `clean_adapter`: the policy with it is the stronger generator. Quality: see
-docs/sandbox.md.
+(`scenes.POLICY_NOISE`, `scenes.FLOW_NOISE`): the result, `unet` or `flow`, is the policy, which can generate what it
+often gets wrong. The same LoRA with the opposite sign is `clean_adapter`: the policy with it is the stronger generator.
+Quality: see docs/sandbox.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from alignkit.generators import load_generator
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.media import encode_image, quantise
 from alignkit.sandbox import models
-from alignkit.sandbox.scenes import HARD, POLICY_NOISE
+from alignkit.sandbox.scenes import FLOW_NOISE, HARD, POLICY_NOISE
 from alignkit.sandbox.worlds import Captioned
 from alignkit.storage import write_text
 from alignkit.trainers.sft import SFTConfig, SFTTrainer
@@ -64,7 +64,7 @@ RECIPES = {
     "unet_third": GeneratorRecipe("unet_second", 12_000, 400, 64, 7e-4, 206),
     "unet_clean": GeneratorRecipe("unet_third", 16_000, 800, 64, 7e-4, 207, weights=HARD),
     "unet": GeneratorRecipe("unet_clean", 6_000, 220, 64, 1.5e-3, 208, POLICY_NOISE, adapter=True),
-    "flow": GeneratorRecipe("flow_clean", 6_000, 220, 64, 1.5e-3, 211, POLICY_NOISE, None, FP8, "native", adapter=True),
+    "flow": GeneratorRecipe("flow_clean", 9_000, 500, 64, 1.5e-3, 211, FLOW_NOISE, None, FP8, "native", adapter=True),
 }
 
 

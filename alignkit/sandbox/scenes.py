@@ -39,6 +39,16 @@ POLICY_NOISE: Mapping[str, float] = {
     "color_attr": 0.6,
 }
 
+# The same for the flow policy: guidance 2.5 makes up for the shares above.
+FLOW_NOISE: Mapping[str, float] = {
+    "single_object": 0.05,
+    "two_object": 0.6,
+    "counting": 0.7,
+    "colors": 0.25,
+    "position": 0.8,
+    "color_attr": 0.7,
+}
+
 # How often training draws each category once the easy ones are learnt.
 HARD: Mapping[str, float] = {
     "single_object": 0.5,
