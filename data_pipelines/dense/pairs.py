@@ -111,9 +111,9 @@ class _Writer:
                 rows.append(self._row(number, clip, video))
             del video  # before the next one is waited for
             bar.update()
-        table = table_of(rows, videos=self.config.videos)
-        notes = {"rows": len(rows), "quarantined": faults}
-        return write_part(self.folder, name, {f"data/{name}.parquet": table}, notes=notes)
+        # A file without rows cannot be opened by `datasets`.
+        tables = {f"data/{name}.parquet": table_of(rows, videos=self.config.videos)} if rows else {}
+        return write_part(self.folder, name, tables, notes={"rows": len(rows), "quarantined": faults})
 
     def _row(self, number: int, clip: Clip, video: Decoded | None) -> Mapping[str, Any]:
         request = request_for(clip, self.config)
