@@ -147,16 +147,16 @@ def _webp(file: Any, where: str) -> Iterator[_Clip]:
             _require_bounded(moving, 1, where)
             if not moving.is_animated:
                 raise _still(where)
-            yield _Clip(_webp_frames(moving), lambda: int(moving.n_frames))
+
+            def frames() -> Iterator[_WebPFrame]:
+                for number in range(moving.n_frames):
+                    moving.seek(number)
+                    moving.load()
+                    yield _WebPFrame(moving.convert("RGBA"), moving.info["timestamp"])
+
+            yield _Clip(frames(), lambda: int(moving.n_frames))
     except (UnidentifiedImageError, SyntaxError, EOFError, *_BOMBS) as error:
         raise _damaged(where, error) from error
-
-
-def _webp_frames(moving: Any) -> Iterator[_WebPFrame]:
-    for number in range(moving.n_frames):
-        moving.seek(number)
-        moving.load()
-        yield _WebPFrame(moving.convert("RGBA"), moving.info["timestamp"])
 
 
 def _require_bounded(frame: Any, count: int, where: str) -> None:

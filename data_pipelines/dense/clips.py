@@ -131,21 +131,20 @@ def _from_folder(folder: Path) -> tuple[_Found, Callable[[Any, str], bytes | Pat
     for video in videos:
         name = video.relative_to(folder).as_posix()
         try:
-            found.add(name, f"'{video}'", name, _caption(video))
+            caption = caption_of(video)
+            text = read_text(caption) if caption else None
         except DataError as error:
             found.leave_out(name, error)
+            continue
+        if text is None:
+            found.leave_out(name, f"'{video}': a video without a caption; write one into {video.stem}.txt")
+        else:
+            found.add(name, f"'{video}'", name, text)
     stems = {video.with_suffix("") for video in videos}
     for file in sorted(file for file in folder.rglob("*") if file.suffix in CAPTIONS):
         if file.with_suffix("") not in stems:
             found.leave_out(file.relative_to(folder).as_posix(), f"'{file}': a caption without a video of its name")
     return found, bounds.file
-
-
-def _caption(video: Path) -> str:
-    caption = caption_of(video)
-    if caption is None:
-        raise DataError(f"'{video}': a video without a caption; write one into {video.with_suffix('.txt').name}")
-    return read_text(caption)
 
 
 def _from_table(

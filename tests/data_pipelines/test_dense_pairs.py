@@ -200,7 +200,7 @@ def test_every_pair_can_be_built_again_from_its_row(folder, tmp_path, world):
     for row in rows_of(tmp_path / "out"):
         data = (folder / row["source_id"]).read_bytes()
         assert torch.equal(rebuild_pair(row, data, Formula()).latents, stored(row))
-    with pytest.raises(DataError, match="'4.mkv': the video is another file"):
+    with pytest.raises(DataError, match=r"'4\.mkv': the video is another file"):
         rebuild_pair(row, (folder / "1.mkv").read_bytes(), Formula())
     with pytest.raises(DataError, match="made with the VAE float32:abc, and here is float32:other"):
         rebuild_pair(row, data, Formula(codec="float32:other"))
@@ -227,8 +227,8 @@ def test_precision_clips_and_previews(folder, tmp_path, world):
 
 def test_nothing_left_is_an_error(folder, tmp_path):
     clips = read_clips(folder)
+    bad = Clips(clips.items[2:4], (), clips.read)
     with pytest.raises(DataError, match="no pair is left: all 2 videos are in quarantine"):
-        bad = Clips(clips.items[2:4], (), clips.read)
         make_pairs(bad, CONFIG, SAMPLING, tmp_path / "out", build_maker=Formula)
 
 
