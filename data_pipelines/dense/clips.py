@@ -159,6 +159,10 @@ def _from_table(
             found.add(name, f"{where}, '{name}'", name, row[caption])
         else:
             found.leave_out(place, f"{where}, {video}: expected the name of a file, not {type(name).__name__}")
+    others = table.parent.rglob("*") if table.name in METADATA else ()
+    for file in sorted(filter(_is_video, others)):
+        if (other := file.relative_to(table.parent).as_posix()) not in found.names:
+            found.leave_out(other, f"'{file}': a video without a row in {table.name}")
     return found, bounds.file
 
 

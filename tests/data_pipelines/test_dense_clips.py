@@ -84,9 +84,9 @@ def test_a_folder_with_a_metadata_file(tmp_path):
         {"file_name": 7, "caption": "seven"},
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    found = read_clips(fill(tmp_path, {"a.mp4": VIDEO, "b.mp4": VIDEO, "metadata.jsonl": text}))
+    found = read_clips(fill(tmp_path, {"a.mp4": VIDEO, "b.mp4": VIDEO, "c.mp4": VIDEO, "metadata.jsonl": text}))
     assert [clip.id for clip in found.items] == ["a.mp4", "gone.mp4", "../a.mp4", "a.mp4#2"]
-    assert [fault["source_id"] for fault in found.faults] == ["b.mp4", "line 6"]
+    assert [fault["source_id"] for fault in found.faults] == ["b.mp4", "line 6", "c.mp4"]
     results = [decode_listed(found, clip, SAMPLING) for clip in found.items]
     assert [type(result) for result in results] == [Decoded, DataError, DataError, Decoded]
     assert "line 2, 'gone.mp4': the file" in str(results[1])
