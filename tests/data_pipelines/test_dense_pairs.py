@@ -23,6 +23,7 @@ from alignkit.pairs import Pair
 from alignkit.records import Prompt, Sampling
 from data_pipelines.dense import Clip, Clips, PairsConfig, make_pairs, read_clips, rebuild_pair
 from data_pipelines.dense.decoding import ahead
+from data_pipelines.dense.rows import request_for
 
 SAMPLING = Sampling(steps=2, num_frames=9, fps=4, height=8, width=8)
 CONFIG = PairsConfig(seed=3, part_size=2, workers=2)
@@ -103,16 +104,15 @@ def test_rows_have_the_columns_of_the_dense_format(folder, tmp_path, world):
     assert card["source_id"][:] == rows["source_id"][:]
 
 
-def test_eta_is_drawn_once_for_each_video_within_its_range(folder, tmp_path, world):
-    items = [Clip(f"{number}.mkv", Prompt.from_text("a"), "0.mkv", "here") for number in range(64)]
-    clips = replace(read_clips(folder), items=items)
-    make_pairs(clips, replace(CONFIG, part_size=64), SAMPLING, tmp_path / "out", build_maker=Formula)
-    rows = rows_of(tmp_path / "out")
-    etas = np.array(rows["eta"][:])
+def test_eta_is_drawn_once_for_each_video_within_its_range():
+    clips = [Clip(f"{number}.mkv", Prompt.from_text("a"), "0.mkv", "here") for number in range(64)]
+    requests = [request_for(clip, CONFIG) for clip in clips]
+    assert all(request.etas[0] == request.etas[1] for request in requests)
+    etas = np.array([request.etas[0] for request in requests])
     assert 0.65 <= etas.min() < 0.67
     assert 0.78 < etas.max() < 0.8
     assert abs(etas.mean() - 0.725) < 4 * 0.15 / 12**0.5 / 8  # four standard errors of a uniform draw
-    assert len({seed for seeds in rows["seeds"] for seed in seeds}) == 128
+    assert len({seed for request in requests for seed in request.seeds}) == 128
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "structural"])
@@ -262,7 +262,8 @@ def test_memory_does_not_depend_on_the_number_of_clips(folder, tmp_path, monkeyp
         items = [Clip(f"{number}.mkv", Prompt.from_text("a"), number, "here") for number in range(count)]
         maker = Counting()
         clips = replace(read_clips(folder), items=items)
-        make_pairs(clips, CONFIG, SAMPLING, tmp_path / str(count), build_maker=lambda maker=maker: maker)
+        config = replace(CONFIG, part_size=12)  # several parts
+        make_pairs(clips, config, SAMPLING, tmp_path / str(count), build_maker=lambda maker=maker: maker)
         assert len(maker.seen) == count
         peaks[count] = max(maker.seen)
     assert max(peaks.values()) <= 1 + CONFIG.workers
