@@ -55,9 +55,9 @@ class ConstantWatch:
         if spread < self._spread:
             self._warned.add(name)
             logger.warning(
-                "reward '%s' gives almost the same score to everything: over the last %d steps the standard deviation of "
-                "%d scores around %.4g is %.2g (constant_spread is %g). Its gradient says little about the images; look "
-                "at its questions and its preprocessing, or train on another reward",
+                "reward '%s' gives almost the same score to everything: over the last %d steps the standard deviation "
+                "of %d scores around %.4g is %.2g (constant_spread is %g). Its gradient says little about the images; "
+                "look at its questions and its preprocessing, or train on another reward",
                 name,
                 self._steps,
                 len(scores),

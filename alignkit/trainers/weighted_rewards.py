@@ -93,8 +93,8 @@ class WeightedRewards:
     def require_gradients(self, media: Tensor, prompt: Prompt, modality: str) -> dict[str, tuple[str, ...]]:
         """The names of the parts of each reward.
 
-        Each is called on `media`, [1, 3, H, W] or [1, F, 3, H, W] in [0, 1], in the size that will be trained on. Raises
-        ConfigError naming the first one of another modality, or whose gradient does not reach the pixels.
+        Each is called on `media`, [1, 3, H, W] or [1, F, 3, H, W] in [0, 1], in the size that will be trained on.
+        Raises ConfigError naming the first one of another modality, or whose gradient does not reach the pixels.
         """
         require_modality(self.rewards, modality)
         parts = {}
