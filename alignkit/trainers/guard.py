@@ -106,7 +106,7 @@ class Guard(TrainerCallback):
         self._reasons = []
         if best is not None and value < best[key] - self._margin * error:
             self._reasons.append(
-                f"'{self.name}' is {value:.4g}, at step {best['step']} it was {best[key]:.4g} (standard error {error:.2g})"
+                f"'{self.name}' is {value:.4g}, at step {best['step']} it was {best[key]:.4g} (error {error:.2g})"
             )
         for name in ("diversity", "motion"):
             now, first = (row.get(f"eval_{name}", 0.0) for row in (metrics, before[0] if before else metrics))
@@ -151,8 +151,8 @@ def find_guard(args: WatchConfig, validation: Validation | None, trained: Mappin
     """The guard that `args` asks for; None, with a warning unless that was asked for, where there is none.
 
     `trained` are the rewards of the loss. Sets the keys of `args` by which Trainer keeps and loads the best checkpoint.
-    Raises UnknownNameError for a name that `validation` does not have, ConfigError for a reward that shares weights with
-    a trained one, and for other settings of the best checkpoint.
+    Raises UnknownNameError for a name that `validation` does not have, ConfigError for a reward that shares weights
+    with a trained one, and for other settings of the best checkpoint.
     """
     if args.guard is None:
         return None

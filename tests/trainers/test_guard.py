@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_reward_flow import PROMPTS, SETTINGS, Red
+from red_reward import PROMPTS, SETTINGS, Red
 
 from alignkit.errors import ConfigError, UnknownNameError
 from alignkit.records import Prompt, Sampling, Scores
