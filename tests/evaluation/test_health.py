@@ -129,7 +129,7 @@ def test_the_guards_panel_marks_the_best_step_that_did_not_fall():
     held_out = [dict(zip(keys, row, strict=True)) | {"eval_eight_bit/careful": row[2]} for row in rows]
     panel = guard_panel([{"step": 1, "loss": 1.0}, *held_out])
     assert "The guard was best at step 40 (dashed)" in panel
-    assert "guard clip: 1.000 to 0.000" in panel
+    assert "guard clip: 1.000 to 0" in panel
     assert "trained careful: 5.000 to 9.000" in panel
     assert panel.count('class="zero"') == 2  # y = 0 and the step
     ends = [float(x) for x in re.findall(r'<circle[^>]* cy="([\d.]+)"', panel)]
