@@ -55,7 +55,8 @@ class SelfCheck:
         """
         sampling = self._small()
         shape = self.generator.latent_shape(sampling.height, sampling.width, sampling.num_frames)
-        noise = self._noise(shape)
+        noise = self.generator.initial_noise(shape, torch.Generator().manual_seed(0)).to(self.device)
+        noise = at_least_float32(noise.to(torch.promote_types(noise.dtype, self.generator.net.dtype)))
         if not is_sharded(self.generator.net):
             gradients = functools.partial(self._denoiser, noise, prompt)
             self._compare("denoiser", gradients, half=self.half or self.generator.net.dtype.itemsize < 4)
@@ -75,10 +76,6 @@ class SelfCheck:
         except ConfigError:
             return given
         return small
-
-    def _noise(self, shape: tuple[int, ...]) -> Tensor:
-        noise = self.generator.initial_noise(shape, torch.Generator().manual_seed(0)).to(self.device)
-        return at_least_float32(noise.to(torch.promote_types(noise.dtype, self.generator.net.dtype)))
 
     def _denoiser(self, noise: Tensor, prompt: Prompt, *, checkpointed: bool) -> Sequence[Tensor]:
         """The gradients of the start of a chain and of its first and last trained weight."""
