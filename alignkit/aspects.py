@@ -23,8 +23,8 @@ _KEYS = ("name", "aspect", "text", "negated", "weight", "answer")
 class Question:
     """`text`: yes is good. `negated`: the opposite question, for which no is good. At least one of them is given.
 
-    `answer` is the wished answer in words, which `explanation` needs and `yes_no` does not read. `{prompt}` in all three
-    is replaced by the prompt. `weight` is above 0. Any `aspect` is allowed here, and those of `ASPECTS` in the stage.
+    `answer` is the wished answer in words: `explanation` reads it, `yes_no` does not. `{prompt}` in all three is
+    replaced by the prompt. `weight` is above 0. Any `aspect` is allowed here, and those of `ASPECTS` in the stage.
     """
 
     text: str = ""

@@ -89,6 +89,13 @@ class Preparing(Protocol):
 
 
 @runtime_checkable
+class Asking(Protocol):
+    """A reward whose score is the mean over the questions in a prompt's metadata, weighted by their weights."""
+
+    asks_questions: bool
+
+
+@runtime_checkable
 class Dependent(Protocol):
     """A reward whose score of a medium may hang on other media: of the same call, or of calls before."""
 

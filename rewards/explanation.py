@@ -49,6 +49,7 @@ class Explanation:
     needs_prompt = True
     differentiable = True
     comparable_across_prompts = True
+    asks_questions = True
     native_range = (-float("inf"), 0.0)
     licence = "that of the model"
     source = "https://arxiv.org/abs/2601.04153"

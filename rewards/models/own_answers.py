@@ -86,16 +86,16 @@ class OwnAnswers:
             return key in self._known
         try:
             stored = read_json(path)
-            answer = stored["answer"]
-            if stored["key"] != key or not (isinstance(answer, str) and answer):
-                raise DataError("it holds another answer")
+            is_whole = stored["key"] == key and isinstance(stored["answer"], str) and bool(stored["answer"])
         except MissingFileError:
             return False
-        except (DataError, KeyError, TypeError) as error:
-            _LOG.warning("the cached answer '%s' is damaged (%s) and is written again", path, error)
-            return False
-        self._known[key] = answer
-        return True
+        except (DataError, KeyError, TypeError):
+            is_whole = False
+        if is_whole:
+            self._known[key] = stored["answer"]
+        else:
+            _LOG.warning("the cached answer '%s' is damaged and is written again", path)
+        return is_whole
 
     def _keep(self, key: str, question: str, answer: str) -> None:
         self._known[key] = answer

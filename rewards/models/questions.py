@@ -33,9 +33,7 @@ def of_prompt(prompt: Prompt, default: list[Question]) -> list[Question]:
     return named(given)
 
 
-def parts_of(
-    own: Sequence[Sequence[Question]], rows: Sequence[dict[str, Tensor]]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def parts_of(own: Sequence[Sequence[Question]], rows: Sequence[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
     """(total [B], parts [B] each) of B prompts with questions `own[b]` and scores `rows[b]` by the question's name.
 
     The total is the weighted mean over a prompt's questions. Parts: each question, and `aspect/NAME`, the weighted mean

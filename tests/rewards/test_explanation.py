@@ -182,7 +182,7 @@ def test_what_lacks_an_answer_is_named(folders):
     reward = reward_of(folders["qwen2_vl"])
     with pytest.raises(DataError, match=r"prompt 'a dog', question 'Is it\?' has no answer, and .* column image"):
         reward(media()[:1], [Prompt.from_text("a dog", questions=[ASKED[0], "Is it?"])])
-    with pytest.raises(DataError, match="prompt 'a dog', column image: .* cannot be decoded"):
+    with pytest.raises(DataError, match=r"prompt 'a dog', column image: .* cannot be decoded"):
         reward.prepare([Prompt.from_text("a dog", questions=["Is it?"], image=b"no image")])
     with pytest.raises(ConfigError, match="explanation: limit is 0"):
         Explanation(folders["qwen2_vl"], limit=0)
