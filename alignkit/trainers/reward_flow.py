@@ -28,8 +28,8 @@ from alignkit.generators.state_gradients import LargestGradients, StateGradients
 from alignkit.protocols import Preparing, Reward
 from alignkit.records import Conditioning, LossOutput, Prompt, Sampling, texts
 from alignkit.trainers.base import AlignTrainer
-from alignkit.trainers.config import AlignConfig
-from alignkit.trainers.data import PromptData
+from alignkit.trainers.data import EpochData, PromptData
+from alignkit.trainers.data_loss import DataLossConfig, OneSize, data_errors, null_condition, with_media
 from alignkit.trainers.ranges import COUNT, NOT_NEGATIVE, POSITIVE, require_in_range
 from alignkit.trainers.velocity_penalty import VelocityPenalty
 from alignkit.trainers.weighted_rewards import WeightedRewards
@@ -45,7 +45,7 @@ _RANGES = {
 
 
 @dataclass
-class RewardConfig(AlignConfig):
+class RewardConfig(DataLossConfig):
     """How chains are sampled, which rewards are maximised, and which steps carry gradients."""
 
     reward_weights: dict[str, float] | None = field(
@@ -167,7 +167,8 @@ class RewardTrainer(AlignTrainer):
     """Maximises rewards by their gradients through the chain; loss [P], one chain for each prompt.
 
     The loss of a row is minus the weighted mean of its rewards (the mean over the chain and its `noise_samples`) plus
-    `kl_weight` times the velocity penalty. `rewards` are the loaded rewards by name (`alignkit.protocols.Reward`).
+    `kl_weight` times the velocity penalty and `data_weight` times the denoising error of the row's image or clip, which
+    is brought to the size of the chains (`data_loss`). `rewards` are the loaded rewards by name (`alignkit.protocols.Reward`).
     Noise is keyed by (`noise_seed`, prompt id, epoch), that of a step (`eta`, `flow_sde`, LCM) by the step too. What
     the estimator draws is keyed by (`noise_seed`, step). Held-out losses are those of the whole chain.
 
@@ -206,10 +207,20 @@ class RewardTrainer(AlignTrainer):
             )
         if args.fresh_noise and (self.generator.own_steps or (args.flow_sde and self.generator.prediction != "flow")):
             raise ConfigError(
-                f"eta is {args.eta}, flow_sde {args.flow_sde}: '{self.generator.name}' cannot have them. eta is for all "
-                "models but few-step ones with steps of their own, flow_sde for those of them that predict a flow"
+                f"eta is {args.eta}, flow_sde {args.flow_sde}: '{self.generator.name}' cannot have them. eta is for "
+                "all models but few-step ones with steps of their own, flow_sde for those of them that predict a flow"
             )
         self.generator.pipeline.vae.requires_grad_(False)
+        self._null = null_condition(self.generator) if args.data_weight > 0 else {}
+
+    @override
+    def prepare_data(self, rows: Any, args: Any) -> EpochData | None:
+        """As in AlignTrainer; with `data_weight` the rows' media are encoded too."""
+        if args.data_weight == 0 or rows is None or isinstance(rows, EpochData):
+            return super().prepare_data(rows, args)
+        frames = (args.num_frames or 1) if self.generator.modality == "video" else None
+        sizes = OneSize(num_frames=frames, height=args.height, width=args.width)
+        return with_media(self.generator, rows, args, sizes, self.ranks)
 
     def _try_rewards(self) -> None:
         """Prepare the rewards for all prompts; call each once, on decoded noise for the first, at the training size."""
@@ -254,6 +265,10 @@ class RewardTrainer(AlignTrainer):
         if penalty_P is not None:
             loss_P = loss_P + self.args.kl_weight * penalty_P
             metrics["velocity_difference"] = penalty_P.detach().mean()
+        if self.args.data_weight > 0:
+            error_P = data_errors(self.generator, model, batch, self._null)
+            loss_P = loss_P + self.args.data_weight * error_P
+            metrics["data_error"] = error_P.detach().mean()
         if loss_P.requires_grad:
             loss_P.register_hook(self._note_scale)
         return LossOutput(loss_P, metrics)

@@ -117,7 +117,7 @@ def test_the_gradient_is_the_sum_of_separate_runs(make, family, keys):
 
 @pytest.mark.parametrize(("coupling", "forward"), [(1.0, 3 + 2 + (1 + 3) + (1 + 1)), (0.0, 3 + 3)])
 def test_the_denoisers_calls_are_what_the_docstring_says(make, coupling, forward):
-    """Windows last 2, first 1, last 1 of 3 steps: each chain from its first step on and its repeated steps, or all once."""
+    """Windows last 2, first 1, last 1 of 3: each chain from its first step on and its repeated steps, or all once."""
     trainer = make(aspect_steps=WINDOWS, coupling=coupling, guidance_scale=1.0)
     calls = []
     trainer.generator.net.register_forward_hook(lambda *_: calls.append(1))

@@ -95,8 +95,8 @@ def flown(trainer, batch):
 def derived(trainer, batch, active, *, end=STEPS - 1, kl=0.0, noise_samples=0, eta=0.0, level=0.0):
     """The loss by a chain of plain tensors, with no checkpoint and nothing of the engine but the network and its times.
 
-    Euler's step for flow, Song's DDIM step for eps; guidance 2; inactive steps have constant predictions. `eta`: DDIM's,
-    in its paper's form; `level`: the noise of Flow-GRPO's step in its authors' form.
+    Euler's step for flow, Song's DDIM step for eps; guidance 2; inactive steps have constant predictions.
+    `eta`: DDIM's, in its paper's form; `level`: the noise of Flow-GRPO's step, in its authors' form.
     """
     generator, flow = trainer.generator, trainer.generator.prediction == "flow"
     grid = generator.grid(STEPS, generator.latent_shape(16, 16))
@@ -261,7 +261,10 @@ def test_explosion_stops_before_the_weights_change(make):
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [(Fixed, "reward 'red' is not differentiable"), (Blind, "reward 'red' is declared differentiable, but its gradient at the pixels is zero")],
+    [
+        (Fixed, "reward 'red' is not differentiable"),
+        (Blind, "reward 'red' is declared differentiable, but its gradient at the pixels is zero"),
+    ],
 )
 def test_a_reward_without_gradient_is_refused(make, reward, message):
     with pytest.raises(ConfigError, match=message):
