@@ -168,9 +168,10 @@ class RewardTrainer(AlignTrainer):
 
     The loss of a row is minus the weighted mean of its rewards (the mean over the chain and its `noise_samples`) plus
     `kl_weight` times the velocity penalty and `data_weight` times the denoising error of the row's image or clip, which
-    is brought to the size of the chains (`data_loss`). `rewards` are the loaded rewards by name (`alignkit.protocols.Reward`).
-    Noise is keyed by (`noise_seed`, prompt id, epoch), that of a step (`eta`, `flow_sde`, LCM) by the step too. What
-    the estimator draws is keyed by (`noise_seed`, step). Held-out losses are those of the whole chain.
+    is brought to the size of the chains (`data_loss`). `rewards` are the loaded rewards by name
+    (`alignkit.protocols.Reward`). Noise is keyed by (`noise_seed`, prompt id, epoch), that of a step (`eta`,
+    `flow_sde`, LCM) by the step too. What the estimator draws is keyed by (`noise_seed`, step). Held-out losses are
+    those of the whole chain.
 
     Raises ConfigError, before the training, naming a reward without gradients at the pixels, and DataError naming a
     prompt that lacks what a reward needs.
