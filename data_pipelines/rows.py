@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = get_logger(__name__)
+MEDIA = {"image", "images", "video", "videos"}
 
 
 def load_rows(
@@ -29,9 +30,9 @@ def load_rows(
     """The "train" or "heldout" rows at `path`, with a column `prompt_id`.
 
     `columns` are the required ones, each with its alternatives: (("prompt",), ("videos", "latents")). The held-out
-    side, and `root`, the folder of files that rows name, are those of `importers.load_ranked`. Videos stay encoded,
-    {"bytes", "path"}. Raises DataError naming missing columns, the row of an empty prompt or of a file outside the
-    folder, or where the side holds no row.
+    side, and `root`, the folder of files that rows name, are those of `importers.load_ranked`. Images and videos stay
+    encoded, {"bytes", "path"}. Raises DataError naming missing columns, the row of an empty prompt or of a file outside
+    the folder, or where the side holds no row.
     """
     # Both sides are loaded in one job; what is true of the data is reported once.
     say = logger.warning if split == "train" else logger.debug
@@ -42,8 +43,8 @@ def load_rows(
     if missing:
         raise DataError(f"'{path}' lacks the columns {', '.join(missing)}; it has {', '.join(rows.column_names)}")
     rows = with_prompt_ids(rows, path)
-    if "videos" in rows.column_names:
-        rows = contained(rows, "videos", bounds_of(path, root), f"'{path}'")
+    for name in sorted(MEDIA.intersection(rows.column_names)):
+        rows = contained(rows, name, bounds_of(path, root), f"'{path}'")
     if own is None:
         rows = rows.select(rows_of_split(rows, split, held_out))
     if own == "" or not len(rows):

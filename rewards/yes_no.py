@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignkit.aspects import Question
-from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt, Scores
 from rewards.models.media import check_media
+from rewards.models.questions import named, of_prompt, parts_of
 from rewards.models.vlm import VlmCritic, known_modality, listed
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class YesNo:
     needs_prompt = True
     differentiable = True
     comparable_across_prompts = True
+    asks_questions = True
     native_range = (-float("inf"), 0.0)
     licence = "that of the model"
     source = "https://arxiv.org/abs/2601.04153"
@@ -52,24 +53,16 @@ class YesNo:
         **options: Any,
     ) -> None:
         self.modality = known_modality(modality, self.name)
-        self._questions, self._eight_bit = _named(listed(questions, "yes_no: questions")), eight_bit
+        self._questions, self._eight_bit = named(listed(questions, "yes_no: questions")), eight_bit
         self._critic = VlmCritic(model, owner=self.name, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         media = check_media(media, prompts, self)
-        own = [self._of(prompt) for prompt in prompts]
+        own = [of_prompt(prompt, self._questions) for prompt in prompts]
         total, parts = self._scores(media, prompts, own)
         if self._eight_bit:
             parts["eight_bit"] = self._scores(media, prompts, own, eight_bit=True)[0].detach()
         return Scores(total, parts)
-
-    def _of(self, prompt: Prompt) -> list[Question]:
-        given = prompt.metadata.get("questions")
-        if given is None:
-            return self._questions
-        if isinstance(given, str) or not given:
-            raise DataError(f"prompt '{prompt.text}': its questions are {given!r}; give a list of texts or mappings")
-        return _named(given)
 
     def _scores(
         self, media: Tensor, prompts: Sequence[Prompt], own: Sequence[list[Question]], *, eight_bit: bool = False
@@ -86,33 +79,5 @@ class YesNo:
                 good = [next(margins)] if q.text else []  # log-odds of the good answer
                 good += [-next(margins)] if q.negated else []
                 row[q.name] = functional.logsigmoid(sum(good[1:], good[0]) / len(good))
-            for aspect in dict.fromkeys(q.aspect for q in questions if q.aspect):
-                row[f"aspect/{aspect}"] = _mean([q for q in questions if q.aspect == aspect], row)
             rows.append(row)
-        total = [_mean(questions, row) for questions, row in zip(own, rows, strict=True)]
-        absent = total[0].new_tensor(float("nan"))
-        names = dict.fromkeys(name for row in rows for name in row)
-        return _column(total), {name: _column([row.get(name, absent) for row in rows]) for name in names}
-
-
-def _mean(questions: Sequence[Question], row: Mapping[str, Tensor]) -> Tensor:
-    """The weighted mean of log sigma(m) over `questions`."""
-    weighted = [q.weight * row[q.name] for q in questions]
-    return sum(weighted[1:], weighted[0]) / sum(q.weight for q in questions)
-
-
-def _column(values: Sequence[Tensor]) -> Tensor:
-    import torch
-
-    return torch.stack(list(values))
-
-
-def _named(given: Sequence[str | Mapping[str, Any]]) -> list[Question]:
-    """Questions with distinct names: their own, or question_1, question_2, ..."""
-    from dataclasses import replace
-
-    questions = [Question.of(one) for one in given]
-    questions = [replace(q, name=q.name or f"question_{number}") for number, q in enumerate(questions, 1)]
-    if len({q.name for q in questions}) != len(questions):
-        raise ConfigError(f"two questions have the same name: {', '.join(q.name for q in questions)}")
-    return questions
+        return parts_of(own, rows)

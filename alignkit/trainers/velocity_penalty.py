@@ -12,7 +12,7 @@ from alignkit.diffusion.solvers import Grid
 from alignkit.diffusion.steps import Steps
 from alignkit.generators.pipeline import PipelineGenerator, Predictor
 from alignkit.records import Conditioning
-from alignkit.trainers.offline import MAX_WEIGHT
+from alignkit.trainers.native_error import MAX_WEIGHT
 
 
 class VelocityPenalty:

@@ -1,0 +1,58 @@
+"""A prompt's questions, and the scores of their answers as a total and parts by question and aspect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from alignkit.aspects import Question
+from alignkit.errors import ConfigError, DataError
+from alignkit.records import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def named(given: Sequence[str | Mapping[str, Any] | Question]) -> list[Question]:
+    """Questions with distinct names: their own, or question_1, question_2, ..."""
+    questions = [Question.of(one) for one in given]
+    questions = [replace(q, name=q.name or f"question_{number}") for number, q in enumerate(questions, 1)]
+    if len({q.name for q in questions}) != len(questions):
+        raise ConfigError(f"two questions have the same name: {', '.join(q.name for q in questions)}")
+    return questions
+
+
+def of_prompt(prompt: Prompt, default: list[Question]) -> list[Question]:
+    """The questions in `prompt.metadata`, or `default` where it has none. Raises DataError for what is no list."""
+    given = prompt.metadata.get("questions")
+    if given is None:
+        return default
+    if isinstance(given, str) or not given:
+        raise DataError(f"prompt '{prompt.text}': its questions are {given!r}; give a list of texts or mappings")
+    return named(given)
+
+
+def parts_of(own: Sequence[Sequence[Question]], rows: Sequence[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """(total [B], parts [B] each) of B prompts with questions `own[b]` and scores `rows[b]` by the question's name.
+
+    The total is the weighted mean over a prompt's questions. Parts: each question, and `aspect/NAME`, the weighted mean
+    over the questions of an aspect; NaN in the rows of prompts that do not have the question or the aspect.
+    """
+    import torch
+
+    total, filled = [], []
+    for questions, row in zip(own, rows, strict=True):
+        total.append(_mean(questions, row))
+        aspects = dict.fromkeys(q.aspect for q in questions if q.aspect)
+        means = {f"aspect/{aspect}": _mean([q for q in questions if q.aspect == aspect], row) for aspect in aspects}
+        filled.append({**row, **means})
+    absent = total[0].new_tensor(float("nan"))
+    names = dict.fromkeys(name for row in filled for name in row)
+    columns = {name: torch.stack([row.get(name, absent) for row in filled]) for name in names}
+    return torch.stack(total), columns
+
+
+def _mean(questions: Sequence[Question], row: Mapping[str, Tensor]) -> Tensor:
+    weighted = [q.weight * row[q.name] for q in questions]
+    return sum(weighted[1:], weighted[0]) / sum(q.weight for q in questions)
