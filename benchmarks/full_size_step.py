@@ -250,7 +250,7 @@ def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -
         "images_per_s": round(images_per_s, 3),
         "peak_gb": measured and round(measured / memory.GB, 3),
         **encoded,
-        "doctor_encoding_gb": round(encoding_bytes(model, memory._run(setup)) / memory.GB, 3),  # noqa: SLF001
+        "doctor_encoding_gb": round(encoding_bytes(model, memory.run_of(setup)) / memory.GB, 3),
         "doctor_gb": round(estimate / memory.GB, 3),
         "doctor_over_measured": measured and round(estimate / measured, 4),
         "tflop_per_s": round(rate / 1e12, 3),

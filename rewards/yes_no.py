@@ -14,6 +14,7 @@ from alignkit.aspects import Question
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt, Scores
 from rewards.models.media import check_media
+from rewards.models.patches import sample_frames
 from rewards.models.vlm import VlmCritic, known_modality, listed
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class YesNo:
     two, in which a bias to yes that is equal for both cancels. `questions`: for all prompts; `metadata["questions"]` of
     a prompt (texts, or mappings with text, weight, negated, name, aspect) replaces them. Parts: log sigma(m) by the
     question's name or number, and `aspect/NAME`, the weighted mean over the questions of an aspect; NaN in the rows of
-    prompts that do not have the question or the aspect. `eight_bit` adds the part `eight_bit`: the total
+    prompts that do not have the question or the aspect. `frames`: of each clip so many are read, evenly from the first to
+    the last (default: all); `rate` is then that of the frames that are read. `eight_bit` adds the part `eight_bit`: the total
     for media as 8-bit files, without gradient. `options` go to `VlmCritic` (device, dtype, readout, rate, ...).
     """
 
@@ -48,15 +50,21 @@ class YesNo:
         *,
         modality: str = "image",
         questions: Sequence[str | Mapping[str, Any]] = (QUESTION,),
+        frames: int | None = None,
         eight_bit: bool = False,
         **options: Any,
     ) -> None:
         self.modality = known_modality(modality, self.name)
+        if frames is not None and (modality == "image" or frames < 1):
+            raise ConfigError(f"yes_no: frames is {frames}, with modality {modality}; give 1 or more, for video")
+        self._frames = frames
         self._questions, self._eight_bit = _named(listed(questions, "yes_no: questions")), eight_bit
         self._critic = VlmCritic(model, owner=self.name, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         media = check_media(media, prompts, self)
+        if self._frames is not None:
+            media = sample_frames(media, min(self._frames, media.shape[1]))
         own = [self._of(prompt) for prompt in prompts]
         total, parts = self._scores(media, prompts, own)
         if self._eight_bit:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from alignkit.diffusion.estimators import ChainPlan, Estimator, find_estimator
@@ -23,6 +22,7 @@ from alignkit.diffusion.solvers import Grid
 from alignkit.diffusion.steps import Steps
 from alignkit.errors import ConfigError, NumericsError
 from alignkit.generators.codec import at_least_float32
+from alignkit.generators.decoding import Decoding
 from alignkit.generators.rollout import rollout
 from alignkit.generators.state_gradients import StateGradients
 from alignkit.protocols import Reward
@@ -37,6 +37,7 @@ GROWTH_LIMIT = 1e6
 _RANGES = {
     "sampling_steps": COUNT,
     "noise_samples": NOT_NEGATIVE,
+    "decode_frames": COUNT,
     "state_gradient_cap": POSITIVE,
     "growth_limit": POSITIVE,
     "kl_weight": NOT_NEGATIVE,
@@ -99,6 +100,14 @@ class RewardConfig(AlignConfig):
     width: int = field(default=512, metadata={"help": "Width of what is sampled, in pixels."})
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video; default: 1."})
 
+    decode_frames: int | None = field(
+        default=None, metadata={"help": "Decode and score the first so many frames of a video; default: all."}
+    )
+    decode_cache_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Keep what a causal video VAE caches between latent frames in the memory of the CPU."},
+    )
+
     @property
     def trained_rewards(self) -> tuple[str, ...]:
         # Not checked in __post_init__: the library and the model card make a config of defaults alone.
@@ -110,6 +119,11 @@ class RewardConfig(AlignConfig):
     def sampling(self) -> Sampling:
         """How the chains are sampled."""
         return Sampling(self.sampling_steps, self.guidance_scale, self.height, self.width, self.num_frames or 1)
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """How the result of a chain is decoded: with activation checkpoints."""
+        return Decoding(self.decode_frames, cache_on_cpu=self.decode_cache_on_cpu)
 
     @property
     def gradient(self) -> Estimator:
@@ -186,7 +200,7 @@ class RewardTrainer(AlignTrainer):
         source = torch.Generator().manual_seed(int(first["seed"]))
         with torch.no_grad(), self.components_on(self.args.device), self._own_precision():
             noise = self.generator.initial_noise(self._latent_shape, source).to(self.args.device)
-            media = self.generator.decode(noise)
+            media = self.generator.decode(noise, self.args.decoding)
         with self._own_precision():
             self._rewards.require_gradients(media, first["prompts"], self.generator.modality)
 
@@ -254,9 +268,7 @@ class RewardTrainer(AlignTrainer):
         """What is maximised [P] and the rewards' means, of the decoded latents."""
         several = len(self._rewards.rewards) > 1 or self._estimator.noise_samples > 0
         with self._own_precision():
-            repeats = latents.requires_grad
-            decode = self.generator.decode
-            media = checkpoint(decode, latents, use_reentrant=False) if repeats else decode(latents)
+            media = self.generator.decode(latents, self.args.decoding)
             return self._rewards(media, prompts, checkpointed=several)
 
     def _own_precision(self) -> AbstractContextManager[Any]:
