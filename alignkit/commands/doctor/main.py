@@ -182,7 +182,7 @@ def model_lines(job: DoctorJob, folder: Path) -> list[str]:
     """Sizes, operations and memory of the planned training, and what it fits in."""
     model = planned_model(folder)
     setup = setup_of(job, model)
-    blocks = [_size_lines(folder.name, model), _lora_lines(model, setup), _operation_lines(model, setup)]
+    blocks = [_size_lines(folder.name, model), _lora_lines(model, setup)]
     blocks += _stage_blocks(job, model, setup) if follows_rewards(job.method) else _plain_blocks(job, model, setup)
     notes = config_class(job.method).model_defaults(str(folder))
     blocks += [["defaults that depend on the model", *(f"  {note}" for note in notes.values())]] if notes else []
@@ -256,7 +256,8 @@ def _card_lines(verdict: Callable[[int], str]) -> list[str]:
 def _plain_blocks(job: DoctorJob, model: Model, setup: memory.Setup) -> list[list[str]]:
     if job.critic is not None:
         raise ConfigError(f"critic: the method {job.method} has none; leave it out, or name another --method")
-    return [_memory_lines(job.method, model, setup), _card_lines(functools.partial(_verdict, model, setup))]
+    memory_lines = _memory_lines(job.method, model, setup)
+    return [_operation_lines(model, setup), memory_lines, _card_lines(functools.partial(_verdict, model, setup))]
 
 
 def _verdict(model: Model, setup: memory.Setup, capacity: int) -> str:
@@ -301,10 +302,10 @@ def _stage_blocks(job: DoctorJob, model: Model, setup: memory.Setup) -> list[lis
     chain = chain_of(job, setup, model)
     held, (largest, amount) = stages.resident(model, chain), stages.peak(model, chain)
     rows = {**held, **{f"then {name}": stages.stage(model, chain, name) for name in stages.STAGES}}
-    count = f"{setup.batch} {'images' if setup.frames == 1 else f'videos of {setup.frames} frames'}"
-    scored = "with the critic" if job.critic else "rewards not counted; the critic is named with --critic.model"
+    size = f"{setup.width}x{setup.height}{f', {setup.frames} frames' if setup.frames > 1 else ''}"
+    scored = "with the critic" if job.critic else "rewards not counted (name a critic with --critic.model)"
     lines = [
-        f"peak memory of {job.method}, {count} of {setup.width}x{setup.height} a step, {scored} (GB: 10^9 bytes)",
+        f"peak memory of {job.method}, {size}, batch {setup.batch}, {scored} (GB: 10^9 bytes)",
         *(_row(name, f"{value / memory.GB:9.2f} GB") for name, value in rows.items()),
         _row(f"the peak, {largest}", f"{amount / memory.GB:9.2f} GB"),
     ]
@@ -317,7 +318,10 @@ def _stage_blocks(job: DoctorJob, model: Model, setup: memory.Setup) -> list[lis
             return told
         return f"does not fit ({told}): lower the resolution or num_frames, or shard (FSDP, DeepSpeed)"
 
-    return [lines, _card_lines(verdict)]
+    forward, backward = stages.step_operations(model, chain)
+    operations = {"without gradients": forward, "with gradients (run twice forward)": 2 * forward + backward}
+    told = [_row(name, f"{count / 1e12:9.2f} TFLOP") for name, count in operations.items()]
+    return [["operations of a denoising step of one chain", *told], lines, _card_lines(verdict)]
 
 
 def _work(job: DoctorJob) -> None:

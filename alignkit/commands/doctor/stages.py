@@ -6,6 +6,7 @@ Deliberately not here: rewards other than the critic, whose networks are small b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from alignkit.commands.doctor import memory
 from alignkit.commands.doctor.critic_plan import CriticPlan
 from alignkit.commands.doctor.dry_media import critic_numbers, critic_stage, decoding_stage, has_cache, latent_numbers
-from alignkit.commands.doctor.dry_step import Guidance, dry_step
+from alignkit.commands.doctor.dry_step import Cost, Guidance, dry_step
 from alignkit.commands.doctor.model_shapes import Model
 from alignkit.generators.decoding import Decoding
 
@@ -30,6 +31,7 @@ class Chain:
     setup: of the network; its batch is the number of chains.
     states: how many of a chain's states and predictions are kept, at most two for each step.
     critic_is_elsewhere: whether the critic is on a device of its own.
+    quantized: whether the frozen network is in nf4.
     """
 
     setup: memory.Setup
@@ -38,6 +40,7 @@ class Chain:
     decoding: Decoding  # of its frames a number, or all
     critic: CriticPlan | None = None
     critic_is_elsewhere: bool = False
+    quantized: bool = False
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -53,10 +56,19 @@ class Chain:
 def resident(model: Model, chain: Chain) -> dict[str, int]:
     """Bytes that stand there in every stage, by name."""
     held = memory.weights(model, chain.setup)
+    if chain.quantized:
+        held["denoiser weights"] = _nf4_bytes(model)
     if critic := chain.critic_here:
         held["critic weights"] = critic_numbers(critic) * memory.BYTES[critic.dtype]
     states = chain.states * chain.setup.batch * latent_numbers(model, chain.size)
     return {**held, "states of the chain": states * 4}
+
+
+def _nf4_bytes(model: Model) -> int:
+    """Bytes of the denoiser in nf4: matrices in 4 bits with a float32 for each 64 numbers, all else in bfloat16."""
+    shapes = model.shapes[model.denoiser].values()
+    matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+    return matrices * 9 // 16 + (model.stored(model.denoiser) - matrices) * 2
 
 
 def stage(model: Model, chain: Chain, name: str) -> int:
@@ -65,8 +77,7 @@ def stage(model: Model, chain: Chain, name: str) -> int:
     if name == OPTIMIZER:
         return 0  # its moments stand there all the time, and the fused AdamW makes nothing else
     if name == STEP:
-        run = replace(memory.run_of(chain.setup), chain=chain.guidance)
-        return dry_step(model, run).peak_bytes(batch)
+        return _step(model, chain).peak_bytes(batch)
     decoded = decoding_stage(model, chain.size, chain.setup.dtype, chain.decoding)
     if name == DECODING:
         return batch * decoded.peak
@@ -75,6 +86,16 @@ def stage(model: Model, chain: Chain, name: str) -> int:
     pixels = (batch, *frames, 3, *chain.size[:2])
     critic = chain.critic_here
     return batch * decoded.kept + (critic_stage(critic, pixels) if critic else 0)
+
+
+def _step(model: Model, chain: Chain) -> Cost:
+    return dry_step(model, replace(memory.run_of(chain.setup), chain=chain.guidance))
+
+
+def step_operations(model: Model, chain: Chain) -> tuple[int, int]:
+    """Operations of the forward and of the backward pass of one denoising step of one chain."""
+    cost = _step(model, chain)
+    return cost.forward_flops, cost.backward_flops
 
 
 def peak(model: Model, chain: Chain) -> tuple[str, int]:
@@ -112,6 +133,7 @@ SWITCHES = (
     Switch("decode_cache_on_cpu: true", (CRITIC, DECODING), "decoding", {"cache_on_cpu": True}),
     Switch("critic options.device: another card", STAGES, "", {"critic_is_elsewhere": True}),
     Switch("full_finetune: false", STAGES, "setup", {"full_finetune": False}),
+    Switch("quantize: nf4", STAGES, "", {"quantized": True}),
     Switch(f"critic options.frames: {FEW_FRAMES}", (CRITIC,), "critic", {"frames": FEW_FRAMES}),
     Switch("unconditional_gradient: false", (STEP,), "", {"guidance": Guidance.CONDITIONAL}),
 )
@@ -154,4 +176,6 @@ def _is_open(model: Model, chain: Chain, switch: Switch) -> bool:
         return (critic.frames or chain.setup.frames) > FEW_FRAMES if critic else False
     if "cache_on_cpu" in switch.changes:
         return has_cache(model)
+    if "quantized" in switch.changes:
+        return not chain.setup.full_finetune and chain.setup.dtype != "float32"
     return "guidance" not in switch.changes or chain.guidance is Guidance.BOTH
