@@ -111,11 +111,10 @@ def dry_step(model: Model, run: Run) -> Cost:
             given["sample" if "sample" in given else "hidden_states"].requires_grad_()
         with Ledger([*net.parameters(), *net.buffers(), *tree_leaves(given)]) as ledger:
             with card:
-                prediction = _predict(net, given, run)
-                if run.chain not in (None, Guidance.NONE):
-                    with torch.set_grad_enabled(run.chain is Guidance.BOTH):
-                        unconditional = _predict(net, given, run)
-                    prediction = unconditional + (prediction - unconditional)
+                # Repeated in the backward pass, a step ends at its last kept tensor: a call without gradients is left out.
+                with torch.set_grad_enabled(run.chain is Guidance.BOTH):
+                    unconditional = 0.0 if run.chain in (None, Guidance.NONE) else _predict(net, given, run)
+                prediction = _predict(net, given, run) - unconditional
             forward = ledger.flops
             (prediction - torch.zeros_like(prediction)).square().mean().backward()
     shared = 0 if run.checkpointing else card.copied  # a checkpointed block lets go of its copies
