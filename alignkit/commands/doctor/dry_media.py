@@ -76,11 +76,13 @@ def latent_numbers(model: Model, size: tuple[int, int, int]) -> int:
 
 
 def _codec(model: Model, dtype: str) -> PipelineGenerator:
-    """The family with its VAE on the meta device and no other part; float16 counts as bfloat16, which never overflows."""
-    vae: Any = nn.Module.to(
-        blank("diffusers", model.vae["_class_name"], model.vae),
-        torch.float32 if dtype == "float32" else torch.bfloat16,
-    )
+    """The family's codec on the meta device; float16 counts as bfloat16, which never overflows."""
+    vae = blank("diffusers", model.vae["_class_name"], model.vae)
+    return codec(model, nn.Module.to(vae, torch.float32 if dtype == "float32" else torch.bfloat16))
+
+
+def codec(model: Model, vae: nn.Module) -> PipelineGenerator:
+    """The model's family with a frozen VAE and no other part: it can encode, decode and tell the shapes of latents."""
     generator: PipelineGenerator = object.__new__(model.family)
     generator.pipeline, generator.name = SimpleNamespace(vae=vae.eval().requires_grad_(False)), model.pipeline
     return generator
