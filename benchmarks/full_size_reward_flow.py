@@ -118,7 +118,8 @@ class Parts:
     model: Model
     net: Any
     generator: Any
-    critic: Any
+    critic: VisionLanguage
+    words: Tensor
     device: torch.device
 
 
@@ -134,8 +135,8 @@ def write_critic(case: Case, work: Path, *, tiny: bool) -> Path:
     return folder
 
 
-def build_critic(folder: Path, device: torch.device, plan: CriticPlan) -> VisionLanguage:
-    """The critic with random weights, frozen as the reward freezes it."""
+def build_critic(folder: Path, device: torch.device, plan: CriticPlan) -> tuple[VisionLanguage, Tensor]:
+    """The critic with random weights, frozen as the reward freezes it, and the rows of words that the reward keeps."""
     words = byte_pairs(*QUESTIONS)
     config = AutoConfig.from_pretrained(folder)
     for name, token in {"image": "<|image_pad|>", "video": "<|video_pad|>"}.items():
@@ -146,7 +147,7 @@ def build_critic(folder: Path, device: torch.device, plan: CriticPlan) -> Vision
         network = AutoModelForImageTextToText.from_config(config)
     network = freeze(random_net(network, device), str(device), checkpointing=plan.checkpointing)
     patches = {kind: read_patches(str(folder), config, video=kind == "video") for kind in ("image", "video")}
-    return VisionLanguage(network.model, words, patches, rate=2.0)
+    return VisionLanguage(network.model, words, patches, rate=2.0), network.lm_head.weight
 
 
 def build(case: Case, folder: Path, plan: CriticPlan, device: torch.device) -> Parts:
@@ -159,7 +160,7 @@ def build(case: Case, folder: Path, plan: CriticPlan, device: torch.device) -> P
             parameter.data, parameter.grad = parameter.data.float(), torch.zeros_like(parameter, dtype=torch.float32)
     net.train().enable_gradient_checkpointing()
     vae: Any = random_net(blank("diffusers", model.vae["_class_name"], model.vae), device)
-    return Parts(model, net, codec(model, vae), build_critic(plan.folder, device, plan), device)
+    return Parts(model, net, codec(model, vae), *build_critic(plan.folder, device, plan), device)
 
 
 def step(parts: Parts, chain: stages.Chain, x: Tensor) -> Tensor:
@@ -211,9 +212,7 @@ def measure(name: str, chosen: argparse.Namespace, work: Path) -> dict[str, Any]
     case, cuda = CASES[name], torch.cuda.is_available()
     folder = bare_folder(case.model, case.tiny if chosen.tiny else {}, work, case.tiny_vae)
     critic = write_critic(case, work, tiny=chosen.tiny)
-    plan = CriticPlan(
-        model=critic, dtype="bfloat16", checkpointing=True, frames=case.frames, questions=len(QUESTIONS)
-    )
+    plan = CriticPlan(model=critic, dtype="bfloat16", checkpointing=True, frames=case.frames, questions=len(QUESTIONS))
     parts = build(case, folder, plan, torch.device("cuda" if cuda else "cpu"))
     job = DoctorJob(
         method="reward_flow",
@@ -227,6 +226,7 @@ def measure(name: str, chosen: argparse.Namespace, work: Path) -> dict[str, Any]
     chain = replace(chain_of(job, setup_of(job, parts.model), parts.model), states=2)
     kept = [parts.net, parts.generator.pipeline.vae, parts.critic.network]
     known = [tensor for part in kept for tensor in [*part.parameters(), *part.buffers()]]
+    known += [parts.words] * (not any(parts.words is tensor for tensor in known))  # tied in small models
     known += [tensor.grad for tensor in known if tensor.grad is not None]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in known)
     for _ in range(2):

@@ -125,7 +125,10 @@ def kept_activations() -> Iterator[None]:
         return real(*inputs, checkpointed=False, **options)
 
     real = reward_flow.rollout
-    with mock.patch.object(reward_flow.RewardConfig, "decoding", None), mock.patch.object(reward_flow, "rollout", rollout):
+    with (
+        mock.patch.object(reward_flow.RewardConfig, "decoding", None),
+        mock.patch.object(reward_flow, "rollout", rollout),
+    ):
         yield
 
 

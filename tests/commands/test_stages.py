@@ -80,7 +80,10 @@ def test_a_critic_takes_what_it_takes(critic, shape, checkpointing):
         reward(media, [Prompt.from_text("a cat")] * len(media)).total.sum().backward()
     plan = CriticPlan(model=critic, checkpointing=checkpointing, questions=len(QUESTIONS))
     assert critic_stage(plan, shape, tokens(critic)) == pytest.approx(ledger.peak, rel=0.1)
-    assert critic_numbers(plan) == sum(parameter.numel() for parameter in network.parameters()) + reward._critic._words.numel()
+    assert (
+        critic_numbers(plan)
+        == sum(parameter.numel() for parameter in network.parameters()) + reward._critic._words.numel()
+    )
 
 
 @pytest.mark.parametrize("guidance", list(Guidance))
@@ -207,9 +210,9 @@ def test_the_command_names_the_stage(model_folders, critic, capsys):
 
 
 def test_critics_that_are_not_there_or_of_another_kind(tmp_path, model_folders, clip_folder, capsys):
-    with pytest.raises(MissingFileError, match="hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir FOLDER"):
+    with pytest.raises(MissingFileError, match=r"hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir FOLDER"):
         critic_numbers(CriticPlan(model=Path("Qwen/Qwen2.5-VL-7B-Instruct")))
-    with pytest.raises(ConfigError, match="is a clip; the doctor counts Qwen2-VL and Qwen2.5-VL"):
+    with pytest.raises(ConfigError, match=r"is a clip; the doctor counts Qwen2-VL and Qwen2.5-VL"):
         critic_numbers(CriticPlan(model=clip_folder))
     words = ["doctor", f"--model={model_folders['unet']}", "--method=sft", f"--critic.model={clip_folder}"]
     assert cli.main(words) == 2

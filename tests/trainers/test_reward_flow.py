@@ -246,7 +246,10 @@ def test_explosion_stops_before_the_weights_change(make):
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [(Fixed, "reward 'red' is not differentiable"), (Blind, "reward 'red' is declared differentiable, but its gradient at the pixels is zero")],
+    [
+        (Fixed, "reward 'red' is not differentiable"),
+        (Blind, "reward 'red' is declared differentiable, but its gradient at the pixels is zero"),
+    ],
 )
 def test_a_reward_without_gradient_is_refused(make, reward, message):
     with pytest.raises(ConfigError, match=message):
