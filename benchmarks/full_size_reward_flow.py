@@ -150,7 +150,7 @@ def build_critic(folder: Path, device: torch.device, plan: CriticPlan) -> tuple[
     return VisionLanguage(network.model, words, patches, rate=2.0), network.lm_head.weight
 
 
-def build(case: Case, folder: Path, plan: CriticPlan, device: torch.device) -> Parts:
+def build(folder: Path, plan: CriticPlan, device: torch.device) -> Parts:
     """All networks of the case."""
     model = read_model(folder)
     net = random_net(model.blank_denoiser(), device).requires_grad_(False)
@@ -213,7 +213,7 @@ def measure(name: str, chosen: argparse.Namespace, work: Path) -> dict[str, Any]
     folder = bare_folder(case.model, case.tiny if chosen.tiny else {}, work, case.tiny_vae)
     critic = write_critic(case, work, tiny=chosen.tiny)
     plan = CriticPlan(model=critic, dtype="bfloat16", checkpointing=True, frames=case.frames, questions=len(QUESTIONS))
-    parts = build(case, folder, plan, torch.device("cuda" if cuda else "cpu"))
+    parts = build(folder, plan, torch.device("cuda" if cuda else "cpu"))
     job = DoctorJob(
         method="reward_flow",
         resolution=64 if chosen.tiny else None,

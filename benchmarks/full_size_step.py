@@ -98,7 +98,7 @@ CASES = {
 
 
 def bare_folder(name: str, changes: dict[str, Any], work: Path, vae: dict[str, Any] = TINY_VAE) -> Path:
-    """A copy of the model's configs without text encoders, with `changes` in the denoiser's and then `vae` in the VAE's."""
+    """A copy of the model's configs without text encoders, with `changes` in the denoiser's and `vae` in the VAE's."""
     source, target = CONFIGS / name, work / name
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in index.items() if not key.startswith("text_encoder")}

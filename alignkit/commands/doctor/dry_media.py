@@ -1,4 +1,4 @@
-"""The stages after a denoising chain without their numbers: decoding with gradients, and a critic that reads the result.
+"""The stages after a denoising chain, without their numbers: decoding with gradients, and a critic of the result.
 
 Both run forward and backward on the meta device by the code of the training: the family's own decoding with its
 checkpoints, and the network of a vision-language model between the patches of `rewards` and the states that answer.

@@ -45,6 +45,7 @@ from alignkit.trainers.latents import IMAGES_A_CALL, PIXELS_A_CALL
 # What CUDA's autocast runs in bf16, and of what it runs in float32 the functions whose tensors are large.
 _BF16 = {linear, conv1d, conv2d, conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm}
 _CPU = torch.device("cpu")
+_TO_COPY = torch.ops.aten._to_copy.default  # noqa: SLF001 - what `Tensor.cpu` dispatches to
 _FLOAT32 = {layer_norm, group_norm, rms_norm, softmax, interpolate, Tensor.softmax, Tensor.pow, torch.pow, torch.rsqrt}
 
 
@@ -111,7 +112,7 @@ def dry_step(model: Model, run: Run) -> Cost:
             given["sample" if "sample" in given else "hidden_states"].requires_grad_()
         with Ledger([*net.parameters(), *net.buffers(), *tree_leaves(given)]) as ledger:
             with card:
-                # Repeated in the backward pass, a step ends at its last kept tensor: a call without gradients is left out.
+                # A step that is repeated ends at its last kept tensor, so a call without gradients takes nothing then.
                 with torch.set_grad_enabled(run.chain is Guidance.BOTH):
                     unconditional = 0.0 if run.chain in (None, Guidance.NONE) else _predict(net, given, run)
                 prediction = _predict(net, given, run) - unconditional
@@ -262,7 +263,7 @@ class Ledger(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._to_copy.default and args[0].is_meta and (kwargs or {}).get("device") == _CPU:
+        if function is _TO_COPY and args[0].is_meta and (kwargs or {}).get("device") == _CPU:
             return torch.empty((), dtype=args[0].dtype).expand(args[0].shape)  # no storage, as on the meta device
         output = function(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, tuple | list) else (output,):
