@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,28 +41,29 @@ def rollout_windows(
     gradient passes the solver's linear step alone, so predictions are shared: one chain, and each step that any window
     has is repeated and differentiated once. Whatever reads the ends is differentiated once for each window.
     """
+    options = {"scale": scale, "model": model, "fresh": fresh}
     if windows[0].coupling == 0:
-        return _with_shared_predictions(
-            generator, cond, x, grid, windows, hooks, scale=scale, model=model, sources=sources, fresh=fresh
-        )
+        return _with_shared_predictions(generator, (cond, x, grid), windows, hooks, {**options, "sources": sources})
     states: list[Tensor] = []
 
     def keep(index: int, state: Tensor, prediction: Tensor) -> Tensor | None:
         states.append(state.detach())
         return hooks[0](index, state, prediction)
 
-    options = {"scale": scale, "model": model, "fresh": fresh}
     ends = [rollout(generator, cond, x, grid, steps=windows[0], sources=sources, on_step=keep, **options)]
     for window, hook in zip(windows[1:], hooks[1:], strict=True):
         first = min(window.active, default=0) if window.active is not None else 0
         start = states[first - 1] if first else x
+        later = window  # the same steps, by their indices on the grid that begins at step `first`
+        if window.active is not None:
+            later = replace(window, active=frozenset(index - first for index in window.active))
         ends.append(
             rollout(
                 generator,
                 cond,
                 start,
                 grid[first:],
-                steps=_later(window, first),
+                steps=later,
                 sources=lambda index, first=first: sources(index + first),
                 on_step=lambda index, *rest, first=first, hook=hook: hook(index + first, *rest),
                 **options,
@@ -70,40 +72,27 @@ def rollout_windows(
     return ends
 
 
-def _later(window: Steps, first: int) -> Steps:
-    """The same steps by their indices on the grid that begins at step `first`."""
-    active = window.active
-    return window if active is None else replace(window, active=frozenset(index - first for index in active))
-
-
 def _with_shared_predictions(
     generator: PipelineGenerator,
-    cond: Conditioning,
-    x: Tensor,
-    grid: Grid,
+    chain: tuple[Conditioning, Tensor, Grid],
     windows: Sequence[Steps],
     hooks: Sequence[StepHook],
-    *,
-    scale: float,
-    model: Predictor,
-    sources: Callable[[int], Sequence[torch.Generator]],
-    fresh: FreshNoise,
+    options: Mapping[str, Any],
 ) -> list[Tensor]:
     """One chain whose predictions carry gradients in the steps of any window; a state for each window follows it."""
+    _, x, grid = chain
     ends = [at_least_float32(x)] * len(windows)
     exact = grid.to(ends[0].dtype, x.device)
+    noise = {name: options[name] for name in ("sources", "fresh")}
 
     def follow(index: int, _: Tensor, prediction: Tensor) -> None:
         for place, (window, hook) in enumerate(zip(windows, hooks, strict=True)):
             own = prediction if window.carries(index) else prediction.detach()
-            ends[place] = take_step(generator, exact, index, own, ends[place], sources=sources, fresh=fresh)
+            ends[place] = take_step(generator, exact, index, own, ends[place], **noise)
             hook(index, ends[place], own)
 
     union = None
     if all(window.active is not None for window in windows):
         union = frozenset[int]().union(*(window.active or () for window in windows))
-    steps = replace(windows[0], active=union)
-    rollout(
-        generator, cond, x, grid, scale=scale, model=model, steps=steps, sources=sources, fresh=fresh, on_step=follow
-    )
+    rollout(generator, *chain, steps=replace(windows[0], active=union), on_step=follow, **options)
     return ends

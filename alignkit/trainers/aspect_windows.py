@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignkit.aspects import Question
+from alignkit.aspects import Question, named
 from alignkit.errors import ConfigError, nearest
 from alignkit.protocols import Asking, Reward, as_scores
 from alignkit.records import Prompt, Scores
@@ -42,16 +42,10 @@ class Window:
         given = prompt.metadata.get("questions")
         if not given:
             return prompt, float(self.is_default)
-        questions = [Question.of(one) for one in given]
+        questions = named(given)
         own = [question for question in questions if self.has(question.aspect)]
         share = sum(question.weight for question in own) / sum(question.weight for question in questions)
-        return replace(prompt, metadata={**prompt.metadata, "questions": _numbered(questions, own)}), share
-
-
-def _numbered(questions: Sequence[Question], own: Sequence[Question]) -> list[Question]:
-    """`own` with the names that rewards give them as questions of the whole list."""
-    names = {id(question): question.name or f"question_{number}" for number, question in enumerate(questions, 1)}
-    return [replace(question, name=names[id(question)]) for question in own]
+        return replace(prompt, metadata={**prompt.metadata, "questions": own}), share
 
 
 def windows_of(aspect_steps: Mapping[str, str], default: str) -> list[Window]:
