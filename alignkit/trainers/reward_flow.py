@@ -27,10 +27,13 @@ from alignkit.generators.rollout import StepHook, keyed_sources, rollout
 from alignkit.generators.state_gradients import LargestGradients, StateGradients
 from alignkit.protocols import Preparing, Reward
 from alignkit.records import Conditioning, LossOutput, Prompt, Sampling, texts
-from alignkit.trainers.base import AlignTrainer
 from alignkit.trainers.data import EpochData, PromptData
 from alignkit.trainers.data_loss import DataLossConfig, OneSize, data_errors, null_condition, with_media
+from alignkit.trainers.guard import WatchConfig
+from alignkit.trainers.guarded import GuardedTrainer
 from alignkit.trainers.ranges import COUNT, NOT_NEGATIVE, POSITIVE, require_in_range
+from alignkit.trainers.reward_watch import logged_parts
+from alignkit.trainers.self_check import SelfCheck
 from alignkit.trainers.velocity_penalty import VelocityPenalty
 from alignkit.trainers.weighted_rewards import WeightedRewards
 
@@ -45,7 +48,7 @@ _RANGES = {
 
 
 @dataclass
-class RewardConfig(DataLossConfig):
+class RewardConfig(WatchConfig, DataLossConfig):
     """How chains are sampled, which rewards are maximised, and which steps carry gradients."""
 
     reward_weights: dict[str, float] | None = field(
@@ -163,7 +166,7 @@ class Chains:
     x: Tensor
 
 
-class RewardTrainer(AlignTrainer):
+class RewardTrainer(GuardedTrainer):
     """Maximises rewards by their gradients through the chain; loss [P], one chain for each prompt.
 
     The loss of a row is minus the weighted mean of its rewards (the mean over the chain and its `noise_samples`) plus
@@ -194,7 +197,7 @@ class RewardTrainer(AlignTrainer):
         self._estimator = args.gradient
         self._gradients: StateGradients | LargestGradients = StateGradients(0)
         self._loss_scale_P = torch.ones(1)
-        super().__init__(model, args, train_dataset, *rest, **options)
+        super().__init__(model, args, train_dataset, *rest, rewards=self._rewards.rewards, **options)
         self._try_rewards()
 
     @override
@@ -237,7 +240,22 @@ class RewardTrainer(AlignTrainer):
             noise = self.generator.initial_noise(self._latent_shape, source).to(self.args.device)
             media = self.generator.decode(noise)
         with self._own_precision():
-            self._rewards.require_gradients(media, first["prompts"], self.generator.modality)
+            parts = self._rewards.require_gradients(media, first["prompts"], self.generator.modality)
+        self._rewards.logged = {name: logged_parts(names, self.prompts) for name, names in parts.items()}
+
+    @override
+    def check_gradients(self, batch: Mapping[str, Any]) -> None:
+        """`SelfCheck`, for the first prompt."""
+        args, autocast = self.args, self.accelerator.autocast
+        check = SelfCheck(
+            self.generator, args.sampling, args.device, autocast, self._own_precision, half=bool(args.bf16 or args.fp16)
+        )
+        check.run(batch["prompts"][0], self._rewards.rewards if self._recomputes_rewards else {})
+
+    @override
+    def last_scores(self) -> Mapping[str, Tensor]:
+        """Those of the weighted rewards."""
+        return self._rewards.scores
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -311,14 +329,17 @@ class RewardTrainer(AlignTrainer):
 
     def _score(self, latents: Tensor, prompts: list[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
         """What is maximised [P] and the rewards' means, of the decoded latents."""
-        several = len(self._rewards.rewards) > 1 or self._estimator.noise_samples > 0
         with self._own_precision():
-            return self._rewards(self.decoded(latents), prompts, checkpointed=several)
+            return self._rewards(self.decoded(latents), prompts, checkpointed=self._recomputes_rewards)
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Media [P, ...] in [0, 1] of latents, checkpointed where these have gradients."""
         decode = self.generator.decode
         return checkpoint(decode, latents, use_reentrant=False) if latents.requires_grad else decode(latents)
+
+    @property
+    def _recomputes_rewards(self) -> bool:
+        return len(self._rewards.rewards) > 1 or self._estimator.noise_samples > 0
 
     def _own_precision(self) -> AbstractContextManager[Any]:
         """Within it text encoders, VAE and rewards compute in the dtype of their weights, as where images are made."""
