@@ -127,8 +127,8 @@ class FreshNoise:
         w dW with w = a sqrt(t / (1 - t)), for networks that predict the flow v = eps - x0. In the solver's terms x +
         (1 - t) v = eps_hat, so b = s - w^2 d / (2 t) and c = w sqrt(d). The SDE has the marginals of the flow because
         its extra drift is w^2 / 2 times minus the score, -eps / t. One step keeps them to first order: b^2 + c^2 = s^2
-        + a^2 d^2 / (1 - t) + a^4 d^2 / (4 (1 - t)^2). Where t = 1, 1 - s stands for 1 - t, as in the authors' code;
-        that step's excess of variance does not vanish with d, and at a later time what is left of it falls as d^(a^2).
+        + a^2 d^2 / (1 - t) + a^4 d^2 / (4 (1 - t)^2). Where t = 1, 1 - s stands for 1 - t, as in the authors' code:
+        that step's excess of variance does not vanish with d. What is left of it at a later time falls as d^(a^2).
 
     A step to sigma_s = 0 goes to x0_hat without noise in both forms; Flow-GRPO's own last step adds noise. The
     coefficients are constants, so z need not be kept for the backward pass. Raises ConfigError for a value below 0, an

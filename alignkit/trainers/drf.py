@@ -83,6 +83,12 @@ class DRFTrainer(RewardTrainer):
             proxies = {name: ByWindow(reward, self._windows) for name, reward in own.items()}
             weights = {name: (args.reward_weights or {})[name] for name in args.trained_rewards}
             self._by_window = WeightedRewards(proxies, weights, args.reward_targets or {})
+            self._by_window.logged, self._by_window.scores = self._rewards.logged, self._rewards.scores
+
+    @property
+    @override
+    def _recomputes_rewards(self) -> bool:
+        return bool(self._windows) or super()._recomputes_rewards
 
     @override
     def prepare_data(self, rows: Any, args: Any) -> EpochData | None:
