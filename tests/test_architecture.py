@@ -45,6 +45,7 @@ LEVELS = [
         "columns",
         "provenance",
         "aspects",
+        "segments",
     ),
     ("diffusion", "losses", "precision"),
     ("backbones", "generators", "adapters"),
@@ -61,6 +62,7 @@ OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resol
     "clips",
     "columns",
     "aspects",
+    "segments",
 }
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve"}

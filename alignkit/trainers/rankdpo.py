@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from alignkit.errors import CheckpointMismatchError, ConfigError, DataError
 from alignkit.escape import get_logger
-from alignkit.losses import LISTS, LOSSES, PAIRS, loser_scale
+from alignkit.losses import LISTS, PAIRS, RANKED, loser_scale
 from alignkit.records import LossOutput
 from alignkit.resolve import require_known, resolve
 from alignkit.trainers import averaging
@@ -40,7 +40,7 @@ from alignkit.trainers.config import OfflineConfig
 from alignkit.trainers.draws import DrawPlan
 from alignkit.trainers.latents import LatentDataset
 from alignkit.trainers.offline import OfflineTrainer
-from alignkit.trainers.ranges import DECAY, NOT_NEGATIVE, POSITIVE, Range, require_in_range
+from alignkit.trainers.ranges import DECAY, NOT_NEGATIVE, POSITIVE, Range, require_in_range, weights_by_name
 
 logger = get_logger(__name__)
 WINDOW = 10  # logs in each half of the window that the drift warning compares
@@ -104,22 +104,15 @@ class RankDPOConfig(OfflineConfig):
     @property
     def losses(self) -> dict[str, float]:
         """The weight of each loss by its name, that of `sft_weight` last."""
-        names = [self.loss] if isinstance(self.loss, str) else self.loss
-        weights = [1.0] * len(names) if self.loss_weights is None else self.loss_weights
-        return dict(zip(names, weights, strict=True)) | ({WINNER_SFT: self.sft_weight} if self.sft_weight else {})
+        own = weights_by_name(self.loss, self.loss_weights)
+        return own | ({WINNER_SFT: self.sft_weight} if self.sft_weight else {})
 
     def _check_losses(self) -> None:
         names = [self.loss] if isinstance(self.loss, str) else self.loss
         for name in names:
-            require_known(name, LOSSES, kind="loss")  # imports nothing: a dry run comes here too
-        if not names or len(set(names)) < len(names) or (self.sft_weight and WINNER_SFT in names):
-            raise ConfigError(
-                f"loss is {names}; name at least one, each once, and {WINNER_SFT} or sft_weight, not both"
-            )
-        if self.loss_weights is not None and len(self.loss_weights) != len(names):
-            raise ConfigError(f"loss_weights are {self.loss_weights} for the losses {names}; give one for each")
-        weights = {f"loss_weights, for {name}": weight for name, weight in self.losses.items()}
-        require_in_range(weights, dict.fromkeys(weights, POSITIVE))
+            require_known(name, RANKED, kind="loss")  # imports nothing: a dry run comes here too
+        if WINNER_SFT in weights_by_name(self.loss, self.loss_weights) and self.sft_weight:
+            raise ConfigError(f"loss is {names}, sft_weight {self.sft_weight}; use {WINNER_SFT} or sft_weight, not both")
         pairs = [name for name in names if name in PAIRS]
         others = [name for name in names if name not in PAIRS and name != WINNER_SFT]
         if pairs and others:
@@ -145,7 +138,7 @@ class RankDPOTrainer(OfflineTrainer):
 
     args: RankDPOConfig
     needs_reference = True
-    compares_candidates = True
+    candidates = None
 
     def __init__(self, model: Any, args: RankDPOConfig, train_dataset: Any, *rest: Any, **options: Any) -> None:
         self.needs_reference = args.reference_ema is None  # else no frozen copy in full fine-tuning
@@ -274,7 +267,7 @@ def _objective(args: RankDPOConfig) -> Callable[..., LossOutput]:
     }
     losses, weights = {}, args.losses
     for name in weights:
-        losses[name] = partial(resolve(name, LOSSES, kind="loss"), beta=args.beta, **options.get(name, {}))
+        losses[name] = partial(resolve(name, RANKED, kind="loss"), beta=args.beta, **options.get(name, {}))
 
     def objective(policy_PK: Tensor, reference_PK: Tensor, phi_PK: Tensor, **protect: Tensor) -> LossOutput:
         outputs = {}
