@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.segments import CODEC, LABELS, SEGMENTS, clip_label, equal_segments, is_labelled, latent_labels, read_labels
+from alignkit.segments import (
+    CODEC,
+    LABELS,
+    SEGMENTS,
+    clip_label,
+    equal_segments,
+    is_labelled,
+    latent_labels,
+    read_labels,
+)
 from data_pipelines.rows import load_rows
 
 if TYPE_CHECKING:
@@ -26,9 +35,7 @@ def load_dense(path: Path, split: str, *, held_out: float, root: Path | None = N
 
     Raises DataError naming the row and the value of a label or segment that `alignkit.segments.read_labels` refuses.
     """
-    return load_rows(
-        path, split, held_out=held_out, columns=REQUIRED, root=root, optional=OPTIONAL, check=read_labels
-    )
+    return load_rows(path, split, held_out=held_out, columns=REQUIRED, root=root, optional=OPTIONAL, check=read_labels)
 
 
 def statistics(labels: Sequence[Sequence[int]], truth: Sequence[Sequence[int]] | None = None) -> Mapping[str, Any]:

@@ -46,6 +46,7 @@ from alignkit.segments import (
 from alignkit.trainers.buckets import AS_THEY_ARE
 from alignkit.trainers.config import OfflineConfig
 from alignkit.trainers.draws import DrawPlan
+from alignkit.trainers.drift import Drift
 from alignkit.trainers.latents import LATENTS, LatentDataset
 from alignkit.trainers.offline import OfflineTrainer
 from alignkit.trainers.ranges import DECAY, POSITIVE, Range, require_in_range, weights_by_name
@@ -84,9 +85,7 @@ class DenseDPOConfig(OfflineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_in_range(
-            vars(self), {"beta": POSITIVE, "least_labelled": Range(0, 1), "protect_winner": DECAY}
-        )
+        require_in_range(vars(self), {"beta": POSITIVE, "least_labelled": Range(0, 1), "protect_winner": DECAY})
         for key, allowed, values in (("loss", LOSSES, self.losses), ("reduction", REDUCTIONS, [self.reduction])):
             for value in values:
                 if value not in allowed:
@@ -123,6 +122,7 @@ class DenseDPOTrainer(OfflineTrainer):
     def __init__(self, model: Any, args: DenseDPOConfig, train_dataset: Any, *rest: Any, **options: Any) -> None:
         self.needs_reference = args.compares
         self._terms = [_Term.of(name, weight, args) for name, weight in args.losses.items()]
+        self._drift = Drift("set protect_winner, or add dense_sft or clip_sft to `loss`")
         super().__init__(model, args, train_dataset, *rest, **options)
 
     @override
@@ -225,6 +225,10 @@ class DenseDPOTrainer(OfflineTrainer):
             if len(outputs) > 1:
                 metrics[f"loss_{term.name}"] = loss_B.detach().sum() / pairs_B.sum().clamp(min=1)
         return LossOutput(total_B, metrics, pairs_B.sum())
+
+    @override
+    def warn_of(self, health: Mapping[str, float]) -> None:
+        self._drift.watch(health, self.state.global_step)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ class LatentDataset(EpochData):
         """Keep these rows only; each keeps its draws."""
         self.rows, self.conditioning = self.rows.select(rows), self.conditioning.select(rows)
         for name, values in self.targets.items():
-            self.targets[name] = values[torch.tensor(rows)] if torch.is_tensor(values) else [values[i] for i in rows]
+            places = torch.tensor(rows, dtype=torch.long)
+            self.targets[name] = values[places] if torch.is_tensor(values) else [values[i] for i in rows]
         self.latent_shapes = [self.latent_shapes[row] for row in rows]
         self.draw_ids = [self.draw_ids[row] for row in rows]
         if self.prompts is not None:
@@ -234,7 +235,9 @@ def _safetensors(cell: Mapping[str, Any], where: str) -> Tensor:
     except safetensors.SafetensorError as error:
         raise DataError(f"{where}: its latents are no safetensors file ({error}); make them again") from error
     if list(tensors) != [LATENTS] or not tensors[LATENTS].is_floating_point():
-        raise DataError(f"{where}: the safetensors file holds {sorted(tensors)}; one tensor of floats, '{LATENTS}', is read")
+        raise DataError(
+            f"{where}: the safetensors file holds {sorted(tensors)}; one tensor of floats, '{LATENTS}', is read"
+        )
     return tensors[LATENTS].float()
 
 
