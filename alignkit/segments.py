@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def owners(segments: Segments, places: Sequence[int], temporal_ratio: int) -> tu
     Latent frame 0 covers pixel frame 0, latent frame k >= 1 the pixel frames r (k - 1) + 1 to r k, as in a causal codec
     of temporal ratio r. It belongs to the segment that has most of them, of equals to the earlier one. DenseDPO does
     not state its rule; this one is derived. `places` are the pixel frames of the latents by their numbers in the clip
-    that `segments` counts: `range(F)`, or others where the clip was brought to another frame rate; F = 1 + r (T - 1).
+    that `segments` counts, ascending: `range(F)`, or others where the clip was brought to another frame rate; F = 1 + r (T - 1).
     Hashable, because results are cached. Raises ConfigError for another F.
     """
     if not places or (len(places) - 1) % temporal_ratio:
@@ -59,7 +60,7 @@ def owners(segments: Segments, places: Sequence[int], temporal_ratio: int) -> tu
     for latent in range(1 + (len(places) - 1) // temporal_ratio):
         first = max(0, temporal_ratio * (latent - 1) + 1)
         covered = places[first : temporal_ratio * latent + 1]
-        counts = [sum(start <= place < end for place in covered) for start, end in segments]
+        counts = [bisect_left(covered, end) - bisect_left(covered, start) for start, end in segments]
         most = max(counts, default=0)
         is_owned = most > 0 and most >= len(covered) - sum(counts)
         found.append(counts.index(most) if is_owned else NONE)

@@ -61,8 +61,8 @@ def statistics(labels: Sequence[Sequence[int]], truth: Sequence[Sequence[int]] |
 
 def _agreement(pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
     counted = [(own, true) for own, true in pairs if true]
-    equal, ties = [own == true for own, true in counted], [own == 0 for own, _ in counted]
-    return {"counted": len(counted), "equal": _share(equal), "tie": _share(ties)}
+    equal = _share([own == true for own, true in counted])
+    return {"counted": len(counted), "equal": equal, "tie": _share([own == 0 for own, _ in counted])}
 
 
 def _share(hits: Sequence[bool]) -> float | None:

@@ -61,7 +61,11 @@ def dense_dpo(
     else:
         member_BTS = _members(labels_BT, segments_BT).to(z_BT)
         z = (z_BT.unsqueeze(-1) * member_BTS).sum(1) / member_BTS.sum(1).clamp(min=1)
-    metrics = margin_health(z, counts) | _drift(delta_B2T.detach(), labels_BT)
+    metrics = margin_health(z, counts)
+    labelled_BT, fixed_B2T = labels_BT.ne(0), delta_B2T.detach()
+    for name, sign in (("winner", 1), ("loser", -1)):  # how far their errors went from the reference's
+        sum_ = (_winner(fixed_B2T, sign * labels_BT) * labelled_BT).sum()
+        metrics[f"{name}_error_delta"] = sum_ / labelled_BT.sum().clamp(min=1)
     return LossOutput(softplus(-z) * counts, metrics, counts.sum())
 
 
@@ -103,14 +107,6 @@ def _members(labels_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
 
 def _winner(values_B2T: Tensor, labels_BT: Tensor) -> Tensor:
     return torch.where(labels_BT > 0, values_B2T[:, 0], values_B2T[:, 1])
-
-
-def _drift(delta_B2T: Tensor, labels_BT: Tensor) -> dict[str, Tensor]:
-    """How far the errors of winner and loser went from the reference's, over labelled frames."""
-    counts_BT = counted(labels_BT)
-    sums = [(_winner(delta_B2T, sign * labels_BT) * counts_BT).sum() for sign in (1, -1)]
-    winner, loser = (total / counts_BT.sum().clamp(min=1) for total in sums)
-    return {"winner_error_delta": winner, "loser_error_delta": loser}
 
 
 def _protected(err_B2T: Tensor, labels_BT: Tensor, protect_BT22: Tensor | None) -> Tensor:

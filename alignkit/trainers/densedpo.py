@@ -155,11 +155,12 @@ class DenseDPOTrainer(OfflineTrainer):
         places = self._places(rows, frames, args.fps)
         ratio = self.generator.temporal_ratio
         own = [owners(*row, ratio) for row in zip(segments, places, strict=True)]
-        dataset.targets |= {
-            LABELS: [_of_frames(*row) for row in zip(labels, own, strict=True)],
-            SEGMENTS: [torch.tensor(numbers) for numbers in own],
-            CLIP_LABEL: torch.tensor([clip_label(values) for values in labels]),
-        }
+        by_frame = []
+        for values, numbers in zip(labels, own, strict=True):
+            by_frame.append(torch.tensor([values[n] if values and n != NONE else 0 for n in numbers]))
+        dataset.targets[LABELS] = by_frame
+        dataset.targets[SEGMENTS] = list(map(torch.tensor, own))
+        dataset.targets[CLIP_LABEL] = torch.tensor(list(map(clip_label, labels)))
         self._leave_out(dataset, labels, args.least_labelled)
         return dataset
 
@@ -278,11 +279,6 @@ def _row_sums(values: Tensor) -> Tensor:
 def _pairs(masks: Sequence[Tensor]) -> Tensor:
     """Pairs in which any loss counts, bool [B]."""
     return torch.stack([_row_sums(mask) > 0 for mask in masks]).any(0)
-
-
-def _of_frames(labels_S: Sequence[int], own_T: Sequence[int]) -> Tensor:
-    """Labels [T] of latent frames from those of their segments; 0 in no segment, or where the row has no labels."""
-    return torch.tensor([labels_S[number] if labels_S and number != NONE else 0 for number in own_T])
 
 
 def _require_columns(rows: Any, args: DenseDPOConfig) -> None:
