@@ -28,6 +28,7 @@ COMMANDS = {
     "score": ("alignkit.commands.score:main", "Score candidates with several rewards; raw scores are kept."),
     "rank": ("alignkit.commands.rank:main", "Turn scores into a ranked dataset."),
     "aspects": ("alignkit.commands.aspects:main", "Write yes/no questions about prompts, for a critic."),
+    "dense-pairs": ("alignkit.commands.dense_pairs:main", "Make pairs of clips from captioned real videos."),
     **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
     "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),
     "export": ("alignkit.commands.export:main", "Write ranked data as pairs for TRL or Pick-a-Pic programs."),

@@ -1,17 +1,18 @@
-"""Videos through PyAV, which is imported and called here only; callers use `media`."""
+"""Videos through PyAV, which is imported and called here only, and moving WebPs through PIL; callers use `media`."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from alignkit.errors import DataError
 
@@ -21,6 +22,8 @@ _CONTAINER_OPTIONS = {"fflags": "+bitexact"}
 _CODEC_OPTIONS = {"level": "3", "slicecrc": "1", "flags": "+bitexact"}
 LARGEST_CLIP = 16  # decoded pixels of a clip, in units of PIL's limit for an image: 4 GiB
 _LARGEST_DENOMINATOR = 1001  # of a frame rate, as in 30000/1001
+BACKGROUND = "white"  # behind the transparent parts of an image or a frame
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def encode(frames: np.ndarray, fps: float) -> bytes:
@@ -41,8 +44,8 @@ def encode(frames: np.ndarray, fps: float) -> bytes:
 
 def decode(source: bytes | str | Path, where: str, *, count: int | None, fps: float | None) -> np.ndarray:
     """uint8 [F, H, W, 3], upright; see `media.decode_clip`."""
-    with _opened(source, where) as (container, stream):
-        decoded = container.decode(stream)
+    with _opened(source, where) as clip:
+        decoded = clip.frames
         if fps is not None:
             decoded = _nearest(_timed(decoded, where), Fraction(fps))
         frames = []
@@ -58,42 +61,102 @@ def decode(source: bytes | str | Path, where: str, *, count: int | None, fps: fl
 
 def shape(source: bytes | str | Path, where: str) -> tuple[int, int, int]:
     """(frames, height, width), upright: packets are counted and one frame is decoded."""
-    with _opened(source, where) as (container, stream):
-        frames = sum(1 for packet in container.demux(stream) if packet.size)
+    with _opened(source, where) as clip:
+        frames = clip.count()
     height, width = decode(source, where, count=1, fps=None).shape[1:3]
     return frames, height, width
 
 
+@dataclass(frozen=True, slots=True)
+class _Clip:
+    """An opened clip: its frames, decoded as they are asked for, or their number without decoding them."""
+
+    frames: Iterator[Any]
+    count: Callable[[], int]
+
+
 @contextlib.contextmanager
-def _opened(source: bytes | str | Path, where: str) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; DataError for what cannot be read, also while it is used."""
+def _opened(source: bytes | str | Path, where: str) -> Iterator[_Clip]:
+    """The clip in `source`; DataError for what cannot be read, also while it is used."""
+    try:
+        # Files are opened here, so that no path is read as a URL, and what a file names (a playlist) is not opened.
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+            head = file.read(12)
+            file.seek(0)
+            is_webp = (head[:4], head[8:]) == (b"RIFF", b"WEBP")
+            with _webp(file, where) if is_webp else _video(file, where) as clip:
+                yield clip
+    except OSError as error:
+        raise _damaged(where, error.strerror or str(error)) from error
+
+
+@contextlib.contextmanager
+def _video(file: Any, where: str) -> Iterator[_Clip]:
+    """What FFmpeg reads: the file's first video stream."""
     import av
 
     try:
-        # Files are opened here, so that no path is read as a URL, and what a file names (a playlist) is not opened.
-        with (
-            io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
-            av.open(_without_webp(file, where), options={"protocol_whitelist": "none"}) as container,
-        ):
+        with av.open(file, options={"protocol_whitelist": "none"}) as container:
             if container.format.name.endswith("_pipe"):  # as FFmpeg calls the formats of still images
-                raise DataError(
-                    f"{where}: an image, where a video is expected; keep images and videos in separate datasets"
-                )
+                raise _still(where)
             if not container.streams.video:
                 raise DataError(f"{where}: the file holds no video; remove or replace it")
-            _require_bounded(container.streams.video[0], 1, where)
-            yield container, container.streams.video[0]
-    except (av.FFmpegError, OSError) as error:
-        raise DataError(f"{where}: the clip cannot be decoded ({error.strerror}); remove or replace it") from error
+            stream = container.streams.video[0]
+            _require_bounded(stream, 1, where)
+            yield _Clip(container.decode(stream), lambda: sum(1 for packet in container.demux(stream) if packet.size))
+    except av.FFmpegError as error:
+        raise _damaged(where, error.strerror) from error
 
 
-def _without_webp(file: Any, where: str) -> Any:
-    """`file` at its start; DataError for a WebP, which FFmpeg's own message calls invalid data."""
-    head = file.read(12)
-    file.seek(0)
-    if (head[:4], head[8:]) == (b"RIFF", b"WEBP"):
-        raise DataError(f"{where}: a WebP cannot be read as a video; save the video as mp4, webm or mkv")
-    return file
+def _still(where: str) -> DataError:
+    return DataError(f"{where}: an image, where a video is expected; keep images and videos in separate datasets")
+
+
+def _damaged(where: str, what: object) -> DataError:
+    return DataError(f"{where}: the clip cannot be decoded ({what}); remove or replace it")
+
+
+@dataclass(frozen=True, slots=True)
+class _WebPFrame:
+    """A frame of a moving WebP with what is used of PyAV's frames; transparent parts show `BACKGROUND`."""
+
+    image: Image.Image  # RGBA
+    pts: int  # milliseconds
+    time_base: Fraction = Fraction(1, 1000)
+    rotation: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.image.width
+
+    @property
+    def height(self) -> int:
+        return self.image.height
+
+    def to_ndarray(self, format: str) -> np.ndarray:  # noqa: A002, ARG002 - PyAV's name; the format is always RGB
+        behind = Image.new("RGBA", self.image.size, BACKGROUND)
+        return np.asarray(Image.alpha_composite(behind, self.image).convert("RGB"))
+
+
+@contextlib.contextmanager
+def _webp(file: Any, where: str) -> Iterator[_Clip]:
+    """A moving WebP, which FFmpeg does not read."""
+    try:
+        with Image.open(file) as image:
+            moving: Any = image
+            _require_bounded(moving, 1, where)
+            if not moving.is_animated:
+                raise _still(where)
+
+            def frames() -> Iterator[_WebPFrame]:
+                for number in range(moving.n_frames):
+                    moving.seek(number)
+                    moving.load()
+                    yield _WebPFrame(moving.convert("RGBA"), moving.info["timestamp"])
+
+            yield _Clip(frames(), lambda: int(moving.n_frames))
+    except (UnidentifiedImageError, SyntaxError, EOFError, *_BOMBS) as error:
+        raise _damaged(where, error) from error
 
 
 def _require_bounded(frame: Any, count: int, where: str) -> None:
@@ -121,12 +184,17 @@ def _upright(frame: Any, where: str) -> np.ndarray:
 def _timed(frames: Iterable[Any], where: str) -> Iterator[tuple[Any, Fraction, Fraction]]:
     """(frame, seconds since the first frame, seconds of one tick of the clip's clock)."""
     start: Fraction | None = None
+    time = Fraction(0)
+    count = 0
     for frame in frames:
         if frame.pts is None:
             raise DataError(f"{where}: the clip has no presentation times; leave out `fps`, or encode the clip again")
         time = frame.pts * frame.time_base
         start = time if start is None else start
+        count += 1
         yield frame, time - start, frame.time_base
+    if count > 1 and time == start:
+        raise DataError(f"{where}: all frames have the same time; leave out `fps`, or encode the clip again")
 
 
 def _nearest(timed: Iterable[tuple[Any, Fraction, Fraction]], fps: Fraction) -> Iterator[Any]:

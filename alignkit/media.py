@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Encoded = bytes | str | Path | Mapping[str, Any]
 Result = TypeVar("Result")
 
-BACKGROUND = "white"  # behind the transparent parts of an image
+BACKGROUND = clips.BACKGROUND
 
 VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 _STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")  # of images in the container of mp4

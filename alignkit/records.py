@@ -87,7 +87,8 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """An unreduced loss of any shape, already 0 where nothing counts, and detached scalars to log.
+    """An unreduced loss of any shape, already 0 where nothing counts, and what to log: detached scalars, or one number
+    for each row, NaN where a row has none.
 
     `weight` is the number of terms that count; None: all, `loss.numel()`. The loss of a training step is the sum of
     all losses divided by the sum of all weights, over ranks and accumulated micro-batches.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import alignkit.sandbox
 from alignkit.precision import fast_bf16
-from alignkit.sandbox import generators, interviews, recipes
+from alignkit.sandbox import flow, generators, interviews, recipes
 from alignkit.sandbox.vlm import CUTTING
 from rewards.models.patches import Patches
 from rewards.preference import PreferenceConfig, PreferenceModel
@@ -75,8 +75,7 @@ def head(name: str, steps: int, folder: Path) -> float:
 def generator(name: str, steps: int, folder: Path) -> float:
     """Seconds that one stage of a generator takes, its scenes rendered and encoded."""
     recipe = generators.RECIPES[name]
-    if not recipe.start.startswith("new "):
-        recipe = replace(recipe, start="unet" if recipe.adapter else "new unet")
+    recipe = replace(recipe, start=name if recipe.adapter else "new unet")
 
     def begin(n: int, scenes: int) -> float:
         return seconds(partial(_train, name, folder, replace(recipe, steps=n, scenes=scenes)))
@@ -84,6 +83,17 @@ def generator(name: str, steps: int, folder: Path) -> float:
     few, many, more = begin(FEW, SCENES), begin(FEW + steps, SCENES), begin(FEW, 3 * SCENES)
     rest = generators.RECIPES[name]
     return few + (many - few) / steps * (rest.steps - FEW) + (more - few) / (2 * SCENES) * (rest.scenes - SCENES)
+
+
+def flow_clean(steps: int, folder: Path) -> float:
+    """Seconds that the first flow generator takes, its scenes rendered and encoded."""
+
+    def begin(n: int, scenes: int) -> float:
+        return seconds(partial(flow.train_flow, folder, recipe=replace(flow.FLOW, steps=n), scenes=scenes))
+
+    few, many, more = begin(FEW, SCENES), begin(FEW + steps, SCENES), begin(FEW, 3 * SCENES)
+    rest = (more - few) / (2 * SCENES) * (flow.SCENES - SCENES)
+    return few + (many - few) / steps * (flow.FLOW.steps - FEW) + rest
 
 
 def _train(name: str, models: Path, recipe: generators.GeneratorRecipe, out: Path, work: Path) -> None:
@@ -94,17 +104,20 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--only", nargs="+", default=[*STAGED, *recipes.HEADS, *generators.RECIPES])
+    parser.add_argument("--only", nargs="+", default=[*STAGED, *recipes.HEADS, "flow_clean", *generators.RECIPES])
     options = parser.parse_args()
     minutes: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)
         (folder / "vae").symlink_to(WEIGHTS / "unet" / "vae")
-        (folder / "unet").symlink_to(WEIGHTS / "unet")
+        for name in ("unet", "flow"):
+            (folder / name).symlink_to(WEIGHTS / name)
         for name in (bar := tqdm(options.only)):
             bar.set_description(name)
             if name in STAGED:
                 took = staged(name, options.steps)
+            elif name == "flow_clean":
+                took = flow_clean(options.steps, folder)
             else:
                 took = (head if name in recipes.HEADS else generator)(name, options.steps, folder)
             minutes[name] = round(took / 60, 1)

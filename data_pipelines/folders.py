@@ -55,7 +55,7 @@ def pair_rows(folder: Path, say: Say) -> list[FolderRow]:
 
 def is_captioned_folder(folder: Path) -> bool:
     """Whether images with captions beside them are in `folder`, or in folders `10_NAME` in it."""
-    return any(_caption_of(image) for part in _parts(folder) for image in _images(part))
+    return any(caption_of(image) for part in _parts(folder) for image in _images(part))
 
 
 def captioned_rows(folder: Path, say: Say) -> list[FolderRow]:
@@ -91,7 +91,7 @@ def _parts(folder: Path) -> dict[Path, int]:
 
 def _part_rows(folder: Path, part: Path, say: Say) -> list[FolderRow]:
     bounds, images = Bounds(folder), _images(part)
-    captions = {image: _caption_of(image) for image in images}
+    captions = {image: caption_of(image) for image in images}
     names = {image.stem for image in images}
     _report(part, "images without a caption", [image for image, caption in captions.items() if not caption], say)
     _report(part, "captions without an image", [file for file in _captions(part) if file.stem not in names], say)
@@ -102,7 +102,7 @@ def _part_rows(folder: Path, part: Path, say: Say) -> list[FolderRow]:
     ]
 
 
-def _caption_of(image: Path) -> Path | None:
+def caption_of(image: Path) -> Path | None:
     """NAME.txt or NAME.caption; DataError where both are there."""
     files = [file for ending in CAPTIONS if (file := image.with_suffix(ending)).is_file()]
     if len(files) > 1:

@@ -46,6 +46,7 @@ LEVELS = [
         "provenance",
         "aspects",
         "segments",
+        "pairs",
     ),
     ("diffusion", "losses", "precision"),
     ("backbones", "generators", "adapters"),
@@ -63,6 +64,7 @@ OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resol
     "columns",
     "aspects",
     "segments",
+    "pairs",
 }
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "shelve"}

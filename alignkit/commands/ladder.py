@@ -19,7 +19,7 @@ import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError, require_at_least
 from alignkit.escape import to_code, to_markdown
-from alignkit.evaluation.ladder import read_arm, table
+from alignkit.evaluation.ladder import ArmResult, read_arm, table
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.locks import locked
 from alignkit.provenance import write_resolved
@@ -69,6 +69,7 @@ class LadderJob(SynPicJob):
         method has; a key that no arm's method has is an error.
     validation: media scored during training.
     evaluate: how base and tuned are compared.
+    guidance_scales: guidance scales of further comparisons, which differ from `evaluate` in nothing else.
     evaluate_from: leave out so many held-out prompts, those that a sweep has chosen by.
     evaluate_prompts: use at most so many of the others.
     workers: arms trained at the same time.
@@ -82,6 +83,7 @@ class LadderJob(SynPicJob):
     train: Mapping[str, Any] = field(default_factory=dict)
     validation: ValidationConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    guidance_scales: Sequence[float] = ()
     evaluate_from: int = 0
     evaluate_prompts: int | None = None
     workers: int = 2
@@ -100,6 +102,8 @@ class LadderJob(SynPicJob):
             raise ConfigError(
                 f"training_seeds is {list(self.training_seeds)}; give at least one, each from 0 to 2**32 - 1"
             )
+        if len(self.comparisons) != 1 + len(self.guidance_scales):
+            raise ConfigError(f"guidance_scales is {list(self.guidance_scales)}; it repeats a guidance scale")
         reserved = {"out", "output_dir", "cache_dir", "seed", "noise_seed"}
         for name, arm in self.arms.items():
             taken = sorted(reserved & {*self.train, *arm.train})
@@ -111,6 +115,13 @@ class LadderJob(SynPicJob):
         """The folder of what all arms share."""
         return self.data or self.out
 
+    @property
+    def comparisons(self) -> Mapping[float, EvaluateConfig]:
+        """How base and tuned are compared, by guidance scale; that of `evaluate` is the first."""
+        first = self.evaluate.sampling
+        scales = [first.guidance_scale, *self.guidance_scales]
+        return {s: replace(self.evaluate, sampling=replace(first, guidance_scale=s)) for s in scales}
+
     def judged(self, held_out: Sequence[Prompt]) -> Sequence[Prompt]:
         """The held-out prompts that base and tuned are compared on."""
         shown = self.validation.prompts if self.validation else 0
@@ -119,6 +130,11 @@ class LadderJob(SynPicJob):
     def folder(self, arm: str, seed: int) -> Path:
         """Where an arm's training with one seed lives."""
         return self.out / "arms" / arm / f"seed-{seed}"
+
+    def evaluation(self, arm: str, seed: int, scale: float) -> Path:
+        """Where the comparison at one guidance scale lives."""
+        is_first = scale == self.evaluate.sampling.guidance_scale
+        return self.folder(arm, seed) / ("evaluation" if is_first else f"evaluation-guidance-{scale:g}")
 
 
 def _arguments(job: LadderJob, name: str, seed: int) -> Any:
@@ -180,9 +196,10 @@ def run_arm(job: LadderJob, name: str, seed: int) -> str:
             sampling=job.evaluate.sampling,
         )
         sides = {"base": job.aligned, "tuned": tuned_spec(job.aligned, result)}
-        prompts = job.judged(held_out)
-        out = folder / "evaluation"
-        compare(sides, prompts, job.evaluate, out, rewards=job.rewards, gold=job.gold, base_cache=job.shared / "base")
+        prompts, judges = job.judged(held_out), {"rewards": job.rewards, "gold": job.gold}
+        for scale, config in job.comparisons.items():
+            out = job.evaluation(name, seed, scale)
+            compare(sides, prompts, config, out, base_cache=job.shared / "base", **judges)
     return f"{name}, seed {seed}"
 
 
@@ -220,14 +237,21 @@ def _work(argv: Sequence[str], job: LadderJob) -> None:
     counts = job.make_ranked(job.prompts.split()[0], job.shared)
     print(counts)
     failed = _run_all(job, [(name, seed) for seed in job.training_seeds for name in job.arms])
-    results = [
-        read_arm(name, [job.folder(name, seed) / "evaluation" for seed in job.training_seeds]) for name in job.arms
-    ]
-    page = table([arm for arm in results if arm is not None], title=job.title, settings=_settings(job, counts, argv))
+    evaluations = {f"Guidance {scale:g}": _results(job, scale) for scale in job.comparisons}
+    page = table(evaluations, title=job.title, settings=_settings(job, counts, argv))
     write_text(job.table, page)
     print(f"\n{page}\ntable: {job.table}")
     if failed:
         raise AlignKitError(f"{len(failed)} runs failed: {'; '.join(failed)}. The rest is kept: give the command again")
+
+
+def _results(job: LadderJob, scale: float) -> list[ArmResult]:
+    """The arms of which a run has been evaluated at this guidance scale."""
+    arms = []
+    for name in job.arms:
+        arm = read_arm(name, [job.evaluation(name, seed, scale) for seed in job.training_seeds])
+        arms += [] if arm is None else [arm]
+    return arms
 
 
 def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
@@ -235,7 +259,7 @@ def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
     drawn = "; ".join(
         f"{s.name} x {s.seeds_per_prompt} at guidance {s.sampling.guidance_scale:g}" for s in job.generate.sources
     )
-    sampling = job.evaluate.sampling
+    scales = " and ".join(f"{scale:g}" for scale in job.comparisons)
     judged = len(job.judged(job.prompts.split()[1]))
     return [
         f"command: {to_code(shlex.join(['alignkit', 'ladder', *argv]))}",
@@ -244,7 +268,7 @@ def _settings(job: LadderJob, counts: str, argv: Sequence[str]) -> list[str]:
         *(f"arm {to_markdown(name)}: {_words(arm)}" for name, arm in job.arms.items()),
         (
             f"evaluation: {judged} held-out prompts x {job.evaluate.seeds_per_prompt} seeds, "
-            f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}; training seeds {list(job.training_seeds)}"
+            f"{job.evaluate.sampling.steps} steps, guidance {scales}; training seeds {list(job.training_seeds)}"
         ),
     ]
 

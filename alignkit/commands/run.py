@@ -23,7 +23,15 @@ from alignkit.claims import holds_results
 from alignkit.commands.data import PolicyJob, data_sections
 from alignkit.commands.methods import DEFAULT_METHOD, more_help, unchecked_methods, with_trainer
 from alignkit.commands.report import ReportJob, gather
-from alignkit.commands.specs import JudgeSpec, ValidationConfig, absences, trained_frames, trained_rewards, tuned_spec
+from alignkit.commands.specs import (
+    JudgeSpec,
+    ValidationConfig,
+    absences,
+    require_guard,
+    trained_frames,
+    trained_rewards,
+    tuned_spec,
+)
 from alignkit.commands.stages import RESUMABLE, TRAIN_FURTHER, compare, default_notes, fit, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, coerce
@@ -75,6 +83,7 @@ class RunJob(PolicyJob):
         require_at_least(1, {"evaluate_prompts": self.evaluate_prompts})
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
         self.check_judges("train.reward_weights", trained_rewards(self.train))
+        require_guard(self.train, self.validation)
         require_plain_names(self.judges)
         self.aligned.require_frames(self.evaluate.sampling.num_frames, "evaluate.sampling.num_frames")
         self.aligned.require_frames(trained_frames(self.train), "train.num_frames")

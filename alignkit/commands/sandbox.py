@@ -27,7 +27,8 @@ NEEDS = {
     "unet_third": ("unet_second",),
     "unet_clean": ("unet_third",),
     "unet": ("unet_clean",),
-    "flow": ("vae",),
+    "flow_clean": ("vae",),
+    "flow": ("flow_clean",),
     "vlm": (),
 }
 
@@ -38,7 +39,8 @@ class SandboxJob:
 
     name: vae; clip, the CLIP proxy; reader, which matches images and words; careful and showy, the
         preference heads; unet_first to unet_clean, four stages of a generator, and unet, which is made from
-        it; flow, another one; vlm, which answers questions about images and videos.
+        it; flow_clean, a transformer with its text encoders, and flow, which is made from it; vlm, which answers
+        questions about images and videos.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """
@@ -54,7 +56,7 @@ class SandboxJob:
 
 def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     """The recipe of a model, ready to run."""
-    from alignkit.sandbox import generators, interviews, recipes, vlm
+    from alignkit.sandbox import flow, generators, interviews, recipes, vlm
     from rewards.models.patches import Patches
     from rewards.preference import PreferenceConfig, PreferenceModel
 
@@ -68,6 +70,8 @@ def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     if job.name == "reader":
         classes = (PreferenceModel, PreferenceConfig)
         return functools.partial(recipes.train_reader, *classes, result, work)
+    if job.name == "flow_clean":
+        return functools.partial(flow.train_flow, job.out, result, work)
     return functools.partial(generators.train_generator, job.name, job.out, result, work)
 
 

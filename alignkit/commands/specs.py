@@ -287,6 +287,17 @@ def trained_rewards(args: object) -> Sequence[str]:
     return () if args is None or isinstance(args, Mapping) else args.trained_rewards  # type: ignore[attr-defined]
 
 
+def require_guard(args: object, validation: ValidationConfig | None) -> None:
+    """UnknownNameError for a trainer's `guard` that is none of `validation.rewards`."""
+    guard = None if args is None or isinstance(args, Mapping) else vars(args).get("guard")
+    if guard not in (None, "auto"):
+        known = validation.rewards if validation else ()
+        if guard not in known:
+            raise UnknownNameError(
+                f"guard names '{guard}', which is none of `validation.rewards`.{nearest(guard, known)}"
+            )
+
+
 def generator_builders(specs: Mapping[str, GeneratorSpec]) -> dict[str, Callable[[], ImageSource]]:
     """One builder a generator; calling it loads the model."""
     return {name: functools.partial(build_generator, name, spec) for name, spec in specs.items()}

@@ -27,6 +27,7 @@ from alignkit.commands.specs import (
     RewardSpec,
     ValidationConfig,
     absences,
+    require_guard,
     require_names,
     trained_frames,
     trained_rewards,
@@ -72,6 +73,7 @@ class TrainJob:
         args = vars(self).get("train", {})
         self.policy.require_frames(trained_frames(args), "num_frames")
         require_names(trained_rewards(args), self.rewards, kind="reward", key="reward_weights")
+        require_guard(args, self.validation)
 
     @property
     def policy(self) -> GeneratorSpec:

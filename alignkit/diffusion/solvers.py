@@ -55,6 +55,26 @@ class Grid:
             )
         return self[int(below[0]) :]
 
+    def starting_at(self, sigma: float) -> Grid:
+        """The tail of the grid that begins at `sigma` itself, where times are continuous (rectified flow).
+
+        The step that passes `sigma` is begun there. Where `sigma` lies above the grid it is the whole grid. Times of
+        variance-preserving models are discrete: for them it is `from_sigma(sigma)`, whose sigma[0] may be smaller.
+        """
+        if not torch.equal(self.t, self.sigma):
+            return self.from_sigma(sigma)
+        above = int((self.sigma >= sigma - TOLERANCE).sum())  # steps that begin at `sigma` or above
+        if above == 0:
+            return self
+        tail = self[above - 1 :]
+        if abs(float(tail.sigma[0]) - sigma) <= TOLERANCE:
+            return tail
+        now = tail.t.new_tensor([sigma])
+        t, alpha, sigmas = (
+            torch.cat([v, old[1:]]) for v, old in ((now, tail.t), (1 - now, tail.alpha), (now, tail.sigma))
+        )
+        return replace(tail, t=t, alpha=alpha, sigma=sigmas, start=1.0)
+
     def ending_at(self, index: int) -> Grid:
         """The steps 0 to `index`, the last of which goes straight to where the whole grid ends.
 

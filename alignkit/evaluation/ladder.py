@@ -62,14 +62,24 @@ def points(combined: Combined, scale: float = 100.0) -> str:
     return f"{scale * gain.mean:+.1f} [{scale * gain.low:+.1f}, {scale * gain.high:+.1f}]"
 
 
-def table(arms: Sequence[ArmResult], *, title: str, settings: Sequence[str]) -> str:
-    """A Markdown page: settings (lines of Markdown), gold and proxies by arm, gold by category by arm."""
-    if not arms:
+def table(evaluations: Mapping[str, Sequence[ArmResult]], *, title: str, settings: Sequence[str]) -> str:
+    """A Markdown page: settings (lines of Markdown), and for each evaluation gold and proxies by arm, gold by category.
+
+    `evaluations` has the arms under the evaluation's heading; the heading of the only one is not printed.
+    """
+    if not any(evaluations.values()):
         raise DataError("no arm of the ladder has finished; its logs are in OUT/arms/*/seed-*/log.txt")
+    lines = [f"# {to_markdown(title)}", "", *(f"- {line}" for line in settings)]
+    for heading, arms in evaluations.items():
+        if arms:
+            lines += ["", *([f"## {heading}", ""] if len(evaluations) > 1 else []), *_tables(arms)]
+    return "\n".join([*lines, ""])
+
+
+def _tables(arms: Sequence[ArmResult]) -> list[str]:
     first = arms[0].evaluation
     base = {result.reward: result.overall.base.mean for result in first.results}
-    gold = arms[0].evaluation.gold
-    lines = [f"# {to_markdown(title)}", "", *(f"- {line}" for line in settings), ""]
+    gold, lines = first.gold, list[str]()
     proxies = [name for name in base if gold is None or name != gold.reward]
     if gold is not None:
         lines += [f"Base: gold {100 * base[gold.reward]:.1f} points; gains are paired, in points of gold accuracy,"]
@@ -81,8 +91,8 @@ def table(arms: Sequence[ArmResult], *, title: str, settings: Sequence[str]) -> 
     if gold is not None and groups:
         means = [f"{100 * gold.categories[group].base.mean:.0f}" for group in groups]
         rows = [["base (level)", *means], *([to_markdown(arm.name), *_category_row(arm, groups)] for arm in arms)]
-        lines += ["", "## Gold by category (mean gain in points)", "", *_rows(["arm", *map(to_markdown, groups)], rows)]
-    return "\n".join([*lines, ""])
+        lines += ["", "Gold by category, mean gain in points:", "", *_rows(["arm", *map(to_markdown, groups)], rows)]
+    return lines
 
 
 def _arm_row(arm: ArmResult, proxies: Sequence[str]) -> list[str]:

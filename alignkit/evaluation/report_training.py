@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alignkit.evaluation import page
 from alignkit.evaluation.health import HELD_OUT, Log, held_out_rewards, points, training_warnings
+from alignkit.evaluation.report_guard import guard_panel
 from alignkit.evaluation.svg import Series, line_chart
 
 _CURVES = {
@@ -22,14 +23,15 @@ _HEALTH = {
 
 
 def training_section(log: Log) -> str:
-    """Loss, implicit accuracy, margin and one panel a held-out reward."""
+    """The guard if there is one, loss, implicit accuracy, margin and one panel a held-out reward."""
     if not log:
         return page.section("training", "Training", "", page.missing("No training log in this run."))
     curves = _CURVES | {
         HELD_OUT + name: (f"Held-out {name}", "Mean on held-out prompts.", False) for name in held_out_rewards(log)
     }
+    panels = guard_panel(log) + _bare_panels(log, curves)
     lead = "Faint lines are logged values, strong ones their moving average. The horizontal axis is the optimiser step."
-    return page.section("training", "Training", lead, f'<div class="charts">{_bare_panels(log, curves)}</div>')
+    return page.section("training", "Training", lead, f'<div class="charts">{panels}</div>')
 
 
 def health_section(log: Log) -> str:

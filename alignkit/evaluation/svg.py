@@ -75,8 +75,13 @@ def compact(value: float, *, signed: bool = False) -> str:
     return sign + text
 
 
-def line_chart(series: Sequence[Series], *, alt: str, zero: bool = False, height: float = 196.0) -> str:
-    """Lines over steps; noisy long ones show raw values faintly under their moving average. `zero` marks y = 0."""
+def line_chart(
+    series: Sequence[Series], *, alt: str, zero: bool = False, mark: float | None = None, height: float = 196.0
+) -> str:
+    """Lines over steps; noisy long ones show raw values faintly under their moving average.
+
+    `zero` marks y = 0, `mark` a step.
+    """
     points = [point for one in series for point in one.points]
     ys = [y for _, y in points] + ([0.0] if zero else [])
     x_axis = _axis(0, max(x for x, _ in points), _LEFT, _RIGHT, pad=0)
@@ -84,6 +89,8 @@ def line_chart(series: Sequence[Series], *, alt: str, zero: bool = False, height
     parts = [_grid(y_axis), *(_x_label(x_axis, tick, height) for tick in x_axis.ticks(4))]
     if zero:
         parts.append(_line((_LEFT, y_axis.at(0)), (_RIGHT, y_axis.at(0)), "zero"))
+    if mark is not None:
+        parts.append(_line((x_axis.at(mark), 12), (x_axis.at(mark), height - 26), "zero"))
     parts += [_curve(one, x_axis, y_axis) for one in series]
     return _svg(height, alt, parts)
 

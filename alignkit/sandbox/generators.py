@@ -1,10 +1,11 @@
 """The sandbox's text-to-image generators: how their pipelines are put together and how they were trained.
 
-Both are ordinary diffusers folders trained from scratch with `SFTTrainer` (full fine-tuning of a random network).
-`flow` is trained on captions of which a share is wrong, as those of web images are (`scenes.WEB_NOISE`). The U-Net is
-trained on correct captions in four stages (`unet_clean`) and then, through a LoRA, on captions of which a larger share
-is wrong: the result is `unet`, the policy, which can generate what it often gets wrong. The same LoRA with the opposite
-sign is `clean_adapter`: `unet` with it is the stronger generator. Their quality: docs/sandbox.md.
+Both are ordinary diffusers folders. A clean generator is trained on correct captions first: `unet_clean` in four stages
+with `SFTTrainer` (full fine-tuning of a random network), `flow_clean` together with its text encoders
+(`alignkit.sandbox.flow`). It is then trained through a LoRA on captions of which a share is wrong
+(`scenes.POLICY_NOISE`, `scenes.FLOW_NOISE`): the result, `unet` or `flow`, is the policy, which can generate what it
+often gets wrong. The same LoRA with the opposite sign is `clean_adapter`: the policy with it is the stronger generator.
+Quality: see docs/sandbox.md.
 """
 
 from __future__ import annotations
@@ -29,19 +30,22 @@ from transformers import set_seed
 
 from alignkit.adapters import exports, lora
 from alignkit.generators import load_generator
+from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.media import encode_image, quantise
 from alignkit.sandbox import models
-from alignkit.sandbox.scenes import HARD, POLICY_NOISE, WEB_NOISE
+from alignkit.sandbox.scenes import FLOW_NOISE, HARD, POLICY_NOISE
 from alignkit.sandbox.worlds import Captioned
 from alignkit.storage import write_text
 from alignkit.trainers.sft import SFTConfig, SFTTrainer
+
+FP8 = torch.float8_e4m3fn  # halves a file
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratorRecipe:
     """One training on `scenes` distinct images; `steps * batch / scenes` epochs."""
 
-    start: str  # what is trained: "new unet", "new flow" or the name of a finished generator
+    start: str  # what is trained: "new unet" or the name of a finished generator
     scenes: int
     steps: int
     batch: int
@@ -60,7 +64,7 @@ RECIPES = {
     "unet_third": GeneratorRecipe("unet_second", 12_000, 400, 64, 7e-4, 206),
     "unet_clean": GeneratorRecipe("unet_third", 16_000, 800, 64, 7e-4, 207, weights=HARD),
     "unet": GeneratorRecipe("unet_clean", 6_000, 220, 64, 1.5e-3, 208, POLICY_NOISE, adapter=True),
-    "flow": GeneratorRecipe("new flow", 24_000, 2_400, 64, 1e-3, 202, WEB_NOISE, storage=torch.float8_e4m3fn),
+    "flow": GeneratorRecipe("flow_clean", 9_000, 500, 64, 1.5e-3, 211, FLOW_NOISE, None, FP8, "native", adapter=True),
 }
 
 
@@ -76,7 +80,7 @@ def build_unet(vae: AutoencoderKL) -> StableDiffusionPipeline:
     )
     return StableDiffusionPipeline(
         vae,
-        models.text_encoder(pooled=False),
+        models.text_encoder(),
         models.clip_tokenizer(),
         models.unet(),
         scheduler,
@@ -87,18 +91,21 @@ def build_unet(vae: AutoencoderKL) -> StableDiffusionPipeline:
 
 
 def build_flow(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """Components as in SD3: rectified-flow transformer, two CLIP text encoders, a T5."""
+    """Components as in SD3: a rectified-flow transformer, two CLIP text towers (a large and a small one), and a T5.
+
+    The pipeline class requires a T5. Here its tokenizer keeps one token, so that the CLIP towers carry the prompt.
+    """
     vae.register_to_config(shift_factor=0.0)  # SD3's pipeline needs one
     return StableDiffusion3Pipeline(
         transformer=models.transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        text_encoder=models.text_encoder(pooled=True),
+        text_encoder=models.text_tower(models.TEXT_WIDTH, layers=3),
         tokenizer=models.clip_tokenizer(),
-        text_encoder_2=models.text_encoder(pooled=True),
+        text_encoder_2=models.text_tower(models.SMALL_WIDTH, layers=1),
         tokenizer_2=models.clip_tokenizer(),
         text_encoder_3=models.t5(),
-        tokenizer_3=models.t5_tokenizer(),
+        tokenizer_3=models.t5_tokenizer(tokens=1),
     )
 
 
@@ -122,10 +129,9 @@ def dataset(recipe: GeneratorRecipe, work: Path) -> datasets.Dataset:
 
 def _untrained(start: str, models_dir: Path) -> Any:
     """The pipeline that a recipe trains, in float32."""
-    build = {"new unet": build_unet, "new flow": build_flow}.get(start)
-    if build is None:
-        return DiffusionPipeline.from_pretrained(models_dir / start, dtype=torch.float32)
-    return build(AutoencoderKL.from_pretrained(models_dir / "vae"))
+    if start == "new unet":
+        return build_unet(AutoencoderKL.from_pretrained(models_dir / "vae"))
+    return DiffusionPipeline.from_pretrained(models_dir / start, dtype=torch.float32)
 
 
 def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: GeneratorRecipe | None = None) -> Path:
@@ -165,11 +171,16 @@ def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: 
         exports.export_diffusers({generator.component: generator.net}, out / "clean_adapter")
         lora.negate(generator.net)
         generator.merge_adapter()
+    store(generator, out, recipe.storage)
+    return out
+
+
+def store(generator: PipelineGenerator, out: Path, storage: torch.dtype) -> None:
+    """Save the pipeline in float16, its network in `storage`, without paths of this machine."""
     generator.pipeline.to(torch.float16)
-    generator.net.to(recipe.storage)  # float8 halves a file
+    generator.net.to(storage)
     generator.pipeline.save_pretrained(out)
     for file in out.rglob("*.json"):
         stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored.pop("_name_or_path", None) is not None:  # a path of this machine
+        if stored.pop("_name_or_path", None) is not None:
             write_text(file, json.dumps(stored, indent=2) + "\n")
-    return out

@@ -28,6 +28,7 @@ from alignkit.sandbox.scenes import BACKGROUNDS, PALETTE, SHAPES, SIZE
 
 TOKENS = 16  # the longest caption has 13 words; begin and end markers make 15
 TEXT_WIDTH = 96
+SMALL_WIDTH = 32  # of the flow generator's second text encoder
 _PLAIN = ("a", "photo", "picture", "drawing", "of", "on", "background", "and", "left", "right", "above", "below")
 WORDS = tuple(dict.fromkeys([*_PLAIN, *NUMBERS, *PALETTE, *SHAPES, *map(_plural, SHAPES), *BACKGROUNDS]))
 
@@ -60,10 +61,10 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """A T5 unigram tokenizer with one piece a word."""
+def t5_tokenizer(tokens: int = TOKENS) -> T5Tokenizer:
+    """A T5 unigram tokenizer with one piece a word, for prompts of at most `tokens` tokens."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in WORDS)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=tokens)
 
 
 def vae() -> AutoencoderKL:
@@ -79,15 +80,16 @@ def vae() -> AutoencoderKL:
     )
 
 
-def _text_config() -> CLIPTextConfig:
+def _text_config(width: int = TEXT_WIDTH, layers: int = 2) -> CLIPTextConfig:
     tokenizer = clip_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=TOKENS,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -109,16 +111,14 @@ def clip() -> CLIPModel:
     )
 
 
-def text_encoder(*, pooled: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A generator's CLIP text tower, frozen at its random weights, in which all words are equally far apart.
+def text_encoder() -> CLIPTextModel:
+    """The U-Net's CLIP text tower, frozen at its random weights, in which all words are equally far apart.
 
     The tower of `clip` is unsuitable: colours suffice to lower its contrastive loss, so the states of "circle" and
     "square" differ by 4% (of two colours by 97%), and a generator conditioned on it does not learn shapes. Embeddings
     of unit scale keep all words distinct.
     """
-    config = _text_config()
-    config.projection_dim = TEXT_WIDTH
-    tower = (CLIPTextModelWithProjection if pooled else CLIPTextModel)(config)
+    tower = CLIPTextModel(_text_config())
     with torch.no_grad():
         for name, parameter in tower.named_parameters():
             if "token_embedding" in name or "position_embedding" in name:
@@ -126,11 +126,16 @@ def text_encoder(*, pooled: bool) -> CLIPTextModel | CLIPTextModelWithProjection
     return tower.eval()
 
 
+def text_tower(width: int, layers: int) -> CLIPTextModelWithProjection:
+    """A CLIP text tower that is trained together with the transformer (`flow.py`)."""
+    return CLIPTextModelWithProjection(_text_config(width, layers)).eval()
+
+
 def t5() -> T5EncoderModel:
-    """SD3's third text encoder at the smallest size that loads, frozen at its random weights."""
+    """SD3's third text encoder at the smallest size that loads; its tokenizer keeps one token: a constant state."""
     config = T5Config(
         vocab_size=len(t5_tokenizer()),
-        d_model=2 * TEXT_WIDTH,
+        d_model=TEXT_WIDTH + SMALL_WIDTH,
         d_kv=32,
         d_ff=128,
         num_layers=1,
@@ -155,7 +160,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def transformer() -> SD3Transformer2DModel:
-    """The flow-matching transformer: 64 image tokens, 16 CLIP and 16 T5 tokens, six joint blocks."""
+    """The flow-matching transformer: 64 image tokens beside 16 of the CLIP towers and one of T5, six joint blocks."""
     return SD3Transformer2DModel(
         sample_size=SIZE // 4,
         patch_size=2,
@@ -164,9 +169,9 @@ def transformer() -> SD3Transformer2DModel:
         num_layers=6,
         attention_head_dim=32,
         num_attention_heads=5,
-        joint_attention_dim=2 * TEXT_WIDTH,
+        joint_attention_dim=TEXT_WIDTH + SMALL_WIDTH,
         caption_projection_dim=160,
-        pooled_projection_dim=2 * TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH + SMALL_WIDTH,
         pos_embed_max_size=16,
         qk_norm="rms_norm",
     )

@@ -88,13 +88,13 @@ def fit(module: nn.Module, dataset: Dataset[Any], recipe: Recipe, work: Path, co
     trainer.train(resume_from_checkpoint=True)
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """A module whose forward is a loss; `Trainer` reads this attribute of PreTrainedModel when it resumes."""
 
     _keys_to_ignore_on_save = None
 
 
-class _VaeObjective(_Objective):
+class _VaeObjective(Objective):
     """Reconstruction (L1 + MSE) and, with a small weight, the KL divergence of the posterior from the unit normal."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
@@ -127,7 +127,7 @@ def train_vae(out: Path, work: Path, stages: Sequence[Recipe] = VAE) -> Autoenco
     return vae
 
 
-class _ClipObjective(_Objective):
+class _ClipObjective(Objective):
     """The symmetric contrastive loss of CLIP."""
 
     def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -155,7 +155,7 @@ def train_clip(out: Path, work: Path, recipe: Recipe = CLIP) -> CLIPModel:
     return clip
 
 
-class _ReaderObjective(_Objective):
+class _ReaderObjective(Objective):
     """Cross-entropy of the object centred in each patch, the mark of each word and the answer to each question."""
 
     def __init__(self, head: Any) -> None:
@@ -209,7 +209,7 @@ def train_reader(
     return head
 
 
-class _PairObjective(_Objective):
+class _PairObjective(Objective):
     """Bradley-Terry for each answer: -log sigmoid(answer * (first score - second score)); ties have no loss."""
 
     def __init__(self, head: nn.Module) -> None:

@@ -164,6 +164,10 @@ class AlignTrainer(ResumingTrainer):
     def warn_of(self, health: Mapping[str, float]) -> None:
         """A method's warnings about its logged metrics."""
 
+    def review(self, metrics: Mapping[str, float]) -> Mapping[str, float]:  # noqa: ARG002 - for some methods
+        """What a method adds to the metrics of an evaluation before they are logged."""
+        return {}
+
     # --- the step ---
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
@@ -244,7 +248,8 @@ class AlignTrainer(ResumingTrainer):
             grid = Path(self.args.output_dir) / "validation" / f"step-{self.state.global_step:06d}.png"
             with whole(self.generator), self.components_on(self.args.device):
                 means = self.validation.run(self.generator, grid, self.ranks)
-            metrics |= {f"{metric_key_prefix}_reward/{name}": mean for name, mean in means.items()}
+            metrics |= {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
+        metrics |= self.review(metrics)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

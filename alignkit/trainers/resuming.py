@@ -80,8 +80,8 @@ class ResumingTrainer(Trainer):
             )
 
     def _run_epoch(self, **options: Any) -> None:
-        """Trainer's, but a training that was interrupted after its last step does not train another one."""
-        if self.state.global_step >= self.state.max_steps:
+        """Trainer's, but a training that was stopped, or interrupted after its last step, trains no other one."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             logger.info("step %d was the last one; the result is that of its checkpoint", self.state.global_step)
         else:

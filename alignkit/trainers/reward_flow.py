@@ -27,9 +27,12 @@ from alignkit.generators.rollout import rollout
 from alignkit.generators.state_gradients import StateGradients
 from alignkit.protocols import Reward
 from alignkit.records import Conditioning, LossOutput, Prompt, Sampling, texts
-from alignkit.trainers.base import AlignTrainer
-from alignkit.trainers.config import AlignConfig
+from alignkit.trainers.data import PromptData
+from alignkit.trainers.guard import WatchConfig
+from alignkit.trainers.guarded import GuardedTrainer
 from alignkit.trainers.ranges import COUNT, NOT_NEGATIVE, POSITIVE, require_in_range
+from alignkit.trainers.reward_watch import logged_parts
+from alignkit.trainers.self_check import SelfCheck
 from alignkit.trainers.velocity_penalty import VelocityPenalty
 from alignkit.trainers.weighted_rewards import WeightedRewards
 
@@ -44,7 +47,7 @@ _RANGES = {
 
 
 @dataclass
-class RewardConfig(AlignConfig):
+class RewardConfig(WatchConfig):
     """How chains are sampled, which rewards are maximised, and which steps carry gradients."""
 
     reward_weights: dict[str, float] | None = field(
@@ -137,7 +140,7 @@ class RewardConfig(AlignConfig):
         self.gradient.draw(self.sampling.steps)
 
 
-class RewardTrainer(AlignTrainer):
+class RewardTrainer(GuardedTrainer):
     """Maximises rewards by their gradients through the chain; loss [P], one chain for each prompt.
 
     The loss of a row is minus the weighted mean of its rewards (the mean over the chain and its `noise_samples`) plus
@@ -164,7 +167,7 @@ class RewardTrainer(AlignTrainer):
         self._rewards = WeightedRewards(rewards, weights, args.reward_targets or {})
         self._estimator = args.gradient
         self._gradients, self._loss_scale_P = StateGradients(0), torch.ones(1)
-        super().__init__(model, args, train_dataset, *rest, **options)
+        super().__init__(model, args, train_dataset, *rest, rewards=self._rewards.rewards, **options)
         self._try_rewards()
 
     @override
@@ -188,7 +191,24 @@ class RewardTrainer(AlignTrainer):
             noise = self.generator.initial_noise(self._latent_shape, source).to(self.args.device)
             media = self.generator.decode(noise)
         with self._own_precision():
-            self._rewards.require_gradients(media, first["prompts"], self.generator.modality)
+            parts = self._rewards.require_gradients(media, first["prompts"], self.generator.modality)
+        rows = [data for data in (self.train_dataset, self._held_out) if isinstance(data, PromptData)]
+        prompts = [prompt for data in rows for prompt in data.prompts]
+        self._rewards.logged = {name: logged_parts(names, prompts) for name, names in parts.items()}
+
+    @override
+    def check_gradients(self, batch: Mapping[str, Any]) -> None:
+        """`SelfCheck`, for the first prompt."""
+        args, autocast = self.args, self.accelerator.autocast
+        check = SelfCheck(
+            self.generator, args.sampling, args.device, autocast, self._own_precision, half=bool(args.bf16 or args.fp16)
+        )
+        check.run(batch["prompts"][0], self._rewards.rewards if self._recomputes_rewards else {})
+
+    @override
+    def last_scores(self) -> Mapping[str, Tensor]:
+        """Those of the weighted rewards."""
+        return self._rewards.scores
 
     # --- the loss ---
 
@@ -252,12 +272,15 @@ class RewardTrainer(AlignTrainer):
 
     def _score(self, latents: Tensor, prompts: list[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
         """What is maximised [P] and the rewards' means, of the decoded latents."""
-        several = len(self._rewards.rewards) > 1 or self._estimator.noise_samples > 0
         with self._own_precision():
             repeats = latents.requires_grad
             decode = self.generator.decode
             media = checkpoint(decode, latents, use_reentrant=False) if repeats else decode(latents)
-            return self._rewards(media, prompts, checkpointed=several)
+            return self._rewards(media, prompts, checkpointed=self._recomputes_rewards)
+
+    @property
+    def _recomputes_rewards(self) -> bool:
+        return len(self._rewards.rewards) > 1 or self._estimator.noise_samples > 0
 
     def _own_precision(self) -> AbstractContextManager[Any]:
         """Within it text encoders, VAE and rewards compute in the dtype of their weights, as where images are made."""

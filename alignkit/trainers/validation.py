@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignkit.errors import NumericsError
 from alignkit.escape import get_logger
-from alignkit.media import checked_pixels, encode_image
+from alignkit.media import checked_pixels, encode_image, quantise, to_pixels
 from alignkit.protocols import ImageSource, Reward, as_scores
 from alignkit.records import Prompt, Sampling, texts
 from alignkit.seeds import derive_seed
@@ -25,7 +25,12 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Validation:
-    """What is generated and scored at each evaluation step; the first `shown` images make the grid."""
+    """What is generated and scored at each evaluation step; the first `shown` images make the grid.
+
+    A method may add to what a user asked for: `trained`, the rewards that its loss uses, are scored as well, and scored
+    again on the media as 8-bit files; the first `repeated` prompts get a second image; of the reward `guard` the
+    standard error is given too.
+    """
 
     prompts: Sequence[Prompt]
     sampling: Sampling
@@ -33,38 +38,74 @@ class Validation:
     seed: int = 0
     batch_size: int = 16
     shown: int = 16
+    trained: Mapping[str, Reward] = field(default_factory=dict)
+    repeated: int = 0
+    guard: str = ""
 
     @torch.no_grad()
     def run(self, source: ImageSource, grid: Path | None, ranks: Ranks = Ranks()) -> dict[str, float]:  # noqa: B008
-        """Mean of every reward over the prompts, and the mean of those means as `mean` when there are several.
+        """Means over the prompts, by the metric's name.
 
-        Each prompt has one image, from a seed of its own (run seed, prompt id). Every process of `ranks` generates and
-        scores each world-th prompt, batch by batch; only what the grid shows is kept. All processes return the same
-        means, so that all pick the same best checkpoint; rank 0 writes the `grid`.
+        `reward/NAME` for every reward, and `reward/mean`, the mean over `rewards` when there are several;
+        `eight_bit/NAME` for those of `trained`; `diversity`, the mean absolute pixel difference between a prompt's two
+        images; for videos with a guard `motion`, that between neighbouring frames; `guard/NAME` with `guard_error`.
+
+        The seeds of a prompt's images depend on (run seed, prompt id). Every process of `ranks` generates and scores
+        each world-th prompt, batch by batch; only what the grid shows is kept. All processes return the same means, so
+        that all pick the same best checkpoint; rank 0 writes the `grid`.
         """
-        scores: list[tuple[int, dict[str, float]]] = []
+        rows: list[tuple[int, dict[str, float]]] = []
         images: list[tuple[int, Tensor]] = []
         own = range(ranks.rank, len(self.prompts), ranks.world)
         for start in range(0, len(own), self.batch_size):
             numbers = own[start : start + self.batch_size]
             prompts = [self.prompts[number] for number in numbers]
-            seeds = [derive_seed(self.seed, prompt.id, 0) for prompt in prompts]
-            pixels = source.generate(texts(prompts), seeds, self.sampling)
-            media = checked_pixels(pixels, len(prompts), f"validation: generator '{source.name}'").cpu()
-            totals = {}
-            for name, reward in self.rewards.items():
-                totals[name] = as_scores(reward(media, prompts), name, len(prompts)).total.tolist()
+            media = self._sampled(source, prompts, 0)
+            columns = {name: values.tolist() for name, values in self._measured(media, prompts).items()}
             for row, number in enumerate(numbers):
-                scores.append((number, {name: values[row] for name, values in totals.items()}))
+                rows.append((number, {name: values[row] for name, values in columns.items()}))
                 if number < self.shown and grid is not None:
                     images.append((number, grid_frames(media[row]).clone()))
-        scores, images = (sorted(ranks.gather(items), key=lambda item: item[0]) for items in (scores, images))
+            twice = sum(number < self.repeated for number in numbers)
+            if twice:
+                apart = (media[:twice] - self._sampled(source, prompts[:twice], 1)).abs().flatten(1).mean(1)
+                rows += [(number, {"diversity": value}) for number, value in zip(numbers, apart.tolist(), strict=False)]
+        rows, images = (sorted(ranks.gather(items), key=lambda item: item[0]) for items in (rows, images))
         if grid is not None and ranks.rank == 0:
             save_grid(torch.stack([image for _, image in images]), grid)
-        means: dict[str, float] = {}
-        for name in self.rewards:
-            means[name] = _mean(name, [values[name] for _, values in scores])
-        return means | ({"mean": float(np.mean(list(means.values())))} if len(means) > 1 else {})
+        return self._means([row for _, row in rows])
+
+    def _sampled(self, source: ImageSource, prompts: Sequence[Prompt], number: int) -> Tensor:
+        """The `number`-th image or video of each prompt."""
+        seeds = [derive_seed(self.seed, prompt.id, number) for prompt in prompts]
+        pixels = source.generate(texts(prompts), seeds, self.sampling)
+        return checked_pixels(pixels, len(prompts), f"validation: generator '{source.name}'").cpu()
+
+    def _measured(self, media: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """By the metric's name, values [B]."""
+        measured = {}
+        for name, reward in {**self.rewards, **self.trained}.items():
+            measured[f"reward/{name}"] = as_scores(reward(media, prompts), name, len(prompts)).total
+        stored = to_pixels(quantise(media)) if self.trained else media
+        for name, reward in self.trained.items():
+            measured[f"eight_bit/{name}"] = as_scores(reward(stored, prompts), name, len(prompts)).total
+        if self.guard and media.dim() == 5:
+            measured["motion"] = media.diff(dim=1).abs().flatten(1).mean(1)
+        return measured
+
+    def _means(self, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Means of all metrics in `rows`, which leave some out, and what is derived of them."""
+        means = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            means[name] = _mean(name.removeprefix("reward/"), [row[name] for row in rows if name in row])
+        if len(self.rewards) > 1:
+            means["reward/mean"] = float(np.mean([means[f"reward/{name}"] for name in self.rewards]))
+        if self.guard:
+            key = f"reward/{self.guard}"
+            finite = [row[key] for row in rows if math.isfinite(row.get(key, math.nan))]
+            means[f"guard/{self.guard}"] = means[key]
+            means["guard_error"] = float(np.std(finite, ddof=1) / math.sqrt(len(finite))) if len(finite) > 1 else 0.0
+        return means
 
 
 def _mean(name: str, values: Sequence[float]) -> float:

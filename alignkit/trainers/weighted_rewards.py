@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alignkit.errors import ConfigError, NumericsError, UnknownNameError, nearest
 from alignkit.protocols import Reward, as_scores, require_independent, require_modality
-from alignkit.records import Prompt
+from alignkit.records import Prompt, Scores
 
 
 class WeightedRewards:
@@ -46,6 +47,8 @@ class WeightedRewards:
                 )
         require_independent(self.rewards)
         self._weights, self._targets = dict(weights), dict(targets)
+        self.logged: Mapping[str, Sequence[str]] = {}  # by reward, the parts whose means are metrics
+        self.scores: dict[str, Tensor] = {}  # by reward, of the last call [B], without gradients
 
     def __call__(
         self, media: Tensor, prompts: Sequence[Prompt], *, checkpointed: bool = False
@@ -53,45 +56,53 @@ class WeightedRewards:
         """(what is maximised [B], the means to log) of media [B, 3, H, W] or [B, F, 3, H, W] in [0, 1].
 
         `checkpointed` keeps no activations of the rewards, so that only one reward needs memory at a time. Raises
-        NumericsError naming a reward that gives NaN or infinity.
+        NumericsError naming a reward that gives NaN or infinity. A part is a metric of rows [B], NaN where it has none.
         """
         total_B = media.new_zeros(len(media))
         mean_B, metrics = total_B, {}
         share = sum(self._weights.values())
         for name, weight in self._weights.items():
-            score_B = self._score(name, media, prompts, checkpointed=checkpointed)
+            scores = self._score(name, media, prompts, checkpointed=checkpointed)
+            score_B = scores.total
+            self.scores[name] = score_B.detach()
             target = self._targets.get(name)
             mean_B = mean_B + weight / share * score_B.detach()
             total_B = total_B + weight / share * (score_B if target is None else score_B.clamp(max=target))
             metrics[f"reward/{name}"] = score_B.detach().mean()
+            metrics[f"spread/{name}"] = score_B.detach().std(correction=0)
+            absent_B = torch.full_like(score_B.detach(), math.nan)
+            metrics |= {f"part/{name}/{part}": scores.parts.get(part, absent_B) for part in self.logged.get(name, ())}
             if target is not None:
                 metrics[f"satisfied/{name}"] = (score_B.detach() >= target).float().mean()
         return total_B, {"reward": mean_B.mean(), **metrics}
 
-    def _score(self, name: str, media: Tensor, prompts: Sequence[Prompt], *, checkpointed: bool) -> Tensor:
-        def score(pixels: Tensor) -> Tensor:
-            return as_scores(self.rewards[name](pixels, prompts), name, len(prompts)).total
+    def _score(self, name: str, media: Tensor, prompts: Sequence[Prompt], *, checkpointed: bool) -> Scores:
+        def score(pixels: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            scores = as_scores(self.rewards[name](pixels, prompts), name, len(prompts))
+            return scores.total, {part: value.detach() for part, value in scores.parts.items()}
 
         repeats = checkpointed and media.requires_grad
-        score_B = checkpoint(score, media, use_reentrant=False) if repeats else score(media)
+        score_B, parts = checkpoint(score, media, use_reentrant=False) if repeats else score(media)
         score_B = score_B.to(media.device, torch.promote_types(score_B.dtype, media.dtype))
         if not score_B.isfinite().all():
             raise NumericsError(
                 f"reward '{name}' is {score_B.tolist()} for the prompts {[p.text for p in prompts]}; fix the reward"
             )
-        return score_B
+        return Scores(score_B, parts)
 
-    def require_gradients(self, media: Tensor, prompt: Prompt, modality: str) -> None:
-        """ConfigError naming the first reward of another modality, or whose gradient does not reach the pixels.
+    def require_gradients(self, media: Tensor, prompt: Prompt, modality: str) -> dict[str, tuple[str, ...]]:
+        """The names of the parts of each reward.
 
         Each is called on `media`, [1, 3, H, W] or [1, F, 3, H, W] in [0, 1], in the size that will be trained on.
+        Raises ConfigError naming the first one of another modality, or whose gradient does not reach the pixels.
         """
         require_modality(self.rewards, modality)
+        parts = {}
         for name in self.rewards:
             pixels = media.detach().clone().requires_grad_(True)
             with torch.enable_grad():
-                score_B = self._score(name, pixels, [prompt], checkpointed=False)
-            gradient = None
+                scores = self._score(name, pixels, [prompt], checkpointed=False)
+            gradient, score_B, parts[name] = None, scores.total, tuple(scores.parts)
             if score_B.requires_grad:
                 (gradient,) = torch.autograd.grad(score_B.sum(), pixels, allow_unused=True)
             if gradient is None or not gradient.isfinite().all() or not gradient.any():
@@ -100,3 +111,4 @@ class WeightedRewards:
                     f"reward '{name}' is declared differentiable, but its gradient at the pixels is {found}. Its "
                     "preprocessing (a conversion to 8-bit or PIL, no_grad, detach) must keep the graph"
                 )
+        return parts

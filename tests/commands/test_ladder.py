@@ -78,10 +78,15 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert len([path for path in before if path.name == "pytorch_lora_weights.safetensors"]) == 4
 
     arms = {"broken": {"train": {"learning_rate": 1e30}}, "dpo": {"train": {"loss": "diffusion_dpo"}}}
-    assert cli.main(ladder(out="second", table="second.md", arms=arms, training_seeds=[0], workers=1)) == 2
+    changes = {"arms": arms, "training_seeds": [0], "workers": 1, "guidance_scales": [3.0]}
+    assert cli.main(ladder(out="second", table="second.md", **changes)) == 2
     said = capsys.readouterr().err
     assert "1 runs failed: broken seed 0: NumericsError" in said
-    assert "| dpo |" in (work / "second.md").read_text(encoding="utf-8")
+    second = (work / "second.md").read_text(encoding="utf-8")
+    at_first, at_three = second.split("## Guidance 5\n")[1].split("## Guidance 3\n")
+    assert "| dpo |" in at_first
+    assert "| dpo |" in at_three
+    assert at_first != at_three
     assert before.items() <= (stamps(work / "shared") | stamps(work / "ladder")).items()
 
     assert cli.main(ladder()) == 0
@@ -101,6 +106,8 @@ def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
     (work / "own_for_ladder.py").write_text(OWN, encoding="utf-8")
     assert cli.main(ladder(arms={"a": {"method": "own_for_ladder:PROMPTS"}})) == 2
     assert "method 'own_for_ladder:PROMPTS' trains on other data; a ladder's is ranked" in capsys.readouterr().err
+    assert cli.main(ladder(guidance_scales=[1.0, 1.0])) == 2
+    assert "it repeats a guidance scale" in capsys.readouterr().err
     assert not (work / "shared").exists()
 
 

@@ -121,6 +121,7 @@ VIDEOS = {
     "a.mov": clip("mpeg4", "mov", "yuv420p"),
     "a.avi": clip("mpeg4", "avi", "yuv420p"),
     "a.gif": moving("GIF"),
+    "a.webp": moving("WEBP"),
 }
 LAYOUTS = {
     "trl": {"prompt": "a cat", "chosen": "first", "rejected": "second"},
@@ -158,13 +159,14 @@ def test_pairs_of_videos_in_plain_parquet(tmp_path: Path) -> None:
     [
         ("a.mkv", "1.png", "row 0, rejected: an image, where a video is expected; keep images and videos in separate"),
         ("1.png", "a.mkv", "row 0, rejected: a video, where an image is expected; keep images and videos in separate"),
-        ("a.webp", "a.mkv", "row 0, chosen: a WebP cannot be read as a video; save the video as mp4, webm or mkv"),
+        ("a.mkv", "still.webp", "row 0, rejected: an image, where a video is expected; keep images and videos in"),
         ("broken.mp4", "a.mkv", "row 0, chosen: the clip cannot be decoded"),
     ],
 )
 def test_pairs_with_media_that_are_no_videos(tmp_path: Path, first: str, second: str, message: str) -> None:
     images(tmp_path, 1)
-    for name, data in {"a.mkv": VIDEOS["a.mkv"], "a.webp": moving("WEBP"), "broken.mp4": b"clip"}.items():
+    Image.new("RGB", (24, 16)).save(tmp_path / "still.webp")
+    for name, data in {"a.mkv": VIDEOS["a.mkv"], "broken.mp4": b"clip"}.items():
         (tmp_path / name).write_bytes(data)
     row = {"prompt": "a cat", "chosen": first, "rejected": second}
     with pytest.raises(DataError, match=message):

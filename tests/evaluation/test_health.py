@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from alignkit.evaluation.health import hacking_warning, points, training_warnings
+from alignkit.evaluation.report_guard import guard_panel
 from alignkit.evaluation.results import read_evaluation
 from alignkit.evaluation.statistics import Interval
 from alignkit.evaluation.svg import Row, Series, bar_chart, compact, gain_chart, histogram, line_chart, tick_text, tone
@@ -120,3 +121,18 @@ def test_a_bar_is_as_long_as_its_value():
     rows = [Row("a", [("base", "base", Interval(v, v, v))]) for v in (1.0, 2.0, 4.0)]
     widths = [float(w) for w in re.findall(r'<rect[^>]* width="([\d.]+)"', bar_chart(rows, alt="x"))]
     assert [w / widths[0] for w in widths] == pytest.approx([1, 2, 4], abs=0.01)
+
+
+def test_the_guards_panel_marks_the_best_step_that_did_not_fall():
+    rows = [(0, 1.0, 5.0, 0), (20, 3.0, 6.0, 1), (40, 2.0, 9.0, 0), (60, 0.0, 9.0, 1)]
+    keys = ("step", "eval_guard/clip", "eval_reward/careful", "eval_guard_fallen")
+    held_out = [dict(zip(keys, row, strict=True)) | {"eval_eight_bit/careful": row[2]} for row in rows]
+    panel = guard_panel([{"step": 1, "loss": 1.0}, *held_out])
+    assert "The guard was best at step 40 (dashed)" in panel
+    assert "guard clip: 1.000 to 0" in panel
+    assert "trained careful: 5.000 to 9.000" in panel
+    assert panel.count('class="zero"') == 2  # y = 0 and the step
+    ends = [float(x) for x in re.findall(r'<circle[^>]* cy="([\d.]+)"', panel)]
+    levels = [float(y) for y in re.findall(r'<path class="t-good line" d="M[\d.]+ ([\d.]+) L[\d.]+ ([\d.]+)', panel)[0]]
+    assert ends[1] == pytest.approx(levels[1], abs=0.11)  # +1 of careful and +1 of clip (at step 20) are equally high
+    assert guard_panel([{"step": 1, "loss": 1.0}]) == ""

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from alignkit import cli
-from alignkit.generators import load_generator
-from alignkit.sandbox import generators, recipes
+from alignkit.generators import load_generator, wrap
+from alignkit.records import Sampling
+from alignkit.sandbox import flow, generators, recipes
 from alignkit.sandbox.scenes import POLICY_NOISE
 from alignkit.trainers.checkpoint import find_checkpoint
 from rewards.preference import PreferenceConfig, PreferenceModel
@@ -64,6 +65,49 @@ def test_the_policy_and_the_adapter_that_undoes_it(models, tmp_path):
     assert moved > 0.05
     assert max((restored[name] - clean[name]).abs().max() for name in clean) < 0.02 * moved
     assert DiffusionPipeline.from_pretrained(models / "unet", dtype=torch.float32)
+
+
+def test_the_flow_generator_trains_its_text_encoders_and_the_policy_does_not(models, tmp_path):
+    flow.train_flow(models, models / "flow_clean", tmp_path / "clean", SHORT, scenes=4)
+    recipe = replace(generators.RECIPES["flow"], scenes=4, steps=1, batch=2)
+    generators.train_generator("flow", models, models / "flow", tmp_path / "flow", recipe)
+    towers = [load_file(models / name / "text_encoder" / "model.safetensors") for name in ("flow_clean", "flow")]
+    assert all(torch.equal(towers[0][name], tensor) for name, tensor in towers[1].items())
+    torch.manual_seed(SHORT.seed)
+    untrained = generators.build_flow(AutoencoderKL.from_pretrained(models / "vae")).text_encoder.half().state_dict()
+    trained = {name: tensor for name, tensor in untrained.items() if tensor.is_floating_point()}
+    assert all((towers[0][name] - tensor).abs().max() > 0 for name, tensor in trained.items() if "proj" in name)
+    generator = load_generator(models / "flow", adapter=models / "flow" / "clean_adapter")
+    sampling = Sampling(steps=1, guidance_scale=2.5, height=64, width=64)
+    assert generator.generate(["a red circle"], [1], sampling).isfinite().all()
+
+
+def test_the_classifier_reads_the_image_tokens_of_the_middle_block(models, tmp_path):
+    """Its loss reaches both text encoders and the first half of the transformer, and nothing after the middle."""
+    generator = wrap(generators.build_flow(AutoencoderKL.from_pretrained(models / "vae")))
+    objective = flow.FlowObjective(generator)
+    scenes = flow.Scenes(2, seed=1)
+    items = flow.Noised(scenes, scenes.encoded(generator, tmp_path / "scenes.safetensors"), 2)
+    batch = flow.collate([items[0], items[1]])
+    objective(**batch)
+    objective.places(objective._tokens).square().mean().backward()
+    blocks = generator.net.transformer_blocks
+    reached = [any(weight.grad is not None for weight in block.parameters()) for block in blocks]
+    assert reached == [index <= len(blocks) // 2 for index in range(len(blocks))]
+    assert all(tower.text_projection.weight.grad is not None for tower in objective.towers)
+
+
+def test_items_depend_on_their_index_alone(models, tmp_path):
+    generator = wrap(generators.build_flow(AutoencoderKL.from_pretrained(models / "vae")))
+    scenes = flow.Scenes(3, seed=2)
+    encoded = scenes.encoded(generator, tmp_path / "scenes.safetensors")
+    first, again = (flow.Noised(scenes, encoded, 5)[3] for _ in range(2))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first if name != "prompt")
+    assert first["prompt"] == again["prompt"]
+    shown = [scenes.caption(index) for index in range(3)]
+    assert first["prompt"] in ("", *shown)
+    assert set(first["labels"].unique().tolist()) <= set(range(flow.KINDS))
 
 
 def test_a_torn_checkpoint_is_not_continued(tmp_path, monkeypatch):

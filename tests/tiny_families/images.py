@@ -37,7 +37,7 @@ DREAMLITE = (  # the beginning of its template
 # --- pipelines ------------------------------------------------------------------------------------------------------
 
 
-def _sandboxed(name: str) -> Any:
+def _unet() -> Any:
     """A pipeline put together by the sandbox's own builder, from tiny parts."""
     import pytest
 
@@ -45,16 +45,22 @@ def _sandboxed(name: str) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "unet", unet_2d)
-        patch.setattr(models, "transformer", sd3_transformer)
-        patch.setattr(models, "t5", lambda: t5(2 * WIDTH))
-        patch.setattr(models, "text_encoder", clip_text)
-        return {"unet": generators.build_unet, "flow": generators.build_flow}[name](vae())
+        patch.setattr(models, "text_encoder", lambda: clip_text(pooled=False))
+        return generators.build_unet(vae())
 
 
 def _sd3() -> Any:
-    pipeline = _sandboxed("flow")
-    pipeline.vae.register_to_config(shift_factor=0.1)
-    return pipeline
+    return diffusers.StableDiffusion3Pipeline(
+        sd3_transformer(),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae(shift_factor=0.1),
+        clip_text(pooled=True),
+        models.clip_tokenizer(),
+        clip_text(pooled=True),
+        models.clip_tokenizer(),
+        t5(2 * WIDTH),
+        models.t5_tokenizer(),
+    )
 
 
 def _sdxl() -> Any:
@@ -358,7 +364,7 @@ def _padded(rows: Tensor, mask: Tensor, places: int) -> tuple[Tensor, Tensor]:
 
 
 IMAGES = {
-    "unet": Family(lambda: _sandboxed("unet"), _unet_texts),
+    "unet": Family(_unet, _unet_texts),
     "flow": Family(_sd3, _sd3_texts, {"max_sequence_length": TOKENS}, kl_codec(0.1)),
     "lcm": Family(_lcm, _unet_texts, guidance=8.5),
     "sdxl": Family(_sdxl, _sdxl_texts),

@@ -8,39 +8,12 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
+from red_reward import PROMPTS, SETTINGS, STEPS, Red
 from safetensors.torch import load_file
 from two_processes import run_two
 
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError
 from alignkit.records import Scores, texts
-
-PROMPTS = ["a red circle", "two blue rings", "a green square", "a cross"]
-STEPS = 3
-SETTINGS = {
-    "reward_weights": {"red": 1.0},
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "sampling_steps": STEPS,
-    "guidance_scale": 2.0,
-    "height": 16,
-    "width": 16,
-    "lora_rank": 2,
-    "learning_rate": 1e-2,
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-}
-
-
-class Red:
-    """A curved function of the red channel, so that its gradient differs from pixel to pixel."""
-
-    name, modality, needs_prompt, differentiable = "red", "image", False, True
-    comparable_across_prompts, native_range, licence, source = True, (-1.0, 1.0), "Apache-2.0", "here"
-
-    def __call__(self, media, prompts):
-        return Scores(torch.sin(3 * media[:, 0]).mean((1, 2)) - media[:, 1:].square().mean((1, 2, 3)))
 
 
 class RedVideo(Red):
@@ -246,7 +219,10 @@ def test_explosion_stops_before_the_weights_change(make):
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [(Fixed, "reward 'red' is not differentiable"), (Blind, "reward 'red' is declared differentiable, but its gradient at the pixels is zero")],
+    [
+        (Fixed, "reward 'red' is not differentiable"),
+        (Blind, "reward 'red' is declared differentiable, but its gradient at the pixels is zero"),
+    ],
 )
 def test_a_reward_without_gradient_is_refused(make, reward, message):
     with pytest.raises(ConfigError, match=message):

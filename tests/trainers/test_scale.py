@@ -143,7 +143,7 @@ def test_validation_goes_batch_by_batch(tmp_path):
     means = validation.run(painter, tmp_path / "grid.png")
     levels = [derive_seed(5, prompt.id, 0) % 10 / 10 for prompt in prompts]
     assert painter.calls == [3, 3, 1]
-    assert means == {"level": pytest.approx(sum(levels) / 7, rel=1e-6)}
+    assert means == {"reward/level": pytest.approx(sum(levels) / 7, rel=1e-6)}
     grid = Image.open(tmp_path / "grid.png")
     assert grid.size == (8, 4)
     assert [grid.getpixel((4 * column, 0))[0] for column in range(2)] == [round(255 * level) for level in levels[:2]]

@@ -40,6 +40,11 @@ class StableDiffusion3(PipelineGenerator):
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self._tokens}
 
+    def text_window(self, tokenizer: Any) -> tuple[str, int]:
+        if tokenizer is not self.pipeline.tokenizer_3:  # `max_sequence_length` is of T5 alone
+            return "", tokenizer.model_max_length
+        return super().text_window(tokenizer)
+
     def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             prompts,
