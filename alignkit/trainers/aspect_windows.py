@@ -44,7 +44,8 @@ class Window:
             return prompt, float(self.is_default)
         questions = named(given)
         own = [question for question in questions if self.has(question.aspect)]
-        share = sum(question.weight for question in own) / sum(question.weight for question in questions)
+        weight = sum(question.weight for question in own)
+        share = weight / sum(question.weight for question in questions)
         return replace(prompt, metadata={**prompt.metadata, "questions": own}), share
 
 

@@ -55,7 +55,7 @@ class DoctorJob:
     resolution: side of the images; default: the model's own.
     num_frames: frames of a video; default: what the family's pipeline generates, 1 for images.
     batch: prompts a step and device.
-    candidates: images or videos a prompt (K).
+    candidates: images or videos a prompt (K), for a method on ranked candidates.
     dtype: the precision of the frozen weights.
     bf16: whether the step computes in bf16 (autocast).
     precompute_reference: whether reference errors are there already.
@@ -145,6 +145,7 @@ def machine_lines() -> list[str]:
 def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
     """The job as numbers, with the model's own size and LoRA targets."""
     family, trainer = model.family, trainer_class(job.method)
+    candidates = job.candidates if trainer.candidates is None else trainer.candidates
     side = int(model.config.get("sample_size") or 128) * model.vae_ratio
     height, width, frames = family.default_size or (side, side, 1)
     if job.num_frames is not None:
@@ -155,7 +156,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
         width=job.resolution or width,
         frames=frames,
         batch=job.batch,
-        candidates=job.candidates if trainer.compares_candidates else 1,
+        candidates=candidates,
         lora_rank=job.lora_rank,
         lora_targets=tuple(family.lora_targets),
         full_finetune=job.full_finetune,
@@ -164,7 +165,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
         bf16=job.bf16,
         precompute_reference=job.precompute_reference,
         activation_checkpointing=job.activation_checkpointing,
-        low_memory=job.low_memory and trainer.compares_candidates,
+        low_memory=job.low_memory and candidates > 1,
         caches_latents=trainer.parking is not None,
     )
 
