@@ -50,9 +50,9 @@ def owners(segments: Segments, places: Sequence[int], temporal_ratio: int) -> tu
 
     Latent frame 0 covers pixel frame 0, latent frame k >= 1 the pixel frames r (k - 1) + 1 to r k, as in a causal codec
     of temporal ratio r. It belongs to the segment that has most of them, of equals to the earlier one. DenseDPO does
-    not state its rule; this one is derived. `places` are the pixel frames of the latents by their numbers in the clip
-    that `segments` counts, ascending: `range(F)`, or others where the clip was brought to another frame rate; F = 1 + r (T - 1).
-    Hashable, because results are cached. Raises ConfigError for another F.
+    not state its rule; this one is derived. `places` are the pixel frames of the latents, F = 1 + r (T - 1) ascending
+    numbers in the clip that `segments` counts: `range(F)`, or others where the clip was brought to another frame rate.
+    The arguments must be hashable: results are cached. Raises ConfigError for another F.
     """
     if not places or (len(places) - 1) % temporal_ratio:
         raise ConfigError(f"a clip of {len(places)} frames; a codec of temporal ratio {temporal_ratio} takes 1 + r k")
@@ -115,9 +115,9 @@ def is_labelled(labels_S: Sequence[int], least: float = LEAST_LABELLED) -> bool:
 def read_labels(rows: Dataset, where: str = "") -> tuple[list[list[int]], list[Segments] | None]:
     """The labels [S] and the segments of each row, checked; empty labels where a row has none yet.
 
-    Without a column `segments` the second is None, and labels may have any length. Raises DataError naming `where`, the
-    row and the value: labels other than 1, 0 and -1, another number than segments, segments that are empty, overlap, are
-    not in order, or end after `num_frames`.
+    Without a column `segments` the second is None, and labels may have any length. Raises DataError naming `where`,
+    the row and the value: labels other than 1, 0 and -1, another number than segments, segments that are empty,
+    overlap, are not in order, or end after `num_frames`.
     """
     has = {SEGMENTS, "num_frames"} & set(rows.column_names)
     labels = [values or [] for values in column(rows, LABELS).to_pylist()]

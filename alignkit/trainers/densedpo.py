@@ -36,7 +36,6 @@ from alignkit.segments import (
     LEAST_LABELLED,
     NONE,
     SEGMENTS,
-    Segments,
     clip_label,
     is_labelled,
     owners,
