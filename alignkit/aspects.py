@@ -1,13 +1,14 @@
 """Yes/no questions about a prompt: the records that writers, checks and critics share.
 
 A writer turns a prompt into a `Draft`: the facts that it found in the prompt, and questions that each cover some of
-them. The stage `data_pipelines.aspects` checks and stores drafts; the reward `yes_no` asks the questions.
+them. The stage `data_pipelines.aspects` checks and stores drafts; the rewards `yes_no` and `explanation` ask the
+questions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from alignkit.errors import ConfigError
@@ -15,15 +16,15 @@ from alignkit.records import Prompt
 
 ASPECTS = ("alignment", "physics", "quality")
 FACTS = ("object", "attribute", "count", "relation", "extra")  # extra: nothing else is in the image
-_KEYS = ("name", "aspect", "text", "negated", "weight")
+_KEYS = ("name", "aspect", "text", "negated", "weight", "answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """`text`: yes is good. `negated`: the opposite question, for which no is good. At least one of them is given.
 
-    `{prompt}` in them is replaced by the prompt. `weight` is above 0. Any `aspect` is allowed here, and those of
-    `ASPECTS` in the stage.
+    `answer` is the wished answer in words: `explanation` reads it, `yes_no` does not. `{prompt}` in all three is
+    replaced by the prompt. `weight` is above 0. Any `aspect` is allowed here, and those of `ASPECTS` in the stage.
     """
 
     text: str = ""
@@ -31,6 +32,7 @@ class Question:
     negated: str = ""
     name: str = ""
     aspect: str = ""
+    answer: str = ""
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | Question) -> Question:
@@ -44,7 +46,7 @@ class Question:
                     f"question {dict(given)}: it has {', '.join(_KEYS)}, and at least text or negated is not empty; "
                     f"{unknown or 'none'} is unknown"
                 )
-            question = cls(**given)
+            question = cls(**{key: value for key, value in given.items() if key != "answer" or value})
         if not question.weight > 0:
             raise ConfigError(f"question '{question.text}': its weight is {question.weight}; give more than 0")
         return question
@@ -94,3 +96,12 @@ class QuestionWriter(Protocol):
         A writer may ignore complaints. Raises ServerError if the server cannot be used.
         """
         ...
+
+
+def named(given: Sequence[str | Mapping[str, Any] | Question]) -> list[Question]:
+    """Questions with distinct names: their own, or question_1, question_2, ..."""
+    questions = [Question.of(one) for one in given]
+    questions = [replace(q, name=q.name or f"question_{number}") for number, q in enumerate(questions, 1)]
+    if len({q.name for q in questions}) != len(questions):
+        raise ConfigError(f"two questions have the same name: {', '.join(q.name for q in questions)}")
+    return questions

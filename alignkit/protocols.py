@@ -80,6 +80,22 @@ class ExampleMaker(Protocol):
 
 
 @runtime_checkable
+class Preparing(Protocol):
+    """A reward that needs more of a prompt than its text: it can check that, and compute what is computed once."""
+
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Called with all prompts before the first training step. Raises DataError naming a prompt that lacks it."""
+        ...
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """A reward whose score is the mean over the questions in a prompt's metadata, weighted by their weights."""
+
+    asks_questions: bool
+
+
+@runtime_checkable
 class Dependent(Protocol):
     """A reward whose score of a medium may hang on other media: of the same call, or of calls before."""
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = get_logger(__name__)
+MEDIA = {"image", "images", "video", "videos"}
 
 
 def load_rows(
@@ -38,8 +39,8 @@ def load_rows(
     `columns` are the required ones, each with its alternatives: (("prompt",), ("videos", "latents")); values of
     `optional` ones are read where the data has them. `check(rows, where)` gets the rows before some are selected, so
     the numbers of rows in its messages are those of the data. The held-out side, and `root`, the folder of files that
-    rows name, are those of `importers.load_ranked`. Videos stay encoded, {"bytes", "path"}. Raises DataError naming
-    missing columns, the row of an empty prompt or of a file outside the folder, or where the side holds no row.
+    rows name, are those of `importers.load_ranked`. Images and videos stay encoded, {"bytes", "path"}. Raises DataError
+    naming missing columns, the row of an empty prompt or of a file outside the folder, or where the side holds no row.
     """
     # Both sides are loaded in one job; what is true of the data is reported once.
     say = logger.warning if split == "train" else logger.debug
@@ -52,8 +53,8 @@ def load_rows(
         raise DataError(f"'{path}' lacks the columns {', '.join(missing)}; it has {', '.join(rows.column_names)}")
     check(rows, f"'{path}'")
     rows = with_prompt_ids(rows, path)
-    if "videos" in rows.column_names:
-        rows = contained(rows, "videos", bounds_of(path, root), f"'{path}'")
+    for name in sorted(MEDIA.intersection(rows.column_names)):
+        rows = contained(rows, name, bounds_of(path, root), f"'{path}'")
     if own is None:
         rows = rows.select(rows_of_split(rows, split, held_out))
     if own == "" or not len(rows):

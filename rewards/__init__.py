@@ -15,6 +15,7 @@ REWARDS = {
     "clip_flant5": "rewards.clip_flant5:ClipFlanT5",
     "clip_score": "rewards.clip_score:ClipScore",
     "composite": "rewards.composite:Composite",
+    "explanation": "rewards.explanation:Explanation",
     "flicker": "rewards.motion:Flicker",
     "geneval": "rewards.geneval:GenEval",
     "gold": "alignkit.sandbox.gold:GoldReward",

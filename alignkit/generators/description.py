@@ -35,12 +35,14 @@ class FamilyDescription:
     origin: how files of its LoRAs are recognised and what they are called in messages.
     comfyui: the keys of its LoRAs in ComfyUI; None where ComfyUI has none.
     default_size: (height, width, frames) that the pipeline generates by default; None: the network's sample size.
+    own_steps: whether its chains follow a few-step sampling of their own instead of `diffusion.solvers`.
     """
 
     tokens: int = 77
     origin: ClassVar[Origin]
     comfyui: ClassVar[Keys | None] = None
     default_size: ClassVar[tuple[int, int, int] | None] = None
+    own_steps: ClassVar[bool] = False
 
     @classmethod
     def network_inputs(cls, config: Any, size: LatentSize) -> Inputs:

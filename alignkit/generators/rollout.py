@@ -13,14 +13,29 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignkit.diffusion.solvers import Grid
+from alignkit.diffusion.solvers import NO_NOISE, FreshNoise, Grid
 from alignkit.diffusion.steps import Steps
 from alignkit.generators.codec import at_least_float32
 from alignkit.generators.pipeline import PipelineGenerator, Predictor
 from alignkit.records import Conditioning, Sampling
+from alignkit.seeds import derive_seed
 
 # Called as hook(index, x, prediction) with the state after the step; a returned tensor replaces the state.
 StepHook = Callable[[int, Tensor, Tensor], Tensor | None]
+# One generator per row: the same for all steps, or called with the step's index.
+Sources = Sequence[torch.Generator] | Callable[[int], Sequence[torch.Generator]]
+
+
+def keyed_sources(seeds: Sequence[int], *key: int | str) -> Callable[[int], list[torch.Generator]]:
+    """Sources whose noise depends on the row's seed, `key` and the step alone, so a repeated step draws it again.
+
+    A chain can then begin at a stored state, or be recomputed, without stored noise.
+    """
+
+    def sources(index: int) -> list[torch.Generator]:
+        return [torch.Generator("cpu").manual_seed(derive_seed("step", seed, *key, index)) for seed in seeds]
+
+    return sources
 
 
 def rollout(
@@ -32,7 +47,8 @@ def rollout(
     scale: float,
     model: Predictor | None = None,
     steps: Steps | Iterable[int] | None = None,
-    sources: Sequence[torch.Generator] = (),
+    sources: Sources = (),
+    fresh: FreshNoise = NO_NOISE,
     on_step: StepHook | None = None,
     checkpointed: bool = True,
 ) -> Tensor:
@@ -50,7 +66,8 @@ def rollout(
             by default. Any other step runs without gradients: it adds nothing to the gradients of weights and
             conditioning, and the gradient of the state passes it through the solver's step with the prediction as a
             constant. See `alignkit.diffusion.steps` for the equation.
-        sources: one generator per row, for families whose step draws fresh noise (LCM).
+        sources: of noise, one generator per row, for steps that draw some: those of `fresh` and of LCM.
+        fresh: new noise in each step, none by default. Not for families with `own_steps`.
         on_step: called once per step, outside the checkpointed region, as on_step(index, x, prediction): the guided
             prediction of the step and the state after it. A returned tensor replaces the state. Tensor hooks that are
             registered on x see, and may cap, the gradient of the state (`x.requires_grad` says whether it has one).
@@ -76,10 +93,28 @@ def rollout(
             arguments = (steps.network_input(x), index, condition)
             repeats = checkpointed and torch.is_grad_enabled()
             prediction = checkpoint(predict, *arguments, use_reentrant=False) if repeats else predict(*arguments)
-        x = generator.step(grid, index, prediction, x, sources)
+        x = take_step(generator, grid, index, prediction, x, sources=sources, fresh=fresh)
         replacement = on_step(index, x, prediction) if on_step else None
         x = x if replacement is None else replacement
     return x
+
+
+def take_step(
+    generator: PipelineGenerator,
+    grid: Grid,
+    index: int,
+    prediction: Tensor,
+    x: Tensor,
+    *,
+    sources: Sources,
+    fresh: FreshNoise = NO_NOISE,
+) -> Tensor:
+    """The state after step `index` of `rollout`, from the state `x` before it and its guided prediction."""
+    drawn = sources(index) if callable(sources) else sources
+    if not fresh:
+        return generator.step(grid, index, prediction, x, drawn)
+    noise = torch.cat([generator.initial_noise(x.shape[1:], source) for source in drawn]).to(x)
+    return fresh.step(generator.prediction, prediction, x, grid, index, noise)
 
 
 def denoise(

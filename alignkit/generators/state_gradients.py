@@ -7,6 +7,7 @@ and clipping the norm of the whole gradient then leaves this row alone. The cap 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -52,3 +53,26 @@ class StateGradients:
         end = self.norms[self._last].amax()
         ratio_S = torch.where((end == 0) & largest_S.isfinite(), torch.zeros_like(largest_S), largest_S / end)
         return dict(zip(steps, ratio_S.tolist(), strict=True))
+
+
+class LargestGradients:
+    """Several chains of one batch, which differ in the steps that carry gradients, as one: the larger norm counts."""
+
+    def __init__(self, chains: Sequence[StateGradients]) -> None:
+        self._chains = list(chains)
+
+    @property
+    def norms(self) -> dict[int, Tensor]:
+        """By the step's index, the largest norms [B]."""
+        largest: dict[int, Tensor] = {}
+        for index, norm_B in (pair for chain in self._chains for pair in chain.norms.items()):
+            largest[index] = torch.maximum(largest[index], norm_B) if index in largest else norm_B
+        return largest
+
+    def growth(self) -> dict[int, float]:
+        """By the step's index, the largest `StateGradients.growth`; NaN where one is."""
+        largest: dict[int, float] = {}
+        for index, ratio in (pair for chain in self._chains for pair in chain.growth().items()):
+            known = largest.get(index, ratio)
+            largest[index] = known if known != known or ratio <= known else ratio  # noqa: PLR0124 - NaN
+        return largest

@@ -1,8 +1,8 @@
 """Losses of pairs of clips with a label for each latent frame (DenseDPO, Wu et al. 2025, arXiv 2506.03517).
 
 Shape letters: B pairs, T latent frames, S segments. Errors are [B, 2, T], the mean over C, H and W of each latent
-frame, in the order of the clips; labels are 1 (the first clip is better), -1 (the second) and 0 (tie, or no label). All else
-is as in `alignkit.losses.preference`: the scale of beta, the dtypes, log 2 at policy = reference.
+frame, in the order of the clips; labels are 1 (the first clip is better), -1 (the second) and 0 (tie, or no label).
+All else is as in `alignkit.losses.preference`: the scale of beta, the dtypes, log 2 at policy = reference.
 """
 
 from __future__ import annotations

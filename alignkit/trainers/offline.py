@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from alignkit.columns import column
-from alignkit.diffusion.schedules import expand
 from alignkit.escape import get_logger
 from alignkit.media import transparency_note
 from alignkit.trainers.base import AlignTrainer
@@ -36,12 +35,11 @@ from alignkit.trainers.latents import (
     encode_rows,
     phi_targets,
 )
+from alignkit.trainers.native_error import DRAWN, mean_square, residual, residuals
 from alignkit.trainers.reference import epochs_needed, precompute, reference_key
 from alignkit.trainers.sharding import Ranks
 
 logger = get_logger(__name__)
-MAX_WEIGHT = 20.0
-_DRAWN = ("latents", "noise", "t")  # batch keys with one entry a candidate, which a call of the model needs
 
 
 class OfflineTrainer(AlignTrainer):
@@ -143,39 +141,20 @@ class OfflineTrainer(AlignTrainer):
         backward pass repeats each candidate's forward pass.
         """
         if not one_by_one:
-            return _mean_square(self.residuals(model, batch), per)
-        cond = conditioning(batch, self.null)
+            return mean_square(self.residuals(model, batch), per)
+        cond, space = conditioning(batch, self.null), self.args.error_space
 
         def error(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-            return _mean_square(self._residual(model, x0, noise, t, cond).unsqueeze(1), per).squeeze(1)
+            return mean_square(
+                residual(self.generator, model, x0, noise, t, cond, error_space=space).unsqueeze(1), per
+            ).squeeze(1)
 
-        columns = zip(*(batch[name].unbind(1) for name in _DRAWN), strict=True)
+        columns = zip(*(batch[name].unbind(1) for name in DRAWN), strict=True)
         return torch.stack([checkpoint(error, *column, use_reentrant=False) for column in columns], 1)
 
     def residuals(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Prediction minus native target, [P, K, C, H, W] or [P, K, C, T, H, W], in one call of `model`.
-
-        The network may run in bf16; the residual is float32 at least.
-
-        With `error_space="velocity"` an eps network's residual is divided by alpha(t), which makes it that of
-        v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512, section 4): the plain eps error gives high noise,
-        where layout is decided, almost no weight. The squared weight is at most MAX_WEIGHT; next to pure noise it
-        would pass 200.
-        """
-        shape = batch["latents"].shape[:2]
-        cond = conditioning(batch, self.null).repeat(shape[1])
-        x0, noise, t = (batch[name].flatten(0, 1) for name in _DRAWN)
-        return self._residual(model, x0, noise, t, cond).unflatten(0, shape)
-
-    def _residual(self, model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, cond: Any) -> Tensor:
-        x_t = self.generator.add_noise(x0, noise, t)
-        target = self.generator.target(x0, noise, t)
-        prediction = model(x_t, t, cond.with_controls(self.generator.training_controls(t)))
-        residual = prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - target
-        if self.args.error_space == "velocity" and self.generator.prediction == "epsilon":
-            alpha, _ = self.generator.noise_schedule.coefficients(t)
-            residual = residual * expand(alpha.reciprocal().clamp(max=MAX_WEIGHT**0.5), residual)
-        return residual
+        """Prediction minus native target, [P, K, C, H, W] or [P, K, C, T, H, W]; see `native_error`."""
+        return residuals(self.generator, model, batch, self.null, self.args.error_space)
 
     @torch.no_grad()
     def reference_errors(
@@ -218,11 +197,3 @@ class OfflineTrainer(AlignTrainer):
     @override
     def data_summary(self) -> dict[str, Any]:
         return {**super().data_summary(), "candidates a prompt": self.train_dataset.latent_shapes[0][0]}
-
-
-def _mean_square(residual_PK: Tensor, per: str) -> Tensor:
-    """[P, K] of a residual [P, K, ...], or [P, K, T] (an image has T = 1)."""
-    if per == "item":
-        return residual_PK.flatten(2).square().mean(-1)
-    frames = residual_PK if residual_PK.dim() == 6 else residual_PK.unsqueeze(3)
-    return frames.square().mean((2, 4, 5))

@@ -15,31 +15,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from alignkit.diffusion.estimators import ChainPlan, Estimator, find_estimator
-from alignkit.diffusion.solvers import Grid
+from alignkit.diffusion.solvers import FreshNoise, Grid
 from alignkit.diffusion.steps import Steps
 from alignkit.errors import ConfigError, NumericsError
 from alignkit.generators.codec import at_least_float32
-from alignkit.generators.rollout import rollout
-from alignkit.generators.state_gradients import StateGradients
-from alignkit.protocols import Reward
+from alignkit.generators.decoding import Decoding
+from alignkit.generators.rollout import keyed_sources, rollout
+from alignkit.generators.state_gradients import LargestGradients, StateGradients
+from alignkit.protocols import Preparing, Reward
 from alignkit.records import Conditioning, LossOutput, Prompt, Sampling, texts
-from alignkit.trainers.data import PromptData
+from alignkit.trainers.data import EpochData, PromptData
+from alignkit.trainers.data_loss import DataLossConfig, OneSize, data_errors, null_condition, with_media
 from alignkit.trainers.guard import WatchConfig
 from alignkit.trainers.guarded import GuardedTrainer
 from alignkit.trainers.ranges import COUNT, NOT_NEGATIVE, POSITIVE, require_in_range
 from alignkit.trainers.reward_watch import logged_parts
 from alignkit.trainers.self_check import SelfCheck
-from alignkit.trainers.velocity_penalty import VelocityPenalty
+from alignkit.trainers.velocity_penalty import VelocityPenalty, both
 from alignkit.trainers.weighted_rewards import WeightedRewards
 
 GROWTH_LIMIT = 1e6
 _RANGES = {
     "sampling_steps": COUNT,
     "noise_samples": NOT_NEGATIVE,
+    "decode_frames": COUNT,
     "state_gradient_cap": POSITIVE,
     "growth_limit": POSITIVE,
     "kl_weight": NOT_NEGATIVE,
@@ -47,7 +49,7 @@ _RANGES = {
 
 
 @dataclass
-class RewardConfig(WatchConfig):
+class RewardConfig(WatchConfig, DataLossConfig):
     """How chains are sampled, which rewards are maximised, and which steps carry gradients."""
 
     reward_weights: dict[str, float] | None = field(
@@ -98,9 +100,25 @@ class RewardConfig(WatchConfig):
     )
     sampling_steps: int = field(default=30, metadata={"help": "Denoising steps of a chain."})
     guidance_scale: float = field(default=5.0, metadata={"help": "Guidance scale of the chain; 1: no guidance."})
+    eta: float = field(
+        default=0.0,
+        metadata={"help": "DDIM's eta: new noise in each step, from 0 (none) to 1 (ancestral)."},
+    )
+    flow_sde: float = field(
+        default=0.0,
+        metadata={"help": "Noise level a of Flow-GRPO's SDE steps (there 0.7), of flow models alone; 0: none."},
+    )
     height: int = field(default=512, metadata={"help": "Height of what is sampled, in pixels."})
     width: int = field(default=512, metadata={"help": "Width of what is sampled, in pixels."})
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video; default: 1."})
+
+    decode_frames: int | None = field(
+        default=None, metadata={"help": "Decode and score the first so many frames of a video; default: all."}
+    )
+    decode_cache_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Keep what a causal video VAE caches between latent frames in the memory of the CPU."},
+    )
 
     @property
     def trained_rewards(self) -> tuple[str, ...]:
@@ -113,6 +131,16 @@ class RewardConfig(WatchConfig):
     def sampling(self) -> Sampling:
         """How the chains are sampled."""
         return Sampling(self.sampling_steps, self.guidance_scale, self.height, self.width, self.num_frames or 1)
+
+    @property
+    def fresh_noise(self) -> FreshNoise:
+        """The new noise in each step of the chains."""
+        return FreshNoise(self.eta, self.flow_sde)
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """How the result of a chain is decoded: with activation checkpoints."""
+        return Decoding(self.decode_frames, cache_on_cpu=self.decode_cache_on_cpu)
 
     @property
     def gradient(self) -> Estimator:
@@ -138,17 +166,32 @@ class RewardConfig(WatchConfig):
         if self.train_text_encoder:
             raise ConfigError("train_text_encoder: this method trains the denoiser alone; leave it out")
         self.gradient.draw(self.sampling.steps)
+        bool(self.fresh_noise)
+
+
+@dataclass(frozen=True)
+class Chains:
+    """One batch's chains: the model as it is wrapped, conditioning, grid, the rows' seeds and start [P, C, ...]."""
+
+    model: Any
+    cond: Conditioning
+    grid: Grid
+    seeds: list[int]
+    x: Tensor
 
 
 class RewardTrainer(GuardedTrainer):
     """Maximises rewards by their gradients through the chain; loss [P], one chain for each prompt.
 
     The loss of a row is minus the weighted mean of its rewards (the mean over the chain and its `noise_samples`) plus
-    `kl_weight` times the velocity penalty. `rewards` are the loaded rewards by name (`alignkit.protocols.Reward`).
-    Noise is keyed by (`noise_seed`, prompt id, epoch), and what the estimator draws by (`noise_seed`, step). Held-out
-    losses are those of the whole chain.
+    `kl_weight` times the velocity penalty and `data_weight` times the denoising error of the row's image or clip, which
+    is brought to the size of the chains (`data_loss`). `rewards` are the loaded rewards by name
+    (`alignkit.protocols.Reward`). Noise is keyed by (`noise_seed`, prompt id, epoch), that of a step (`eta`,
+    `flow_sde`, LCM) by the step too. What the estimator draws is keyed by (`noise_seed`, step). Held-out losses are
+    those of the whole chain.
 
-    Raises ConfigError, before the training, naming a reward without gradients at the pixels.
+    Raises ConfigError, before the training, naming a reward without gradients at the pixels, and DataError naming a
+    prompt that lacks what a reward needs.
     """
 
     args: RewardConfig
@@ -166,7 +209,8 @@ class RewardTrainer(GuardedTrainer):
         weights = {name: (args.reward_weights or {})[name] for name in args.trained_rewards}
         self._rewards = WeightedRewards(rewards, weights, args.reward_targets or {})
         self._estimator = args.gradient
-        self._gradients, self._loss_scale_P = StateGradients(0), torch.ones(1)
+        self._gradients: StateGradients | LargestGradients = StateGradients(0)
+        self._loss_scale_P = torch.ones(1)
         super().__init__(model, args, train_dataset, *rest, rewards=self._rewards.rewards, **options)
         self._try_rewards()
 
@@ -179,22 +223,39 @@ class RewardTrainer(GuardedTrainer):
             raise ConfigError(
                 "the adapter trains text encoders; this method trains the denoiser alone: start without it"
             )
+        if args.fresh_noise and (self.generator.own_steps or (args.flow_sde and self.generator.prediction != "flow")):
+            raise ConfigError(
+                f"eta is {args.eta}, flow_sde {args.flow_sde}: '{self.generator.name}' cannot have them. eta is for "
+                "all models but few-step ones with steps of their own, flow_sde for those of them that predict a flow"
+            )
         self.generator.pipeline.vae.requires_grad_(False)
+        self._null = null_condition(self.generator) if args.data_weight > 0 else {}
+
+    @override
+    def prepare_data(self, rows: Any, args: Any) -> EpochData | None:
+        """As in AlignTrainer; with `data_weight` the rows' media are encoded too."""
+        if args.data_weight == 0 or rows is None or isinstance(rows, EpochData):
+            return super().prepare_data(rows, args)
+        frames = (args.num_frames or 1) if self.generator.modality == "video" else None
+        sizes = OneSize(num_frames=frames, height=args.height, width=args.width)
+        return with_media(self.generator, rows, args, sizes, self.ranks)
 
     def _try_rewards(self) -> None:
-        """Call each reward once, on decoded noise for the first prompt, at the training size."""
+        """Prepare the rewards for all prompts; call each once, on decoded noise for the first, at the training size."""
+        with self.accelerator.local_main_process_first():  # the others read what it has cached
+            for reward in self._rewards.rewards.values():
+                if isinstance(reward, Preparing):
+                    reward.prepare(self.prompts)
         first = next((data[0] for data in (self.train_dataset, self._held_out) if data), None)
         if first is None:
             return
         source = torch.Generator().manual_seed(int(first["seed"]))
         with torch.no_grad(), self.components_on(self.args.device), self._own_precision():
             noise = self.generator.initial_noise(self._latent_shape, source).to(self.args.device)
-            media = self.generator.decode(noise)
+            media = self.generator.decode(noise, self.args.decoding)
         with self._own_precision():
             parts = self._rewards.require_gradients(media, first["prompts"], self.generator.modality)
-        rows = [data for data in (self.train_dataset, self._held_out) if isinstance(data, PromptData)]
-        prompts = [prompt for data in rows for prompt in data.prompts]
-        self._rewards.logged = {name: logged_parts(names, prompts) for name, names in parts.items()}
+        self._rewards.logged = {name: logged_parts(names, self.prompts) for name, names in parts.items()}
 
     @override
     def check_gradients(self, batch: Mapping[str, Any]) -> None:
@@ -210,11 +271,18 @@ class RewardTrainer(GuardedTrainer):
         """Those of the weighted rewards."""
         return self._rewards.scores
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All prompts of the training and held-out rows; none of data of another class than `PromptData`."""
+        datas = (self.train_dataset, self._held_out)
+        return [prompt for data in datas if isinstance(data, PromptData) for prompt in data.prompts]
+
     # --- the loss ---
 
     def method_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> LossOutput:
         prompts: list[Prompt] = batch["prompts"]
-        sources = [torch.Generator("cpu").manual_seed(int(seed)) for seed in batch["seed"]]
+        seeds = batch["seed"].tolist()
+        sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         with torch.no_grad(), self._own_precision():
             cond = self.generator.encode_prompts(texts(prompts))
         grid = self.generator.grid(self.args.sampling_steps, self._latent_shape)
@@ -222,48 +290,51 @@ class RewardTrainer(GuardedTrainer):
         if torch.is_grad_enabled():  # equal for all ranks and micro-batches of a step
             plan = self._estimator.draw(len(grid), self.args.noise_seed, self.state.global_step)
         grid = grid.ending_at(plan.end)
-        latents, penalty_P = self._chain(model, cond, grid, plan.steps, sources)
-        reward_P, metrics = self._score(latents, prompts)
-        noised = self._noised(model, cond, grid, plan, latents.detach(), sources)
+        chains = Chains(model, cond, grid, seeds, self._noise(sources) * grid.start)
+        latents, penalty_P, (reward_P, metrics) = self.scored(chains, plan.steps, prompts)
+        noised = self._noised(chains, plan, latents.detach(), sources)
         further = [self._score(sample, prompts)[0] for sample in noised]
         loss_P = -torch.stack([reward_P, *further]).mean(0)
         if penalty_P is not None:
             loss_P = loss_P + self.args.kl_weight * penalty_P
             metrics["velocity_difference"] = penalty_P.detach().mean()
+        if self.args.data_weight > 0:
+            error_P = data_errors(self.generator, model, batch, self._null)
+            loss_P = loss_P + self.args.data_weight * error_P
+            metrics["data_error"] = error_P.detach().mean()
         if loss_P.requires_grad:
             loss_P.register_hook(self._note_scale)
         return LossOutput(loss_P, metrics)
 
-    def _chain(
-        self, model: Any, cond: Conditioning, grid: Grid, steps: Steps, sources: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The final latents [P, C, ...] of a chain from fresh noise, and its velocity penalty [P] if there is one."""
-        scale = self.args.guidance_scale
-        x = self._noise(sources) * grid.start
-        gradients = self._gradients = StateGradients(len(grid), self.args.state_gradient_cap)
-        penalty = None
-        if self.args.kl_weight > 0:
-            penalty = VelocityPenalty(self.generator, model, cond, grid, x, scale=scale, steps=steps)
+    def scored(
+        self, chains: Chains, steps: Steps, prompts: list[Prompt]
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, dict[str, Tensor]]]:
+        """The final latents [P, C, ...], the velocity penalty [P] if there is one, what is maximised [P], metrics."""
+        self._gradients = gradients = StateGradients(len(chains.grid), self.args.state_gradient_cap)
+        penalty = self.penalty(chains, steps)
+        options = {"on_step": both(gradients, penalty), "sources": keyed_sources(chains.seeds), "steps": steps}
+        latents = rollout(self.generator, chains.cond, chains.x, chains.grid, **options, **self.options(chains))
+        return latents, penalty and penalty.mean(), self._score(latents, prompts)
 
-        def on_step(index: int, state: Tensor, prediction: Tensor) -> None:
-            gradients(index, state, prediction)
-            if penalty is not None:
-                penalty(index, state, prediction)
+    def penalty(self, chains: Chains, steps: Steps) -> VelocityPenalty | None:
+        """The velocity penalty on the states of `chains` at `steps`, if it has a weight."""
+        if self.args.kl_weight == 0:
+            return None
+        start = chains.model, chains.cond, chains.grid, chains.x
+        return VelocityPenalty(self.generator, *start, scale=self.args.guidance_scale, steps=steps)
 
-        options = {"scale": scale, "model": model, "steps": steps, "sources": sources}
-        latents = rollout(self.generator, cond, x, grid, on_step=on_step, **options)
-        return latents, None if penalty is None else penalty.mean()
+    def options(self, chains: Chains) -> dict[str, Any]:
+        """Keywords of `rollout` that all chains share."""
+        return {"scale": self.args.guidance_scale, "model": chains.model, "fresh": self.args.fresh_noise}
 
-    def _noised(
-        self, model: Any, cond: Conditioning, grid: Grid, plan: ChainPlan, x0: Tensor, sources: list[torch.Generator]
-    ) -> Iterator[Tensor]:
+    def _noised(self, chains: Chains, plan: ChainPlan, x0: Tensor, sources: list[torch.Generator]) -> Iterator[Tensor]:
         """Denoised latents of `x0` noised to the last step's level with fresh noise, `noise_samples` times."""
-        last = grid[-1:]
+        last = chains.grid[-1:]
         steps = replace(plan.steps, active=None)
-        for _ in range(plan.noise_samples):
+        for sample in range(plan.noise_samples):
             x = float(last.alpha[0]) * x0 + float(last.sigma[0]) * self._noise(sources)
-            scale = self.args.guidance_scale
-            yield rollout(self.generator, cond, x, last, scale=scale, model=model, steps=steps, sources=sources)
+            options = {"steps": steps, "sources": keyed_sources(chains.seeds, "sample", sample)}
+            yield rollout(self.generator, chains.cond, x, last, **options, **self.options(chains))
 
     def _noise(self, sources: list[torch.Generator]) -> Tensor:
         """Unit noise [P, C, ...], at least float32, each row from its own source."""
@@ -273,10 +344,11 @@ class RewardTrainer(GuardedTrainer):
     def _score(self, latents: Tensor, prompts: list[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
         """What is maximised [P] and the rewards' means, of the decoded latents."""
         with self._own_precision():
-            repeats = latents.requires_grad
-            decode = self.generator.decode
-            media = checkpoint(decode, latents, use_reentrant=False) if repeats else decode(latents)
-            return self._rewards(media, prompts, checkpointed=self._recomputes_rewards)
+            return self._rewards(self.decoded(latents), prompts, checkpointed=self._recomputes_rewards)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Media [P, ...] in [0, 1] of latents, checkpointed where these have gradients."""
+        return self.generator.decode(latents, self.args.decoding)
 
     @property
     def _recomputes_rewards(self) -> bool:

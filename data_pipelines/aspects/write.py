@@ -108,11 +108,11 @@ def write_aspects(
 ) -> StageResult:
     """Questions for every prompt into `out_dir/data/part-*.parquet`, one row a prompt, with manifest and dataset card.
 
-    Columns: prompt_id, prompt, metadata (JSON), questions [{name, aspect, text, negated, weight}] (as the reward
-    `yes_no` takes them), facts [{kind, text}] that the writer found. Opened by `datasets.load_dataset(out_dir)`.
-    `identity` says what the questions depend on beside the config: the writer, its template, its model; where it
-    differs from that of an earlier run in `out_dir`, the run is refused. The writer is built only when a part is
-    missing.
+    Columns: prompt_id, prompt, metadata (JSON), questions [{name, aspect, text, negated, weight, answer}] (as the
+    rewards `yes_no` and `explanation` take them), facts [{kind, text}] that the writer found. Opened by
+    `datasets.load_dataset(out_dir)`. `identity` says what the questions depend on beside the config: the writer, its
+    template, its model; where it differs from that of an earlier run in `out_dir`, the run is refused. The writer is
+    built only when a part is missing.
 
     Raises DataError without prompts, or over the quarantine limit; ResumeError, StorageError; what the writer raises.
     """
@@ -160,7 +160,7 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     from datasets import Features, List, Value
 
     text = Value("string")
-    texts = dict.fromkeys(("name", "aspect", "text", "negated"), text)
+    texts = dict.fromkeys(("name", "aspect", "text", "negated", "answer"), text)
     named: dict[str, Any] = dict.fromkeys(("prompt_id", "prompt", "metadata"), text)
     named |= {"questions": List({**texts, "weight": Value("float64")}), "facts": List({"kind": text, "text": text})}
     return pa.Table.from_pylist(rows, schema=Features(named).arrow_schema)

@@ -2,7 +2,7 @@
 
 Covers the Qwen2-VL, Qwen2.5-VL and Qwen3-VL classes of transformers (arXiv 2409.12191, 2502.13923, 2511.21631). The
 vision tower runs once for each medium, for any number of texts about it, and its (deep-stacked) features are given
-to every text, so gradients add up exactly. Not here: answers and heads (`vlm`, `token_head`), generation.
+to every text, so gradients add up exactly. Not here: answers and heads (`vlm`, `token_head`).
 """
 
 from __future__ import annotations
@@ -105,6 +105,39 @@ class VisionLanguage:
         """
         import torch
 
+        output = self.network(**self._inputs(seen, media, rows), use_cache=False)
+        row, position = (torch.tensor(part, device=self.network.device) for part in zip(*spots, strict=True))
+        return output.last_hidden_state[row, position]
+
+    def continuation(
+        self, seen: Seen, medium: int, row: Sequence[int], pick: Callable[[Tensor], int], limit: int
+    ) -> list[int]:
+        """At most `limit` token ids that follow `row`, a row of tokens about medium `medium`; no gradient.
+
+        `pick` chooses the next id from the last hidden state [1, D]. An end of turn or of text ends it and is left out.
+        Each token costs one position: keys and values of those before it are kept. Not for `plain_positions`.
+        """
+        import torch
+
+        network, found = self.network, list[int]()
+        ends = {self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])}
+        mode = network.training
+        network.eval()  # activation checkpointing works in train() and keeps no keys and values
+        try:
+            with torch.no_grad():
+                output = network(**self._inputs(seen, [medium], [row]), use_cache=True)
+                while len(found) < limit and (token := pick(output.last_hidden_state[:, -1])) not in ends:
+                    found.append(token)
+                    ids = torch.tensor([[token]], device=network.device)
+                    output = network(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+        finally:
+            network.train(mode)
+        return found
+
+    def _inputs(self, seen: Seen, media: Sequence[int], rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The keywords of a call of the network for token rows about media, padded at the end."""
+        import torch
+
         device, config = self.network.device, self.network.config
         longest = max(map(len, rows))
         ids = torch.tensor([[*row, *([row[-1]] * (longest - len(row)))] for row in rows], device=device)
@@ -117,9 +150,7 @@ class VisionLanguage:
             given["second_per_grid_ts"] = torch.full((len(rows),), step, device=device)
         deep = seen.deep and [[layer[index] for index in media] for layer in seen.deep]
         features = SimpleNamespace(pooler_output=[seen.features[index] for index in media], deepstack_features=deep)
-        output = self.network(input_ids=ids, mm_encoder_outputs={seen.kind: features}, use_cache=False, **given)
-        row, position = (torch.tensor(part, device=device) for part in zip(*spots, strict=True))
-        return output.last_hidden_state[row, position]
+        return {"input_ids": ids, "mm_encoder_outputs": {seen.kind: features}, **given}
 
 
 def load(model: str, build: Callable[[Any], Any], *, owner: str, bounds: tuple[int | None, int | None]) -> Any:

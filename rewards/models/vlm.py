@@ -2,20 +2,20 @@
 
 Answers are scored from logits, never sampled: the log-probability of "Yes" against "No" under a question (VQAScore,
 arXiv 2404.01291), or of any given answer by teacher forcing, token by token, as for Diffusion-DRF's explanations
-(arXiv 2601.04153). Not here: writing questions, generating answers, served models.
+(arXiv 2601.04153). The model's own answers come from greedy decoding. Not here: writing questions, served models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.errors import ConfigError, DataError
 from rewards.models.media import check_pixels, precise
 from rewards.models.vision_language import Seen, VisionLanguage, freeze, load
-from rewards.models.weights import load_whole, torch_dtype
+from rewards.models.weights import content_of, load_whole, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +94,7 @@ class VlmCritic:
         whole, tokenizer, patches = load(model, build, owner=owner, bounds=(min_pixels, max_pixels))
         freeze(whole, device, checkpointing=checkpointing)
         self._reader = VisionLanguage(whole.model, tokenizer, patches, rate=rate)
-        self._words, self._owner = whole.lm_head.weight, owner
+        self._whole, self._words, self._owner = whole, whole.lm_head.weight, owner
         self._positive, self._negative = Readout.of(readout).ids(tokenizer)
 
     def ask(self, media: Tensor, questions: Questions, *, eight_bit: bool = False) -> Tensor:
@@ -168,6 +168,44 @@ class VlmCritic:
         pairs = [(index, *pair) for index, own in enumerate(asked) for pair in zip(own, given[index], strict=True)]
         scores = self._forced(seen, pairs, reduce)
         return scores.unflatten(0, (len(asked), -1))
+
+    def answers_of(self, media: Tensor, triples: Sequence[tuple[int, str, str]], *, eight_bit: bool = False) -> Tensor:
+        """Mean log-probability of an answer's tokens [N], for N triples (index of the medium, question, answer)."""
+        self._check(media, [question for _, question, _ in triples])
+        return self._forced(self._reader.see(media, eight_bit=eight_bit), triples, "mean")
+
+    def write(self, media: Tensor, pairs: Sequence[tuple[int, str]], *, limit: int) -> list[str]:
+        """The model's own answers to N pairs (index of the medium, question), by greedy decoding, without gradient.
+
+        At most `limit` tokens each. An answer is empty where the model ends its turn at once.
+        """
+        import torch
+
+        self._check(media, [question for _, question in pairs])
+        with torch.no_grad():
+            seen = self._reader.see(media)
+
+        def pick(state: Tensor) -> int:
+            return int(self._logits(state).argmax())
+
+        texts = []
+        for index, question in pairs:
+            ids = self._reader.continuation(seen, index, self._reader.tokens(seen, question), pick, limit)
+            texts.append(self._reader.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        return texts
+
+    @cached_property
+    def content(self) -> str:
+        """A fingerprint of all that answers depend on: weights and their dtype, words, chat template, pixels, rate."""
+        reader = self._reader
+        patches = {kind: asdict(cut) for kind, cut in reader.patches.items()}
+        words = sorted(reader.tokenizer.get_vocab().items())
+        return content_of(self._whole, [words, reader.tokenizer.chat_template, patches, reader.rate])
+
+    @property
+    def rate(self) -> float:
+        """Frames per second of clips as they are given."""
+        return self._reader.rate
 
     def _forced(self, seen: Seen, triples: Sequence[tuple[int, str, str]], reduce: str) -> Tensor:
         """Log-probabilities [N] of answers; each token is predicted from the state before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -113,6 +114,21 @@ def load_whole(kind: Any, model: str, owner: str, *, beside: tuple[str, ...] = (
     misshapen = {f"{key} {list(given)} for {list(own)}" for key, given, own in info["mismatched_keys"]}
     require_same(f"{owner}: '{model}'", missing=info["missing_keys"], unexpected=left, misshapen=misshapen)
     return network
+
+
+def content_of(network: nn.Module, settings: Any) -> str:
+    """16 hex digits for the exact weights of `network` (names, shapes, dtypes, values) and for JSON `settings`.
+
+    It reads all weights: about a second a GB.
+    """
+    import torch
+
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())
+        digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -139,6 +139,19 @@ def test_the_columns_of_a_kind_are_required(tmp_path):
         TrainingData(kind="prompts", path=file).train()
 
 
+def test_references_of_questions_stay_encoded_and_lie_in_the_folder(tmp_path):
+    file = tmp_path / "lists" / "rows.jsonl"
+    file.parent.mkdir()
+    (tmp_path / "lists" / "a.png").write_bytes(b"image")
+    row = {"prompt": "a", "questions": [{"text": "Is it?"}], "image": "a.png"}
+    file.write_text(json.dumps(row) + "\n", "utf-8")
+    (found,) = TrainingData(kind="aspects", path=file).train()["image"]
+    assert found == {"bytes": None, "path": str(tmp_path / "lists" / "a.png")}
+    file.write_text(json.dumps({**row, "image": str(tmp_path / "b.png")}) + "\n", "utf-8")
+    with pytest.raises(DataError, match="row 0"):
+        TrainingData(kind="aspects", path=file).train()
+
+
 def test_rows_name_videos_in_the_folder_or_a_wider_root(tmp_path):
     """Also where the data has a held-out split of its own."""
     (tmp_path / "lists").mkdir()

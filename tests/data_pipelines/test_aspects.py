@@ -147,6 +147,7 @@ def test_the_rows_are_what_a_training_reads(tmp_path):
         "text": "Is there a dog?",
         "negated": "Is the picture empty?",
         "weight": 1.0,
+        "answer": "",
     }
     assert (row["prompt_id"], json.loads(row["metadata"])) == (PROMPTS[0].id, {"mark": 0})
     assert [fact["kind"] for fact in row["facts"]] == ["object", "count", "extra"]

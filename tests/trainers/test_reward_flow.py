@@ -14,6 +14,7 @@ from two_processes import run_two
 
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError
 from alignkit.records import Scores, texts
+from alignkit.seeds import derive_seed
 
 
 class RedVideo(Red):
@@ -64,10 +65,11 @@ def flown(trainer, batch):
     return gradients(trainer, trainer.method_loss(trainer.model, batch).loss.mean())
 
 
-def derived(trainer, batch, active, *, end=STEPS - 1, kl=0.0, noise_samples=0):
+def derived(trainer, batch, active, *, end=STEPS - 1, kl=0.0, noise_samples=0, eta=0.0, level=0.0):
     """The loss by a chain of plain tensors, with no checkpoint and nothing of the engine but the network and its times.
 
     Euler's step for flow, Song's DDIM step for eps; guidance 2; inactive steps have constant predictions.
+    `eta`: DDIM's, in its paper's form; `level`: the noise of Flow-GRPO's step, in its authors' form.
     """
     generator, flow = trainer.generator, trainer.generator.prediction == "flow"
     grid = generator.grid(STEPS, generator.latent_shape(16, 16))
@@ -88,6 +90,16 @@ def derived(trainer, batch, active, *, end=STEPS - 1, kl=0.0, noise_samples=0):
         alpha, sigma = grid.alpha[index].double(), grid.sigma[index].double()
         after = -1 if last else index
         alpha_next, sigma_next = grid.alpha_next[after].double(), grid.sigma_next[after].double()
+        keyed = [torch.Generator().manual_seed(derive_seed("step", int(seed), index)) for seed in batch["seed"]]
+        z = torch.cat([torch.randn(1, *x.shape[1:], generator=source) for source in keyed]).double()
+        if eta and sigma_next > 0:
+            now, then = alpha**2, alpha_next**2
+            c = eta * ((1 - then) / (1 - now)).sqrt() * (1 - now / then).sqrt()
+            return alpha_next * (x - sigma * p) / alpha + (1 - then - c**2).sqrt() * p + c * z
+        if level and sigma_next > 0:
+            dt, w = sigma_next - sigma, level * (sigma / (1 - (sigma_next if sigma == 1 else sigma))).sqrt()
+            mean = x * (1 + w**2 / (2 * sigma) * dt) + p * (1 + w**2 * (1 - sigma) / (2 * sigma)) * dt
+            return mean + w * (-dt).sqrt() * z
         return x + (sigma_next - sigma) * p if flow else alpha_next * (x - sigma * p) / alpha + sigma_next * p
 
     def reward(x):
@@ -124,6 +136,9 @@ def test_the_gradient_is_that_of_plain_autograd(make, family):
         ({"gradient_steps": "first 1"}, {0}, {}),
         ({"gradient_steps": "last 1", "early_end": "1"}, {1}, {"end": 1}),
         ({"gradient_steps": "last 1", "noise_samples": 2}, {2}, {"noise_samples": 2}),
+        ({"eta": 0.8, "gradient_steps": "all"}, {0, 1, 2}, {"eta": 0.8})
+        if family == "unet"
+        else ({"flow_sde": 0.7, "gradient_steps": "all"}, {0, 1, 2}, {"level": 0.7}),
     ]
     settings = trainer.args
     for keys, active, told in cases:
@@ -201,7 +216,7 @@ def test_a_video_model_gets_the_gradient_of_plain_autograd(make, monkeypatch):
     trainer = make("wan", rewards={"red": RedVideo()}, **keys)
     batch = exact(trainer)
     found = flown(trainer, batch)
-    monkeypatch.setattr(reward_flow, "checkpoint", lambda function, *inputs, **_: function(*inputs))
+    monkeypatch.setattr(reward_flow.RewardConfig, "decoding", None)
     monkeypatch.setattr(reward_flow, "rollout", functools.partial(reward_flow.rollout, checkpointed=False))
     torch.testing.assert_close(found, flown(trainer, batch))
     assert found.norm() > 0
@@ -239,6 +254,10 @@ def test_a_reward_without_gradient_is_refused(make, reward, message):
         ({"estimator": "draftt"}, "Did you mean 'draft'"),
         ({"train_text_encoder": True}, "train_text_encoder"),
         ({"height": 0}, "height is 0"),
+        ({"eta": 1.5}, "eta is 1.5; it must lie in"),
+        ({"eta": 0.5, "flow_sde": 0.7}, "set one of them"),
+        ({"family": "unet", "flow_sde": 0.7}, "eta is 0.0, flow_sde 0.7: .* cannot have them"),
+        ({"family": "lcm", "eta": 0.5}, "eta is 0.5, flow_sde 0.0: .* cannot have them"),
     ],
 )
 def test_bad_settings_are_named(make, keys, message):

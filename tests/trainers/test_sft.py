@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
-from alignkit.trainers.offline import MAX_WEIGHT
+from alignkit.trainers.native_error import MAX_WEIGHT
 from alignkit.trainers.sft import SFTConfig, winners
 
 

@@ -24,6 +24,8 @@ class AnyFlow(WanVideo):
     reports what that does to few-step quality; check validation videos. Not supported: the causal FAR version.
     """
 
+    own_steps = True
+
     def guided(
         self,
         model: Predictor,

@@ -26,6 +26,7 @@ class LatentConsistency(EmbeddedGuidance, StableDiffusion):
     """
 
     guidance = 8.5
+    own_steps = True
 
     def call_network(self, net: Any, x_t: Tensor, model_time: Tensor, cond: Conditioning) -> Tensor:
         # The pipeline counts guidance from 1, as Imagen does, where the model's paper counts from 0.
