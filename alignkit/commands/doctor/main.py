@@ -183,7 +183,13 @@ def model_lines(job: DoctorJob, folder: Path) -> list[str]:
     model = planned_model(folder)
     setup = setup_of(job, model)
     blocks = [_size_lines(folder.name, model), _lora_lines(model, setup)]
-    blocks += _stage_blocks(job, model, setup) if follows_rewards(job.method) else _plain_blocks(job, model, setup)
+    if follows_rewards(job.method):
+        blocks += _stage_blocks(job, model, setup)
+    elif job.critic is not None:
+        raise ConfigError(f"critic: the method {job.method} has none; leave it out, or name another --method")
+    else:
+        blocks += [_operation_lines(model, setup), _memory_lines(job.method, model, setup)]
+        blocks += [_card_lines(functools.partial(_verdict, model, setup))]
     notes = config_class(job.method).model_defaults(str(folder))
     blocks += [["defaults that depend on the model", *(f"  {note}" for note in notes.values())]] if notes else []
     return [line for block in blocks for line in [*block, ""]][:-1]
@@ -251,13 +257,6 @@ def _card_lines(verdict: Callable[[int], str]) -> list[str]:
     cards[f"here: {here.split(',')[0]}, {capacity / memory.GB:.0f} GB"] = capacity
     free = f"{memory.FREE:.0%} of a card is left free"
     return [f"what fits ({free})", *(_row(name, verdict(int(size))) for name, size in cards.items())]
-
-
-def _plain_blocks(job: DoctorJob, model: Model, setup: memory.Setup) -> list[list[str]]:
-    if job.critic is not None:
-        raise ConfigError(f"critic: the method {job.method} has none; leave it out, or name another --method")
-    memory_lines = _memory_lines(job.method, model, setup)
-    return [_operation_lines(model, setup), memory_lines, _card_lines(functools.partial(_verdict, model, setup))]
 
 
 def _verdict(model: Model, setup: memory.Setup, capacity: int) -> str:

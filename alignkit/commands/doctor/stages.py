@@ -57,18 +57,14 @@ def resident(model: Model, chain: Chain) -> dict[str, int]:
     """Bytes that stand there in every stage, by name."""
     held = memory.weights(model, chain.setup)
     if chain.quantized:
-        held["denoiser weights"] = _nf4_bytes(model)
+        shapes = model.shapes[model.denoiser].values()
+        matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+        others = model.stored(model.denoiser) - matrices
+        held["denoiser weights"] = matrices * 9 // 16 + others * 2  # nf4: 4 bits, and a float32 for each 64 numbers
     if critic := chain.critic_here:
         held["critic weights"] = critic_numbers(critic) * memory.BYTES[critic.dtype]
     states = chain.states * chain.setup.batch * latent_numbers(model, chain.size)
     return {**held, "states of the chain": states * 4}
-
-
-def _nf4_bytes(model: Model) -> int:
-    """Bytes of the denoiser in nf4: matrices in 4 bits with a float32 for each 64 numbers, all else in bfloat16."""
-    shapes = model.shapes[model.denoiser].values()
-    matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
-    return matrices * 9 // 16 + (model.stored(model.denoiser) - matrices) * 2
 
 
 def stage(model: Model, chain: Chain, name: str) -> int:
