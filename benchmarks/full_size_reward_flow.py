@@ -229,7 +229,7 @@ def measure(name: str, chosen: argparse.Namespace, work: Path) -> dict[str, Any]
     known += [parts.words] * (not any(parts.words is tensor for tensor in known))  # tied in small models
     known += [tensor.grad for tensor in known if tensor.grad is not None]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in known)
-    for _ in range(2):
+    for _ in range(1 if chosen.tiny else 2):
         meter = Meter(weights, known)
         run(parts, chain, meter)
     held = sum(stages.resident(parts.model, chain).values())
