@@ -280,7 +280,8 @@ def follows_rewards(method: str) -> bool:
 
 def chain_of(job: DoctorJob, setup: memory.Setup, model: Model) -> Chain:
     """The job's chains; what it does not say is as in the method's defaults."""
-    from alignkit.commands.doctor.stages import Chain, Guidance
+    from alignkit.commands.doctor.dry_step import Guidance
+    from alignkit.commands.doctor.stages import Chain
     from alignkit.generators.decoding import Decoding
 
     defaults = config_class(job.method)

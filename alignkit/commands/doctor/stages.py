@@ -113,10 +113,9 @@ class Switch:
 
     def on(self, chain: Chain) -> Chain:
         """The chain with it."""
-        parts = {"setup": chain.setup, "decoding": chain.decoding, "critic": chain.critic}
-        if not self.part:
-            return replace(chain, **self.changes)
-        return replace(chain, **{self.part: replace(parts[self.part], **self.changes)})  # type: ignore[type-var]
+        parts: dict[str, Any] = {"setup": chain.setup, "decoding": chain.decoding, "critic": chain.critic}
+        changes = {self.part: replace(parts[self.part], **self.changes)} if self.part else self.changes
+        return replace(chain, **changes)
 
 
 # Those that leave the gradient as it is come first, what costs time after what does not.
