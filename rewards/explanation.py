@@ -18,7 +18,7 @@ from alignkit.errors import DataError, require_at_least
 from alignkit.records import Prompt, Scores
 from rewards.models.media import check_media
 from rewards.models.own_answers import OwnAnswers
-from rewards.models.questions import named, of_prompt, parts_of
+from rewards.models.questions import QuestionReward, named, of_prompt, parts_of
 from rewards.models.vlm import VlmCritic, known_modality, listed
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 QUESTION = "Describe what is shown in one or two sentences."
 
 
-class Explanation:
+class Explanation(QuestionReward):
     """Sum of w (1/L) sum_l log P(y_l | medium, question, y_<l) over a prompt's questions divided by the sum of w.
 
     At most 0. y is the question's `answer`; of a question without one it is what the model itself says on the reference
@@ -46,14 +46,6 @@ class Explanation:
     """
 
     name = "explanation"
-    needs_prompt = True
-    differentiable = True
-    comparable_across_prompts = True
-    asks_questions = True
-    native_range = (-float("inf"), 0.0)
-    licence = "that of the model"
-    source = "https://arxiv.org/abs/2601.04153"
-    get = "a Qwen2-VL, 2.5-VL or 3-VL, such as `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir FOLDER`"
 
     def __init__(
         self,

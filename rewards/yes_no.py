@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.aspects import Question
 from alignkit.records import Prompt, Scores
 from rewards.models.media import check_media
-from rewards.models.questions import named, of_prompt, parts_of
+from rewards.models.questions import QuestionReward, named, of_prompt, parts_of
 from rewards.models.vlm import VlmCritic, known_modality, listed
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 QUESTION = 'Does this match the description "{prompt}"? Answer with yes or no.'
 
 
-class YesNo:
+class YesNo(QuestionReward):
     """Sum of w log sigma(m) over a prompt's questions divided by the sum of w; at most 0, and 0 is perfect.
 
     m is the log-odds of yes to `text`, or minus those to `negated`; of a question that has both it is the mean of the
@@ -34,14 +34,6 @@ class YesNo:
     """
 
     name = "yes_no"
-    needs_prompt = True
-    differentiable = True
-    comparable_across_prompts = True
-    asks_questions = True
-    native_range = (-float("inf"), 0.0)
-    licence = "that of the model"
-    source = "https://arxiv.org/abs/2601.04153"
-    get = "a Qwen2-VL, 2.5-VL or 3-VL, such as `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir FOLDER`"
 
     def __init__(
         self,

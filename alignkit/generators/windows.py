@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,20 +41,19 @@ def rollout_windows(
     gradient passes the solver's linear step alone, so predictions are shared: one chain, and each step that any window
     has is repeated and differentiated once. Whatever reads the ends is differentiated once for each window.
     """
+    options: dict[str, Any] = {"scale": scale, "model": model, "fresh": fresh}
     if windows[0].coupling == 0:
-        return _with_shared_predictions(
-            generator, cond, x, grid, windows, hooks, scale=scale, model=model, sources=sources, fresh=fresh
-        )
+        return _with_shared_predictions(generator, cond, x, grid, windows, hooks, sources=sources, **options)
     states: list[Tensor] = []
 
     def keep(index: int, state: Tensor, prediction: Tensor) -> Tensor | None:
         states.append(state.detach())
         return hooks[0](index, state, prediction)
 
-    options = {"scale": scale, "model": model, "fresh": fresh}
     ends = [rollout(generator, cond, x, grid, steps=windows[0], sources=sources, on_step=keep, **options)]
     for window, hook in zip(windows[1:], hooks[1:], strict=True):
-        first = min(window.active, default=0) if window.active is not None else 0
+        first = min(window.active or (0,))
+        later = window.active and frozenset(index - first for index in window.active)
         start = states[first - 1] if first else x
         ends.append(
             rollout(
@@ -61,19 +61,13 @@ def rollout_windows(
                 cond,
                 start,
                 grid[first:],
-                steps=_later(window, first),
+                steps=replace(window, active=later),
                 sources=lambda index, first=first: sources(index + first),
                 on_step=lambda index, *rest, first=first, hook=hook: hook(index + first, *rest),
                 **options,
             )
         )
     return ends
-
-
-def _later(window: Steps, first: int) -> Steps:
-    """The same steps by their indices on the grid that begins at step `first`."""
-    active = window.active
-    return window if active is None else replace(window, active=frozenset(index - first for index in active))
 
 
 def _with_shared_predictions(
@@ -83,27 +77,22 @@ def _with_shared_predictions(
     grid: Grid,
     windows: Sequence[Steps],
     hooks: Sequence[StepHook],
-    *,
-    scale: float,
-    model: Predictor,
-    sources: Callable[[int], Sequence[torch.Generator]],
-    fresh: FreshNoise,
+    **options: Any,
 ) -> list[Tensor]:
     """One chain whose predictions carry gradients in the steps of any window; a state for each window follows it."""
     ends = [at_least_float32(x)] * len(windows)
     exact = grid.to(ends[0].dtype, x.device)
+    noise = {"sources": options["sources"], "fresh": options["fresh"]}
 
     def follow(index: int, _: Tensor, prediction: Tensor) -> None:
         for place, (window, hook) in enumerate(zip(windows, hooks, strict=True)):
             own = prediction if window.carries(index) else prediction.detach()
-            ends[place] = take_step(generator, exact, index, own, ends[place], sources=sources, fresh=fresh)
+            ends[place] = take_step(generator, exact, index, own, ends[place], **noise)
             hook(index, ends[place], own)
 
     union = None
     if all(window.active is not None for window in windows):
         union = frozenset[int]().union(*(window.active or () for window in windows))
     steps = replace(windows[0], active=union)
-    rollout(
-        generator, cond, x, grid, scale=scale, model=model, steps=steps, sources=sources, fresh=fresh, on_step=follow
-    )
+    rollout(generator, cond, x, grid, steps=steps, on_step=follow, **options)
     return ends

@@ -42,16 +42,13 @@ class Window:
         given = prompt.metadata.get("questions")
         if not given:
             return prompt, float(self.is_default)
-        questions = [Question.of(one) for one in given]
-        own = [question for question in questions if self.has(question.aspect)]
-        share = sum(question.weight for question in own) / sum(question.weight for question in questions)
-        return replace(prompt, metadata={**prompt.metadata, "questions": _numbered(questions, own)}), share
-
-
-def _numbered(questions: Sequence[Question], own: Sequence[Question]) -> list[Question]:
-    """`own` with the names that rewards give them as questions of the whole list."""
-    names = {id(question): question.name or f"question_{number}" for number, question in enumerate(questions, 1)}
-    return [replace(question, name=names[id(question)]) for question in own]
+        own, weight = [], 0.0
+        for number, question in enumerate(map(Question.of, given), 1):
+            weight += question.weight
+            if self.has(question.aspect):  # it keeps the name that rewards give it in the whole list
+                own.append(replace(question, name=question.name or f"question_{number}"))
+        share = sum(question.weight for question in own) / weight
+        return replace(prompt, metadata={**prompt.metadata, "questions": own}), share
 
 
 def windows_of(aspect_steps: Mapping[str, str], default: str) -> list[Window]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignkit.errors import DataError, MissingFileError
 from alignkit.escape import get_logger
@@ -17,9 +17,6 @@ from alignkit.media import decode_clip, decode_image, to_pixels
 from alignkit.records import Prompt
 from alignkit.storage import read_json, write_json
 from rewards.models.vlm import VlmCritic
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _LOG = get_logger(__name__)
 
@@ -59,25 +56,23 @@ class OwnAnswers:
         where = f"prompt '{prompt.text}', column {self.column}"
         medium = prompt.metadata[self.column]
         digest = _digest(medium)
-        keys = [self._key(digest, question) for question in questions]
+        settings = [self._critic.content, self._modality, self._limit, self._frames, digest]
+        keys = [hashlib.sha256(json.dumps([*settings, question]).encode()).hexdigest() for question in questions]
         missing = [place for place, key in enumerate(keys) if not self._is_known(key)]
         if missing:
-            pixels = to_pixels(self._decoded(medium, where))[None]
+            is_clip = self._modality == "video"
+            options = {"count": self._frames, "fps": self._critic.rate}
+            frames = decode_clip(medium, where, **options) if is_clip else decode_image(medium, where)
+            pixels = to_pixels(frames)[None]
             asked = [(0, questions[place]) for place in missing]
             for place, answer in zip(missing, self._critic.write(pixels, asked, limit=self._limit), strict=True):
                 if not answer:
                     raise DataError(f"{where}: the critic ends its turn at once on '{questions[place]}'; ask otherwise")
-                self._keep(keys[place], questions[place], answer)
+                self._known[keys[place]] = answer
+                if path := self._path(keys[place]):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(path, {"key": keys[place], "question": questions[place], "answer": answer})
         return [self._known[key] for key in keys]
-
-    def _decoded(self, medium: Any, where: str) -> np.ndarray:
-        if self._modality == "video":
-            return decode_clip(medium, where, count=self._frames, fps=self._critic.rate)
-        return decode_image(medium, where)
-
-    def _key(self, digest: str, question: str) -> str:
-        settings = [self._critic.content, self._modality, self._limit, self._frames, digest, question]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def _is_known(self, key: str) -> bool:
         """Whether the answer of `key` is in memory, after reading it from the folder."""
@@ -96,12 +91,6 @@ class OwnAnswers:
         else:
             _LOG.warning("the cached answer '%s' is damaged and is written again", path)
         return is_whole
-
-    def _keep(self, key: str, question: str, answer: str) -> None:
-        self._known[key] = answer
-        if path := self._path(key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"key": key, "question": question, "answer": answer})
 
     def _path(self, key: str) -> Path | None:
         return self._folder / key[:2] / f"{key}.json" if self._folder else None

@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class QuestionReward:
+    """What rewards have in common whose score is a log-probability of answers to a prompt's questions."""
+
+    needs_prompt = True
+    differentiable = True
+    comparable_across_prompts = True
+    asks_questions = True
+    native_range = (-float("inf"), 0.0)
+    licence = "that of the model"
+    source = "https://arxiv.org/abs/2601.04153"
+    get = "a Qwen2-VL, 2.5-VL or 3-VL, such as `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir FOLDER`"
+
+
 def named(given: Sequence[str | Mapping[str, Any] | Question]) -> list[Question]:
     """Questions with distinct names: their own, or question_1, question_2, ..."""
     questions = [Question.of(one) for one in given]
