@@ -70,7 +70,6 @@ class OwnAnswers:
                     raise DataError(f"{where}: the critic ends its turn at once on '{questions[place]}'; ask otherwise")
                 self._known[keys[place]] = answer
                 if path := self._path(keys[place]):
-                    path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(path, {"key": keys[place], "question": questions[place], "answer": answer})
         return [self._known[key] for key in keys]
 
