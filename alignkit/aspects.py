@@ -8,7 +8,7 @@ questions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from alignkit.errors import ConfigError
@@ -96,3 +96,12 @@ class QuestionWriter(Protocol):
         A writer may ignore complaints. Raises ServerError if the server cannot be used.
         """
         ...
+
+
+def named(given: Sequence[str | Mapping[str, Any] | Question]) -> list[Question]:
+    """Questions with distinct names: their own, or question_1, question_2, ..."""
+    questions = [Question.of(one) for one in given]
+    questions = [replace(q, name=q.name or f"question_{number}") for number, q in enumerate(questions, 1)]
+    if len({q.name for q in questions}) != len(questions):
+        raise ConfigError(f"two questions have the same name: {', '.join(q.name for q in questions)}")
+    return questions

@@ -97,8 +97,8 @@ CASES = {
 }
 
 
-def bare_folder(name: str, changes: dict[str, Any], work: Path) -> Path:
-    """A copy of the model's configs without text encoders, with `changes` in the denoiser's and then a tiny VAE."""
+def bare_folder(name: str, changes: dict[str, Any], work: Path, vae: dict[str, Any] = TINY_VAE) -> Path:
+    """A copy of the model's configs without text encoders, with `changes` in the denoiser's and `vae` in the VAE's."""
     source, target = CONFIGS / name, work / name
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in index.items() if not key.startswith("text_encoder")}
@@ -106,7 +106,7 @@ def bare_folder(name: str, changes: dict[str, Any], work: Path) -> Path:
         for path in (source / part).glob("*.json"):
             config = json.loads(path.read_text(encoding="utf-8"))
             config |= changes if part in ("unet", "transformer") else {}
-            config |= TINY_VAE if changes and part == "vae" else {}
+            config |= vae if changes and part == "vae" else {}
             (target / part).mkdir(parents=True, exist_ok=True)
             (target / part / path.name).write_text(json.dumps(config), encoding="utf-8")
     (target / "model_index.json").write_text(json.dumps(kept), encoding="utf-8")
@@ -250,7 +250,7 @@ def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -
         "images_per_s": round(images_per_s, 3),
         "peak_gb": measured and round(measured / memory.GB, 3),
         **encoded,
-        "doctor_encoding_gb": round(encoding_bytes(model, memory._run(setup)) / memory.GB, 3),  # noqa: SLF001
+        "doctor_encoding_gb": round(encoding_bytes(model, memory.run_of(setup)) / memory.GB, 3),
         "doctor_gb": round(estimate / memory.GB, 3),
         "doctor_over_measured": measured and round(estimate / measured, 4),
         "tflop_per_s": round(rate / 1e12, 3),

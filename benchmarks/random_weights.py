@@ -120,7 +120,7 @@ def qwen2_vl(work: Path, size: Size) -> Path:
     """A Qwen2-VL folder; its byte-pair tokenizer is trained on the templates, so words of theirs are few tokens."""
     folder = work / "qwen2_vl"
     if not folder.exists():
-        words = _byte_pairs(HPSV3, VIDEO_REWARD, *TEXTS)
+        words = byte_pairs(HPSV3, VIDEO_REWARD, *TEXTS)
         heads = size.width // 64
         rope = {"type": "default", "rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}
         text = {"vocab_size": len(words), "hidden_size": size.width, "intermediate_size": 4 * size.width}
@@ -166,7 +166,7 @@ def _with_head(folder: Path, head: nn.Module, tokens: int) -> dict[str, Tensor]:
     return state | {f"rm_head.{name}": value for name, value in head.state_dict().items()}
 
 
-def _byte_pairs(*corpus: str) -> PreTrainedTokenizerFast:
+def byte_pairs(*corpus: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer whose pairs are those of `corpus`, with yes and no, and Qwen's special tokens."""
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -19,7 +19,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -121,14 +121,14 @@ def estimators(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -
 def kept_activations() -> Iterator[None]:
     """Within it no step and no decoding is checkpointed."""
 
-    def plain(function: Callable[..., Any], *inputs: Any, **_: Any) -> Any:
-        return function(*inputs)
-
     def rollout(*inputs: Any, **options: Any) -> Tensor:
         return real(*inputs, checkpointed=False, **options)
 
     real = reward_flow.rollout
-    with mock.patch.object(reward_flow, "checkpoint", plain), mock.patch.object(reward_flow, "rollout", rollout):
+    with (
+        mock.patch.object(reward_flow.RewardConfig, "decoding", None),
+        mock.patch.object(reward_flow, "rollout", rollout),
+    ):
         yield
 
 

@@ -5,7 +5,7 @@ Deliberately not here: opening files (`opening`), and what the columns of ranked
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +25,34 @@ MEDIA = {"image", "images", "video", "videos"}
 
 
 def load_rows(
-    path: Path, split: str, *, held_out: float, columns: Sequence[Sequence[str]], root: Path | None = None
+    path: Path,
+    split: str,
+    *,
+    held_out: float,
+    columns: Sequence[Sequence[str]],
+    root: Path | None = None,
+    optional: Sequence[str] = (),
+    check: Callable[[Dataset, str], object] = lambda rows, where: None,  # noqa: ARG005
 ) -> Dataset:
     """The "train" or "heldout" rows at `path`, with a column `prompt_id`.
 
-    `columns` are the required ones, each with its alternatives: (("prompt",), ("videos", "latents")). The held-out
-    side, and `root`, the folder of files that rows name, are those of `importers.load_ranked`. Images and videos stay
+    `columns` are the required ones, each with its alternatives: (("prompt",), ("videos", "latents")); values of
+    `optional` ones are read where the data has them. `check(rows, where)` gets the rows before some are selected, so
+    the numbers of rows in its messages are those of the data. The held-out side, and `root`, the folder of files that
+    rows name, are those of `importers.load_ranked`. Images and videos stay
     encoded, {"bytes", "path"}. Raises DataError naming missing columns, the row of an empty prompt or of a file outside
     the folder, or where the side holds no row.
     """
     # Both sides are loaded in one job; what is true of the data is reported once.
     say = logger.warning if split == "train" else logger.debug
-    splits = open_dataset(path, root=root, say=say, values={name for names in columns for name in names})
+    values = {name for names in columns for name in names} | set(optional)
+    splits = open_dataset(path, root=root, say=say, values=values)
     own = own_split(splits, split, path, say)
     rows = splits[own or next(iter(splits))]
     missing = [" or ".join(names) for names in columns if not set(names) & set(rows.column_names)]
     if missing:
         raise DataError(f"'{path}' lacks the columns {', '.join(missing)}; it has {', '.join(rows.column_names)}")
+    check(rows, f"'{path}'")
     rows = with_prompt_ids(rows, path)
     for name in sorted(MEDIA.intersection(rows.column_names)):
         rows = contained(rows, name, bounds_of(path, root), f"'{path}'")

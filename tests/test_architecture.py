@@ -45,6 +45,7 @@ LEVELS = [
         "columns",
         "provenance",
         "aspects",
+        "segments",
         "pairs",
     ),
     ("diffusion", "losses", "precision"),
@@ -62,6 +63,7 @@ OUTSIDE_MAY_IMPORT = {"errors", "records", "seeds", "protocols", "paths", "resol
     "clips",
     "columns",
     "aspects",
+    "segments",
     "pairs",
 }
 FORBIDDEN_CALLS = {"hasattr", "getattr", "eval", "exec"}

@@ -216,3 +216,16 @@ def test_the_size_of_a_cache_is_that_of_the_tensors_of_an_encoded_row(
     for name, size in (("float32_gb", 4), ("bfloat16_gb", 2)):
         expected = {"with every row": latents + cond, "once a prompt": latents + cond / 5}
         assert found[name] == {key: pytest.approx(size * value / 100, abs=0.051) for key, value in expected.items()}
+
+
+def test_reward_gradients_at_full_size_are_measured_beside_the_doctor(benchmarks, monkeypatch, capsys):
+    """At its tiniest: stages in order, a line for each case, and the doctor near the tensors that were counted."""
+    script = importlib.import_module("full_size_reward_flow")
+    monkeypatch.setattr(script.signal, "alarm", lambda _: 0)  # it would end the whole test run
+    monkeypatch.setattr(sys, "argv", ["full_size_reward_flow.py", "--tiny", "--cases", "flux"])
+    script.main()
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["case"] == "flux"
+    assert list(line["seconds"]) == ["decoding forward", "the critic", "decoding", "a denoising step"]
+    assert min(line["peak_gb"].values()) > line["weights_gb"] > 0
+    assert all(0.8 < ratio < 1.25 for ratio in line["doctor_over_measured"].values())

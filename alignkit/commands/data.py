@@ -34,6 +34,7 @@ from data_pipelines.aspects import AspectsConfig, write_aspects
 from data_pipelines.importers import load_ranked
 from data_pipelines.opening import files_beside
 from data_pipelines.rows import load_rows, without_prompts
+from data_pipelines.segments import load_dense
 from data_pipelines.synpic import GenerateConfig, RankConfig, ScoreConfig, generate_and_score, rank_candidates
 
 if TYPE_CHECKING:
@@ -325,12 +326,11 @@ class DataKind:
     made: type[PolicyJob] | None = None
 
 
-_DENSE = (("prompt",), ("videos", "latents"), ("labels",))
 _ASPECTS = functools.partial(load_rows, columns=(("prompt",), ("questions",)))
 
 DATA = {
     "ranked": DataKind("ranked candidates (or pairs, or captioned media)", load_ranked, SynPicJob),
-    "dense": DataKind("pairs of clips with labels of their segments", functools.partial(load_rows, columns=_DENSE)),
+    "dense": DataKind("pairs of clips with labels of their segments", load_dense),
     "aspects": DataKind("prompts with questions about them", _ASPECTS, QuestionsJob),
     "prompts": DataKind("prompts", made=PolicyJob),
 }

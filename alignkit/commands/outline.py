@@ -66,10 +66,11 @@ def _entries(module: str, name: str) -> dict[str, Entry]:
             entries[line.target.id] = (line.target.id, _annotation(line.annotation), read)
     imports = [line for line in _module(module).body if isinstance(line, ast.ImportFrom)]
     owners = {alias.name: line.module or "" for line in imports for alias in line.names}
-    for base in [base.id for base in node.bases if isinstance(base, ast.Name)]:
-        owner = owners.get(base, module)
-        if owner.partition(".")[0] not in _OUTSIDE:
-            entries |= {key: entry for key, entry in _entries(owner, base).items() if key not in entries}
+    named = [(owners.get(base.id, module), base.id) for base in node.bases if isinstance(base, ast.Name)]
+    bases = [_entries(owner, base) for owner, base in named if owner.partition(".")[0] not in _OUTSIDE]
+    for number, inherited in enumerate(bases):
+        later = {*entries}.union(*bases[number + 1 :])  # what bases share comes last, as in a method resolution order
+        entries |= {key: entry for key, entry in inherited.items() if key not in later}
     return entries
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,9 +41,9 @@ def rollout_windows(
     gradient passes the solver's linear step alone, so predictions are shared: one chain, and each step that any window
     has is repeated and differentiated once. Whatever reads the ends is differentiated once for each window.
     """
-    options: dict[str, Any] = {"scale": scale, "model": model, "fresh": fresh}
+    options = {"scale": scale, "model": model, "fresh": fresh}
     if windows[0].coupling == 0:
-        return _with_shared_predictions(generator, cond, x, grid, windows, hooks, sources=sources, **options)
+        return _with_shared_predictions(generator, (cond, x, grid), windows, hooks, {**options, "sources": sources})
     states: list[Tensor] = []
 
     def keep(index: int, state: Tensor, prediction: Tensor) -> Tensor | None:
@@ -52,16 +52,18 @@ def rollout_windows(
 
     ends = [rollout(generator, cond, x, grid, steps=windows[0], sources=sources, on_step=keep, **options)]
     for window, hook in zip(windows[1:], hooks[1:], strict=True):
-        first = min(window.active or (0,))
-        later = window.active and frozenset(index - first for index in window.active)
+        first = min(window.active, default=0) if window.active is not None else 0
         start = states[first - 1] if first else x
+        later = window  # the same steps, by their indices on the grid that begins at step `first`
+        if window.active is not None:
+            later = replace(window, active=frozenset(index - first for index in window.active))
         ends.append(
             rollout(
                 generator,
                 cond,
                 start,
                 grid[first:],
-                steps=replace(window, active=later),
+                steps=later,
                 sources=lambda index, first=first: sources(index + first),
                 on_step=lambda index, *rest, first=first, hook=hook: hook(index + first, *rest),
                 **options,
@@ -72,17 +74,16 @@ def rollout_windows(
 
 def _with_shared_predictions(
     generator: PipelineGenerator,
-    cond: Conditioning,
-    x: Tensor,
-    grid: Grid,
+    chain: tuple[Conditioning, Tensor, Grid],
     windows: Sequence[Steps],
     hooks: Sequence[StepHook],
-    **options: Any,
+    options: Mapping[str, Any],
 ) -> list[Tensor]:
     """One chain whose predictions carry gradients in the steps of any window; a state for each window follows it."""
+    _, x, grid = chain
     ends = [at_least_float32(x)] * len(windows)
     exact = grid.to(ends[0].dtype, x.device)
-    noise = {"sources": options["sources"], "fresh": options["fresh"]}
+    noise = {name: options[name] for name in ("sources", "fresh")}
 
     def follow(index: int, _: Tensor, prediction: Tensor) -> None:
         for place, (window, hook) in enumerate(zip(windows, hooks, strict=True)):
@@ -93,6 +94,5 @@ def _with_shared_predictions(
     union = None
     if all(window.active is not None for window in windows):
         union = frozenset[int]().union(*(window.active or () for window in windows))
-    steps = replace(windows[0], active=union)
-    rollout(generator, cond, x, grid, steps=steps, on_step=follow, **options)
+    rollout(generator, *chain, steps=replace(windows[0], active=union), on_step=follow, **options)
     return ends

@@ -23,26 +23,35 @@ from alignkit.records import LossOutput
 SATURATED = 4.0  # |z| above which a pair's gradient has fallen under 2% of its largest
 
 
-def _wide(err: Tensor) -> Tensor:
+def wide(err: Tensor) -> Tensor:
+    """`err` in float32 at least."""
     return err.to(torch.promote_types(err.dtype, torch.float32))
 
 
 def _delta(policy_err: Tensor, reference_err: Tensor) -> Tensor:
     """Implicit cost s = policy_err - reference_err (RankDPO, arXiv 2410.18013, eq. 5), at least float32."""
-    return _wide(policy_err) - _wide(reference_err)
+    return wide(policy_err) - wide(reference_err)
 
 
-def _health(z: Tensor, counted: Tensor, delta_PK: Tensor, phi_PK: Tensor) -> dict[str, Tensor]:
-    """What to watch: accuracy (exact zeros count half), margin, saturation, winner and loser drift from reference."""
+def margin_health(z: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """What to watch of the pairs in `counted`: accuracy (exact zeros count half), margin, saturation; 0 without any."""
     with torch.no_grad():
         counted = counted.to(z.dtype)
         pairs = counted.sum().clamp(min=1)
         hits = (z > 0).to(z.dtype) + 0.5 * (z == 0).to(z.dtype)
-        best, worst = phi_PK.argmax(-1, keepdim=True), phi_PK.argmin(-1, keepdim=True)
         return {
             "implicit_accuracy": (hits * counted).sum() / pairs,
             "margin": (z * counted).sum() / pairs,
             "saturated": ((z.abs() > SATURATED) * counted).sum() / pairs,
+        }
+
+
+def _health(z: Tensor, counted: Tensor, delta_PK: Tensor, phi_PK: Tensor) -> dict[str, Tensor]:
+    """`margin_health`, and how far the errors of winner and loser went from the reference's."""
+    with torch.no_grad():
+        best, worst = phi_PK.argmax(-1, keepdim=True), phi_PK.argmin(-1, keepdim=True)
+        return {
+            **margin_health(z, counted),
             "winner_error_delta": delta_PK.gather(-1, best).mean(),
             "loser_error_delta": delta_PK.gather(-1, worst).mean(),
         }
@@ -97,7 +106,7 @@ def linear_dpo(
     delta_B2 = _delta(policy_err_B2, reference_err_B2)
     z_B = _pair_logits(delta_B2, beta, None)[:, 0, 1]
     omega_B = (0.5 - 0.4 * z_B).clamp(eta, 1 - eta).detach()
-    gap_B = _gaps(_wide(policy_err_B2), protect)[:, 0, 1]
+    gap_B = _gaps(wide(policy_err_B2), protect)[:, 0, 1]
     weights = {"saturated": (omega_B <= eta).to(omega_B.dtype).mean(), "omega": omega_B.mean()}
     return LossOutput(omega_B * gap_B, _pair_health(z_B, delta_B2) | weights)
 
@@ -222,7 +231,7 @@ def winner_sft(
 ) -> LossOutput:
     """The denoising error of each row's best candidate, to be added to another loss (`sft` of TRL's DPO); loss [P]."""
     best_P1 = phi_PK.argmax(-1, keepdim=True)
-    return LossOutput(_wide(policy_err_PK).gather(-1, best_P1).squeeze(-1))
+    return LossOutput(wide(policy_err_PK).gather(-1, best_P1).squeeze(-1))
 
 
 def loser_scale(residual_PKD: Tensor, mu: float) -> Tensor:

@@ -100,8 +100,8 @@ class Noised(Dataset[dict[str, Any]]):
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Items as a batch; prompts stay a list of texts."""
-    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "prompt"}
-    return {**tensors, "prompts": [row["prompt"] for row in rows]}
+    prompts = [row.pop("prompt") for row in rows]
+    return {**torch.utils.data.default_collate(rows), "prompts": prompts}
 
 
 class FlowObjective(recipes.Objective):

@@ -36,6 +36,12 @@ METHODS = {
         "ranked",
         "Train a generator with the plain denoising objective, on winners or on all candidates.",
     ),
+    "densedpo": Method(
+        "alignkit.trainers.densedpo:DenseDPOConfig",
+        "alignkit.trainers.densedpo:DenseDPOTrainer",
+        "dense",
+        "Align a video generator with pairs of clips whose segments are labelled (DenseDPO, Flow-DPO, SFT on winners).",
+    ),
     "reward_flow": Method(
         "alignkit.trainers.reward_flow:RewardConfig",
         "alignkit.trainers.reward_flow:RewardTrainer",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignkit.aspects import Question
+from alignkit.aspects import Question, named
 from alignkit.errors import ConfigError, nearest
 from alignkit.protocols import Asking, Reward, as_scores
 from alignkit.records import Prompt, Scores
@@ -42,12 +42,10 @@ class Window:
         given = prompt.metadata.get("questions")
         if not given:
             return prompt, float(self.is_default)
-        own, weight = [], 0.0
-        for number, question in enumerate(map(Question.of, given), 1):
-            weight += question.weight
-            if self.has(question.aspect):  # it keeps the name that rewards give it in the whole list
-                own.append(replace(question, name=question.name or f"question_{number}"))
-        share = sum(question.weight for question in own) / weight
+        questions = named(given)
+        own = [question for question in questions if self.has(question.aspect)]
+        weight = sum(question.weight for question in own)
+        share = weight / sum(question.weight for question in questions)
         return replace(prompt, metadata={**prompt.metadata, "questions": own}), share
 
 

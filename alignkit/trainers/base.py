@@ -80,7 +80,7 @@ class AlignTrainer(ResumingTrainer):
 
     args: AlignConfig
     needs_reference = False
-    compares_candidates = False  # whether a step holds all K candidates of a prompt; the doctor counts memory by it
+    candidates: int | None = 1  # images or videos of a prompt in a step; None: all K. The doctor counts memory by it
     parking: str | None = None  # device of text encoders and VAE while `train` runs; None: they stay
 
     def __init__(

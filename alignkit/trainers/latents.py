@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pa_compute
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from alignkit.adapters.fingerprint import base_of, is_other_base
 from alignkit.columns import column, once_each, stored_places
 from alignkit.errors import DataError
 from alignkit.media import decode_clip, decode_image, fit, has_transparency, to_pixels
 from alignkit.records import Conditioning, Prompt, Texts
+from alignkit.segments import CODEC
 from alignkit.trainers.buckets import AS_THEY_ARE, Sizes
 from alignkit.trainers.content import conditioning_key, latents_key, prompt_digests, row_digests
 from alignkit.trainers.data import EpochData, draw_ids
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 
 COND = "cond."  # prefix of conditioning columns and batch keys
 PROMPT = "prompt"  # column and batch key of the text itself
-LATENTS = "latents"  # column and batch key of latents; as a column of the data they are not encoded
+LATENTS = "latents"  # column and batch key of latents; as a column of the data they are not encoded (docs/formats.md)
 CHANGED = "changed"  # column: how many of a row's media were resized or cropped
 TRANSPARENT = "transparent"  # column: how many of a row's images have transparency
 COLUMNS = {"image": ("images", "image"), "video": ("videos", "video")}  # of media, by modality
@@ -80,7 +84,8 @@ class LatentDataset(EpochData):
         """Keep these rows only; each keeps its draws."""
         self.rows, self.conditioning = self.rows.select(rows), self.conditioning.select(rows)
         for name, values in self.targets.items():
-            self.targets[name] = values[torch.tensor(rows)] if torch.is_tensor(values) else [values[i] for i in rows]
+            places = torch.tensor(rows, dtype=torch.long)
+            self.targets[name] = values[places] if torch.is_tensor(values) else [values[i] for i in rows]
         self.latent_shapes = [self.latent_shapes[row] for row in rows]
         self.draw_ids = [self.draw_ids[row] for row in rows]
         if self.prompts is not None:
@@ -138,7 +143,7 @@ class Encoder:
     """Turns rows (prompt, media) into rows of the store, from their numbers.
 
     Every row goes to the size of its first medium's bucket; `column` holds a medium or a list of `count` ones, or
-    latents [K, ...], which are stored as they are.
+    latents [K, ...] (safetensors bytes or nested lists), which are stored as they are.
     """
 
     def __init__(self, generator: PipelineGenerator, rows: datasets.Dataset, column: str, sizes: Sizes) -> None:
@@ -174,7 +179,14 @@ class Encoder:
         return made
 
     def _given_latents(self, row: int, cells: Any) -> Tensor:
-        latents = torch.from_numpy(np.asarray(cells, np.float32))
+        if isinstance(cells[0], dict):
+            items = [_safetensors(cell, f"row {row}, candidate {k}") for k, cell in enumerate(cells)]
+            shapes = sorted({tuple(item.shape) for item in items})
+            if len(shapes) > 1:
+                raise DataError(f"row {row}: its latents differ in shape: {shapes}")
+            latents = torch.stack(items)
+        else:
+            latents = torch.from_numpy(np.asarray(cells, np.float32))
         axes = 5 if self.is_video else 4
         channels = self.generator.latent_channels
         if latents.dim() != axes or len(latents) != self.count or latents.shape[1] != channels:
@@ -183,6 +195,8 @@ class Encoder:
                 f"row {row}: latents of shape {list(latents.shape)}; the model takes {layout} with K = {self.count} as "
                 f"in row 0 and C = {channels}"
             )
+        if not torch.isfinite(latents).all():
+            raise DataError(f"row {row}: its latents hold NaN or infinite values; make them again or remove the row")
         return latents
 
     def _row(self, row: int, cells: Any) -> tuple[Tensor, dict[str, int]]:
@@ -212,6 +226,32 @@ class Encoder:
                 f"row {row}: a clip has {shortest} frames, num_frames asks for {frames}; lower it or remove the row"
             )
         return [clip[:frames] for clip in clips]
+
+
+def _safetensors(cell: Mapping[str, Any], where: str) -> Tensor:
+    """The one tensor in the bytes of a safetensors file, float32. Raises DataError for other bytes or tensors."""
+    try:
+        tensors = safetensors.torch.load(cell["bytes"] or b"")
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{where}: its latents are no safetensors file ({error}); make them again") from error
+    if list(tensors) != [LATENTS] or not tensors[LATENTS].is_floating_point():
+        raise DataError(
+            f"{where}: the safetensors file holds {sorted(tensors)}; one tensor of floats, '{LATENTS}', is read"
+        )
+    return tensors[LATENTS].float()
+
+
+def require_own_latents(generator: PipelineGenerator, rows: datasets.Dataset) -> None:
+    """DataError where the column `codec` says that latents were made by another VAE than the generator's.
+
+    Where the two cannot be compared (see `is_other_base`) there is no error.
+    """
+    for base in column(rows, CODEC).unique().to_pylist():
+        if not base or is_other_base(generator.pipeline.vae, base):
+            raise DataError(
+                f"latents made with the VAE {base or 'of no name'}; that of '{generator.name}' is "
+                f"{base_of(generator.pipeline.vae)}. Train the model that made them, or give rows with videos"
+            )
 
 
 def _count(rows: datasets.Dataset, name: str) -> int:
@@ -259,15 +299,17 @@ def encode_rows(
     A column `image` or `video` holds a medium instead of a list. `targets(rows, K)` reads what the loss compares with;
     targets are not part of the cache, so the same media under other labels share one. `batch_size` prompts are encoded
     together. All processes of a job call this together; each encodes a part. Raises DataError for missing columns, no
-    rows, and, naming the row, for K that differs, targets that do not fit, or a medium that cannot be decoded, is
-    smaller than the model's patch or shorter than `num_frames`. Raises ConfigError for a `num_frames` that the model
-    does not take.
+    rows, latents of another VAE, and, naming the row, for K that differs, targets that do not fit, or a medium that
+    cannot be decoded, is smaller than the model's patch or shorter than `num_frames`. Raises ConfigError for a
+    `num_frames` that the model does not take.
     """
     media = _media_column(generator, rows)
     if not len(rows):
         raise DataError("training data has no row")
     if sizes.num_frames is not None:
         generator.require_frames(sizes.num_frames, "num_frames")
+    if media == LATENTS and CODEC in rows.column_names:
+        require_own_latents(generator, rows)
     encoder = Encoder(generator, _with_structs(rows, media), media, sizes)
     loaded = targets(rows, encoder.count)
     texts = column(rows, PROMPT).to_pylist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +65,19 @@ def require_in_range(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> 
         value = values[name]
         if value is not None and value not in allowed:
             raise ConfigError(f"{name} is {value}; it must be {allowed}")
+
+
+def weights_by_name(loss: str | Sequence[str], weights: Sequence[float] | None) -> dict[str, float]:
+    """The weight of each loss by its name, of the keys `loss` (a name or several) and `loss_weights` (None: 1 each).
+
+    Raises ConfigError for no name, one twice, another number of weights than names, or a weight that is not positive.
+    """
+    names = [loss] if isinstance(loss, str) else list(loss)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"loss is {names}; name at least one, each once")
+    if weights is not None and len(weights) != len(names):
+        raise ConfigError(f"loss_weights are {weights} for the losses {names}; give one for each")
+    by_name = dict(zip(names, [1.0] * len(names) if weights is None else weights, strict=True))
+    keys = {f"loss_weights, for {name}": weight for name, weight in by_name.items()}
+    require_in_range(keys, dict.fromkeys(keys, POSITIVE))
+    return by_name

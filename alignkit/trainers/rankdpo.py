@@ -16,8 +16,7 @@ Differences to the paper (RankDPO, arXiv 2410.18013):
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,20 +29,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
 from alignkit.errors import CheckpointMismatchError, ConfigError, DataError
-from alignkit.escape import get_logger
-from alignkit.losses import LISTS, LOSSES, PAIRS, loser_scale
+from alignkit.losses import LISTS, PAIRS, RANKED, loser_scale
 from alignkit.records import LossOutput
 from alignkit.resolve import require_known, resolve
 from alignkit.trainers import averaging
 from alignkit.trainers.beta import BETA, FLOW_BETA, beta_note, default_beta, stored_prediction
 from alignkit.trainers.config import OfflineConfig
 from alignkit.trainers.draws import DrawPlan
+from alignkit.trainers.drift import Drift
 from alignkit.trainers.latents import LatentDataset
 from alignkit.trainers.offline import OfflineTrainer
-from alignkit.trainers.ranges import DECAY, NOT_NEGATIVE, POSITIVE, Range, require_in_range
+from alignkit.trainers.ranges import DECAY, NOT_NEGATIVE, POSITIVE, Range, require_in_range, weights_by_name
 
-logger = get_logger(__name__)
-WINDOW = 10  # logs in each half of the window that the drift warning compares
 WINNER_SFT = "winner_sft"  # the loss that `sft_weight` adds
 _RANGES = {"beta": POSITIVE, "protect_winner": DECAY, "sft_weight": NOT_NEGATIVE, "reference_ema": DECAY}
 _RANGES |= {"lair_tau": POSITIVE, "lair_lambda": POSITIVE, "linear_eta": Range(0, 0.5, includes_high=False)}
@@ -104,22 +101,17 @@ class RankDPOConfig(OfflineConfig):
     @property
     def losses(self) -> dict[str, float]:
         """The weight of each loss by its name, that of `sft_weight` last."""
-        names = [self.loss] if isinstance(self.loss, str) else self.loss
-        weights = [1.0] * len(names) if self.loss_weights is None else self.loss_weights
-        return dict(zip(names, weights, strict=True)) | ({WINNER_SFT: self.sft_weight} if self.sft_weight else {})
+        own = weights_by_name(self.loss, self.loss_weights)
+        return own | ({WINNER_SFT: self.sft_weight} if self.sft_weight else {})
 
     def _check_losses(self) -> None:
         names = [self.loss] if isinstance(self.loss, str) else self.loss
         for name in names:
-            require_known(name, LOSSES, kind="loss")  # imports nothing: a dry run comes here too
-        if not names or len(set(names)) < len(names) or (self.sft_weight and WINNER_SFT in names):
+            require_known(name, RANKED, kind="loss")  # imports nothing: a dry run comes here too
+        if WINNER_SFT in weights_by_name(self.loss, self.loss_weights) and self.sft_weight:
             raise ConfigError(
-                f"loss is {names}; name at least one, each once, and {WINNER_SFT} or sft_weight, not both"
+                f"loss is {names}, sft_weight {self.sft_weight}; use {WINNER_SFT} or sft_weight, not both"
             )
-        if self.loss_weights is not None and len(self.loss_weights) != len(names):
-            raise ConfigError(f"loss_weights are {self.loss_weights} for the losses {names}; give one for each")
-        weights = {f"loss_weights, for {name}": weight for name, weight in self.losses.items()}
-        require_in_range(weights, dict.fromkeys(weights, POSITIVE))
         pairs = [name for name in names if name in PAIRS]
         others = [name for name in names if name not in PAIRS and name != WINNER_SFT]
         if pairs and others:
@@ -145,7 +137,7 @@ class RankDPOTrainer(OfflineTrainer):
 
     args: RankDPOConfig
     needs_reference = True
-    compares_candidates = True
+    candidates = None
 
     def __init__(self, model: Any, args: RankDPOConfig, train_dataset: Any, *rest: Any, **options: Any) -> None:
         self.needs_reference = args.reference_ema is None  # else no frozen copy in full fine-tuning
@@ -156,7 +148,7 @@ class RankDPOTrainer(OfflineTrainer):
             if self.is_world_process_zero():
                 print(beta_note(self.generator.prediction), file=sys.stderr)
         self._objective = _objective(args)
-        self._drift: deque[tuple[float, float]] = deque(maxlen=2 * WINDOW)
+        self._drift = Drift("set protect_winner or sft_weight")
         if args.precompute_reference:
             self.precompute_reference(one_by_one=args.low_memory)
 
@@ -227,26 +219,7 @@ class RankDPOTrainer(OfflineTrainer):
     # --- watching ---
 
     def warn_of(self, health: Mapping[str, float]) -> None:
-        """Warn when the winner's error rises while the margin grows: the loss is won by ruining both."""
-        if not health.keys() >= {"health/winner_error_delta", "health/margin"}:
-            return  # a loss of the user's own
-        self._drift.append((health["health/winner_error_delta"], health["health/margin"]))
-        if len(self._drift) < 2 * WINDOW:
-            return
-        entries = list(self._drift)
-        (w0, m0), (w1, m1) = (_means(half) for half in (entries[:WINDOW], entries[WINDOW:]))
-        if w1 > max(w0, 0.0) and m1 > m0:
-            self._drift.clear()
-            logger.warning(
-                "step %d: the winner's error against the reference rises (%.2e -> %.2e) while the margin grows "
-                "(%.3f -> %.3f). Winners and losers get worse; lower learning_rate, raise beta, or set "
-                "protect_winner or sft_weight.",
-                *(self.state.global_step, w0, w1, m0, m1),
-            )
-
-
-def _means(entries: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return sum(winner for winner, _ in entries) / WINDOW, sum(margin for _, margin in entries) / WINDOW
+        self._drift.watch(health, self.state.global_step)
 
 
 def keep_best_and_worst(dataset: LatentDataset) -> None:
@@ -274,7 +247,7 @@ def _objective(args: RankDPOConfig) -> Callable[..., LossOutput]:
     }
     losses, weights = {}, args.losses
     for name in weights:
-        losses[name] = partial(resolve(name, LOSSES, kind="loss"), beta=args.beta, **options.get(name, {}))
+        losses[name] = partial(resolve(name, RANKED, kind="loss"), beta=args.beta, **options.get(name, {}))
 
     def objective(policy_PK: Tensor, reference_PK: Tensor, phi_PK: Tensor, **protect: Tensor) -> LossOutput:
         outputs = {}

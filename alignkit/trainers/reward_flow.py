@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from alignkit.diffusion.estimators import ChainPlan, Estimator, find_estimator
@@ -23,7 +22,8 @@ from alignkit.diffusion.solvers import FreshNoise, Grid
 from alignkit.diffusion.steps import Steps
 from alignkit.errors import ConfigError, NumericsError
 from alignkit.generators.codec import at_least_float32
-from alignkit.generators.rollout import StepHook, keyed_sources, rollout
+from alignkit.generators.decoding import Decoding
+from alignkit.generators.rollout import keyed_sources, rollout
 from alignkit.generators.state_gradients import LargestGradients, StateGradients
 from alignkit.protocols import Preparing, Reward
 from alignkit.records import Conditioning, LossOutput, Prompt, Sampling, texts
@@ -34,13 +34,14 @@ from alignkit.trainers.guarded import GuardedTrainer
 from alignkit.trainers.ranges import COUNT, NOT_NEGATIVE, POSITIVE, require_in_range
 from alignkit.trainers.reward_watch import logged_parts
 from alignkit.trainers.self_check import SelfCheck
-from alignkit.trainers.velocity_penalty import VelocityPenalty
+from alignkit.trainers.velocity_penalty import VelocityPenalty, both
 from alignkit.trainers.weighted_rewards import WeightedRewards
 
 GROWTH_LIMIT = 1e6
 _RANGES = {
     "sampling_steps": COUNT,
     "noise_samples": NOT_NEGATIVE,
+    "decode_frames": COUNT,
     "state_gradient_cap": POSITIVE,
     "growth_limit": POSITIVE,
     "kl_weight": NOT_NEGATIVE,
@@ -111,6 +112,14 @@ class RewardConfig(WatchConfig, DataLossConfig):
     width: int = field(default=512, metadata={"help": "Width of what is sampled, in pixels."})
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video; default: 1."})
 
+    decode_frames: int | None = field(
+        default=None, metadata={"help": "Decode and score the first so many frames of a video; default: all."}
+    )
+    decode_cache_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Keep what a causal video VAE caches between latent frames in the memory of the CPU."},
+    )
+
     @property
     def trained_rewards(self) -> tuple[str, ...]:
         # Not checked in __post_init__: the library and the model card make a config of defaults alone.
@@ -127,6 +136,11 @@ class RewardConfig(WatchConfig, DataLossConfig):
     def fresh_noise(self) -> FreshNoise:
         """The new noise in each step of the chains."""
         return FreshNoise(self.eta, self.flow_sde)
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """How the result of a chain is decoded: with activation checkpoints."""
+        return Decoding(self.decode_frames, cache_on_cpu=self.decode_cache_on_cpu)
 
     @property
     def gradient(self) -> Estimator:
@@ -238,7 +252,7 @@ class RewardTrainer(GuardedTrainer):
         source = torch.Generator().manual_seed(int(first["seed"]))
         with torch.no_grad(), self.components_on(self.args.device), self._own_precision():
             noise = self.generator.initial_noise(self._latent_shape, source).to(self.args.device)
-            media = self.generator.decode(noise)
+            media = self.generator.decode(noise, self.args.decoding)
         with self._own_precision():
             parts = self._rewards.require_gradients(media, first["prompts"], self.generator.modality)
         self._rewards.logged = {name: logged_parts(names, self.prompts) for name, names in parts.items()}
@@ -334,8 +348,7 @@ class RewardTrainer(GuardedTrainer):
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Media [P, ...] in [0, 1] of latents, checkpointed where these have gradients."""
-        decode = self.generator.decode
-        return checkpoint(decode, latents, use_reentrant=False) if latents.requires_grad else decode(latents)
+        return self.generator.decode(latents, self.args.decoding)
 
     @property
     def _recomputes_rewards(self) -> bool:
@@ -377,14 +390,3 @@ class RewardTrainer(GuardedTrainer):
                     "were before it. Set state_gradient_cap, take fewer steps or those nearer to the end "
                     "(gradient_steps), lower coupling, or raise growth_limit"
                 )
-
-
-def both(gradients: StateGradients, penalty: VelocityPenalty | None) -> StepHook:
-    """A hook of `rollout` that calls first the one, then the other."""
-
-    def on_step(index: int, state: Tensor, prediction: Tensor) -> None:
-        gradients(index, state, prediction)
-        if penalty is not None:
-            penalty(index, state, prediction)
-
-    return on_step

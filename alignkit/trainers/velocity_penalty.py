@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from alignkit.diffusion.solvers import Grid
 from alignkit.diffusion.steps import Steps
 from alignkit.generators.pipeline import PipelineGenerator, Predictor
+from alignkit.generators.rollout import StepHook
+from alignkit.generators.state_gradients import StateGradients
 from alignkit.records import Conditioning
 from alignkit.trainers.native_error import MAX_WEIGHT
 
@@ -65,3 +67,14 @@ class VelocityPenalty:
         times, unconditional = self._grid.times(index, state), self._steps.unconditional
         arguments = (self._reference, state, times, self._cond, self._scale)
         return self._generator.guided(*arguments, grad_unconditional=unconditional)
+
+
+def both(gradients: StateGradients, penalty: VelocityPenalty | None) -> StepHook:
+    """A hook of `rollout` that calls first the one, then the other."""
+
+    def on_step(index: int, state: Tensor, prediction: Tensor) -> None:
+        gradients(index, state, prediction)
+        if penalty is not None:
+            penalty(index, state, prediction)
+
+    return on_step

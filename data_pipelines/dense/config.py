@@ -8,6 +8,7 @@ from typing import Literal
 
 from alignkit.errors import ConfigError, require_at_least
 from alignkit.pairs import EtaMeaning
+from alignkit.segments import equal_segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,4 @@ class PairsConfig:
         Pairs with one label have one segment.
         """
         length = num_frames if self.kind != "guided" else max(1, round(self.segment_seconds * fps))
-        starts = list(range(0, num_frames, length))
-        if len(starts) > 1 and num_frames - starts[-1] < length / 2:
-            starts.pop()
-        return [[start, end] for start, end in zip(starts, [*starts[1:], num_frames], strict=True)]
+        return [list(segment) for segment in equal_segments(num_frames, length)]

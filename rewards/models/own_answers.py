@@ -55,15 +55,14 @@ class OwnAnswers:
         """
         where = f"prompt '{prompt.text}', column {self.column}"
         medium = prompt.metadata[self.column]
-        digest = _digest(medium)
-        settings = [self._critic.content, self._modality, self._limit, self._frames, digest]
+        settings = [self._critic.content, self._modality, self._limit, self._frames, _digest(medium)]
         keys = [hashlib.sha256(json.dumps([*settings, question]).encode()).hexdigest() for question in questions]
         missing = [place for place, key in enumerate(keys) if not self._is_known(key)]
         if missing:
-            is_clip = self._modality == "video"
-            options = {"count": self._frames, "fps": self._critic.rate}
-            frames = decode_clip(medium, where, **options) if is_clip else decode_image(medium, where)
-            pixels = to_pixels(frames)[None]
+            if self._modality == "video":
+                pixels = to_pixels(decode_clip(medium, where, count=self._frames, fps=self._critic.rate))[None]
+            else:
+                pixels = to_pixels(decode_image(medium, where))[None]
             asked = [(0, questions[place]) for place in missing]
             for place, answer in zip(missing, self._critic.write(pixels, asked, limit=self._limit), strict=True):
                 if not answer:

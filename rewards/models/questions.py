@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from alignkit.aspects import Question
-from alignkit.errors import ConfigError, DataError
+from alignkit.aspects import Question, named
+from alignkit.errors import DataError
 from alignkit.records import Prompt
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class QuestionReward:
-    """What rewards have in common whose score is a log-probability of answers to a prompt's questions."""
+    """What rewards that ask a frozen vision-language model the questions of each prompt have in common."""
 
     needs_prompt = True
     differentiable = True
@@ -25,15 +24,6 @@ class QuestionReward:
     licence = "that of the model"
     source = "https://arxiv.org/abs/2601.04153"
     get = "a Qwen2-VL, 2.5-VL or 3-VL, such as `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir FOLDER`"
-
-
-def named(given: Sequence[str | Mapping[str, Any] | Question]) -> list[Question]:
-    """Questions with distinct names: their own, or question_1, question_2, ..."""
-    questions = [Question.of(one) for one in given]
-    questions = [replace(q, name=q.name or f"question_{number}") for number, q in enumerate(questions, 1)]
-    if len({q.name for q in questions}) != len(questions):
-        raise ConfigError(f"two questions have the same name: {', '.join(q.name for q in questions)}")
-    return questions
 
 
 def of_prompt(prompt: Prompt, default: list[Question]) -> list[Question]:

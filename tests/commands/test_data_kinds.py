@@ -148,7 +148,7 @@ def test_references_of_questions_stay_encoded_and_lie_in_the_folder(tmp_path):
     (found,) = TrainingData(kind="aspects", path=file).train()["image"]
     assert found == {"bytes": None, "path": str(tmp_path / "lists" / "a.png")}
     file.write_text(json.dumps({**row, "image": str(tmp_path / "b.png")}) + "\n", "utf-8")
-    with pytest.raises(DataError, match=r"image: .* is outside"):
+    with pytest.raises(DataError, match=r"line 1, image: '.*b\.png' is outside"):
         TrainingData(kind="aspects", path=file).train()
 
 

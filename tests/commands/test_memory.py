@@ -223,7 +223,7 @@ def test_filling_the_latents_cache_is_counted(load, model_folders):
     """The VAE's activations are those of two real images at once, and the stage counts where it is the peak."""
     model, vae = read_model(model_folders["flow"]), load("flow").pipeline.vae
     setup = replace(SETUP, batch=1, candidates=2, lora_rank=1)
-    run = memory._run(setup)
+    run = memory.run_of(setup)
     with torch.no_grad(), Ledger([*vae.parameters(), *vae.buffers()]) as ledger:
         vae.encode(torch.zeros(2, 3, 32, 32), return_dict=False)
     assert encoding_bytes(model, run) == pytest.approx(ledger.peak, rel=0.1)

@@ -49,8 +49,9 @@ def test_pairs_go_with_pairs_and_with_the_winners_error(make, partner):
 @pytest.mark.parametrize("loss", ["lair", "linear_dpo"])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_they_train(make, loss, low_memory):
-    """The loss falls on one row with one draw; step 0 of LAIR costs nothing."""
-    options = {"max_steps": 8, "learning_rate": 2e-3, "caption_dropout": 0.0, "low_memory": low_memory}
+    """The loss falls on one batch of all rows with one draw; step 0 of LAIR costs nothing."""
+    options = {"max_steps": 8, "learning_rate": 1e-3, "caption_dropout": 0.0, "low_memory": low_memory}
+    options["per_device_train_batch_size"] = 4
     trainer = make("flow", loss=loss, **options)
     plan = trainer.train_dataset.plan
     trainer.train_dataset.plan = type("Fixed", (), {"draw": lambda self, i, _, shape: plan.draw("x", 0, shape)})()

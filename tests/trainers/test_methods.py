@@ -1,4 +1,7 @@
-"""The two methods of docs/add_a_method.md as the page has them: micro-batches, ranks and missing labels."""
+"""Methods whose terms are weighted: micro-batches, ranks and missing labels.
+
+The two of docs/add_a_method.md as the page has them, and DenseDPO.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,11 @@ MODULES = ("page_bright", "page_frames")
 METHODS = {
     "bright": ["page_bright:BrightConfig", "page_bright:BrightTrainer"],
     "frames": ["page_frames:FrameLabelsConfig", "page_frames:FrameLabelsTrainer"],
+    "dense": ["alignkit.trainers.densedpo:DenseDPOConfig", "alignkit.trainers.densedpo:DenseDPOTrainer"],
 }
-MODELS = {"bright": "flow", "frames": "wan"}
+MODELS = {"bright": "flow", "frames": "wan", "dense": "wan"}
 LABELS = [[1, 0], [0, -1], [0, 0], [0, 0]]  # the last two rows have none; two latent frames each
+METRICS = ("health/brightness", "health/accuracy", "health/implicit_accuracy")
 SETTINGS = {
     "max_steps": 2,
     "per_device_train_batch_size": 4,
@@ -59,6 +64,12 @@ def rows(method, labels=LABELS):
     prompts = [f"scene number {number}" for number in range(len(labels))]
     if method == "bright":
         return datasets.Dataset.from_dict({"prompt": prompts})
+    if method == "dense":  # which leaves out rows without labels, so these have two
+        labels = [own if any(own) else [-1, 1] for own in labels]
+        pairs = [[encoded(frames(5, 16, 16, seed=9 * row + k)) for k in range(2)] for row in range(len(labels))]
+        segments = [[[0, 1], [1, 5]]] * len(labels)
+        columns = {"prompt": prompts, "videos": pairs, "labels": labels, "segments": segments}
+        return datasets.Dataset.from_dict(columns)
     videos = [[encoded(frames(5, 16, 16, seed=number))] for number in range(len(labels))]
     return datasets.Dataset.from_dict({"prompt": prompts, "videos": videos, "labels": labels})
 
@@ -101,11 +112,11 @@ def test_each_method_is_short():
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("size", [1, 2])
 def test_micro_batches_are_one_batch(job, worker, method, size):
-    """Also when micro-batches have other numbers of labels, or none: 1, 1, 0 and 0 in the four of one row each."""
+    """Also when micro-batches have other numbers of labels, or none: 1, 1, 0 and 0 (dense: 2) in the rows."""
     whole = worker["train"](job(method, "whole"))
     parts = job(method, "parts", per_device_train_batch_size=size, gradient_accumulation_steps=4 // size)
     split = worker["train"](parts)
-    for name in ("loss", "grad_norm", "health/brightness", "health/accuracy"):
+    for name in ("loss", "grad_norm", *METRICS):
         assert values(split.state.log_history, name) == pytest.approx(values(whole.state.log_history, name), rel=1e-5)
     assert_same(weights(split), weights(whole))
     start = worker["build"](job(method, "start"))
@@ -113,7 +124,7 @@ def test_micro_batches_are_one_batch(job, worker, method, size):
 
 
 def test_two_processes_equal_one(tmp_path, job, worker):
-    """The second process has the rows without labels; of three held-out rows the last has one."""
+    """The second process has the rows without labels (dense: with most); of three held-out rows the last has one."""
     labels = [*LABELS, [1, 1], [0, 0], [-1, 0]]
     options = {"held_out": 3, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
     data = {method: rows(method, labels) for method in METHODS}
@@ -123,7 +134,7 @@ def test_two_processes_equal_one(tmp_path, job, worker):
         stem = f"job-0-{number}" if number else "job-0"
         history = json.loads((tmp_path / f"{stem}.log").read_text())
         one = worker["train"](job(method, f"one-{method}", data[method], **options))
-        for name in ("loss", "grad_norm", "eval_loss", "health/brightness", "health/accuracy", "eval_accuracy"):
+        for name in ("loss", "grad_norm", "eval_loss", *METRICS, "eval_accuracy"):
             expected = pytest.approx(values(one.state.log_history, name), rel=1e-5, abs=1e-7)
             assert values(history, name) == expected, (method, name)
         assert len(values(history, "eval_loss")) == 2

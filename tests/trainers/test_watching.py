@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 
 from alignkit.errors import NumericsError
-from alignkit.trainers.rankdpo import WINDOW
+from alignkit.trainers.drift import WINDOW
 from alignkit.trainers.validation import save_grid
 
 
 def drift(trainer, winner, margin, caplog):
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="alignkit.trainers.rankdpo"):
+    with caplog.at_level(logging.WARNING, logger="alignkit.trainers.drift"):
         for w, m in zip(winner, margin, strict=True):
             trainer.warn_of({"health/winner_error_delta": w, "health/margin": m})
-    return [record.message for record in caplog.records if record.name == "alignkit.trainers.rankdpo"]
+    return [record.message for record in caplog.records if record.name == "alignkit.trainers.drift"]
 
 
 def test_drift_warning(make, caplog):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -43,12 +44,25 @@ from alignkit.trainers.latents import IMAGES_A_CALL, PIXELS_A_CALL
 
 # What CUDA's autocast runs in bf16, and of what it runs in float32 the functions whose tensors are large.
 _BF16 = {linear, conv1d, conv2d, conv3d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm}
+_CPU = torch.device("cpu")
+_TO_COPY = torch.ops.aten._to_copy.default  # noqa: SLF001 - what `Tensor.cpu` dispatches to
 _FLOAT32 = {layer_norm, group_norm, rms_norm, softmax, interpolate, Tensor.softmax, Tensor.pow, torch.pow, torch.rsqrt}
+
+
+class Guidance(Enum):
+    """The network's calls in a step of a denoising chain, whose state has a gradient too."""
+
+    NONE = "one call"
+    CONDITIONAL = "two calls, the unconditional one without gradients"
+    BOTH = "two calls"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one picture's (or video's) forward and backward pass runs with; lora_rank 0 trains all weights."""
+    """What one picture's (or video's) forward and backward pass runs with; lora_rank 0 trains all weights.
+
+    chain: a step of a denoising chain, as it is repeated in the backward pass; None: a step on given latents.
+    """
 
     height: int
     width: int
@@ -58,6 +72,7 @@ class Run:
     lora_rank: int
     lora_targets: tuple[str, ...]
     checkpointing: bool = False
+    chain: Guidance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +108,14 @@ def dry_step(model: Model, run: Run) -> Cost:
     with torch.device("meta"):
         given = network_inputs(family, net, LatentSize(1, frames, height, width))
         card = _Card(run.bf16, family.tokens)
+        if run.chain:
+            given["sample" if "sample" in given else "hidden_states"].requires_grad_()
         with Ledger([*net.parameters(), *net.buffers(), *tree_leaves(given)]) as ledger:
             with card:
-                prediction = _predict(net, given, run)
+                # A step that is repeated ends at its last kept tensor, so a call without gradients takes nothing then.
+                with torch.set_grad_enabled(run.chain is Guidance.BOTH):
+                    unconditional = 0.0 if run.chain in (None, Guidance.NONE) else _predict(net, given, run)
+                prediction = _predict(net, given, run) - unconditional
             forward = ledger.flops
             (prediction - torch.zeros_like(prediction)).square().mean().backward()
     shared = 0 if run.checkpointing else card.copied  # a checkpointed block lets go of its copies
@@ -198,6 +218,17 @@ class _Card(TorchFunctionMode):
         return value.to(dtype)
 
 
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Within it attention is one fused kernel, in forward and backward passes, also where they are repeated."""
+    functional = torch.nn.functional
+    functional.scaled_dot_product_attention = _fused_attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = scaled_dot_product_attention
+
+
 def _fused_attention(
     query: Tensor,
     key: Tensor,
@@ -207,9 +238,12 @@ def _fused_attention(
     *,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,  # noqa: ARG001 - the formulas know it by the shapes
+    enable_gqa: bool = False,
 ) -> Tensor:
     """Attention of [B, heads, tokens, channels] without its matrix."""
+    if enable_gqa:  # heads share keys and values, which the kernel below has not
+        flash = torch.ops.aten._scaled_dot_product_flash_attention  # noqa: SLF001
+        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     if attn_mask is not None:
         scores = (*query.shape[:-1], key.shape[-2])
         attn_mask = torch.empty((), dtype=query.dtype, device=query.device).expand(scores)
@@ -219,7 +253,7 @@ def _fused_attention(
 
 class Ledger(TorchDispatchMode):
     """Operations of what runs within it, and the peak bytes of the tensors made there, each storage once; `known` are
-    the tensors that were there before.
+    the tensors that were there before. What leaves the meta device for the CPU's memory no longer counts.
     """
 
     def __init__(self, known: Iterable[Any]) -> None:
@@ -229,6 +263,8 @@ class Ledger(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is _TO_COPY and args[0].is_meta and (kwargs or {}).get("device") == _CPU:
+            return torch.empty((), dtype=args[0].dtype).expand(args[0].shape)  # no storage, as on the meta device
         output = function(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, tuple | list) else (output,):
             if isinstance(tensor, Tensor) and _name(tensor) not in self._known:

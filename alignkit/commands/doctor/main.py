@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
 from alignkit.claims import versions
 from alignkit.commands.doctor import memory
+from alignkit.commands.doctor.critic_plan import CriticPlan
 from alignkit.commands.doctor.model_shapes import Model, read_model
 from alignkit.commands.methods import DEFAULT_METHOD, config_class, trainer_class
 from alignkit.commands.specs import JudgeSpec, RewardSpec, require_known
 from alignkit.commands.verb import Verb, execute
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, require_at_least
 from alignkit.generators.frames import require_frames
 from alignkit.generators.table import GENERATORS
 from alignkit.shipped import model_path, shipped_file
 from alignkit.trainers import METHODS
+
+if TYPE_CHECKING:
+    from alignkit.commands.doctor.stages import Chain
 
 OPTIONAL = {
     "torchvision": "not needed",
@@ -50,10 +55,15 @@ class DoctorJob:
     resolution: side of the images; default: the model's own.
     num_frames: frames of a video; default: what the family's pipeline generates, 1 for images.
     batch: prompts a step and device.
-    candidates: images or videos a prompt (K).
+    candidates: images or videos a prompt (K), for a method on ranked candidates.
     dtype: the precision of the frozen weights.
     bf16: whether the step computes in bf16 (autocast).
     precompute_reference: whether reference errors are there already.
+    guidance_scale: of the chains of a method that follows reward gradients.
+    unconditional_gradient: whether their unconditional call carries gradients too.
+    decode_frames: of a video, decode and score the first so many frames; default: all.
+    decode_cache_on_cpu: keep what a causal video VAE caches in the memory of the CPU.
+    critic: the vision-language model that scores; without it no reward is counted.
     reward: a name in the table of rewards, or 'package.module:attribute' of your own; it is loaded and tried on three
         shipped photographs, where the right captions must win.
     judge: a name in the table of judges, or 'package.module:attribute' of your own; tried in the same way.
@@ -73,6 +83,11 @@ class DoctorJob:
     precompute_reference: bool = False
     activation_checkpointing: bool = False
     low_memory: bool = False
+    guidance_scale: float = 5.0
+    unconditional_gradient: bool = True
+    decode_frames: int | None = None
+    decode_cache_on_cpu: bool = False
+    critic: CriticPlan | None = None
     reward: str | None = None
     judge: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -83,8 +98,9 @@ class DoctorJob:
         if sum(value is not None for value in (self.model, self.reward, self.judge)) > 1:
             raise ConfigError("give --model, --reward or --judge, one at a time")
         require_known(self.method, METHODS, kind="method")
-        if min(self.batch, self.candidates, self.lora_rank, self.resolution or 1, self.num_frames or 1) < 1:
-            raise ConfigError("batch, candidates, lora_rank, resolution and num_frames must be at least 1")
+        counts = {"batch": self.batch, "candidates": self.candidates, "lora_rank": self.lora_rank}
+        sizes = {"resolution": self.resolution, "num_frames": self.num_frames, "decode_frames": self.decode_frames}
+        require_at_least(1, {**counts, **sizes})
 
 
 def part_state(name: str) -> str:
@@ -129,6 +145,7 @@ def machine_lines() -> list[str]:
 def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
     """The job as numbers, with the model's own size and LoRA targets."""
     family, trainer = model.family, trainer_class(job.method)
+    candidates = job.candidates if trainer.candidates is None else trainer.candidates
     side = int(model.config.get("sample_size") or 128) * model.vae_ratio
     height, width, frames = family.default_size or (side, side, 1)
     if job.num_frames is not None:
@@ -139,7 +156,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
         width=job.resolution or width,
         frames=frames,
         batch=job.batch,
-        candidates=job.candidates if trainer.compares_candidates else 1,
+        candidates=candidates,
         lora_rank=job.lora_rank,
         lora_targets=tuple(family.lora_targets),
         full_finetune=job.full_finetune,
@@ -148,7 +165,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
         bf16=job.bf16,
         precompute_reference=job.precompute_reference,
         activation_checkpointing=job.activation_checkpointing,
-        low_memory=job.low_memory and trainer.compares_candidates,
+        low_memory=job.low_memory and candidates > 1,
         caches_latents=trainer.parking is not None,
     )
 
@@ -166,8 +183,14 @@ def model_lines(job: DoctorJob, folder: Path) -> list[str]:
     """Sizes, operations and memory of the planned training, and what it fits in."""
     model = planned_model(folder)
     setup = setup_of(job, model)
-    blocks = [_size_lines(folder.name, model), _lora_lines(model, setup), _operation_lines(model, setup)]
-    blocks += [_memory_lines(job.method, model, setup), _card_lines(model, setup)]
+    blocks = [_size_lines(folder.name, model), _lora_lines(model, setup)]
+    if follows_rewards(job.method):
+        blocks += _stage_blocks(job, model, setup)
+    elif job.critic is not None:
+        raise ConfigError(f"critic: the method {job.method} has none; leave it out, or name another --method")
+    else:
+        blocks += [_operation_lines(model, setup), _memory_lines(job.method, model, setup)]
+        blocks += [_card_lines(functools.partial(_verdict, model, setup))]
     notes = config_class(job.method).model_defaults(str(folder))
     blocks += [["defaults that depend on the model", *(f"  {note}" for note in notes.values())]] if notes else []
     return [line for block in blocks for line in [*block, ""]][:-1]
@@ -228,12 +251,13 @@ def _memory_lines(method: str, model: Model, setup: memory.Setup) -> list[str]:
     ]
 
 
-def _card_lines(model: Model, setup: memory.Setup) -> list[str]:
+def _card_lines(verdict: Callable[[int], str]) -> list[str]:
+    """What `verdict` says of the bytes of each card."""
     here, capacity = next(iter(devices().items()))
     cards = {f"{size} GB card": size * memory.GB for size in memory.CARDS}
     cards[f"here: {here.split(',')[0]}, {capacity / memory.GB:.0f} GB"] = capacity
     free = f"{memory.FREE:.0%} of a card is left free"
-    return [f"what fits ({free})", *(_row(name, _verdict(model, setup, size)) for name, size in cards.items())]
+    return [f"what fits ({free})", *(_row(name, verdict(int(size))) for name, size in cards.items())]
 
 
 def _verdict(model: Model, setup: memory.Setup, capacity: int) -> str:
@@ -242,6 +266,62 @@ def _verdict(model: Model, setup: memory.Setup, capacity: int) -> str:
         return "does not fit: lower batch, candidates or resolution, or shard (FSDP, DeepSpeed)"
     names, amount = found
     return f"with {', '.join(names)}: {amount / memory.GB:.1f} GB" if names else "fits as asked"
+
+
+# --- reward gradients -----------------------------------------------------------------------------------------------
+
+
+def follows_rewards(method: str) -> bool:
+    """Whether a method follows the gradients of rewards through denoising chains, which take memory in stages."""
+    from alignkit.trainers.reward_flow import RewardConfig
+
+    return issubclass(config_class(method), RewardConfig)
+
+
+def chain_of(job: DoctorJob, setup: memory.Setup, model: Model) -> Chain:
+    """The job's chains; what it does not say is as in the method's defaults."""
+    from alignkit.commands.doctor.stages import Chain, Guidance
+    from alignkit.generators.decoding import Decoding
+
+    defaults = config_class(job.method)
+    is_called_once = job.guidance_scale <= model.family.unguided or model.family.guidance is not None
+    both = Guidance.BOTH if job.unconditional_gradient else Guidance.CONDITIONAL
+    return Chain(
+        setup,
+        states=2 * defaults.sampling_steps,
+        guidance=Guidance.NONE if is_called_once else both,
+        decoding=Decoding(job.decode_frames, cache_on_cpu=job.decode_cache_on_cpu),
+        critic=job.critic,
+    )
+
+
+def _stage_blocks(job: DoctorJob, model: Model, setup: memory.Setup) -> list[list[str]]:
+    """Peak memory by stage, and what fits."""
+    from alignkit.commands.doctor import stages
+
+    chain = chain_of(job, setup, model)
+    held, (largest, amount) = stages.resident(model, chain), stages.peak(model, chain)
+    rows = {**held, **{f"then {name}": stages.stage(model, chain, name) for name in stages.STAGES}}
+    size = f"{setup.width}x{setup.height}{f', {setup.frames} frames' if setup.frames > 1 else ''}"
+    scored = "with the critic" if job.critic else "rewards not counted (name a critic with --critic.model)"
+    lines = [
+        f"peak memory of {job.method}, {size}, batch {setup.batch}, {scored} (GB: 10^9 bytes)",
+        *(_row(name, f"{value / memory.GB:9.2f} GB") for name, value in rows.items()),
+        _row(f"the peak, {largest}", f"{amount / memory.GB:9.2f} GB"),
+    ]
+
+    def verdict(capacity: int) -> str:
+        keys, at, needed = stages.what_fits(model, chain, capacity)
+        with_keys = f"with {', '.join(keys)}: " if keys else ""
+        told = f"{with_keys}{needed / memory.GB:.1f} GB, at {at}"
+        if memory.fits(needed, capacity):
+            return told
+        return f"does not fit ({told}): lower the resolution or num_frames, or shard (FSDP, DeepSpeed)"
+
+    forward, backward = stages.step_operations(model, chain)
+    operations = {"without gradients": forward, "with gradients (run twice forward)": 2 * forward + backward}
+    told = [_row(name, f"{count / 1e12:9.2f} TFLOP") for name, count in operations.items()]
+    return [["operations of a denoising step of one chain", *told], lines, _card_lines(verdict)]
 
 
 def _work(job: DoctorJob) -> None:

@@ -17,7 +17,7 @@ GB = 10**9
 CARDS = (24, 48, 80, 141)  # GB
 FREE = 0.1  # share of a card that is left to its libraries and to the allocator's rounding
 ADAM_BYTES = 4 + 4 + 8  # fp32 weight, gradient and two moments of a trained parameter
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,12 @@ class Setup:
 
 def parts(model: Model, setup: Setup) -> dict[str, int]:
     """Bytes of every part of the peak, by name."""
-    denoiser, size = model.stored(model.denoiser), _BYTES[setup.dtype]
+    return {**weights(model, setup), "activations": _cost(model, setup).peak_bytes(setup.images_in_graph)}
+
+
+def weights(model: Model, setup: Setup) -> dict[str, int]:
+    """Bytes of all weights and of what belongs to those that are trained, by name."""
+    denoiser, size = model.stored(model.denoiser), BYTES[setup.dtype]
     others = sum(model.stored(name) for name in model.shapes if name != model.denoiser)
     trained = denoiser if setup.full_finetune else lora_parameters(model, setup.lora_targets, setup.lora_rank)
     copy = setup.full_finetune and setup.needs_reference
@@ -57,7 +62,6 @@ def parts(model: Model, setup: Setup) -> dict[str, int]:
         "text encoders and VAE": others * size,
         "frozen reference copy": denoiser * 4 if copy else 0,
         "trained weights, gradients, AdamW": trained * ADAM_BYTES,
-        "activations": _cost(model, setup).peak_bytes(setup.images_in_graph),
     }
 
 
@@ -72,10 +76,9 @@ def encoding(model: Model, setup: Setup) -> int:
 
     if not setup.caches_latents:
         return 0
-    held = parts(model, setup)
+    held = weights(model, setup)
     trained = held.pop("trained weights, gradients, AdamW") * 4 // ADAM_BYTES
-    held.pop("activations")
-    return sum(held.values()) + trained + encoding_bytes(model, _run(setup))
+    return sum(held.values()) + trained + encoding_bytes(model, run_of(setup))
 
 
 def operations(model: Model, setup: Setup) -> dict[str, int]:
@@ -100,10 +103,11 @@ def lora_parameters(model: Model, targets: tuple[str, ...], rank: int) -> int:
 def _cost(model: Model, setup: Setup) -> Any:
     from alignkit.commands.doctor.dry_step import dry_step
 
-    return dry_step(model, _run(setup))
+    return dry_step(model, run_of(setup))
 
 
-def _run(setup: Setup) -> Any:
+def run_of(setup: Setup) -> Any:
+    """What the setup's forward and backward pass runs with, a `dry_step.Run`."""
     from alignkit.commands.doctor.dry_step import Run
 
     return Run(
