@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.aspects import Question, named
-from alignkit.errors import DataError, require_at_least
+from alignkit.errors import ConfigError, DataError, require_at_least
 from alignkit.records import Prompt, Scores
 from rewards.models.media import check_media
 from rewards.models.own_answers import OwnAnswers
+from rewards.models.patches import sample_frames
 from rewards.models.questions import QuestionReward, of_prompt, parts_of
 from rewards.models.vlm import VlmCritic, known_modality, listed
 
@@ -38,9 +39,10 @@ class Explanation(QuestionReward):
     `questions`: for all prompts; `metadata["questions"]` of a prompt replaces them, with the same keys as in `yes_no`
     and `answer`. `reference`: the column of reference media; default: image or video, by `modality`. `limit`: the most
     tokens of an own answer. `reference_frames`: the first frames of a reference clip, which is brought to the critic's
-    `rate`; default: all. `cache`: the folder of own answers; without it they are computed in each run. Parts: each
-    question and `aspect/NAME`, as in `yes_no`; with `eight_bit` the total for media as 8-bit files, without gradient.
-    `options` go to `VlmCritic` (device, dtype, rate, checkpointing, ...).
+    `rate`; default: all. `frames`: of each scored clip so many are read, as in `yes_no`. `cache`: the folder of own
+    answers; without it they are computed in each run. Parts: each question and `aspect/NAME`, as in `yes_no`; with
+    `eight_bit` the total for media as 8-bit files, without gradient. `options` go to `VlmCritic` (device, dtype, rate,
+    checkpointing, ...).
 
     Raises DataError naming a prompt and a question with neither `answer` nor reference.
     """
@@ -56,12 +58,17 @@ class Explanation(QuestionReward):
         reference: str | None = None,
         limit: int = 64,
         reference_frames: int | None = None,
+        frames: int | None = None,
         cache: str | None = None,
         eight_bit: bool = False,
         **options: Any,
     ) -> None:
         self.modality = known_modality(modality, self.name)
-        require_at_least(1, {"explanation: limit": limit, "explanation: reference_frames": reference_frames})
+        counts = {"limit": limit, "reference_frames": reference_frames, "frames": frames}
+        require_at_least(1, {f"explanation: {name}": count for name, count in counts.items()})
+        if frames is not None and modality == "image":
+            raise ConfigError(f"explanation: frames is {frames}, with modality image; it is for video")
+        self._frames = frames
         self._questions, self._eight_bit = named(listed(questions, "explanation: questions")), eight_bit
         self._critic = VlmCritic(model, owner=self.name, **options)
         self._own = OwnAnswers(
@@ -75,6 +82,8 @@ class Explanation(QuestionReward):
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         media = check_media(media, prompts, self)
+        if self._frames is not None:
+            media = sample_frames(media, min(self._frames, media.shape[1]))
         answered = [self._answered(prompt) for prompt in prompts]
         total, parts = self._scores(media, answered)
         if self._eight_bit:

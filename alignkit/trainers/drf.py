@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from alignkit.diffusion.steps import Steps
 from alignkit.errors import ConfigError, DataError
-from alignkit.generators.rollout import keyed_sources
+from alignkit.generators.rollout import StepHook, keyed_sources
 from alignkit.generators.state_gradients import LargestGradients, StateGradients
 from alignkit.generators.windows import rollout_windows
 from alignkit.records import Prompt
@@ -113,11 +113,11 @@ class DRFTrainer(RewardTrainer):
         gradients = [StateGradients(len(grid), self.args.state_gradient_cap) for _ in plans]
         self._gradients = LargestGradients(gradients)
         penalty = self.penalty(chains, steps)
-        hooks = [both(gradients[0], penalty), *gradients[1:]]
+        hooks: list[StepHook] = [both(gradients[0], penalty), *gradients[1:]]
         options = {"sources": keyed_sources(chains.seeds), **self.options(chains)}
         windows = [plan.steps for plan in plans]
         ends = rollout_windows(self.generator, chains.cond, chains.x, grid, windows, hooks, **options)
         with self._own_precision():
             media = torch.stack([self.decoded(latents) for latents in ends], 1)
             scored = self._by_window(media, prompts)
-        return ends[0], penalty and penalty.mean(), scored
+        return ends[0], None if penalty is None else penalty.mean(), scored

@@ -314,7 +314,8 @@ class RewardTrainer(GuardedTrainer):
         penalty = self.penalty(chains, steps)
         options = {"on_step": both(gradients, penalty), "sources": keyed_sources(chains.seeds), "steps": steps}
         latents = rollout(self.generator, chains.cond, chains.x, chains.grid, **options, **self.options(chains))
-        return latents, penalty and penalty.mean(), self._score(latents, prompts)
+        penalty_P = None if penalty is None else penalty.mean()
+        return latents, penalty_P, self._score(latents, prompts)
 
     def penalty(self, chains: Chains, steps: Steps) -> VelocityPenalty | None:
         """The velocity penalty on the states of `chains` at `steps`, if it has a weight."""

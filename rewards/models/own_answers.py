@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignkit.errors import DataError, MissingFileError
 from alignkit.escape import get_logger
@@ -17,9 +17,6 @@ from alignkit.media import decode_clip, decode_image, to_pixels
 from alignkit.records import Prompt
 from alignkit.storage import read_json, write_json
 from rewards.models.vlm import VlmCritic
-
-if TYPE_CHECKING:
-    pass
 
 _LOG = get_logger(__name__)
 
@@ -72,7 +69,6 @@ class OwnAnswers:
                     raise DataError(f"{where}: the critic ends its turn at once on '{questions[place]}'; ask otherwise")
                 self._known[keys[place]] = answer
                 if path := self._path(keys[place]):
-                    path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(path, {"key": keys[place], "question": questions[place], "answer": answer})
         return [self._known[key] for key in keys]
 

@@ -176,6 +176,9 @@ def test_a_reference_clip_is_brought_to_the_critics_rate(folders, monkeypatch):
     reward_of(folders["qwen2_vl"], rate=8.0, reference_frames=2, **options).prepare([clip])
     assert [tuple(pixels.shape[:2]) for pixels in seen] == [(1, 4), (1, 2)]
     assert torch.equal(seen[0][0, 1], torch.from_numpy(frames[2]).permute(2, 0, 1) / 255)
+    clips, given = media((1, 7, 3, 16, 16)), [Prompt.from_text("a cat", questions=ASKED)]
+    fewer = reward_of(folders["qwen2_vl"], modality="video", frames=3)(clips, given).total
+    assert torch.equal(fewer, reward_of(folders["qwen2_vl"], modality="video")(clips[:, [0, 3, 6]], given).total)
 
 
 def test_what_lacks_an_answer_is_named(folders):
@@ -184,7 +187,8 @@ def test_what_lacks_an_answer_is_named(folders):
         reward(media()[:1], [Prompt.from_text("a dog", questions=[ASKED[0], "Is it?"])])
     with pytest.raises(DataError, match=r"prompt 'a dog', column image: .* cannot be decoded"):
         reward.prepare([Prompt.from_text("a dog", questions=["Is it?"], image=b"no image")])
-    with pytest.raises(ConfigError, match="explanation: limit is 0"):
-        Explanation(folders["qwen2_vl"], limit=0)
+    for keys, message in (({"limit": 0}, "limit is 0"), ({"frames": 4}, "frames is 4, with modality image")):
+        with pytest.raises(ConfigError, match=f"explanation: {message}"):
+            Explanation(folders["qwen2_vl"], **keys)
     assert isinstance(reward, ExampleMaker)
     assert torch.isfinite(reward(media()[:1], [reward.example(media()[0], PROMPTS[0])[1]]).total).all()
