@@ -97,7 +97,7 @@ class Asking(Protocol):
 
 @runtime_checkable
 class Dependent(Protocol):
-    """A reward whose score of a medium may hang on other media: of the same call, or of calls before."""
+    """A reward whose score of a medium may depend on other media: of the same call, or of calls before."""
 
     def dependence(self) -> str:
         """Why it does and what to do instead, the end of a sentence; empty where each row stands for itself."""
@@ -105,7 +105,7 @@ class Dependent(Protocol):
 
 
 def require_independent(rewards: Mapping[str, object]) -> None:
-    """ConfigError naming the first reward of `rewards` whose scores would hang on how media are cut into calls."""
+    """ConfigError naming the first reward of `rewards` whose scores would depend on how media are cut into calls."""
     for name, reward in rewards.items():
         reason = reward.dependence() if isinstance(reward, Dependent) else ""
         if reason:

@@ -233,15 +233,17 @@ def measure(name: str, chosen: argparse.Namespace, work: Path) -> dict[str, Any]
         meter = Meter(weights, known)
         run(parts, chain, meter)
     held = sum(stages.resident(parts.model, chain).values())
-    told = {key: held + stages.stage(parts.model, chain, key) for key in (stages.CRITIC, stages.DECODING, stages.STEP)}
+    predicted = {
+        key: held + stages.stage(parts.model, chain, key) for key in (stages.CRITIC, stages.DECODING, stages.STEP)
+    }
     return {
         "case": name,
         "tiny": chosen.tiny,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "weights_gb": round(weights / memory.GB, 4),
         "peak_gb": {key: round(value / memory.GB, 4) for key, value in meter.peaks.items()},
-        "doctor_gb": {key: round(value / memory.GB, 4) for key, value in told.items()},
-        "doctor_over_measured": {key: round(value / meter.peaks[key], 3) for key, value in told.items()},
+        "doctor_gb": {key: round(value / memory.GB, 4) for key, value in predicted.items()},
+        "doctor_over_measured": {key: round(value / meter.peaks[key], 3) for key, value in predicted.items()},
         "seconds": meter.seconds,
     }
 

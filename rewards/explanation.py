@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.aspects import Question, named
-from alignkit.errors import ConfigError, DataError, require_at_least
-from alignkit.records import Prompt, Scores
-from rewards.models.media import check_media
+from typing_extensions import override
+
+from alignkit.aspects import Question
+from alignkit.errors import DataError, require_at_least
+from alignkit.records import Prompt
 from rewards.models.own_answers import OwnAnswers
-from rewards.models.patches import sample_frames
-from rewards.models.questions import QuestionReward, of_prompt, parts_of
-from rewards.models.vlm import VlmCritic, known_modality, listed
+from rewards.models.questions import QuestionReward, parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,14 +62,9 @@ class Explanation(QuestionReward):
         eight_bit: bool = False,
         **options: Any,
     ) -> None:
-        self.modality = known_modality(modality, self.name)
-        counts = {"limit": limit, "reference_frames": reference_frames, "frames": frames}
+        counts = {"limit": limit, "reference_frames": reference_frames}
         require_at_least(1, {f"explanation: {name}": count for name, count in counts.items()})
-        if frames is not None and modality == "image":
-            raise ConfigError(f"explanation: frames is {frames}, with modality image; it is for video")
-        self._frames = frames
-        self._questions, self._eight_bit = named(listed(questions, "explanation: questions")), eight_bit
-        self._critic = VlmCritic(model, owner=self.name, **options)
+        super().__init__(model, questions, modality=modality, frames=frames, eight_bit=eight_bit, **options)
         self._own = OwnAnswers(
             self._critic,
             column=reference or modality,
@@ -80,28 +74,19 @@ class Explanation(QuestionReward):
             folder=Path(cache) if cache else None,
         )
 
-    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        media = check_media(media, prompts, self)
-        if self._frames is not None:
-            media = sample_frames(media, min(self._frames, media.shape[1]))
-        answered = [self._answered(prompt) for prompt in prompts]
-        total, parts = self._scores(media, answered)
-        if self._eight_bit:
-            parts["eight_bit"] = self._scores(media, answered, eight_bit=True)[0].detach()
-        return Scores(total, parts)
-
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Write and cache the answers of all prompts (`alignkit.protocols.Preparing`)."""
         for prompt in prompts:
-            self._answered(prompt)
+            self._of(prompt)
 
     def example(self, photograph: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
         """The photograph with its caption as the wished answer (`alignkit.protocols.ExampleMaker`)."""
         return photograph, replace(prompt, metadata={"questions": [{"text": QUESTION, "answer": "{prompt}"}]})
 
-    def _answered(self, prompt: Prompt) -> list[Question]:
+    @override
+    def _of(self, prompt: Prompt) -> list[Question]:
         """The prompt's questions with `{prompt}` filled in, each with its answer."""
-        given = of_prompt(prompt, self._questions)
+        given = super()._of(prompt)
         texts = [question.asked(prompt.text)[0] for question in given]
         open_ = [place for place, question in enumerate(given) if not question.answer]
         if open_ and not prompt.metadata.get(self._own.column):
@@ -116,11 +101,11 @@ class Explanation(QuestionReward):
         rows = zip(given, texts, answers, strict=True)
         return [replace(question, text=text, answer=answer) for question, text, answer in rows]
 
+    @override
     def _scores(
-        self, media: Tensor, answered: Sequence[list[Question]], *, eight_bit: bool = False
+        self, media: Tensor, prompts: Sequence[Prompt], own: Sequence[list[Question]], *, eight_bit: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(total [B], parts [B] each)."""
-        triples = [(index, q.text, q.answer) for index, questions in enumerate(answered) for q in questions]
+        triples = [(index, q.text, q.answer) for index, questions in enumerate(own) for q in questions]
         values = iter(self._critic.answers_of(media, triples, eight_bit=eight_bit))
-        rows = [{question.name: next(values) for question in questions} for questions in answered]
-        return parts_of(answered, rows)
+        rows = [{question.name: next(values) for question in questions} for questions in own]
+        return parts_of(own, rows)

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alignkit.aspects import Question, named
-from alignkit.errors import ConfigError
-from alignkit.records import Prompt, Scores
-from rewards.models.media import check_media
-from rewards.models.patches import sample_frames
-from rewards.models.questions import QuestionReward, of_prompt, parts_of
-from rewards.models.vlm import VlmCritic, known_modality, listed
+from typing_extensions import override
+
+from alignkit.aspects import Question
+from alignkit.records import Prompt
+from rewards.models.questions import QuestionReward, parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,23 +46,9 @@ class YesNo(QuestionReward):
         eight_bit: bool = False,
         **options: Any,
     ) -> None:
-        self.modality = known_modality(modality, self.name)
-        if frames is not None and (modality == "image" or frames < 1):
-            raise ConfigError(f"yes_no: frames is {frames}, with modality {modality}; give 1 or more, for video")
-        self._frames = frames
-        self._questions, self._eight_bit = named(listed(questions, "yes_no: questions")), eight_bit
-        self._critic = VlmCritic(model, owner=self.name, **options)
+        super().__init__(model, questions, modality=modality, frames=frames, eight_bit=eight_bit, **options)
 
-    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        media = check_media(media, prompts, self)
-        if self._frames is not None:
-            media = sample_frames(media, min(self._frames, media.shape[1]))
-        own = [of_prompt(prompt, self._questions) for prompt in prompts]
-        total, parts = self._scores(media, prompts, own)
-        if self._eight_bit:
-            parts["eight_bit"] = self._scores(media, prompts, own, eight_bit=True)[0].detach()
-        return Scores(total, parts)
-
+    @override
     def _scores(
         self, media: Tensor, prompts: Sequence[Prompt], own: Sequence[list[Question]], *, eight_bit: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,14 +8,9 @@ from alignkit.records import Scores
 
 PROMPTS = ["a red circle", "two blue rings", "a green square", "a cross"]
 STEPS = 3
-SETTINGS = {
-    "reward_weights": {"red": 1.0},
+TRAINING = {
     "max_steps": 2,
     "per_device_train_batch_size": 2,
-    "sampling_steps": STEPS,
-    "guidance_scale": 2.0,
-    "height": 16,
-    "width": 16,
     "lora_rank": 2,
     "learning_rate": 1e-2,
     "use_cpu": True,
@@ -23,6 +18,14 @@ SETTINGS = {
     "disable_tqdm": True,
     "save_strategy": "no",
 }
+CHAIN = {
+    "reward_weights": {"red": 1.0},
+    "sampling_steps": STEPS,
+    "guidance_scale": 2.0,
+    "height": 16,
+    "width": 16,
+}
+SETTINGS = TRAINING | CHAIN
 
 
 class Red:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
-from clips import frames
+from clips import frames, timed
 from PIL import Image, ImageCms
 
 from alignkit import media
@@ -272,23 +271,6 @@ def test_the_frame_rate_is_stored(fps):
     assert np.array_equal(media.decode_clip(data, "here", fps=fps), frames(7))
     with av.open(io.BytesIO(data)) as container:
         assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-4)
-
-
-def timed(pictures, times, *, rate=10, **options):
-    """Matroska whose frames are shown at `times` in milliseconds."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="matroska") as container:
-        stream = container.add_stream("ffv1", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "bgr0"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        if options:
-            stream.set_display_rotation(**options)
-        for picture, time in zip(pictures, times, strict=True):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def test_frames_are_chosen_by_presentation_time():

@@ -20,6 +20,14 @@ TEMPLATE = (
 )
 
 
+def slope(reward, pixels, prompts, row, gradient):
+    """(the reward of `row` by central differences along the sign of `gradient`, the same by `gradient`)."""
+    step = 1e-3 * gradient.sign()
+    with torch.no_grad():
+        ends = [reward(pixels + sign * step, prompts).total[row] for sign in (1, -1)]
+    return ((ends[0] - ends[1]) / 2e-3).item(), gradient.abs().sum().item()
+
+
 def tokenizer(words=("Yes", "No", "yes", "no")):
     """Bytes and a few words, then Qwen's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -39,8 +39,8 @@ class Decoding:
         frames: of a video: the first so many frames, or the indices of frames, in any order; all by default. Latent
             frames after the last of them are left out where the family's decoder is causal.
         segment: latent frames per outer activation checkpoint, of a VAE with a feature cache. With segments of s of T
-            latent frames T / s + s caches are kept instead of T, at the cost of one more forward pass; least for the
-            square root of T. 1: no outer ones.
+            latent frames T / s + s caches are kept instead of T, at the cost of one more forward pass. It helps only
+            where the caches outweigh the activations of one call. 1: no outer ones.
         cache_on_cpu: keep the feature caches between the calls, or between the segments, in the memory of the CPU.
 
     Raises ConfigError for a segment below 1.

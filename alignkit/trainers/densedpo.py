@@ -167,8 +167,8 @@ class DenseDPOTrainer(OfflineTrainer):
         """The pixel frames behind the latent frames of each row; DataError where a row says another number."""
         ratio, names = self.generator.temporal_ratio, rows.column_names
         counts = [1 + ratio * (latent_frames - 1) for latent_frames in frames]
-        told = column(rows, "num_frames").to_pylist() if LATENTS in names and "num_frames" in names else counts
-        for row, (count, own) in enumerate(zip(counts, told, strict=True)):
+        given = column(rows, "num_frames").to_pylist() if LATENTS in names and "num_frames" in names else counts
+        for row, (count, own) in enumerate(zip(counts, given, strict=True)):
             if own != count:
                 raise DataError(f"row {row}: num_frames is {own}, and its latents are of {count} frames")
         rates = column(rows, "fps").to_pylist() if fps is not None else [1.0] * len(rows)

@@ -179,7 +179,7 @@ def _named(name: str, validation: Validation | None, trained: Mapping[str, Rewar
     relative = _relative(held_out[name], trained)
     if relative is not None:
         raise ConfigError(
-            f"guard '{name}' shares weights with the trained reward '{relative}', so it is deceived where that one is; "
+            f"guard '{name}' shares weights with the trained reward '{relative}', so it makes the same errors; "
             "name a reward of another model, or set guard: null"
         )
     return name

@@ -1,4 +1,4 @@
-"""Whether two rewards share weights: a held-out reward that reads with the trained one's network is no check of it."""
+"""Whether two rewards share weights. A guard that uses the network of a trained reward makes the same errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def shared_weights(one: Any, other: Any) -> int:
     """How many weights of `one` are weights of `other` as well, equal in shape and in values; biases are left out.
 
     Weights are those of the modules and tensors that the objects hold, at any depth. 64 values of each are compared, in
-    bfloat16, so that two precisions of one model are recognised. Weights whose values are all equal say nothing and do
-    not count. Not seen: a model that is not in this process (a served one), and quantised copies.
+    bfloat16, so that two precisions of one model are recognised. Weights whose values are all equal do not count. Not
+    seen: a model that is not in this process (a served one), and quantised copies.
     """
     return len(_keys(one) & _keys(other))
 

@@ -1,21 +1,29 @@
-"""A prompt's questions, and the scores of their answers as a total and parts by question and aspect."""
+"""Rewards that ask a vision-language model a prompt's questions: what they have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignkit.aspects import Question, named
-from alignkit.errors import DataError
-from alignkit.records import Prompt
+from alignkit.errors import ConfigError, DataError, require_at_least
+from alignkit.records import Prompt, Scores
+from rewards.models.media import check_media
+from rewards.models.patches import sample_frames
+from rewards.models.vlm import VlmCritic, known_modality, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class QuestionReward:
-    """What rewards that ask a frozen vision-language model the questions of each prompt have in common."""
+    """Scores media by a frozen model's answers; a subclass says what an answer is worth (`_scores`).
 
+    `questions` are asked where a prompt has none of its own. Of each clip `frames` frames are read, evenly from the
+    first to the last; None: all. `options` go to `VlmCritic`. Raises ConfigError for `frames` of images or below 1.
+    """
+
+    name: str
     needs_prompt = True
     differentiable = True
     comparable_across_prompts = True
@@ -25,15 +33,48 @@ class QuestionReward:
     source = "https://arxiv.org/abs/2601.04153"
     get = "a Qwen2-VL, 2.5-VL or 3-VL, such as `hf download Qwen/Qwen2.5-VL-3B-Instruct --local-dir FOLDER`"
 
+    def __init__(
+        self,
+        model: str,
+        questions: Sequence[str | Mapping[str, Any]],
+        *,
+        modality: str,
+        frames: int | None,
+        eight_bit: bool,
+        **options: Any,
+    ) -> None:
+        self.modality = known_modality(modality, self.name)
+        require_at_least(1, {f"{self.name}: frames": frames})
+        if frames is not None and modality == "image":
+            raise ConfigError(f"{self.name}: frames is {frames}, with modality image; it is for video")
+        self._frames, self._eight_bit = frames, eight_bit
+        self._questions = named(listed(questions, f"{self.name}: questions"))
+        self._critic = VlmCritic(model, owner=self.name, **options)
 
-def of_prompt(prompt: Prompt, default: list[Question]) -> list[Question]:
-    """The questions in `prompt.metadata`, or `default` where it has none. Raises DataError for what is no list."""
-    given = prompt.metadata.get("questions")
-    if given is None:
-        return default
-    if isinstance(given, str) or not given:
-        raise DataError(f"prompt '{prompt.text}': its questions are {given!r}; give a list of texts or mappings")
-    return named(given)
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        media = check_media(media, prompts, self)
+        if self._frames is not None:
+            media = sample_frames(media, min(self._frames, media.shape[1]))
+        own = [self._of(prompt) for prompt in prompts]
+        total, parts = self._scores(media, prompts, own)
+        if self._eight_bit:
+            parts["eight_bit"] = self._scores(media, prompts, own, eight_bit=True)[0].detach()
+        return Scores(total, parts)
+
+    def _of(self, prompt: Prompt) -> list[Question]:
+        """The questions in `prompt.metadata`, else those for all prompts. Raises DataError for what is no list."""
+        given = prompt.metadata.get("questions")
+        if given is None:
+            return self._questions
+        if isinstance(given, str) or not given:
+            raise DataError(f"prompt '{prompt.text}': its questions are {given!r}; give a list of texts or mappings")
+        return named(given)
+
+    def _scores(
+        self, media: Tensor, prompts: Sequence[Prompt], own: Sequence[list[Question]], *, eight_bit: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(total [B], parts [B] each) of media with the questions `own[b]`; see `parts_of`."""
+        raise NotImplementedError
 
 
 def parts_of(own: Sequence[Sequence[Question]], rows: Sequence[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -23,23 +22,6 @@ from data_pipelines.dense.decoding import Decoded, decode_listed, decoded
 
 SAMPLING = Sampling(steps=2, num_frames=5, fps=8, height=16, width=24)
 VIDEO = made.encoded(made.frames(6))
-
-
-def timed(pictures, times, codec="ffv1", container="matroska", pixels="bgr0", degrees=0):
-    """A video whose frames are shown at `times`, in milliseconds."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as file:
-        stream = file.add_stream(codec, rate=1000)
-        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], pixels
-        stream.codec_context.time_base = Fraction(1, 1000)
-        if degrees:
-            stream.set_display_rotation(degrees)
-        for picture, time in zip(pictures, times, strict=True):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def webp(pictures, durations):
@@ -123,13 +105,13 @@ def test_a_variable_frame_rate_is_read_by_time():
     """Ten frames 50 ms apart, then five 125 ms apart: at 8 frames a second every frame of the second half is taken."""
     pictures = made.frames(15)
     times = [50 * k for k in range(10)] + [500 + 125 * k for k in range(5)]
-    result = decoded(timed(pictures, times), "here", Sampling(steps=1, num_frames=8, fps=8, height=16, width=24))
+    result = decoded(made.timed(pictures, times), "here", Sampling(steps=1, num_frames=8, fps=8, height=16, width=24))
     assert np.array_equal(result.frames, pictures[[0, 2, 5, 8, 10, 11, 12, 13]])  # 375 ms lies between 350 and 400
 
 
 def test_a_rotation_flag_is_applied():
     pictures = made.frames(5, 24, 16)
-    data = timed(pictures, [125 * k for k in range(5)], degrees=90)
+    data = made.timed(pictures, [125 * k for k in range(5)], degrees=90)
     assert np.array_equal(decoded(data, "here", SAMPLING).frames, np.stack([np.rot90(p) for p in pictures]))
 
 

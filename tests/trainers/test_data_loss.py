@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import datasets
 import pytest
+import red_reward
 import torch
+from red_reward import TRAINING, Red
 
 from alignkit.errors import ConfigError, DataError
-from alignkit.records import Scores
 from alignkit.trainers.data_loss import data_errors
 
-SETTINGS = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "lora_rank": 2,
-    "learning_rate": 1e-2,
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-}
-CHAIN = {"reward_weights": {"red": 1.0}, "sampling_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16}
-
-
-class Red:
-    name, modality, needs_prompt, differentiable = "red", "image", False, True
-    comparable_across_prompts, native_range, licence, source = True, (0.0, 1.0), "Apache-2.0", "here"
-
-    def __call__(self, media, prompts):
-        return Scores(media[:, 0].mean((1, 2)))
+CHAIN = red_reward.CHAIN | {"sampling_steps": 2, "guidance_scale": 1.0}
 
 
 @pytest.fixture
@@ -48,7 +31,7 @@ def make(load, tmp_path):
     from alignkit.trainers.reward_flow import RewardConfig, RewardTrainer
 
     def build(rows, **keys):
-        args = RewardConfig(**{**SETTINGS, **CHAIN, "output_dir": str(tmp_path / "run"), **keys})
+        args = RewardConfig(**{**TRAINING, **CHAIN, "output_dir": str(tmp_path / "run"), **keys})
         return RewardTrainer(load("unet"), args, rows, rewards={"red": Red()})
 
     return build
@@ -65,7 +48,7 @@ def test_it_is_the_loss_of_supervised_fine_tuning(make, rows, load, tmp_path, st
 
     given, keys = rows((16, 16), (16, 16)), {"data_weight": 0.5, "data_dropout": 0.4}
     trainer, plain = make(given, **keys), make(given)
-    args = SFTConfig(**SETTINGS, output_dir=str(tmp_path / "sft"), caption_dropout=0.4)
+    args = SFTConfig(**TRAINING, output_dir=str(tmp_path / "sft"), caption_dropout=0.4)
     tuned = SFTTrainer(load("unet"), args, given)
     for one in (trainer, plain, tuned):
         stir(one)

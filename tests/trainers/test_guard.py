@@ -11,8 +11,12 @@ from red_reward import PROMPTS, SETTINGS, Red
 
 from alignkit.errors import ConfigError, UnknownNameError
 from alignkit.records import Prompt, Sampling, Scores
+from alignkit.resolve import resolve
+from alignkit.shipped import model_path
 from alignkit.trainers.guard import FALLEN, Guard
+from alignkit.trainers.shared_weights import shared_weights
 from alignkit.trainers.validation import Validation
+from rewards import REWARDS
 
 SMALL = Sampling(2, 1.0, 16, 16)
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "sampling_steps": 2, "guidance_scale": 1.0}
@@ -123,6 +127,16 @@ def test_weights_are_compared(make):
         make({"other": trained}, trained=trained, guard="other")
     chosen = make({"other": Network(weight.clone()), "held": Network(torch.randn(4, 4))}, trained=trained)
     assert chosen._guard.name == "held"
+
+
+def test_the_preference_rewards_of_the_sandbox_are_related():
+    """Both heads were trained from one model; CLIP was not."""
+    kinds = {"careful": "preference", "showy": "preference", "clip": "clip_score"}
+    loaded = {
+        name: resolve(kind, REWARDS, kind="reward")(model=model_path(f"sandbox:{name}")) for name, kind in kinds.items()
+    }
+    assert shared_weights(loaded["careful"], loaded["showy"]) == 1
+    assert shared_weights(loaded["careful"], loaded["clip"]) == 0
     assert chosen.args.metric_for_best_model == "eval_guard/held"
     assert chosen.args.load_best_model_at_end
     assert chosen.args.save_strategy == "steps"

@@ -1,4 +1,4 @@
-"""The critic of a planned training, as the doctor is told of it. Imports no torch."""
+"""The settings of the critic in a planned training, for the doctor. Imports no torch."""
 
 from __future__ import annotations
 

@@ -314,15 +314,15 @@ def _stage_blocks(job: DoctorJob, model: Model, setup: memory.Setup) -> list[lis
     def verdict(capacity: int) -> str:
         keys, at, needed = stages.what_fits(model, chain, capacity)
         with_keys = f"with {', '.join(keys)}: " if keys else ""
-        told = f"{with_keys}{needed / memory.GB:.1f} GB, at {at}"
+        result = f"{with_keys}{needed / memory.GB:.1f} GB, at {at}"
         if memory.fits(needed, capacity):
-            return told
-        return f"does not fit ({told}): lower the resolution or num_frames, or shard (FSDP, DeepSpeed)"
+            return result
+        return f"does not fit ({result}): lower the resolution or num_frames, or shard (FSDP, DeepSpeed)"
 
     forward, backward = stages.step_operations(model, chain)
     operations = {"without gradients": forward, "with gradients (run twice forward)": 2 * forward + backward}
-    told = [_row(name, f"{count / 1e12:9.2f} TFLOP") for name, count in operations.items()]
-    return [["operations of a denoising step of one chain", *told], lines, _card_lines(verdict)]
+    lines_of_step = [_row(name, f"{count / 1e12:9.2f} TFLOP") for name, count in operations.items()]
+    return [["operations of a denoising step of one chain", *lines_of_step], lines, _card_lines(verdict)]
 
 
 def _work(job: DoctorJob) -> None:

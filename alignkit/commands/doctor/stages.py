@@ -1,6 +1,7 @@
 """Peak memory of reward gradients by stage: one denoising step, decoding, a critic; and what lowers the largest.
 
-The stages follow each other in the backward pass, so the peak is what stands there all the time and the largest stage.
+The stages follow each other in the backward pass, so the peak is what is held during all of them plus the largest
+stage.
 Deliberately not here: rewards other than the critic, whose networks are small beside it, and sharding.
 """
 
@@ -54,7 +55,7 @@ class Chain:
 
 
 def resident(model: Model, chain: Chain) -> dict[str, int]:
-    """Bytes that stand there in every stage, by name."""
+    """Bytes that are held during every stage, by name."""
     held = memory.weights(model, chain.setup)
     if chain.quantized:
         # nf4: matrices in 4 bits with a float32 for each 64 numbers, all else in bfloat16
@@ -70,7 +71,7 @@ def stage(model: Model, chain: Chain, name: str) -> int:
     """Bytes that a stage of `STAGES` takes beside `resident`."""
     batch = chain.setup.batch
     if name == OPTIMIZER:
-        return 0  # its moments stand there all the time, and the fused AdamW makes nothing else
+        return 0  # its moments are in `resident`, and the fused AdamW makes nothing else
     if name == STEP:
         return _step(model, chain).peak_bytes(batch)
     decoded = decoding_stage(model, chain.size, chain.setup.dtype, chain.decoding)
