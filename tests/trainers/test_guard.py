@@ -127,6 +127,9 @@ def test_weights_are_compared(make):
         make({"other": trained}, trained=trained, guard="other")
     chosen = make({"other": Network(weight.clone()), "held": Network(torch.randn(4, 4))}, trained=trained)
     assert chosen._guard.name == "held"
+    assert chosen.args.metric_for_best_model == "eval_guard/held"
+    assert chosen.args.load_best_model_at_end
+    assert chosen.args.save_strategy == "steps"
 
 
 def test_the_preference_rewards_of_the_sandbox_are_related():
@@ -137,9 +140,6 @@ def test_the_preference_rewards_of_the_sandbox_are_related():
     }
     assert shared_weights(loaded["careful"], loaded["showy"]) == 1
     assert shared_weights(loaded["careful"], loaded["clip"]) == 0
-    assert chosen.args.metric_for_best_model == "eval_guard/held"
-    assert chosen.args.load_best_model_at_end
-    assert chosen.args.save_strategy == "steps"
 
 
 @pytest.mark.parametrize(
