@@ -100,6 +100,14 @@ def test_what_never_rises_ends_as_it_was(make, caplog):
     assert "so the result is the model as it was" in messages(caplog)[-1]
 
 
+def test_a_fallen_evaluation_is_never_the_best(make):
+    """Its guard may be the highest, where diversity or motion fell."""
+    trainer = make({"held": Scripted()})
+    for value, fallen, best in ((1.0, 0.0, 1.0), (9.0, 1.0, 1.0), (2.0, 0.0, 2.0)):
+        trainer._determine_best_metric({"eval_guard/held": value, FALLEN: fallen}, None)
+        assert trainer.state.best_metric == best
+
+
 def read(guard, *rows):
     """FALLEN of the rows (value, diversity), whose standard error is 0.1."""
     log = []
