@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -86,7 +87,9 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     at_first, at_three = second.split("## Guidance 5\n")[1].split("## Guidance 3\n")
     assert "| dpo |" in at_first
     assert "| dpo |" in at_three
-    assert at_first != at_three
+    folders = sorted((work / "second" / "arms" / "dpo" / "seed-0").glob("evaluation*"))
+    sampled = [json.loads((folder / "evaluation.json").read_text())["sampling"]["guidance_scale"] for folder in folders]
+    assert sampled == [5.0, 3.0]
     assert before.items() <= (stamps(work / "shared") | stamps(work / "ladder")).items()
 
     assert cli.main(ladder()) == 0

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from alignkit.diffusion.solvers import FreshNoise, Grid
 from alignkit.errors import ConfigError
 from alignkit.generators.grids import scheduler_grid
+from alignkit.generators.rollout import keyed_sources
 
 
 def flow_grid(count, end=0.0):
@@ -106,6 +107,17 @@ def test_the_last_step_goes_to_the_clean_latent():
     grid, x, p = flow_grid(2), torch.ones(3, dtype=torch.float64), torch.full((3,), 0.4, dtype=torch.float64)
     for noise in (FreshNoise(eta=1), FreshNoise(flow_sde=0.7), FreshNoise()):
         assert torch.equal(noise.step("flow", p, x, grid, 1, 100 * x), x - 0.5 * p)
+
+
+def test_noise_is_keyed_by_row_step_and_use():
+    def drawn(seed, index, *key):
+        (source,) = keyed_sources([seed], *key)(index)
+        return torch.randn(4, generator=source)
+
+    assert torch.equal(drawn(1, 2), drawn(1, 2))
+    others = [drawn(2, 2), drawn(1, 3), drawn(1, 2, "sample", 0), drawn(1, 2, "sample", 1)]
+    assert not any(torch.equal(drawn(1, 2), other) for other in others)
+    assert not torch.equal(others[2], others[3])
 
 
 def test_values_out_of_range_are_named():

@@ -161,6 +161,8 @@ def test_without_an_answer_the_reference_gives_one_that_is_written_once(folders,
     reward_of(folder, limit=6).prepare([prompt(Image.open(io.BytesIO(real)))])
     assert len(calls) == 5
     assert len(list(cache.rglob("*.json"))) == 3
+    again.prepare([prompt(real), prompt(png(media(seed=3)[0]))])  # the second medium is another one
+    assert len(calls) == 6
 
 
 def test_a_reference_clip_is_brought_to_the_critics_rate(folders, monkeypatch):

@@ -82,14 +82,17 @@ def test_the_flow_generator_trains_its_text_encoders_and_the_policy_does_not(mod
     assert generator.generate(["a red circle"], [1], sampling).isfinite().all()
 
 
-def test_the_classifier_reads_the_image_tokens_of_the_middle_block(models, tmp_path):
-    """Its loss reaches both text encoders and the first half of the transformer, and nothing after the middle."""
+def test_the_classifier_reads_the_image_tokens_of_the_middle_block(models, tmp_path, monkeypatch):
+    """Its loss is added, and reaches both text encoders and the first half of the transformer, nothing later."""
     generator = wrap(generators.build_flow(AutoencoderKL.from_pretrained(models / "vae")))
     objective = flow.FlowObjective(generator)
     scenes = flow.Scenes(2, seed=1)
     items = flow.Noised(scenes, scenes.encoded(generator, tmp_path / "scenes.safetensors"), 2)
     batch = flow.collate([items[0], items[1]])
-    objective(**batch)
+    whole = objective(**batch)["loss"]
+    named = torch.nn.functional.cross_entropy(objective.places(objective._tokens).mT, batch["labels"])
+    monkeypatch.setattr(flow, "PLACES", 0.0)
+    torch.testing.assert_close(whole - objective(**batch)["loss"], 0.3 * named)
     objective.places(objective._tokens).square().mean().backward()
     blocks = generator.net.transformer_blocks
     reached = [any(weight.grad is not None for weight in block.parameters()) for block in blocks]
