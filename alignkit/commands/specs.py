@@ -288,14 +288,20 @@ def trained_rewards(args: object) -> Sequence[str]:
 
 
 def require_guard(args: object, validation: ValidationConfig | None) -> None:
-    """UnknownNameError for a trainer's `guard` that is none of `validation.rewards`."""
-    guard = None if args is None or isinstance(args, Mapping) else vars(args).get("guard")
-    if guard not in (None, "auto"):
-        known = validation.rewards if validation else ()
-        if guard not in known:
-            raise UnknownNameError(
-                f"guard names '{guard}', which is none of `validation.rewards`.{nearest(guard, known)}"
-            )
+    """UnknownNameError for a trainer's `guard` that is none of `validation.rewards`.
+
+    ConfigError for a `metric_for_best_model` beside a guard, which chooses the best checkpoint itself.
+    """
+    given = {} if args is None or isinstance(args, Mapping) else vars(args)
+    guard, known = given.get("guard"), validation.rewards if validation else ()
+    if guard not in (None, "auto") and guard not in known:
+        raise UnknownNameError(f"guard names '{guard}', which is none of `validation.rewards`.{nearest(guard, known)}")
+    metric = given.get("metric_for_best_model") or "loss"
+    if guard is not None and set(known) - set(trained_rewards(args)) and not metric.startswith(("loss", "eval_guard/")):
+        raise ConfigError(
+            f"metric_for_best_model is '{metric}', but the guard chooses the best checkpoint: leave it out, or set "
+            "guard: null"
+        )
 
 
 def generator_builders(specs: Mapping[str, GeneratorSpec]) -> dict[str, Callable[[], ImageSource]]:

@@ -13,6 +13,8 @@ WORDS = [
     "--rewards.red.reward=mine_for_commands:Red",
     "--out=mine",
 ]
+HELD_OUT = ["--reward_weights.red=1", "--rewards.dark.reward=mine_for_commands:Dark", "--validation.rewards=[dark]"]
+HELD_OUT += ["--eval_strategy=steps", "--eval_steps=1", "--save_strategy=steps", "--save_steps=1"]
 SIZE = ["--height=16", "--width=16", "--sampling_steps=2", "--max_steps=1", "--per_device_train_batch_size=2"]
 
 
@@ -29,6 +31,11 @@ def test_a_training_on_a_reward(work, model_folders, capsys):
         (["--reward_weights.rde=1"], "reward_weights: no reward 'rde' under `rewards`. Did you mean 'red'"),
         (["--reward_weights.red=1", "--gradient_steps=last 9"], "'last 9'; the chain has 2 steps"),
         (["--reward_weights.red=1", "--gradient_step=last 1"], "unknown key 'gradient_step'"),
+        ([*HELD_OUT, "--guard=drak"], "guard names 'drak', which is none of `validation.rewards`. Did you mean 'dark'"),
+        (
+            [*HELD_OUT, "--load_best_model_at_end=true", "--metric_for_best_model=eval_reward/dark"],
+            "metric_for_best_model is 'eval_reward/dark', but the guard chooses the best checkpoint",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_in_the_dry_run(work, model_folders, words, message, capsys):
