@@ -4,7 +4,7 @@
 
 FOLDER is a pipeline folder of the sandbox. Prompts of the caption grammar are encoded; for each question a multinomial
 logistic regression is fitted on the prompts of two thirds of the bodies and tested on those of the others, so it never
-meets a tested body in training. Its input is the mean of the token states that the generator reads (`tokens`), or the
+sees a tested body in training. Its input is the mean of the token states that the generator reads (`tokens`), or the
 pooled embedding (`pooled`). Beside the share of right answers stand those of the same architecture with random weights
 (`random`) and of the most frequent answer (`frequent`).
 

@@ -38,10 +38,10 @@ class Explanation(QuestionReward):
     `questions`: for all prompts; `metadata["questions"]` of a prompt replaces them, with the same keys as in `yes_no`
     and `answer`. `reference`: the column of reference media; default: image or video, by `modality`. `limit`: the most
     tokens of an own answer. `reference_frames`: the first frames of a reference clip, which is brought to the critic's
-    `rate`; default: all. `frames`: of each scored clip so many are read, as in `yes_no`. `cache`: the folder of own
-    answers; without it they are computed in each run. Parts: each question and `aspect/NAME`, as in `yes_no`; with
-    `eight_bit` the total for media as 8-bit files, without gradient. `options` go to `VlmCritic` (device, dtype, rate,
-    checkpointing, ...).
+    `rate`; default: all. `frames`: the number of frames that are read of each scored clip, as in `yes_no`. `cache`: the
+    folder of own answers; without it they are computed in each run. Parts: each question and `aspect/NAME`, as in
+    `yes_no`; with `eight_bit` the total for media as 8-bit files, without gradient. `options` go to `VlmCritic`
+    (device, dtype, rate, checkpointing, ...).
 
     Raises DataError naming a prompt and a question with neither `answer` nor reference.
     """

@@ -29,9 +29,10 @@ class YesNo(QuestionReward):
     two, in which a bias to yes that is equal for both cancels. `questions`: for all prompts; `metadata["questions"]` of
     a prompt (texts, or mappings with text, weight, negated, name, aspect) replaces them. Parts: log sigma(m) by the
     question's name or number, and `aspect/NAME`, the weighted mean over the questions of an aspect; NaN in the rows of
-    prompts that do not have the question or the aspect. `frames`: of each clip so many are read, evenly from the first
-    to the last (default: all); `rate` is then that of the frames that are read. `eight_bit` adds the part `eight_bit`:
-    the total for media as 8-bit files, without gradient. `options` go to `VlmCritic` (device, dtype, readout, rate).
+    prompts that do not have the question or the aspect. `frames`: the number of frames that are read of each clip,
+    evenly from the first to the last (default: all); `rate` is then that of these frames. `eight_bit` adds the part
+    `eight_bit`: the total for media as 8-bit files, without gradient. `options` go to `VlmCritic` (device, dtype,
+    readout, rate).
     """
 
     name = "yes_no"

@@ -53,7 +53,7 @@ class WatchConfig(AlignConfig):
     guard_margin: float = field(
         default=1.0,
         metadata={
-            "help": "Fallen: below its best value by more than so many standard errors of its mean over prompts."
+            "help": "Fallen: below its best value by more than this many standard errors of its mean over prompts."
         },
     )
     guard_floor: float = field(
@@ -66,7 +66,7 @@ class WatchConfig(AlignConfig):
         default=1e-3,
         metadata={"help": "Warn of a reward whose scores have a standard deviation below this; 0 for never."},
     )
-    constant_steps: int = field(default=20, metadata={"help": "Over the rows of so many training steps."})
+    constant_steps: int = field(default=20, metadata={"help": "Number of training steps whose rows are compared."})
     self_check: bool = field(
         default=True,
         metadata={"help": "At the first step compare checkpointed gradients with plain ones, on a small image."},

@@ -78,6 +78,6 @@ class GuardedTrainer(AlignTrainer):
         if self._guard is not None and self.state.global_step == 0:
             self._determine_best_metric(metrics, None)
             self._save_checkpoint(self.model, None)
-            # Trainer does so after a step alone, for it takes step 0 for none.
+            # Trainer records it only after a step, because it treats step 0 as no step.
             self.state.best_model_checkpoint = str(Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-0")
         return metrics

@@ -113,7 +113,7 @@ class RewardConfig(WatchConfig, DataLossConfig):
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video; default: 1."})
 
     decode_frames: int | None = field(
-        default=None, metadata={"help": "Decode and score the first so many frames of a video; default: all."}
+        default=None, metadata={"help": "Decode and score only the first frames of a video, this many; default: all."}
     )
     decode_cache_on_cpu: bool = field(
         default=False,

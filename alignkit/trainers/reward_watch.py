@@ -13,7 +13,7 @@ from alignkit.escape import get_logger
 from alignkit.records import Prompt
 
 logger = get_logger(__name__)
-MOST_PARTS = 12  # single questions are logged where there are at most so many
+MOST_PARTS = 12  # single questions are logged only if there are at most this many
 
 
 def logged_parts(parts: Iterable[str], prompts: Iterable[Prompt]) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class PairsConfig:
 
     @property
     def shortcut(self) -> str:
-        """What tells the copies of a pair apart without a look at them: "real", "eta", or "" for none."""
+        """What makes a pair trivial: "real", its first copy is the real video; "eta", two different eta; or ""."""
         return "real" if self.real_first else "" if self.same_eta else "eta"
 
     def segments(self, num_frames: int, fps: float) -> list[list[int]]:

@@ -35,7 +35,7 @@ class Decoded:
 def decoded(data: bytes | Path, where: str, sampling: Sampling) -> Decoded:
     """The first `sampling.num_frames` frames at `sampling.fps`, upright, the centre at the size of the sampling.
 
-    Frames are chosen by their presentation time, so a variable frame rate does no harm. Raises DataError naming
+    Frames are chosen by their presentation time, so a variable frame rate is supported. Raises DataError naming
     `where` for a clip that cannot be decoded or is too short.
     """
     frames = decode_clip(data, where, count=sampling.num_frames, fps=sampling.fps)

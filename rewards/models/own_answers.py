@@ -29,7 +29,7 @@ class OwnAnswers:
         column: holds an image or clip as `datasets` has it: {bytes, path}, bytes, a path, or an opened PIL image.
         modality: "image" or "video"; a clip is brought to the critic's rate.
         limit: the most tokens of an answer.
-        frames: the first frames of a clip that are looked at; None: all.
+        frames: how many of the first frames of a clip are read; None: all.
         folder: where answers are kept between runs, one JSON file each, named by the content of model, medium, question
             and these settings; several processes may share it. None: in memory only.
     """

@@ -82,7 +82,7 @@ def _codec(model: Model, dtype: str) -> PipelineGenerator:
 
 
 def codec(model: Model, vae: nn.Module) -> PipelineGenerator:
-    """The model's family with a frozen VAE and no other part: it can encode, decode and tell the shapes of latents."""
+    """The model's family with a frozen VAE and no other part: it can encode, decode and give the shapes of latents."""
     generator: PipelineGenerator = object.__new__(model.family)
     generator.pipeline, generator.name = SimpleNamespace(vae=vae.eval().requires_grad_(False)), model.pipeline
     return generator

@@ -61,7 +61,7 @@ class DoctorJob:
     precompute_reference: whether reference errors are there already.
     guidance_scale: of the chains of a method that follows reward gradients.
     unconditional_gradient: whether their unconditional call carries gradients too.
-    decode_frames: of a video, decode and score the first so many frames; default: all.
+    decode_frames: of a video, decode and score only the first frames, this many; default: all.
     decode_cache_on_cpu: keep what a causal video VAE caches in the memory of the CPU.
     critic: the vision-language model that scores; without it no reward is counted.
     reward: a name in the table of rewards, or 'package.module:attribute' of your own; it is loaded and tried on three
