@@ -1,0 +1,123 @@
+"""The captions of the sandbox's clips and their inverse.
+
+    caption = ["a clip of"] phrase [joint phrase]
+    phrase  = "a" colour shape (moving | still)
+    moving  = ("moves" | "moving" | "slides" | "sliding") direction speed | speed ("moves" | "moving") direction
+    still   = "stands still" | "standing still" | "does not move" | "that does not move"
+    joint   = "and" | "while" | "beside"
+
+After "a clip of" the forms in -ing and "that" stand, else the others. Of two objects one or none moves, in either
+order. `parse` recovers the full meaning.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+
+from alignkit.errors import DataError
+from alignkit.records import Prompt
+from alignkit.sandbox.clips import DIRECTIONS
+from alignkit.sandbox.films import COLORS, SHAPES, SPEEDS, FilmSpec
+from alignkit.seeds import derive_seed
+
+PREFIXES = ("", "a clip of ")
+MOVING = (
+    ("moves {direction} {speed}", "slides {direction} {speed}", "{speed} moves {direction}"),
+    ("moving {direction} {speed}", "sliding {direction} {speed}", "{speed} moving {direction}"),
+)
+STILL = (("stands still", "does not move"), ("standing still", "that does not move"))
+JOINTS = (("and", "while"), ("and", "beside"))
+TOKENS = 18  # "a clip of a red ring moving left slowly beside a blue cross that does not move" has 17 words
+
+_MOTION = re.compile(
+    rf"^(?:(?:mov|slid)(?:es|ing) ({'|'.join(DIRECTIONS)}) ({'|'.join(SPEEDS)})"
+    rf"|({'|'.join(SPEEDS)}) mov(?:es|ing) ({'|'.join(DIRECTIONS)}))$"
+)
+_PHRASE = re.compile(rf"^a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) (.*)$")
+_JOINT = re.compile(r" (?:and|while|beside) (?=a )")
+_STILL = {words for form in STILL for words in form}
+WORDS = tuple(
+    dict.fromkeys(
+        word
+        for text in (*PREFIXES, *itertools.chain(*STILL, *JOINTS), "moves slides moving sliding", "a")
+        for word in [*text.split(), *COLORS, *SHAPES, *DIRECTIONS, *SPEEDS]
+    )
+)
+
+
+def specs() -> list[FilmSpec]:
+    """Every meaning, in a fixed order: one object or two that differ in shape and colour, at rest or with a motion."""
+    kinds = list(itertools.product(SHAPES, COLORS))
+    pairs = [(a, b) for a, b in itertools.permutations(kinds, 2) if a[0] != b[0] and a[1] != b[1]]
+    groups = [*((kind,) for kind in kinds), *pairs]
+    motions = list(itertools.product(DIRECTIONS, SPEEDS))
+    moving = [FilmSpec(group, *motion) for group in groups for motion in motions]
+    return moving + [FilmSpec(group) for group in groups if group == tuple(sorted(group))]
+
+
+_SPECS = specs()
+
+
+def random_spec(rng: np.random.Generator, pairs: float = 0.5, still: float = 1 / 9) -> FilmSpec:
+    """A meaning for training: the share `pairs` has two objects, the share `still` has no motion."""
+    (a, b) = (int(rng.integers(len(SHAPES))), int(rng.integers(len(COLORS))))
+    kinds = [(SHAPES[a], COLORS[b])]
+    if rng.random() < pairs:
+        other = (a + 1 + int(rng.integers(len(SHAPES) - 1))) % len(SHAPES)
+        tint = (b + 1 + int(rng.integers(len(COLORS) - 1))) % len(COLORS)
+        kinds.append((SHAPES[other], COLORS[tint]))
+    if rng.random() < still:
+        return FilmSpec(tuple(sorted(kinds)))
+    return FilmSpec(tuple(kinds), str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(SPEEDS))))
+
+
+def word(spec: FilmSpec, rng: np.random.Generator) -> str:
+    """`spec` in one of its wordings."""
+    form = int(rng.integers(2))
+    moving, still, joint = (str(rng.choice(choices[form])) for choices in (MOVING, STILL, JOINTS))
+    phrases = []
+    for index, (shape, color) in enumerate(spec.kinds):
+        moves = spec.direction is not None and index == 0
+        what = moving.format(direction=spec.direction, speed=spec.speed) if moves else still
+        phrases.append(f"a {color} {shape} {what}")
+    order = rng.permutation(len(phrases))
+    return PREFIXES[form] + f" {joint} ".join(phrases[index] for index in order)
+
+
+def parse(text: str) -> FilmSpec:
+    """The meaning of a caption. Raises DataError for a text outside the grammar."""
+    body = text.removeprefix("a clip of ")
+    kinds, motions = [], []
+    for part in _JOINT.split(body):
+        phrase = _PHRASE.match(part)
+        motion = _MOTION.match(phrase.group(3)) if phrase else None
+        if phrase is None or (motion is None and phrase.group(3) not in _STILL):
+            raise DataError(f"'{text}' is no caption of a sandbox clip; try 'a red ring moves left slowly'")
+        color, shape, _ = phrase.groups()
+        kinds.append((shape, color))
+        motions.append(motion and (motion.group(1) or motion.group(4), motion.group(2) or motion.group(3)))
+    movers = [index for index, motion in enumerate(motions) if motion]
+    if len(kinds) > 2 or len(movers) > 1:
+        raise DataError(f"'{text}': a sandbox clip has one or two objects, of which at most one moves")
+    if not movers:
+        return FilmSpec(tuple(sorted(kinds)))
+    mover = movers[0]
+    return FilmSpec((kinds[mover], *kinds[:mover], *kinds[mover + 1 :]), *motions[mover])
+
+
+def prompts(count: int, *, seed: int) -> list[Prompt]:
+    """Up to `count` prompts of different meaning; half have two objects, one in nine has no motion.
+
+    The category says both: "one" or "two", then "moving" or "still".
+    """
+    rng = np.random.default_rng(derive_seed("film-prompts", seed))
+    chosen: dict[FilmSpec, Prompt] = {}
+    for _ in range(50 * count):
+        spec = random_spec(rng)
+        if len(chosen) < count and spec not in chosen:
+            category = f"{'one' if len(spec.kinds) == 1 else 'two'}_{'moving' if spec.direction else 'still'}"
+            chosen[spec] = Prompt.from_text(word(spec, rng), category=category)
+    return list(chosen.values())
