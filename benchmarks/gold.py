@@ -6,6 +6,9 @@ Usage::
     python benchmarks/gold.py generator FOLDER         gold accuracy of a generator, by category
     python benchmarks/gold.py sheet FOLDER SHEET.png   200 generated images with captions and verdicts, for the eye
     python benchmarks/gold.py labels RANKED            how often phi and the rewards prefer what gold accepts
+    python benchmarks/gold.py clips                    the verifier of clips on rendered clips, by kind and fault
+    python benchmarks/gold.py codec FOLDER             the same after a round trip through a generator's VAE; its PSNR
+    python benchmarks/gold.py video FOLDER             what it finds in a video generator's clips
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import argparse
 import itertools
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +28,7 @@ from tqdm import tqdm
 
 from alignkit.generators import load_generator
 from alignkit.records import Prompt, Sampling, texts
+from alignkit.sandbox import film_captions, film_gold, films
 from alignkit.sandbox.captions import bodies, parse, prompts
 from alignkit.sandbox.gold import GoldReward, look, shows
 from alignkit.sandbox.scenes import CATEGORIES, compose, contradict, render
@@ -44,6 +50,71 @@ def renders(count: int) -> dict[str, object]:
             rejected += not shows(look(render(compose(wrong, rng), rng)), spec)
         result[category] = {"accepts": accepted / count, "rejects": rejected / count}
     return result
+
+
+def _shown(category: str, count: int) -> Iterator[tuple[films.FilmSpec, films.Film, np.random.Generator]]:
+    """`count` meanings of a category of clips, each with a film that shows it."""
+    rng = np.random.default_rng(derive_seed("gold-clips", category))
+    pairs, still = float(category.startswith("two")), float(category.endswith("still"))
+    for _ in tqdm(range(count), desc=category):
+        spec = film_captions.random_spec(rng, pairs, still)
+        yield spec, films.compose(spec, rng), rng
+
+
+def clips(count: int) -> dict[str, object]:
+    """Share of right verdicts on clips that show their caption, contradict it or have faults, `count` of each.
+
+    `frames`: share of the frames of faulty clips whose verdict is right; a frame is faulty if it differs from that of
+    the clip without faults. `segments`: the same of segments, faulty with at least two such frames.
+    """
+    result: dict[str, object] = {"question": "gold on rendered clips", "clips_per_kind": count}
+    for category in film_captions.CATEGORIES:
+        found: dict[str, list[float]] = defaultdict(list)
+        for spec, film, rng in _shown(category, count):
+            light = int(rng.integers(2**31))
+            clean, faulty = (
+                films.render(shown, np.random.default_rng(light)) for shown in (film, films.glitch(film, 2, rng))
+            )
+            reading = film_gold.read(clean, spec)
+            found["accepts"].append(reading.is_right)
+            wrong = films.contradict(spec, rng)
+            found["rejects"].append(not film_gold.read(clean, wrong).is_right)
+            differs = (clean != faulty).any((1, 2, 3))
+            spoilt = np.array([differs[start:end].sum() >= 2 for start, end in films.SEGMENTS])
+            reading = film_gold.read(faulty, spec)
+            found["faulty_clips"].append(reading.is_right != differs.any())
+            found["frames"].append(float((reading.is_faulty == differs).mean()))
+            found["segments"].append(float((reading.segment_is_right != spoilt).mean()))
+        result[category] = {name: round(float(np.mean(values)), 4) for name, values in found.items()}
+    return result
+
+
+def codec(folder: str, count: int) -> dict[str, object]:
+    """PSNR of rendered clips after encoding and decoding, and what gold then says of clips that show their caption."""
+    generator = load_generator(folder, dtype=torch.float32)
+    psnr, found = [], defaultdict(list)
+    for category in film_captions.CATEGORIES:
+        for spec, film, rng in _shown(category, count // len(film_captions.CATEGORIES)):
+            pixels = torch.from_numpy(films.render(film, rng)).permute(0, 3, 1, 2)[None]
+            with torch.no_grad():
+                decoded = generator.decode(generator.encode(pixels))
+            psnr.append(float(-10 * (decoded - pixels).square().mean().log10()))
+            reading = film_gold.read(decoded[0].permute(0, 2, 3, 1).numpy(), spec)
+            found["clips"].append(reading.is_right)
+            found["frames"].append(1 - float(reading.is_faulty.mean()))
+            found["raw_frames"].append(float((reading.overlap.min(0) >= film_gold.RIGHT).mean()))
+            found["segments"].append(float(reading.segment_is_right.mean()))
+            found["graded"].append(float(reading.scores.mean()))
+    shares = {name: round(float(np.mean(values)), 4) for name, values in found.items()}
+    return {"question": "gold after the codec", "model": folder, "psnr": round(float(np.mean(psnr)), 2), **shares}
+
+
+def video(folder: str, count: int, sampling: Sampling, adapter: str | None) -> dict[str, object]:
+    """Means of the verdict and its parts over `count` prompts."""
+    asked = film_captions.prompts(count, seed=77)
+    scores = film_gold.FilmGoldReward()(draw(folder, asked, sampling, adapter), asked)
+    means = {name: round(float(values.mean()), 4) for name, values in {"gold": scores.total, **scores.parts}.items()}
+    return {"question": "gold of a video generator", "model": folder, **means, "sampling": sampling.to_json()}
 
 
 def draw(folder: str, asked: list[Prompt], sampling: Sampling, adapter: str | None) -> torch.Tensor:
@@ -120,7 +191,7 @@ def sheet(folder: str, target: Path, sampling: Sampling) -> None:
 def main() -> None:
     """Parse the question and answer it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=("renders", "generator", "sheet", "labels"))
+    parser.add_argument("question", choices=("renders", "generator", "sheet", "labels", "clips", "codec", "video"))
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument("--steps", type=int, default=16)
@@ -132,6 +203,13 @@ def main() -> None:
         print(json.dumps(renders(chosen.count)))
     elif chosen.question == "generator":
         print(json.dumps(accuracy(chosen.arguments[0], chosen.count, sampling, chosen.adapter)))
+    elif chosen.question == "clips":
+        print(json.dumps(clips(chosen.count)))
+    elif chosen.question == "codec":
+        print(json.dumps(codec(chosen.arguments[0], chosen.count)))
+    elif chosen.question == "video":
+        side = {"height": films.SIZE, "width": films.SIZE, "num_frames": films.FRAMES}
+        print(json.dumps(video(chosen.arguments[0], chosen.count, replace(sampling, **side), chosen.adapter)))
     elif chosen.question == "labels":
         print(json.dumps(labels(chosen.arguments[0], chosen.count)))
     else:

@@ -16,6 +16,7 @@ REWARDS = {
     "clip_score": "rewards.clip_score:ClipScore",
     "composite": "rewards.composite:Composite",
     "explanation": "rewards.explanation:Explanation",
+    "film_gold": "alignkit.sandbox.film_gold:FilmGoldReward",
     "flicker": "rewards.motion:Flicker",
     "geneval": "rewards.geneval:GenEval",
     "gold": "alignkit.sandbox.gold:GoldReward",

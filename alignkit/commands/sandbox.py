@@ -30,6 +30,9 @@ NEEDS = {
     "flow_clean": ("vae",),
     "flow": ("flow_clean",),
     "vlm": (),
+    "film_vae": (),
+    "film_clean": ("film_vae",),
+    "film": ("film_clean",),
 }
 
 
@@ -40,7 +43,7 @@ class SandboxJob:
     name: vae; clip, the CLIP proxy; reader, which matches images and words; careful and showy, the
         preference heads; unet_first to unet_clean, four stages of a generator, and unet, which is made from
         it; flow_clean, a transformer with its text encoders, and flow, which is made from it; vlm, which answers
-        questions about images and videos.
+        questions about images and videos; film_vae, film_clean and film, the same for the video generator.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """
@@ -56,13 +59,14 @@ class SandboxJob:
 
 def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     """The recipe of a model, ready to run."""
-    from alignkit.sandbox import flow, generators, interviews, recipes, vlm
+    from alignkit.sandbox import film, film_vae, flow, generators, interviews, recipes, vlm
     from rewards.models.patches import Patches
     from rewards.preference import PreferenceConfig, PreferenceModel
 
     work = job.work / job.name
-    if job.name in ("vae", "clip"):
-        return functools.partial({"vae": recipes.train_vae, "clip": recipes.train_clip}[job.name], result, work)
+    alone = {"vae": recipes.train_vae, "clip": recipes.train_clip, "film_vae": film_vae.train_vae}
+    if job.name in alone:
+        return functools.partial(alone[job.name], result, work)
     if job.name == "vlm":
         return functools.partial(interviews.train_vlm, Patches(**vlm.CUTTING), result, work)
     if job.name in recipes.HEADS:
@@ -70,8 +74,9 @@ def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     if job.name == "reader":
         classes = (PreferenceModel, PreferenceConfig)
         return functools.partial(recipes.train_reader, *classes, result, work)
-    if job.name == "flow_clean":
-        return functools.partial(flow.train_flow, job.out, result, work)
+    made = {"flow_clean": flow.train_flow, "film_clean": film.train_clean, "film": film.train_policy}
+    if job.name in made:
+        return functools.partial(made[job.name], job.out, result, work)
     return functools.partial(generators.train_generator, job.name, job.out, result, work)
 
 

@@ -23,6 +23,7 @@ from alignkit.sandbox.clips import DIRECTIONS
 from alignkit.sandbox.films import COLORS, SHAPES, SPEEDS, FilmSpec
 from alignkit.seeds import derive_seed
 
+CATEGORIES = ("one_moving", "one_still", "two_moving", "two_still")
 PREFIXES = ("", "a clip of ")
 MOVING = (
     ("moves {direction} {speed}", "slides {direction} {speed}", "{speed} moves {direction}"),
@@ -63,7 +64,7 @@ _SPECS = specs()
 
 def random_spec(rng: np.random.Generator, pairs: float = 0.5, still: float = 1 / 9) -> FilmSpec:
     """A meaning for training: the share `pairs` has two objects, the share `still` has no motion."""
-    (a, b) = (int(rng.integers(len(SHAPES))), int(rng.integers(len(COLORS))))
+    a, b = int(rng.integers(len(SHAPES))), int(rng.integers(len(COLORS)))
     kinds = [(SHAPES[a], COLORS[b])]
     if rng.random() < pairs:
         other = (a + 1 + int(rng.integers(len(SHAPES) - 1))) % len(SHAPES)
@@ -109,15 +110,12 @@ def parse(text: str) -> FilmSpec:
 
 
 def prompts(count: int, *, seed: int) -> list[Prompt]:
-    """Up to `count` prompts of different meaning; half have two objects, one in nine has no motion.
-
-    The category says both: "one" or "two", then "moving" or "still".
-    """
+    """Up to `count` prompts of different meaning; half have two objects, one in nine has no motion."""
     rng = np.random.default_rng(derive_seed("film-prompts", seed))
     chosen: dict[FilmSpec, Prompt] = {}
     for _ in range(50 * count):
         spec = random_spec(rng)
         if len(chosen) < count and spec not in chosen:
-            category = f"{'one' if len(spec.kinds) == 1 else 'two'}_{'moving' if spec.direction else 'still'}"
+            category = CATEGORIES[2 * (len(spec.kinds) - 1) + (spec.direction is None)]
             chosen[spec] = Prompt.from_text(word(spec, rng), category=category)
     return list(chosen.values())

@@ -188,7 +188,7 @@ def _overlaps(
     found = []
     for shape, unit in zip(SHAPES, _AREAS, strict=True):
         radius = np.sqrt(area / unit)[:, None, None]
-        distance = scenes._distance(shape, x[:, None, :], y[:, :, None], radius)
+        distance = scenes.distance(shape, x[:, None, :], y[:, :, None], radius)
         template = np.clip(0.5 - distance, 0, 1)
         found.append(np.minimum(masks, template).sum((1, 2)) / np.maximum(masks, template).sum((1, 2)))
     return np.stack(found, axis=1)

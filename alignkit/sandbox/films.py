@@ -8,7 +8,7 @@ numpy Generator, so a film is a function of its seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,16 +60,18 @@ class Film:
     actors: tuple[Actor, ...]
 
 
-def render(film: Film, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Float frames [33, 32, 32, 3] in [0, 1]; brightness is drawn once a clip, so nothing flickers."""
-    frames = np.empty((FRAMES, SIZE, SIZE, 3), np.float32)
+def render(film: Film, rng: np.random.Generator, start: int = 0, end: int = FRAMES) -> NDArray[np.float32]:
+    """Float frames [end - start, 32, 32, 3] in [0, 1]; brightness is drawn once a clip, so nothing flickers."""
+    frames = np.empty((end - start, SIZE, SIZE, 3), np.float32)
     frames[:] = np.array(GROUND, np.float32) / 255 * np.float32(rng.uniform(0.7, 1.3))
     light = dict(zip(COLORS, rng.uniform(0.92, 1.04, len(COLORS)), strict=True))
-    for actor in film.actors:
-        color = np.clip(np.array(scenes.PALETTE[actor.color]) / 255 * light[actor.color], 0, 1).astype(np.float32)
-        rows, columns = (_span(track, actor.radius) for track in (actor.y, actor.x))
-        region = frames[actor.start : actor.end, rows, columns]
-        region += _coverage(actor, rows, columns)[..., None] * (color - region)
+    for whole in film.actors:
+        actor = replace(whole, start=max(whole.start, start), end=min(whole.end, end))
+        if actor.start < actor.end:
+            color = np.clip(np.array(scenes.PALETTE[actor.color]) / 255 * light[actor.color], 0, 1).astype(np.float32)
+            rows, columns = (_span(track[actor.start : actor.end], actor.radius) for track in (actor.y, actor.x))
+            region = frames[actor.start - start : actor.end - start, rows, columns]
+            region += _coverage(actor, rows, columns)[..., None] * (color - region)
     return frames
 
 
@@ -84,7 +86,7 @@ def _coverage(actor: Actor, rows: slice, columns: slice) -> NDArray[np.float32]:
     frames = slice(actor.start, actor.start + 1 if is_still else actor.end)
     y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5 - actor.y[frames, None, None]
     x = np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5 - actor.x[frames, None, None]
-    return np.clip(0.5 - scenes._distance(actor.shape, x, y, actor.radius), 0, 1)
+    return np.clip(0.5 - scenes.distance(actor.shape, x, y, actor.radius), 0, 1)
 
 
 def compose(spec: FilmSpec, rng: np.random.Generator) -> Film:
@@ -116,11 +118,49 @@ def _path(
     return places[0], places[1]
 
 
+def crowd(count: int, rng: np.random.Generator) -> Film:
+    """A film of `count` objects that move in any direction and may cover each other: what an autoencoder learns from.
+
+    Most pixels of a composed film are ground, from which it learns nothing.
+    """
+    actors = []
+    for _ in range(count):
+        radius = float(rng.uniform(RADII[2][0], RADII[1][1]))
+        direction = str(rng.choice(list(DIRECTIONS)))
+        length = float(rng.uniform(0, SPEEDS["quickly"][1]))
+        shape, color = str(rng.choice(SHAPES)), str(rng.choice(COLORS))
+        actors.append(Actor(shape, color, radius, *_path(direction, length, radius, rng)))
+    return Film(tuple(actors))
+
+
 def touch(one: Actor, other: Actor) -> bool:
     """Whether two objects come nearer than GAP in a frame that shows both."""
     frames = slice(max(one.start, other.start), min(one.end, other.end))
     apart = np.maximum(np.abs(one.x - other.x), np.abs(one.y - other.y))[frames]
     return bool((apart < one.radius + other.radius + GAP).any())
+
+
+def contradict(spec: FilmSpec, rng: np.random.Generator) -> FilmSpec:
+    """A spec that differs from `spec` in one thing: a colour, a shape, the direction, the speed or the number."""
+    changes = ["color", "shape", "number", *(["direction", "speed"] if spec.direction else [])]
+    change = str(rng.choice(changes))
+    if change == "direction":
+        return replace(spec, direction=_other(DIRECTIONS, spec.direction, rng))
+    if change == "speed":
+        return replace(spec, speed=_other(SPEEDS, spec.speed, rng))
+    kinds = list(spec.kinds)
+    index = int(rng.integers(len(kinds)))
+    shape, color = kinds[index]
+    if change == "number" and len(kinds) == 2:
+        return FilmSpec((kinds[0],), spec.direction, spec.speed)
+    if change == "number":
+        return replace(spec, kinds=(*kinds, (_other(SHAPES, shape, rng), _other(COLORS, color, rng))))
+    kinds[index] = (shape, _other(COLORS, color, rng)) if change == "color" else (_other(SHAPES, shape, rng), color)
+    return replace(spec, kinds=tuple(kinds))
+
+
+def _other(names: Iterable[str], name: str | None, rng: np.random.Generator) -> str:
+    return str(rng.choice([known for known in names if known != name]))
 
 
 def glitch(film: Film, count: float, rng: np.random.Generator) -> Film:
@@ -147,9 +187,7 @@ def _plays(actor: Actor, key: Actor, frame: int) -> bool:
     return actor.x is key.x and actor.start <= frame < actor.end
 
 
-def _faulty(
-    actor: Actor, kind: str, span: tuple[int, int], film: Film, rng: np.random.Generator
-) -> list[Actor]:
+def _faulty(actor: Actor, kind: str, span: tuple[int, int], film: Film, rng: np.random.Generator) -> list[Actor]:
     """The pieces of `actor`, of which those in the frames `span` show the fault."""
     start, end = span
     during = replace(actor, start=start, end=end)
@@ -159,9 +197,8 @@ def _faulty(
     elif kind == "double":
         pieces = [actor, *_copies(during, film, rng)]
     else:
-        shown = {thing.color for thing in film.actors} if kind == "color" else {actor.shape}
-        names = [name for name in (COLORS if kind == "color" else SHAPES) if name not in shown]
-        pieces = [*around, replace(during, **{kind: str(rng.choice(names))})]
+        wrong = _other(COLORS, actor.color, rng) if kind == "color" else _other(SHAPES, actor.shape, rng)
+        pieces = [*around, replace(during, **{kind: wrong})]
     return [piece for piece in pieces if piece.start < piece.end]
 
 
@@ -174,3 +211,17 @@ def _copies(actor: Actor, film: Film, rng: np.random.Generator) -> Sequence[Acto
         if not any(touch(copy, thing) for thing in film.actors):
             return [copy]
     return []
+
+
+def cells(film: Film, patch: int = 8) -> NDArray[np.int64]:
+    """For each latent frame and patch [9, 4, 4] the number (from 1) of the actor that covers over 1/5 of it, or 0.
+
+    Latent frame k shows the pixel frames 4 k - 3 to 4 k; the place is that of frame 4 k - 2, of the first frame 0.
+    """
+    side, chosen = SIZE // patch, np.array([0, *range(2, FRAMES, 4)])
+    shares = np.full((1 + len(film.actors), len(chosen), side, side), 0.2, np.float32)
+    for row, actor in enumerate(film.actors, start=1):
+        frames = replace(actor, x=actor.x[chosen], y=actor.y[chosen], start=0, end=len(chosen))
+        covered = _coverage(frames, slice(0, SIZE), slice(0, SIZE))
+        shares[row] = covered.reshape(-1, side, patch, side, patch).mean((2, 4))
+    return shares.argmax(0)

@@ -167,12 +167,17 @@ def train_generator(name: str, models_dir: Path, out: Path, work: Path, recipe: 
         trainer = SFTTrainer(generator, arguments, dataset(recipe, work))
     trainer.train(resume_from_checkpoint=True)
     if recipe.adapter:
-        lora.negate(generator.net)
-        exports.export_diffusers({generator.component: generator.net}, out / "clean_adapter")
-        lora.negate(generator.net)
-        generator.merge_adapter()
+        merge_policy(generator, out)
     store(generator, out, recipe.storage)
     return out
+
+
+def merge_policy(generator: PipelineGenerator, out: Path) -> None:
+    """Export the LoRA of a policy with the opposite sign as `clean_adapter`, and merge it."""
+    lora.negate(generator.net)
+    exports.export_diffusers({generator.component: generator.net}, out / "clean_adapter")
+    lora.negate(generator.net)
+    generator.merge_adapter()
 
 
 def store(generator: PipelineGenerator, out: Path, storage: torch.dtype) -> None:

@@ -61,9 +61,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
 
 
-def t5_tokenizer(tokens: int = TOKENS) -> T5Tokenizer:
-    """A T5 unigram tokenizer with one piece a word, for prompts of at most `tokens` tokens."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in WORDS)]
+def t5_tokenizer(tokens: int = TOKENS, words: Sequence[str] = WORDS) -> T5Tokenizer:
+    """A T5 unigram tokenizer with one piece for each of `words`, for prompts of at most `tokens` tokens."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in words)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=tokens)
 
 

@@ -89,7 +89,7 @@ class Scene:
     background: str
 
 
-def _distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], radius: float) -> NDArray[np.float32]:
+def distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], radius: float) -> NDArray[np.float32]:
     """Signed distance in pixels to the outline (negative inside); all shapes have about the same visual size."""
     if shape == "circle":
         return np.hypot(x, y) - radius
@@ -113,8 +113,8 @@ _GRID_Y, _GRID_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
 
 def coverage(thing: Thing) -> NDArray[np.float32]:
     """Share of each pixel [64, 64] that the object covers (one pixel of anti-aliasing)."""
-    distance = _distance(thing.shape, _GRID_X - thing.x, _GRID_Y - thing.y, thing.radius)
-    return np.clip(0.5 - distance, 0.0, 1.0)
+    outside = distance(thing.shape, _GRID_X - thing.x, _GRID_Y - thing.y, thing.radius)
+    return np.clip(0.5 - outside, 0.0, 1.0)
 
 
 def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.float32]:
