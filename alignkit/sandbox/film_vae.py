@@ -32,8 +32,8 @@ class Stage:
 
 
 STAGES = (
-    Stage(1, 6, recipes.Recipe(steps=2_000, batch=16, learning_rate=3e-3, seed=301)),
-    Stage(5, 6, recipes.Recipe(steps=2_400, batch=8, learning_rate=2e-3, seed=302)),
+    Stage(1, 6, recipes.Recipe(steps=1_300, batch=16, learning_rate=3e-3, seed=301)),
+    Stage(5, 6, recipes.Recipe(steps=3_000, batch=8, learning_rate=2e-3, seed=302)),
     Stage(9, 0, recipes.Recipe(steps=600, batch=8, learning_rate=1e-3, seed=303)),
 )
 
