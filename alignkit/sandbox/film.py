@@ -145,7 +145,8 @@ class FilmObjective(recipes.Objective):
 
     def __init__(self, generator: PipelineGenerator) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([generator.net, generator.pipeline.text_encoder]).requires_grad_(True)
+        encoder = generator.pipeline.text_encoder.encoder  # shares its embeddings with the whole, so it is enough
+        self.parts = nn.ModuleList([generator.net, encoder]).requires_grad_(True)
         self.average = AveragedModel(self.parts, multi_avg_fn=get_ema_multi_avg_fn(MEMORY)).requires_grad_(False)
         width = generator.net.config.num_attention_heads * generator.net.config.attention_head_dim
         self.classifiers = nn.ModuleList([nn.Linear(width, KINDS), nn.Linear(width, MOTIONS)])

@@ -31,7 +31,7 @@ MOVING = (
 )
 STILL = (("stands still", "does not move"), ("standing still", "that does not move"))
 JOINTS = (("and", "while"), ("and", "beside"))
-TOKENS = 18  # "a clip of a red ring moving left slowly beside a blue cross that does not move" has 17 words
+TOKENS = 19  # "a clip of a red ring that does not move beside a blue cross that does not move", and an end marker
 
 _MOTION = re.compile(
     rf"^(?:(?:mov|slid)(?:es|ing) ({'|'.join(DIRECTIONS)}) ({'|'.join(SPEEDS)})"

@@ -19,7 +19,7 @@ TEXT_WIDTH = 128
 
 
 def tokenizer() -> T5Tokenizer:
-    """One token a word; the longest caption has 17 words and an end marker."""
+    """One token a word."""
     return t5_tokenizer(TOKENS, WORDS)
 
 
