@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import alignkit.sandbox
 from alignkit.precision import fast_bf16
-from alignkit.sandbox import flow, generators, interviews, recipes
+from alignkit.sandbox import film, film_vae, flow, generators, interviews, recipes
 from alignkit.sandbox.vlm import CUTTING
 from rewards.models.patches import Patches
 from rewards.preference import PreferenceConfig, PreferenceModel
@@ -37,6 +37,7 @@ STAGED: dict[str, tuple[Callable[..., Any], Sequence[recipes.Recipe]]] = {
     "vae": (recipes.train_vae, recipes.VAE),
     "clip": (lambda out, work, stages: recipes.train_clip(out, work, *stages), (recipes.CLIP,)),
     "reader": (partial(recipes.train_reader, PreferenceModel, PreferenceConfig), recipes.READER),
+    "film_vae": (film_vae.train_vae, film_vae.STAGES),
     "vlm": (partial(interviews.train_vlm, Patches(**CUTTING)), interviews.STAGES),
 }
 
@@ -85,15 +86,35 @@ def generator(name: str, steps: int, folder: Path) -> float:
     return few + (many - few) / steps * (rest.steps - FEW) + (more - few) / (2 * SCENES) * (rest.scenes - SCENES)
 
 
-def flow_clean(steps: int, folder: Path) -> float:
-    """Seconds that the first flow generator takes, its scenes rendered and encoded."""
+# How each of these is trained, with which stages, on how many scenes or clips.
+ENCODED: dict[str, tuple[Callable[..., Any], Sequence[recipes.Recipe], int]] = {
+    "flow_clean": (flow.train_flow, (flow.FLOW,), flow.SCENES),
+    "film_clean": (lambda *parts: film.train_clean(*parts[:3], parts[3:4], parts[4]), film.CLEAN, film.CLIPS),
+    "film": (film.train_policy, (film.POLICY,), film.POLICY_CLIPS),
+}
 
-    def begin(n: int, scenes: int) -> float:
-        return seconds(partial(flow.train_flow, folder, recipe=replace(flow.FLOW, steps=n), scenes=scenes))
 
-    few, many, more = begin(FEW, SCENES), begin(FEW + steps, SCENES), begin(FEW, 3 * SCENES)
-    rest = (more - few) / (2 * SCENES) * (flow.SCENES - SCENES)
-    return few + (many - few) / steps * (flow.FLOW.steps - FEW) + rest
+def encoded(name: str, steps: int, folder: Path) -> float:
+    """Seconds that a generator takes which is trained on latents, its scenes or clips rendered and encoded."""
+    train, stages, scenes = ENCODED[name]
+
+    def begin(stage: recipes.Recipe, n: int, count: int) -> float:
+        return seconds(lambda out, work: train(folder, out, work, replace(stage, steps=n), count))
+
+    few = [begin(stage, FEW, SCENES) for stage in stages]
+    many = [begin(stage, FEW + steps, SCENES) for stage in stages]
+    rest = (begin(stages[0], FEW, 3 * SCENES) - few[0]) / (2 * SCENES) * (scenes - SCENES)
+    each = [(after - before) / steps for before, after in zip(few, many, strict=True)]
+    return few[0] + sum(took * (stage.steps - FEW) for took, stage in zip(each, stages, strict=True)) + rest
+
+
+def untrained_video(folder: Path) -> None:
+    """The models that `film_clean` and `film` start from, after one step."""
+    if not (folder / "film_vae").is_dir():
+        stages = [replace(film_vae.STAGES[0], steps=1)]
+        film_vae.train_vae(folder / "film_vae", folder / "work" / "film_vae", stages)
+        stage = replace(film.CLEAN[0], steps=1, batch=1)
+        film.train_clean(folder, folder / "film_clean", folder / "work" / "film_clean", [stage], clips=1)
 
 
 def _train(name: str, models: Path, recipe: generators.GeneratorRecipe, out: Path, work: Path) -> None:
@@ -104,7 +125,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--only", nargs="+", default=[*STAGED, *recipes.HEADS, "flow_clean", *generators.RECIPES])
+    parser.add_argument("--only", nargs="+", default=[*STAGED, *recipes.HEADS, *ENCODED, *generators.RECIPES])
     options = parser.parse_args()
     minutes: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as kept:
@@ -116,8 +137,10 @@ def main() -> None:
             bar.set_description(name)
             if name in STAGED:
                 took = staged(name, options.steps)
-            elif name == "flow_clean":
-                took = flow_clean(options.steps, folder)
+            elif name in ENCODED:
+                if name.startswith("film"):
+                    untrained_video(folder)
+                took = encoded(name, options.steps, folder)
             else:
                 took = (head if name in recipes.HEADS else generator)(name, options.steps, folder)
             minutes[name] = round(took / 60, 1)

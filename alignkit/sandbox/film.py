@@ -46,17 +46,16 @@ LONG = 500  # steps from which compiling pays
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(recipes.Recipe):
     """One training on the first `latent_frames` of each clip."""
 
-    latent_frames: int
-    recipe: recipes.Recipe
+    latent_frames: int = 9
 
 
 CLIPS = 8_000
 CLEAN = (
-    Stage(2, recipes.Recipe(steps=4_000, batch=48, learning_rate=1e-3, seed=311, warmup=200)),
-    Stage(9, recipes.Recipe(steps=9_000, batch=16, learning_rate=8e-4, seed=312, warmup=200)),
+    Stage(steps=4_000, batch=48, learning_rate=1e-3, seed=311, warmup=200, latent_frames=2),
+    Stage(steps=9_000, batch=16, learning_rate=8e-4, seed=312, warmup=200),
 )
 POLICY_CLIPS = 3_000
 POLICY = recipes.Recipe(steps=800, batch=16, learning_rate=1e-3, seed=313)
@@ -201,17 +200,17 @@ def train_clean(
     models_dir: Path, out: Path, work: Path, stages: Sequence[Stage] = CLEAN, clips: int = CLIPS
 ) -> PipelineGenerator:
     """Train `film_clean` into `out`, on the latents of `models_dir / "film_vae"`; continues where it was stopped."""
-    seed = stages[0].recipe.seed
+    seed = stages[0].seed
     set_seed(seed)
     vae = AutoencoderKLWan.from_pretrained(models_dir / "film_vae", dtype=torch.float32)
     generator = wrap(film_models.pipeline(vae), name="film_clean")
     world = Clips(clips, seed)
     encoded = world.encoded(generator, work)
     objective = FilmObjective(generator)
-    _compile(generator.net, stages[0].recipe)
+    _compile(generator.net, stages[0])
     for number, stage in enumerate(stages, start=1):
-        items = Noised(world, encoded, stage.recipe.scenes, stage.latent_frames)
-        recipes.fit(objective, items, stage.recipe, work / f"stage-{number}", collate)
+        items = Noised(world, encoded, stage.scenes, stage.latent_frames)
+        recipes.fit(objective, items, stage, work / f"stage-{number}", collate)
     objective.take_average()
     generators.store(generator, out, torch.float16)
     return generator

@@ -53,6 +53,22 @@ def vae() -> AutoencoderKLWan:
     return coder
 
 
+@torch.no_grad()
+def inflate(coder: AutoencoderKLWan) -> None:
+    """Make an autoencoder that has learnt single frames code each clip frame by frame, as a start for whole clips.
+
+    Single frames train the last of a kernel's taps in time alone. The others, still random, become 0; where time is
+    halved the last of two frames is kept, where it is doubled each frame is repeated.
+    """
+    for name, layer in coder.named_modules():
+        if isinstance(layer, nn.Conv3d) and layer.kernel_size[0] > 1:
+            layer.weight[:, :, :-1] = 0
+            if name.endswith("time_conv"):
+                width = layer.in_channels
+                layer.weight[:, :, -1, 0, 0] = torch.eye(width).repeat(layer.out_channels // width, 1)
+                layer.bias.zero_()
+
+
 def text_encoder() -> UMT5EncoderModel:
     """One layer, trained together with the transformer."""
     config = UMT5Config(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -20,9 +22,10 @@ SAMPLING = Sampling(steps=2, guidance_scale=2.0, height=films.SIZE, width=films.
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    stages = (film_vae.Stage(1, 4, SHORT), film_vae.Stage(5, 0, SHORT))
+    short = asdict(SHORT)
+    stages = (film_vae.Stage(**short, frames=1, crowd=4), film_vae.Stage(**short, frames=5))
     film_vae.train_vae(folder / "film_vae", folder / "work" / "film_vae", stages)
-    stages = (film.Stage(2, SHORT), film.Stage(9, SHORT))
+    stages = (film.Stage(**short, latent_frames=2), film.Stage(**short))
     film.train_clean(folder, folder / "film_clean", folder / "work" / "film_clean", stages, clips=3)
     return folder
 
