@@ -100,15 +100,12 @@ class Clips:
         for start in tqdm(range(0, self.size, PART), desc="encode clips", unit="part"):
             file = work / f"clips-{start:06d}.safetensors"
             if not file.is_file():
-                numbers = range(start, min(start + PART, self.size))
-                write_atomic(file, save(self._part(generator, numbers)))
+                rows = map(self.clip, range(start, min(start + PART, self.size)))
+                pixels, kinds, motions = (torch.stack(column) for column in zip(*rows, strict=True))
+                latents = torch.cat([generator.encode(some).half() for some in pixels.split(10)]).contiguous()
+                write_atomic(file, save({"latents": latents, "kinds": kinds.byte(), "motions": motions.byte()}))
             parts.append(load_file(file))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _part(self, generator: PipelineGenerator, numbers: range) -> dict[str, Tensor]:
-        pixels, kinds, motions = (torch.stack(column) for column in zip(*map(self.clip, numbers), strict=True))
-        latents = torch.cat([generator.encode(some).half() for some in pixels.split(10)])
-        return {"latents": latents.contiguous(), "kinds": kinds.byte(), "motions": motions.byte()}
 
 
 class Noised(Dataset[dict[str, Any]]):

@@ -100,13 +100,13 @@ def parse(text: str) -> FilmSpec:
         color, shape, _ = phrase.groups()
         kinds.append((shape, color))
         motions.append(motion and (motion.group(1) or motion.group(4), motion.group(2) or motion.group(3)))
-    movers = [index for index, motion in enumerate(motions) if motion]
-    if len(kinds) > 2 or len(movers) > 1:
+    moving = [(index, motion) for index, motion in enumerate(motions) if motion]
+    if len(kinds) > 2 or len(moving) > 1:
         raise DataError(f"'{text}': a sandbox clip has one or two objects, of which at most one moves")
-    if not movers:
+    if not moving:
         return FilmSpec(tuple(sorted(kinds)))
-    mover = movers[0]
-    return FilmSpec((kinds[mover], *kinds[:mover], *kinds[mover + 1 :]), *motions[mover])
+    mover, (direction, speed) = moving[0]
+    return FilmSpec((kinds[mover], *kinds[:mover], *kinds[mover + 1 :]), direction, speed)
 
 
 def prompts(count: int, *, seed: int) -> list[Prompt]:

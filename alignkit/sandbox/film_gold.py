@@ -236,7 +236,7 @@ def _lasting(is_right: NDArray[np.bool_], is_wrong: NDArray[np.bool_]) -> NDArra
     source = known[np.maximum(np.searchsorted(known, np.arange(len(is_right)), side="right") - 1, 0)]
     runs, _ = ndimage.label(is_wrong[source])
     lengths = np.bincount(runs)
-    return (runs > 0) & (lengths[runs] >= LEAST_FAULT)
+    return np.asarray((runs > 0) & (lengths[runs] >= LEAST_FAULT))
 
 
 def flicker(frames: NDArray[np.float32]) -> float:
@@ -268,24 +268,27 @@ class FilmGoldReward:
         import torch
 
         clips = _clips(media, prompts)
-        readings = [read(clip, parse(prompt.text)) for clip, prompt in zip(clips, prompts, strict=True)]
-        rows = [
-            {
-                "total": reading.is_right,
-                "graded": reading.scores.mean(),
-                "frames": 1 - reading.is_faulty.mean(),
-                "segments": reading.segment_is_right.mean(),
-                "direction": reading.has_direction,
-                "speed": reading.has_speed,
-                "still": reading.rests_are_still,
-                "dynamic": reading.pixels >= MOVES,
-                "pixels": reading.pixels,
-                "flicker": flicker(clip),
-            }
-            for reading, clip in zip(readings, clips, strict=True)
-        ]
-        parts = {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
+        rows = [_parts(clip, parse(prompt.text)) for clip, prompt in zip(clips, prompts, strict=True)]
+        columns = torch.tensor([list(row.values()) for row in rows], dtype=torch.float32).unbind(1)
+        parts = dict(zip(rows[0], columns, strict=True))
         return Scores(parts.pop("total"), parts)
+
+
+def _parts(clip: NDArray[np.float32], spec: FilmSpec) -> dict[str, float]:
+    """The verdict `total` on a clip, and its parts."""
+    reading = read(clip, spec)
+    return {
+        "total": reading.is_right,
+        "graded": float(reading.scores.mean()),
+        "frames": 1 - float(reading.is_faulty.mean()),
+        "segments": float(reading.segment_is_right.mean()),
+        "direction": reading.has_direction,
+        "speed": reading.has_speed,
+        "still": reading.rests_are_still,
+        "dynamic": reading.pixels >= MOVES,
+        "pixels": reading.pixels,
+        "flicker": flicker(clip),
+    }
 
 
 def _clips(media: Tensor, prompts: Sequence[Prompt]) -> NDArray[np.float32]:

@@ -86,11 +86,8 @@ def set_statistics(vae: AutoencoderKLWan, clips: int = 64) -> None:
     rng = np.random.default_rng(derive_seed("film-statistics"))
     shown = [to_tensor(films.render(films.compose(random_spec(rng), rng), rng)) for _ in range(clips)]
     latents = torch.cat([vae.encode(clip[None].transpose(1, 2) * 2 - 1).latent_dist.mode() for clip in shown])
-    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    vae.register_to_config(
-        latents_mean=[round(value, 4) for value in mean.tolist()],
-        latents_std=[round(value, 4) for value in std.tolist()],
-    )
+    rounded = {"latents_mean": latents.mean((0, 2, 3, 4)), "latents_std": latents.std((0, 2, 3, 4))}
+    vae.register_to_config(**{name: np.round(values.double().numpy(), 4).tolist() for name, values in rounded.items()})
 
 
 def train_vae(out: Path, work: Path, stages: Sequence[Stage] = STAGES) -> AutoencoderKLWan:

@@ -68,16 +68,19 @@ def render(film: Film, rng: np.random.Generator, start: int = 0, end: int = FRAM
     for whole in film.actors:
         actor = replace(whole, start=max(whole.start, start), end=min(whole.end, end))
         if actor.start < actor.end:
-            color = np.clip(np.array(scenes.PALETTE[actor.color]) / 255 * light[actor.color], 0, 1).astype(np.float32)
-            rows, columns = (_span(track[actor.start : actor.end], actor.radius) for track in (actor.y, actor.x))
-            region = frames[actor.start - start : actor.end - start, rows, columns]
-            region += _coverage(actor, rows, columns)[..., None] * (color - region)
+            _draw(actor, frames[actor.start - start : actor.end - start], light[actor.color])
     return frames
 
 
-def _span(track: NDArray[np.float32], radius: float) -> slice:
-    """The pixels of one axis that an object on `track` can cover."""
-    return slice(max(0, int(track.min() - radius) - 1), min(SIZE, int(track.max() + radius) + 2))
+def _draw(actor: Actor, frames: NDArray[np.float32], light: float) -> None:
+    """Draw the object into `frames`, those in which it is there; only pixels that it can reach are computed."""
+    color = np.clip(np.array(scenes.PALETTE[actor.color]) / 255 * light, 0, 1).astype(np.float32)
+    box = []
+    for track in (actor.y[actor.start : actor.end], actor.x[actor.start : actor.end]):
+        low, high = track.min() - actor.radius, track.max() + actor.radius
+        box.append(slice(max(0, int(low) - 1), min(SIZE, int(high) + 2)))
+    region = frames[:, box[0], box[1]]
+    region += _coverage(actor, box[0], box[1])[..., None] * (color - region)
 
 
 def _coverage(actor: Actor, rows: slice, columns: slice) -> NDArray[np.float32]:
@@ -178,13 +181,10 @@ def glitch(film: Film, count: float, rng: np.random.Generator) -> Film:
             continue
         taken[start : start + length] = True
         key = film.actors[chosen]
-        index = next(i for i, actor in enumerate(actors) if _plays(actor, key, start))
+        pieces = (i for i, actor in enumerate(actors) if actor.x is key.x and actor.start <= start < actor.end)
+        index = next(pieces)
         actors[index : index + 1] = _faulty(actors[index], kind, (start, start + length), film, rng)
     return Film(tuple(actors))
-
-
-def _plays(actor: Actor, key: Actor, frame: int) -> bool:
-    return actor.x is key.x and actor.start <= frame < actor.end
 
 
 def _faulty(actor: Actor, kind: str, span: tuple[int, int], film: Film, rng: np.random.Generator) -> list[Actor]:
