@@ -9,6 +9,7 @@ Usage::
     python benchmarks/gold.py clips                    the verifier of clips on rendered clips, by kind and fault
     python benchmarks/gold.py codec FOLDER             the same after a round trip through a generator's VAE; its PSNR
     python benchmarks/gold.py video FOLDER             what it finds in a video generator's clips
+    python benchmarks/gold.py pairs FOLDER [ETA ...]   labels of pairs that start from rendered clips (default .65, .8)
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from alignkit.generators import load_generator
+from alignkit.generators.pairs import RolloutPairs
+from alignkit.pairs import PairRequest
 from alignkit.records import Prompt, Sampling, texts
 from alignkit.sandbox import film_captions, film_gold, films
 from alignkit.sandbox.captions import bodies, parse, prompts
 from alignkit.sandbox.gold import GoldReward, look, shows
 from alignkit.sandbox.scenes import CATEGORIES, compose, contradict, render
 from alignkit.seeds import derive_seed
+from alignkit.segments import LEAST_LABELLED
 from data_pipelines.importers import load_ranked
+
+TIE = 0.05  # difference of graded scores up to which a segment is a tie
+CLIP = {"height": films.SIZE, "width": films.SIZE, "num_frames": films.FRAMES}
 
 
 def renders(count: int) -> dict[str, object]:
@@ -117,6 +124,38 @@ def video(folder: str, count: int, sampling: Sampling, adapter: str | None) -> d
     return {"question": "gold of a video generator", "model": folder, **means, "sampling": sampling.to_json()}
 
 
+def video_pairs(folder: str, count: int, sampling: Sampling, eta: float) -> dict[str, object]:
+    """Pairs of `count` rendered clips, noised at `eta` and denoised, by gold's verdicts and graded scores of segments.
+
+    `labelled`: at least a fifth of the segments differ. `mixed`: each copy is better in some segment, of all pairs.
+    `faulty`: copies with a fault; `partly`: of these, with at least one segment that is right.
+    """
+    maker = RolloutPairs(load_generator(folder, dtype=torch.float32), sampling)
+    rng = np.random.default_rng(derive_seed("gold-pairs"))
+    found: dict[str, list[float]] = defaultdict(list)
+    for number in tqdm(range(count), desc=f"eta {eta}"):
+        spec = film_captions.random_spec(rng)
+        clip = (films.render(films.compose(spec, rng), rng) * 255).round().astype(np.uint8)
+        prompt, seeds = film_captions.word(spec, rng), (2 * number, 2 * number + 1)
+        pair = maker.make(PairRequest(prompt, seeds, (eta, eta)), clip)
+        readings = [film_gold.read(copy.astype(np.float32) / 255, spec) for copy in maker.decode(pair.latents)]
+        right = [reading.segment_is_right for reading in readings]
+        graded = readings[0].segment_scores - readings[1].segment_scores
+        for name, labels in {
+            "binary": right[0].astype(int) - right[1].astype(int),
+            "graded": np.sign(graded) * (np.abs(graded) > TIE),
+        }.items():
+            found[f"{name}_labelled"].append((labels != 0).mean() >= LEAST_LABELLED)
+            found[f"{name}_mixed"].append(set(labels) >= {1, -1})
+        for reading in readings:
+            found["faulty"].append(reading.is_faulty.any())
+            found["direction"].append(reading.has_direction)
+            if reading.is_faulty.any():
+                found["partly"].append(reading.segment_is_right.any())
+    shares = {name: round(float(np.mean(values)), 3) for name, values in found.items()}
+    return {"question": "gold of pairs", "model": folder, "eta": eta, "pairs": count, **shares}
+
+
 def draw(folder: str, asked: list[Prompt], sampling: Sampling, adapter: str | None) -> torch.Tensor:
     """One image a prompt."""
     generator = load_generator(folder, adapter=adapter)
@@ -191,7 +230,9 @@ def sheet(folder: str, target: Path, sampling: Sampling) -> None:
 def main() -> None:
     """Parse the question and answer it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=("renders", "generator", "sheet", "labels", "clips", "codec", "video"))
+    parser.add_argument(
+        "question", choices=("renders", "generator", "sheet", "labels", "clips", "codec", "video", "pairs")
+    )
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument("--steps", type=int, default=16)
@@ -208,8 +249,10 @@ def main() -> None:
     elif chosen.question == "codec":
         print(json.dumps(codec(chosen.arguments[0], chosen.count)))
     elif chosen.question == "video":
-        side = {"height": films.SIZE, "width": films.SIZE, "num_frames": films.FRAMES}
-        print(json.dumps(video(chosen.arguments[0], chosen.count, replace(sampling, **side), chosen.adapter)))
+        print(json.dumps(video(chosen.arguments[0], chosen.count, replace(sampling, **CLIP), chosen.adapter)))
+    elif chosen.question == "pairs":
+        for eta in map(float, chosen.arguments[1:] or (0.65, 0.8)):
+            print(json.dumps(video_pairs(chosen.arguments[0], chosen.count, replace(sampling, **CLIP), eta)))
     elif chosen.question == "labels":
         print(json.dumps(labels(chosen.arguments[0], chosen.count)))
     else:

@@ -86,26 +86,29 @@ def generator(name: str, steps: int, folder: Path) -> float:
     return few + (many - few) / steps * (rest.steps - FEW) + (more - few) / (2 * SCENES) * (rest.scenes - SCENES)
 
 
-# How each of these is trained, with which stages, on how many scenes or clips.
-ENCODED: dict[str, tuple[Callable[..., Any], Sequence[recipes.Recipe], int]] = {
-    "flow_clean": (flow.train_flow, (flow.FLOW,), flow.SCENES),
-    "film_clean": (lambda *parts: film.train_clean(*parts[:3], parts[3:4], parts[4]), film.CLEAN, film.CLIPS),
-    "film": (film.train_policy, (film.POLICY,), film.POLICY_CLIPS),
+# How each of these is trained: with which stages, on how many scenes or clips, and the keyword of that number.
+ENCODED: dict[str, tuple[Callable[..., Any], Sequence[recipes.Recipe], int, str]] = {
+    "flow_clean": (flow.train_flow, (flow.FLOW,), flow.SCENES, "scenes"),
+    "film_clean": (film.train_clean, film.CLEAN, film.CLIPS, "clips"),
+    "film": (film.train_policy, (film.POLICY,), film.POLICY_CLIPS, "clips"),
 }
 
 
 def encoded(name: str, steps: int, folder: Path) -> float:
     """Seconds that a generator takes which is trained on latents, its scenes or clips rendered and encoded."""
-    train, stages, scenes = ENCODED[name]
+    train, stages, scenes, unit = ENCODED[name]
 
     def begin(stage: recipes.Recipe, n: int, count: int) -> float:
-        return seconds(lambda out, work: train(folder, out, work, replace(stage, steps=n), count))
+        short = replace(stage, steps=n)
+        given: dict[str, Any] = {"stages": (short,)} if name == "film_clean" else {"recipe": short}
+        return seconds(partial(train, folder, **given, **{unit: count}))
 
     few = [begin(stage, FEW, SCENES) for stage in stages]
     many = [begin(stage, FEW + steps, SCENES) for stage in stages]
     rest = (begin(stages[0], FEW, 3 * SCENES) - few[0]) / (2 * SCENES) * (scenes - SCENES)
     each = [(after - before) / steps for before, after in zip(few, many, strict=True)]
-    return few[0] + sum(took * (stage.steps - FEW) for took, stage in zip(each, stages, strict=True)) + rest
+    trained = sum(took * stage.steps for took, stage in zip(each, stages, strict=True)) - each[0] * FEW
+    return few[0] + trained + rest
 
 
 def untrained_video(folder: Path) -> None:

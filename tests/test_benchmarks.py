@@ -80,15 +80,16 @@ def test_whole_trainings_are_foretold_from_short_ones(benchmarks, monkeypatch, t
     def pretend(train):
         recipe = train.keywords.get("recipe") or (*train.keywords.get("stages", ()), *train.args[2:])[0]
         is_ahead = isinstance(recipe, generators.GeneratorRecipe)
-        ahead = recipe.scenes if is_ahead else train.keywords.get("scenes", 0)
+        ahead = recipe.scenes if is_ahead else train.keywords.get("scenes", train.keywords.get("clips", 0))
         return 3 + 2 * recipe.steps + 0.01 * ahead
 
     monkeypatch.setattr(times, "seconds", pretend)
     monkeypatch.setattr(times.recipes, "train_reader", lambda *_: None)
     assert times.staged("vae", 7) == pytest.approx(sum(3 + 2 * stage.steps for stage in times.recipes.VAE))
     assert times.head("careful", 7, tmp_path) == pytest.approx(3 + 2 * times.recipes.HEADS["careful"].steps)
-    first = times.flow.FLOW
-    assert times.flow_clean(7, tmp_path) == pytest.approx(3 + 2 * first.steps + 0.01 * times.flow.SCENES)
+    for name, (_, stages, scenes, _) in times.ENCODED.items():
+        whole = 3 + 2 * sum(stage.steps for stage in stages) + 0.01 * scenes
+        assert times.encoded(name, 7, tmp_path) == pytest.approx(whole)
     for name in ("unet_first", "unet", "flow"):
         recipe = generators.RECIPES[name]
         assert times.generator(name, 7, tmp_path) == pytest.approx(3 + 2 * recipe.steps + 0.01 * recipe.scenes)

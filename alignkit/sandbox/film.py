@@ -54,8 +54,8 @@ class Stage(recipes.Recipe):
 
 CLIPS = 8_000
 CLEAN = (
-    Stage(steps=4_000, batch=48, learning_rate=1e-3, seed=311, warmup=200, latent_frames=2),
-    Stage(steps=9_000, batch=16, learning_rate=8e-4, seed=312, warmup=200),
+    Stage(steps=3_000, batch=48, learning_rate=1e-3, seed=311, warmup=200, latent_frames=2),
+    Stage(steps=10_000, batch=16, learning_rate=8e-4, seed=312, warmup=200),
 )
 POLICY_CLIPS = 3_000
 POLICY = recipes.Recipe(steps=800, batch=16, learning_rate=1e-3, seed=313)
@@ -204,8 +204,9 @@ def train_clean(
     world = Clips(clips, seed)
     encoded = world.encoded(generator, work)
     objective = FilmObjective(generator)
-    _compile(generator.net, stages[0])
     for number, stage in enumerate(stages, start=1):
+        if stage is stages[-1]:  # compiled for few tokens it was not faster
+            _compile(generator.net, stage)
         items = Noised(world, encoded, stage.scenes, stage.latent_frames)
         recipes.fit(objective, items, stage, work / f"stage-{number}", collate)
     objective.take_average()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,3 +110,20 @@ def test_items_depend_on_their_index_alone_and_labels_on_the_caption():
         spec = parse(clips.caption(index, np.random.default_rng(1)))
         assert named == set(spec.kinds)
         assert (int(motions.max()) > 1) == (spec.direction is not None)
+
+
+def test_gold_measures_a_codec_a_generator_and_pairs(models, monkeypatch):
+    """Of a model that has learnt nothing; two copies of one clip are always ties."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    gold = importlib.import_module("gold")
+    folder = str(models / "film_clean")
+    codec = gold.codec(folder, 4)
+    assert codec["psnr"] < 20
+    assert codec["clips"] == 0
+    drawn = gold.video(folder, 2, SAMPLING, None)
+    assert (drawn["gold"], drawn["graded"] < 0.5) == (0, True)
+    same = gold.video_pairs(folder, 2, SAMPLING, 0.0)
+    assert (same["graded_labelled"], same["binary_mixed"], same["faulty"]) == (0, 0, 1)
+    assert gold.video_pairs(folder, 2, SAMPLING, 0.7)["faulty"] == 1
+    exact = {"accepts", "rejects", "faulty_clips", "frames", "segments"}
+    assert all(gold.clips(2)[category] == dict.fromkeys(exact, 1.0) for category in gold.film_captions.CATEGORIES)
