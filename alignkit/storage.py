@@ -265,8 +265,16 @@ def _fault(path: Path, expected: str) -> str | None:
     return None if checksum(path) == expected else "is damaged (its checksum differs)"
 
 
-def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, counts: Mapping[str, int]) -> StageResult:
-    """Write `manifest.json`: rows, counts and the checksum of every file.
+def finish_run(
+    folder: Path,
+    stage: str,
+    parts: Sequence[Part],
+    *,
+    rows: int,
+    counts: Mapping[str, int],
+    facts: Mapping[str, Any] | None = None,
+) -> StageResult:
+    """Write `manifest.json`: rows, counts, the checksum of every file, and `facts`, what else the stage states.
 
     Raises DataError where a part or one of its files is not there any more.
     """
@@ -276,7 +284,7 @@ def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, co
                 raise DataError(f"'{path}' was removed while the stage ran; run the same command again to rebuild it")
     files = {path: value for part in parts for path, value in part.files.items()}
     manifest = {"stage": stage, "rows": rows, "counts": counts, "parts": len(parts), "files": files}
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", {**(facts or {}), **manifest})
     return StageResult(folder, rows, dict(counts))
 
 
