@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import DataError
-from alignkit.segments import LABELS, Segments
+from alignkit.segments import LABELS, Segments, checked_segments
 from alignkit.storage import Part, read_schema, read_table
 from data_pipelines.dense.shown import MEDIA
 from data_pipelines.dense.votes import IDENTITY, pair_id
@@ -82,13 +82,10 @@ def read_index(folder: Path, parts: Sequence[Part], truth: str | None) -> Index:
 
 
 def _indexed(row: Mapping[str, Any], path: str, number: int, where: str, truth: str | None) -> IndexedPair:
-    segments = row["segments"] or []
-    if not segments or any(segment is None or len(segment) != 2 or None in segment for segment in segments):
-        raise DataError(f"{where}: segments are {segments}; give [start, end) in frames for each")
+    segments = checked_segments(row["segments"], row.get("num_frames"), where)
     known = (row.get(truth) or []) if truth else []
     if known and (len(known) != len(segments) or not set(known) <= {1, 0, -1}):
         raise DataError(
             f"{where}, column {truth}: labels {known} for {len(segments)} segments; give 1, 0 or -1 for each"
         )
-    places = tuple((start, end) for start, end in segments)
-    return IndexedPair(pair_id(row), path, number, where, row.get("source_id") or "", places, known)
+    return IndexedPair(pair_id(row), path, number, where, row.get("source_id") or "", segments, known)

@@ -79,7 +79,7 @@ class LabelConfig:
     aggregate: Literal["majority", "dawid_skene"] = "majority"
     least_labelled: float = LEAST_LABELLED
     truth: str | None = None
-    batch_size: int = 4
+    batch_size: int = 2
     retry: bool = False
 
     def __post_init__(self) -> None:
@@ -289,6 +289,8 @@ class _Writer:
             table = _with_column(table, LABELS, [labels for _, labels, _ in rows])
             table = _with_column(table, SOURCE, [source for *_, source in rows])
             tables[path] = table.filter(pa.array([is_kept for is_kept, *_ in rows]))
+        for path in set(part.files) - set(tables):  # of an earlier run; the dataset is what lies in the folder
+            (self.folder / path).unlink(missing_ok=True)
         return write_part(self.folder, part.name, tables, inputs=inputs, notes={"rows": sum(row[0] for row in rows)})
 
 
