@@ -28,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from alignkit.claims import claim, holds_results
-from alignkit.commands.data import SynPicJob, TrainingData
+from alignkit.commands.data import PromptShares, SynPicJob, TrainingData
 from alignkit.commands.ladder_job import ArmConfig, LadderJob
 from alignkit.commands.methods import config_class, unchecked_methods
 from alignkit.commands.specs import (
@@ -80,14 +80,14 @@ def _arguments(job: LadderJob, name: str, seed: int) -> Any:
     return args
 
 
-def run_arm(job: LadderJob, data: TrainingData, name: str, seed: int) -> str:
+def run_arm(job: LadderJob, shares: PromptShares, data: TrainingData, name: str, seed: int) -> str:
     """Train one arm with one seed and evaluate it, in a process of its own; returns its label."""
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.workers))
     folder, arm = job.folder(name, seed), job.arms[name]
     folder.mkdir(parents=True, exist_ok=True)
-    shares, args = job.shares, _arguments(job, name, seed)
+    args = _arguments(job, name, seed)
     with (
         (folder / "log.txt").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
@@ -154,14 +154,16 @@ def _work(argv: Sequence[str], job: LadderJob) -> None:
     for name, arm in job.arms.items():
         claim(job.out / "arms" / name, {"arm": plain(arm), "train": plain(job.train)})
     shares, made, data = job.shares, dict[tuple[type, Path], TrainingData](), dict[str, TrainingData]()
+    prepared = shares
     for name in job.arms:
         own = job.data_job(name)
         key = type(own), own.out
         if key not in made:
             made[key] = own.make_data(shares)
+            prepared = own.prepared(prepared) if own.out == job.shared else prepared
         data[name] = made[key]
     runs = [(name, seed) for seed in job.training_seeds for name in job.arms]
-    failed = _run_all(job, data, runs)
+    failed = _run_all(job, prepared, data, runs)
     evaluations = {f"Guidance {scale:g}": _results(job, scale) for scale in job.comparisons}
     page = table(evaluations, title=job.title, settings=_settings(job, data, argv), contrasts=job.contrasts)
     write_text(job.table, page)
@@ -217,13 +219,15 @@ def die_with_parent() -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _run_all(job: LadderJob, data: Mapping[str, TrainingData], todo: Sequence[tuple[str, int]]) -> list[str]:
+def _run_all(
+    job: LadderJob, shares: PromptShares, data: Mapping[str, TrainingData], todo: Sequence[tuple[str, int]]
+) -> list[str]:
     """Run all arms, `workers` at a time, with a bar; returns what failed and why."""
     failed = []
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(job.workers, mp_context=context, initializer=die_with_parent)
     with pool, tqdm(total=len(todo), unit="run") as bar:
-        futures = {pool.submit(run_arm, job, data[name], name, seed): (name, seed) for name, seed in todo}
+        futures = {pool.submit(run_arm, job, shares, data[name], name, seed): (name, seed) for name, seed in todo}
         try:
             for future in as_completed(futures):
                 name, seed = futures[future]
