@@ -157,16 +157,18 @@ def write_part(
     inputs: Mapping[str, str] | None = None,
     notes: Mapping[str, Any] | None = None,
     page_checksums: bool = False,
+    row_group_size: int | None = None,
 ) -> Part:
     """Write parquet files (`tables`, by path below `folder`), then the record that makes them a finished part.
 
-    With `page_checksums`, `read_table` notices damage without hashing the whole file. Raises DataError for a path that
-    leaves `folder`.
+    With `page_checksums`, `read_table` notices damage without hashing the whole file. Readers decode whole row groups
+    of `row_group_size` rows (default: all rows). Raises DataError for a path that leaves `folder`.
     """
     _require_inside(folder, tables)
     # Sorted as in the record, so that a part just written and one read back are in the same order.
+    options = {"write_page_checksum": page_checksums, "row_group_size": row_group_size}
     files = {
-        path: write_atomic(folder / path, _parquet(table, page_checksums=page_checksums))
+        path: write_atomic(folder / path, _parquet(table, options))
         for path, table in sorted(tables.items())
     }
     part = Part(name, files, inputs or {}, notes or {})
@@ -174,12 +176,12 @@ def write_part(
     return part
 
 
-def _parquet(table: pa.Table, *, page_checksums: bool) -> memoryview:
+def _parquet(table: pa.Table, options: Mapping[str, Any]) -> memoryview:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
     # The bulk is encoded images and videos, which do not shrink.
-    pq.write_table(table, buffer, compression="none", write_page_checksum=page_checksums)
+    pq.write_table(table, buffer, compression="none", **options)
     return buffer.getbuffer()
 
 

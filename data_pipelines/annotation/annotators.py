@@ -43,14 +43,23 @@ class Annotators:
         self._known: dict[str, _Annotator] = {}
         self._lock = threading.Lock()
 
+    def require(self, name: str) -> None:
+        """DataError for a name that is not safe as the name of a file, or another one than `only`."""
+        require_labeller(name)
+        if self.only not in (None, name):
+            raise DataError(
+                f"this page is for the annotator '{self.only}'; for others start `alignkit annotate` without --annotator"
+            )
+
     def copy(self, name: str, row: Row, side: str) -> int:
-        """Which clip of the pair, 0 or 1, the annotator sees on `side`."""
+        """Which clip of the pair, 0 or 1, the annotator sees on `side`; raises what `require` raises."""
+        self.require(name)
         return SIDES.index(side) ^ (derive_seed(self.seed, name, row.id, LEFT) & 1)
 
     def choices(self, name: str) -> list[list[str | None]]:
         """For each pair, for each segment: "left", "right", "tie", or None without a vote.
 
-        Raises DataError for a name that `require_labeller` refuses, or another one than `only`.
+        Raises what `require` raises.
         """
         with self._lock:
             labels = self._annotator(name).labels
@@ -106,9 +115,7 @@ class Annotators:
         return [vote for vote in read_votes(self.folder) if LEFT in vote.details and vote.pair in self.pairs.by_id]
 
     def _annotator(self, name: str) -> _Annotator:
-        require_labeller(name)
-        if self.only not in (None, name):
-            raise DataError(f"this page is for the annotator '{self.only}'; start `alignkit annotate` without --annotator")
+        self.require(name)
         if name not in self._known:
             if len(self._known) >= MOST_ANNOTATORS:
                 raise DataError(f"{MOST_ANNOTATORS} annotators have begun; start `alignkit annotate` again")
