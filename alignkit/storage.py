@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import socket
@@ -267,8 +268,16 @@ def _fault(path: Path, expected: str) -> str | None:
     return None if checksum(path) == expected else "is damaged (its checksum differs)"
 
 
-def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, counts: Mapping[str, int]) -> StageResult:
-    """Write `manifest.json`: rows, counts and the checksum of every file.
+def finish_run(
+    folder: Path,
+    stage: str,
+    parts: Sequence[Part],
+    *,
+    rows: int,
+    counts: Mapping[str, int],
+    facts: Mapping[str, Any] | None = None,
+) -> StageResult:
+    """Write `manifest.json`: rows, counts, the checksum of every file, and `facts`, what else the stage states.
 
     Raises DataError where a part or one of its files is not there any more.
     """
@@ -278,7 +287,7 @@ def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, co
                 raise DataError(f"'{path}' was removed while the stage ran; run the same command again to rebuild it")
     files = {path: value for part in parts for path, value in part.files.items()}
     manifest = {"stage": stage, "rows": rows, "counts": counts, "parts": len(parts), "files": files}
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", {**(facts or {}), **manifest})
     return StageResult(folder, rows, dict(counts))
 
 
@@ -326,6 +335,20 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
     with _reading(path):
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
+
+
+def read_row(path: Path, number: int, columns: Sequence[str]) -> dict[str, Any]:
+    """One row of a parquet file, without holding others of its row group; DataError naming the file."""
+    import pyarrow.parquet as pq
+
+    with _reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if number < size:
+                rows = file.iter_batches(batch_size=1, row_groups=[group], columns=list(columns))
+                return dict(next(itertools.islice(rows, number, None)).to_pylist()[0])
+            number -= size
+    raise DataError(f"'{path}' has {number} rows fewer than at the start; run the same command again")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.commands.dense_pairs import pair_maker
+from alignkit.commands.dense_pairs import build_maker
 from alignkit.commands.specs import GeneratorSpec, absences
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
@@ -21,7 +21,8 @@ PORT = 8765
 class AnnotateJob:
     """Label pairs of clips by people.
 
-    pairs: the folder that `alignkit dense-pairs` wrote; votes go to its folder `votes`.
+    pairs: the folder that `alignkit dense-pairs` wrote.
+    out: the folder in which the votes are; default: that of the pairs.
     annotator: the one name that the page accepts; default: the page asks.
     seed: with the annotator and the pair it decides which clip is shown on the left.
     port: of the page, on 127.0.0.1; 0 takes a free one.
@@ -29,6 +30,7 @@ class AnnotateJob:
     """
 
     pairs: Path
+    out: Path | None = None
     annotator: str | None = None
     seed: int = 0
     port: int = PORT
@@ -40,24 +42,29 @@ class AnnotateJob:
         if self.annotator is not None:
             require_labeller(self.annotator)
 
+    @property
+    def folder(self) -> Path:
+        """Where the votes are."""
+        return self.out or self.pairs
+
 
 def _plan(job: AnnotateJob) -> list[str]:
     missing = [] if job.pairs.exists() else [f"NOT THERE YET: {job.pairs} (pairs)"]
     generators = {"generator": job.generator} if job.generator else {}
     shown = f"serve a page on 127.0.0.1, port {job.port or 'any'}, that shows the pairs in {job.pairs}"
-    return [*absences(generators), *missing, f"{shown} and writes votes to {job.pairs / VOTES}"]
+    return [*absences(generators), *missing, f"{shown} and writes votes to {job.folder / VOTES}"]
 
 
 def _work(job: AnnotateJob) -> None:
-    pairs = Pairs(job.pairs, functools.partial(pair_maker, job.generator) if job.generator else None)
-    annotators = Annotators(pairs, job.pairs, seed=job.seed, only=job.annotator)
+    pairs = Pairs(job.pairs, functools.partial(build_maker, job.generator) if job.generator else None)
+    annotators = Annotators(pairs, job.folder, seed=job.seed, only=job.annotator)
     with Server(annotators, job.port) as server:
         print(f"{len(pairs.rows)} pairs, {pairs.segments} segments; open {server.url} (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             progress = ", ".join(f"{name} {count}" for name, count in annotators.progress().items())
-            print(f"\nvotes are in {job.pairs / VOTES}; labelled segments: {progress or 'none'}")
+            print(f"\nvotes are in {job.folder / VOTES}; labelled segments: {progress or 'none'}")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from alignkit.errors import DataError
 from alignkit.seeds import derive_seed
-from data_pipelines.annotation.pairs import Pairs, Row
+from data_pipelines.annotation.pairs import Pairs
+from data_pipelines.dense.index import IndexedPair
 from data_pipelines.dense.votes import Place, Vote, agreement, append_votes, read_votes, require_labeller
 
 SIDES = ("left", "right")
@@ -51,7 +52,7 @@ class Annotators:
                 f"this page is for the annotator '{self.only}'; for others start `alignkit annotate` without --annotator"
             )
 
-    def copy(self, name: str, row: Row, side: str) -> int:
+    def copy(self, name: str, row: IndexedPair, side: str) -> int:
         """Which clip of the pair, 0 or 1, the annotator sees on `side`; raises what `require` raises."""
         self.require(name)
         return SIDES.index(side) ^ (derive_seed(self.seed, name, row.id, LEFT) & 1)
@@ -68,7 +69,7 @@ class Annotators:
                 for row in self.pairs.rows
             ]
 
-    def vote(self, name: str, row: Row, segment: int, choice: str) -> None:
+    def vote(self, name: str, row: IndexedPair, segment: int, choice: str) -> None:
         """Append the vote. Raises DataError for values that are none, StorageError where it cannot be written."""
         if choice not in (*SIDES, TIE):
             raise DataError(f"the choice {choice!r:.40}; choices are left, right and tie")
@@ -81,7 +82,7 @@ class Annotators:
             self._write(name, place, label)
             annotator.changes.append((place, before))
 
-    def undo(self, name: str) -> tuple[Row, int, str | None] | None:
+    def undo(self, name: str) -> tuple[IndexedPair, int, str | None] | None:
         """Take back the last vote; returns its pair, its segment and the choice that holds again. None without one.
 
         After a restart the votes that hold are taken back one by one, without what they had replaced.
@@ -93,7 +94,7 @@ class Annotators:
             place, before = annotator.changes[-1]
             self._write(name, place, before)
             annotator.changes.pop()
-            row = self.pairs.by_id[place[0]]
+            row = self.pairs.rows[self.pairs.numbers[place[0]]]
             return row, place[1], self._choice(name, row, before)
 
     def progress(self) -> dict[str, int]:
@@ -112,27 +113,27 @@ class Annotators:
 
     def _people(self) -> list[Vote]:
         """Votes of annotators, also those of other servers, on pairs that are here."""
-        return [vote for vote in read_votes(self.folder) if LEFT in vote.details and vote.pair in self.pairs.by_id]
+        return [vote for vote in read_votes(self.folder) if LEFT in vote.details and vote.pair in self.pairs.numbers]
 
     def _annotator(self, name: str) -> _Annotator:
         self.require(name)
         if name not in self._known:
             if len(self._known) >= MOST_ANNOTATORS:
                 raise DataError(f"{MOST_ANNOTATORS} annotators have begun; start `alignkit annotate` again")
-            votes = [vote for vote in read_votes(self.folder, name) if vote.pair in self.pairs.by_id]
+            votes = [vote for vote in read_votes(self.folder, name) if vote.pair in self.pairs.numbers]
             labels = {vote.place: vote.label for vote in votes if vote.label is not None}
             self._known[name] = _Annotator(labels, [(place, None) for place in labels])
         return self._known[name]
 
     def _write(self, name: str, place: Place, label: int | None) -> None:
-        row = self.pairs.by_id[place[0]]
+        row = self.pairs.rows[self.pairs.numbers[place[0]]]
         append_votes(self.folder, name, [Vote(*place, label, name, {LEFT: self.copy(name, row, LEFT)})])
         labels = self._known[name].labels
         labels.pop(place, None)
         if label is not None:
             labels[place] = label
 
-    def _choice(self, name: str, row: Row, label: int | None) -> str | None:
+    def _choice(self, name: str, row: IndexedPair, label: int | None) -> str | None:
         if label is None or label == 0:
             return None if label is None else TIE
         return SIDES[(label < 0) ^ self.copy(name, row, LEFT)]

@@ -30,7 +30,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from alignkit.errors import ConfigError, DataError, StorageError
+from alignkit.errors import ConfigError, DataError, NumericsError, StorageError
 from alignkit.escape import get_logger, to_terminal
 from data_pipelines.annotation.annotators import SIDES, Annotators
 from data_pipelines.annotation.pairs import packed
@@ -41,7 +41,7 @@ LOOPBACK = "127.0.0.1"
 MOST_CONNECTIONS = 32
 LARGEST_BODY = 4096  # bytes of a request
 IDLE = 30.0  # seconds without a byte until a connection is closed
-KEPT_CLIPS = 4  # encoded, in memory: of the pair on the page and of the next one
+KEPT_PAIRS = 2  # encoded, in memory: the one on the page and the next one
 _HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")
 _CLIP = re.compile(r"/api/clips/([0-9a-f]{16})/(left|right)")
 
@@ -64,7 +64,7 @@ class Server(ThreadingHTTPServer):
         self.page, self.policy = _page()
         self._slots = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self._encoding = threading.Lock()
-        self._encoded = functools.lru_cache(KEPT_CLIPS)(self._encode)
+        self._encoded = functools.lru_cache(KEPT_PAIRS)(self._encode)
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
@@ -76,13 +76,12 @@ class Server(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_port}/"
 
     def clip(self, number: int, copy: int) -> bytes:
-        """The encoded frames of a clip; made once, one clip at a time."""
+        """The encoded frames of a clip; a pair is decoded once, one pair at a time."""
         with self._encoding:
-            return self._encoded(number, copy)
+            return self._encoded(number)[copy]
 
-    def _encode(self, number: int, copy: int) -> bytes:
-        pairs = self.annotators.pairs
-        return packed(pairs.frames(pairs.rows[number], copy))
+    def _encode(self, number: int) -> tuple[bytes, ...]:
+        return tuple(map(packed, self.annotators.pairs.clips(number)))
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """As the base class; a connection beyond `MOST_CONNECTIONS` is closed at once."""
@@ -146,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as error:
             self.close_connection = True  # a body may not have been read
             self._send(error.status, *_json({"error": str(error)}))
-        except DataError as error:
+        except (DataError, ConfigError, NumericsError) as error:  # of the request, or of a pair that cannot be shown
             self._send(HTTPStatus.UNPROCESSABLE_ENTITY, *_json({"error": str(error)}))
         except StorageError as error:
             logger.warning("%s", error)
@@ -176,9 +175,10 @@ class _Handler(BaseHTTPRequestHandler):
         if url.path == "/api/session":
             return _json({"annotator": name, "pairs": _pairs(annotators, name)})
         if match := _CLIP.fullmatch(url.path):
-            row = annotators.pairs.by_id.get(match[1])
-            if row is not None:
-                return self.server.clip(row.number, annotators.copy(name, row, match[2])), "application/octet-stream"
+            number = annotators.pairs.numbers.get(match[1])
+            if number is not None:
+                copy = annotators.copy(name, annotators.pairs.rows[number], match[2])
+                return self.server.clip(number, copy), "application/octet-stream"
         raise Refused(HTTPStatus.NOT_FOUND, "nothing is here")
 
     def _post(self) -> tuple[bytes, str]:
@@ -205,11 +205,10 @@ class _Handler(BaseHTTPRequestHandler):
         return value
 
     def _vote(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        annotators = self.server.annotators
-        pair = body.get("pair")
-        row = annotators.pairs.by_id.get(pair) if isinstance(pair, str) else None
-        if row is None:
+        annotators, pair = self.server.annotators, _text(body, "pair")
+        if pair not in annotators.pairs.numbers:
             raise DataError(f"the pair {pair!r:.40} is not here; load the page again")
+        row = annotators.pairs.rows[annotators.pairs.numbers[pair]]
         annotators.vote(_text(body, "annotator"), row, body.get("segment"), _text(body, "choice"))
         return {}
 

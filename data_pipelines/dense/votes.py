@@ -17,14 +17,14 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import DataError, StorageError
+from alignkit.errors import ConfigError, DataError, StorageError
 from alignkit.escape import get_logger
-from alignkit.storage import sync
+from alignkit.storage import sync, write_atomic
 
 logger = get_logger(__name__)
 
@@ -154,16 +154,39 @@ def _mend_end(handle: Any) -> None:
         handle.write(b"\n")
 
 
-def read_votes(folder: Path, labeller: str | None = None) -> list[Vote]:
+def read_votes(folder: Path, labeller: str | None = None, *, withdrawn: bool = False) -> list[Vote]:
     """The votes in `folder/votes` that hold, of all labellers by name or of one, in the order of the last votes.
 
-    Empty where there are none. A half line at the end, which a killed process left, is left out. Raises DataError
-    naming file and line of what is no vote, of a vote of another labeller than the file's, and of a file over 256 MiB.
+    `withdrawn`: also those with the label None, withdrawn or never given. Empty where there are none. A half line at
+    the end, which a killed process left, is left out. Raises DataError naming file and line of what is no vote, of a
+    vote of another labeller than the file's, and of a file over 256 MiB.
     """
     names = f"{labeller}.jsonl" if labeller is not None else "*.jsonl"
     if labeller is not None:
         require_labeller(labeller)
-    return [vote for path in sorted((folder / VOTES).glob(names)) for vote in _read_file(path)]
+    return [
+        vote
+        for path in sorted((folder / VOTES).glob(names))
+        for vote in _read_file(path)
+        if withdrawn or vote.label is not None
+    ]
+
+
+def import_votes(source: Path, folder: Path, taken: Collection[str]) -> None:
+    """Copy the votes in `source/votes` to `folder/votes`, file by file, in place of earlier copies.
+
+    Raises DataError where there is none, or for a file that is not one of votes; ConfigError for a labeller in `taken`.
+    """
+    files = sorted((source / VOTES).glob("*.jsonl"))
+    if not files or source.resolve() == folder.resolve():
+        raise DataError(f"'{source}' holds no votes of others; give a folder with {VOTES}/LABELLER.jsonl")
+    for path in files:
+        if path.stem in taken:
+            raise ConfigError(
+                f"'{path}' has votes of '{path.stem}', which is also a labeller here; rename the labeller"
+            )
+        read_votes(source, path.stem)  # before anything is copied
+        write_atomic(folder / VOTES / path.name, path.read_bytes())
 
 
 def _read_file(path: Path) -> list[Vote]:
@@ -177,8 +200,7 @@ def _read_file(path: Path) -> list[Vote]:
                 if vote is None:
                     continue
                 found.pop(vote.place, None)
-                if vote.label is not None:
-                    found[vote.place] = vote
+                found[vote.place] = vote
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
     return list(found.values())

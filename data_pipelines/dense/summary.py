@@ -1,0 +1,118 @@
+"""Votes -> labels of pairs, what got none and why, and the statistics of a manifest."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from alignkit.errors import ConfigError
+from data_pipelines.dense.aggregate import Aggregate
+from data_pipelines.dense.index import Index
+from data_pipelines.dense.votes import Place, Vote, agreement
+from data_pipelines.segments import statistics
+
+REASON = "reason"  # in the details of a vote: why it is a tie, or no answer
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The labels of the pairs that have one, by id, and the votes that they are from.
+
+    votes: of each labeller; those of `truth` are apart. A segment without a label in a pair that has one is a tie.
+    """
+
+    index: Index
+    votes: Mapping[str, Sequence[Vote]]
+    truth: Mapping[Place, int] | None
+    places: Mapping[Place, int]
+    labels: Mapping[str, Sequence[int]]
+
+    @classmethod
+    def of(cls, votes: Sequence[Vote], index: Index, truth: str | None, aggregate: Aggregate) -> Labelled:
+        """Raises ConfigError where `truth` names neither a labeller nor a column."""
+        by_name: dict[str, list[Vote]] = defaultdict(list)
+        for vote in votes:
+            by_name[vote.labeller].append(vote)
+        known = None
+        if truth is not None:
+            own = by_name.pop(truth, None)
+            if own is None and not index.has_truth:
+                raise ConfigError(f"truth names '{truth}', which is no labeller with votes and no column of the pairs")
+            known = _labels(own) if own is not None else _of_column(index)
+        places = aggregate([vote for own in by_name.values() for vote in own if vote.label is not None])
+        return cls(index, dict(by_name), known, places, _by_pair(index, places))
+
+    @cached_property
+    def sources(self) -> Mapping[str, str]:
+        """The labellers of each pair that has a label, joined by "+"."""
+        names: dict[str, set[str]] = defaultdict(set)
+        for vote in (vote for own in self.votes.values() for vote in own if vote.label is not None):
+            names[vote.pair].add(vote.labeller)
+        return {pair: "+".join(sorted(own)) for pair, own in names.items()}
+
+    def unanswered(self) -> int:
+        """Segments without a label in pairs that have one."""
+        return sum(len(own) for own in self.labels.values()) - len(self.places)
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """The pairs without any label, with the first reason of each labeller."""
+        reasons: dict[str, dict[str, str]] = defaultdict(dict)
+        for name, own in self.votes.items():
+            for vote in own:
+                reasons[vote.pair].setdefault(name, str(vote.details.get(REASON, "withdrawn")))
+        return [
+            {"pair": pair.id, "source_id": pair.source_id, "reason": _reason(reasons[pair.id])}
+            for pair in self.index.pairs.values()
+            if pair.id not in self.labels
+        ]
+
+
+def _reason(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items())) or "nobody has labelled it"
+
+
+def _labels(votes: Sequence[Vote]) -> dict[Place, int]:
+    return {vote.place: vote.label for vote in votes if vote.label is not None}
+
+
+def _of_column(index: Index) -> dict[Place, int]:
+    pairs = index.pairs.values()
+    return {(pair.id, segment): label for pair in pairs for segment, label in enumerate(pair.truth)}
+
+
+def _by_pair(index: Index, places: Mapping[Place, int]) -> dict[str, list[int]]:
+    """Labels [S] of each pair that has at least one; 0 where a segment has none."""
+    known = {pair for pair, _ in places}
+    return {
+        pair.id: [places.get((pair.id, segment), 0) for segment in range(len(pair.segments))]
+        for pair in index.pairs.values()
+        if pair.id in known
+    }
+
+
+def statistics_of(labelled: Labelled) -> dict[str, Any]:
+    """Statistics of the labels (`data_pipelines.segments.statistics`), `alpha`, and those of each labeller.
+
+    `alpha` is Krippendorff's over all labellers less the truth, None with fewer than two. Of a labeller `unanswered`
+    counts, by reason, the segments on which it gave no answer.
+    """
+    result = _compared(labelled, labelled.labels)
+    result["alpha"] = agreement(vote for own in labelled.votes.values() for vote in own)
+    result["labellers"] = {}
+    for name, own in labelled.votes.items():
+        found = _compared(labelled, _by_pair(labelled.index, _labels(own)))
+        reasons = Counter(str(vote.details.get(REASON, "withdrawn")) for vote in own if vote.label is None)
+        result["labellers"][name] = {**found, "unanswered": dict(reasons)}
+    return result
+
+
+def _compared(labelled: Labelled, labels: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Statistics of labels by pair, against the truth where there is one."""
+    listed = [labels.get(pair, []) for pair in labelled.index.pairs]
+    if labelled.truth is None:
+        return dict(statistics(listed))
+    known = _by_pair(labelled.index, labelled.truth)
+    return dict(statistics(listed, [known.get(pair, []) for pair in labelled.index.pairs]))
