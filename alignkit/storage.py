@@ -168,10 +168,7 @@ def write_part(
     _require_inside(folder, tables)
     # Sorted as in the record, so that a part just written and one read back are in the same order.
     options = {"write_page_checksum": page_checksums, "row_group_size": row_group_size}
-    files = {
-        path: write_atomic(folder / path, _parquet(table, options))
-        for path, table in sorted(tables.items())
-    }
+    files = {path: write_atomic(folder / path, _parquet(table, options)) for path, table in sorted(tables.items())}
     part = Part(name, files, inputs or {}, notes or {})
     write_json(_record(folder, name), asdict(part))
     return part

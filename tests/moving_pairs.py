@@ -28,7 +28,8 @@ def both(caption: str, number: int, frames: int) -> np.ndarray:
     rng = np.random.default_rng(number)
     scene, motion = move(compose(parse(caption), rng), rng)
     things = [replace(thing, radius=0.4) if n == motion.thing else thing for n, thing in enumerate(scene.things)]
-    good, hidden = (film(shown, motion, np.random.default_rng(1), frames) for shown in (scene, replace(scene, things=tuple(things))))
+    scenes = (scene, replace(scene, things=tuple(things)))
+    good, hidden = (film(shown, motion, np.random.default_rng(1), frames) for shown in scenes)
     bad, length = good.copy(), frames // SEGMENTS
     bad[length : 2 * length] = good[length : 2 * length, ..., ::-1]
     if number % 2:

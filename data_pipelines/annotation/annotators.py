@@ -49,7 +49,7 @@ class Annotators:
         require_labeller(name)
         if self.only not in (None, name):
             raise DataError(
-                f"this page is for the annotator '{self.only}'; for others start `alignkit annotate` without --annotator"
+                f"this page is for the annotator '{self.only}'; start `alignkit annotate` without --annotator for others"
             )
 
     def copy(self, name: str, row: IndexedPair, side: str) -> int:
@@ -98,7 +98,7 @@ class Annotators:
             return row, place[1], self._choice(name, row, before)
 
     def progress(self) -> dict[str, int]:
-        """The number of labelled segments of each annotator, in the order of names; labellers of other kinds left out."""
+        """The number of labelled segments of each annotator, in the order of names."""
         votes = self._people()
         names = {vote.labeller for vote in votes} if self.only is None else {self.only}
         counts = Counter(vote.labeller for vote in votes)

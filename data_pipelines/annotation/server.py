@@ -23,7 +23,9 @@ import importlib.resources
 import json
 import re
 import socket
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +34,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from alignkit.errors import ConfigError, DataError, NumericsError, StorageError
 from alignkit.escape import get_logger, to_terminal
-from data_pipelines.annotation.annotators import SIDES, Annotators
+from data_pipelines.annotation.annotators import Annotators
 from data_pipelines.annotation.pairs import packed
 
 logger = get_logger(__name__)
@@ -98,8 +100,9 @@ class Server(ThreadingHTTPServer):
             self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the name is the base class's
-        """A browser that went away is no error; the others are logged."""
-        logger.debug("a connection ended", exc_info=True)
+        """A browser that goes away while it is answered is no fault; others are logged, with their traceback."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            logger.error("a request failed:\n%s", traceback.format_exc())
 
 
 def _page() -> tuple[bytes, str]:
@@ -155,11 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
             raise Refused(HTTPStatus.MISDIRECTED_REQUEST, "open the page by the address that the program printed")
-        if self.headers.get("Origin", f"http://{hosts[0]}") != f"http://{hosts[0]}":
+        is_foreign = self.headers.get("Origin", f"http://{hosts[0]}") != f"http://{hosts[0]}"
+        is_foreign |= self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+        if is_foreign and (self.command, self.path) != ("GET", "/"):  # a link to the page itself may be anywhere
             raise Refused(HTTPStatus.FORBIDDEN, "a request of another page")
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            if self.path != "/":  # a link to the page itself may be anywhere
-                raise Refused(HTTPStatus.FORBIDDEN, "a request of another page")
 
     def _get(self) -> tuple[bytes, str]:
         url, annotators = urlsplit(self.path), self.server.annotators
@@ -235,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, D102 - the name is the base class's
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name is the base class's
         logger.debug("%s", format % args)
 
 

@@ -5,18 +5,19 @@ Tests wait for states of the page, never for time.
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import moving_pairs
 import numpy as np
 import pytest
 
+from alignkit.media import decode_image
 from data_pipelines.annotation import Annotators, Pairs, Server
 from data_pipelines.dense.votes import read_votes
 
@@ -57,7 +58,7 @@ def running(pairs, tmp_path):
 @pytest.fixture
 def visit(browser, running) -> Iterator[Callable[..., Any]]:
     """Opens the page in a fresh browser and starts as an annotator; at the end nothing was wrong or from elsewhere."""
-    contexts, faults = [], []
+    contexts, faults, own = [], [], (running.url, "data:")
 
     def opened(name: str | None = "anna", **options: Any) -> Any:
         contexts.append(browser.new_context(**options))
@@ -65,7 +66,7 @@ def visit(browser, running) -> Iterator[Callable[..., Any]]:
         page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda asked: None if asked.url.startswith((running.url, "data:")) else faults.append(asked.url))
+        page.on("request", lambda asked: faults.append(asked.url) if not asked.url.startswith(own) else None)
         page.goto(running.url)
         if name is not None:
             page.wait_for_selector("body[data-screen=start]")
@@ -161,12 +162,10 @@ def test_going_to_and_fro(visit):
     assert choices(page) == [None, None, None, "tie"]
 
 
-def pixels(page: Any, side: int) -> np.ndarray:
-    """[H, W, 3] of a canvas."""
-    script = "([side]) => [...document.querySelectorAll('canvas')].map(canvas => [canvas.width, ...canvas.getContext('2d')"
-    script += ".getImageData(0, 0, canvas.width, canvas.height).data])[side]"
-    width, *values = page.evaluate(script, [side])
-    return np.array(values, np.uint8).reshape(-1, width, 4)[..., :3]
+def pixels(page: Any) -> list[np.ndarray]:
+    """[H, W, 3] of both canvases."""
+    urls = page.evaluate("() => [...document.querySelectorAll('canvas')].map(canvas => canvas.toDataURL())")
+    return [decode_image(base64.b64decode(url.partition(",")[2]), "canvas") for url in urls]
 
 
 def test_both_clips_show_the_same_frame(visit, running, pairs):
@@ -184,8 +183,8 @@ def test_both_clips_show_the_same_frame(visit, running, pairs):
         shown = [int(canvas.get_attribute("data-frame")) for canvas in page.query_selector_all("canvas")]
         assert shown[0] == shown[1]
         seen.append(shown[0])
-        for side in range(2):
-            assert (pixels(page, side) == frames[side][shown[side]]).all()
+        for clip, drawn in zip(frames, pixels(page), strict=True):
+            assert (drawn == clip[shown[0]]).all()
     assert seen == [4 + (seen[0] + step) % 4 for step in range(5)]
     page.keyboard.press("w")
     page.wait_for_selector("#whole[aria-pressed=true]")
@@ -201,7 +200,7 @@ def test_both_clips_show_the_same_frame(visit, running, pairs):
 def test_a_key_pressed_once_too_often_votes_on_no_other_pair(visit, tmp_path):
     page = visit()
     at(page, 0, 0)
-    page.evaluate("() => ['a', 'a', 'a', 'a', 'a'].forEach(key => document.dispatchEvent(new KeyboardEvent('keydown', {key})))")
+    page.evaluate("() => [...'aaaaa'].forEach(key => document.dispatchEvent(new KeyboardEvent('keydown', {key})))")
     at(page, 1, 0)
     page.keyboard.press("n")
     at(page, 0, 0)
@@ -283,15 +282,19 @@ def test_a_prompt_is_text(visit, running, pairs, monkeypatch):
 
 CONTRAST = """() => {
   const parse = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
-  const ground = item => { for (; item; item = item.parentElement) {
+  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const ground = item => {
     const color = parse(getComputedStyle(item).backgroundColor);
-    if (color.length === 3 || color[3] > 0) return color; } };
+    return color.length === 3 || color[3] > 0 ? color : ground(item.parentElement);
+  };
+  const has_text = item => [...item.childNodes].some(node => node.nodeType === 3 && node.data.trim());
   return [...document.querySelectorAll("main:not([hidden]) *")]
-    .filter(item => [...item.childNodes].some(node => node.nodeType === 3 && node.data.trim()) && item.checkVisibility())
-    .map(item => { const pair = [parse(getComputedStyle(item).color), ground(item)].map(light).sort((a, b) => b - a);
-      return [(pair[0] + 0.05) / (pair[1] + 0.05), item.outerHTML]; });
+    .filter(item => has_text(item) && item.checkVisibility())
+    .map(item => {
+      const [dark, bright] = [parse(getComputedStyle(item).color), ground(item)].map(light).sort((a, b) => a - b);
+      return [(bright + 0.05) / (dark + 0.05), item.outerHTML];
+    });
 }"""
 
 
