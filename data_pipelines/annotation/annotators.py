@@ -49,7 +49,7 @@ class Annotators:
         require_labeller(name)
         if self.only not in (None, name):
             raise DataError(
-                f"this page is for the annotator '{self.only}'; start `alignkit annotate` without --annotator for others"
+                f"this page is for the annotator '{self.only}'; leave out --annotator to accept others"
             )
 
     def copy(self, name: str, row: IndexedPair, side: str) -> int:

@@ -24,6 +24,7 @@ from PIL import Image
 from alignkit.errors import ConfigError, DataError, MissingFileError
 from data_pipelines.annotation import Annotators, Pairs, Server, server
 from data_pipelines.annotation.pairs import packed
+from data_pipelines.dense import LabelConfig, label_pairs
 from data_pipelines.dense.votes import Vote, append_votes, read_votes
 
 
@@ -170,17 +171,17 @@ def test_a_vote_is_for_the_clip_that_was_on_that_side(running, pairs, tmp_path):
     """It is in the file when the answer comes; sides differ between annotators and between pairs."""
     shown = {}
     for name in ("anna", "ben", "carl"):
-        for row in pairs.rows:
+        for number, row in enumerate(pairs.rows):
             clips = [request(running, f"/api/clips/{row.id}/{side}?annotator={name}")[1] for side in ("left", "right")]
-            first = packed(pairs.clips(pairs.numbers[row.id])[0])
+            first, second = map(packed, pairs.clips(number))
             shown[name, row.id] = left = clips.index(first)  # the copy on the left
-            assert clips[1 - left] == packed(pairs.clips(pairs.numbers[row.id])[1])
-            for segment, choice in enumerate(("left", "right", "tie")):
-                assert vote(running, name, row, segment, choice) == {}
-                (last,) = read_votes(tmp_path, name)[-1:]
-                assert last.place == (row.id, segment)
-                assert last.label == {"left": 1 - 2 * left, "right": 2 * left - 1, "tie": 0}[choice]
-                assert last.details == {"left": left}
+            assert clips[1 - left] == second
+            choice = ("left", "right", "tie")[number % 3]
+            assert vote(running, name, row, 1, choice) == {}
+            (last,) = read_votes(tmp_path, name)[-1:]
+            assert last.place == (row.id, 1)
+            assert last.label == {"left": 1 - 2 * left, "right": 2 * left - 1, "tie": 0}[choice]
+            assert last.details == {"left": left}
     assert {shown["anna", row.id] for row in pairs.rows} == {0, 1}
     assert len({tuple(shown[name, row.id] for row in pairs.rows) for name in ("anna", "ben", "carl")}) > 1
 
@@ -245,6 +246,17 @@ def test_agreement_is_that_of_people(running, pairs, tmp_path):
     append_votes(tmp_path, "judge", [Vote(row.id, segment, -1, "judge") for segment in range(3)])
     assert ask(running, "/api/agreement") == {"alpha": pytest.approx(1 - 10 / 22), "annotators": 2, "shared": 3}
     assert ask(running, "/api/start")["annotators"] == {"anna": 3, "ben": 3}
+
+
+def test_votes_become_labels(running, pairs, tmp_path):
+    """By `label_pairs`, whatever the sides: the first copy is the better one in the first segment of each pair."""
+    for row in pairs.rows:
+        better = "left" if running.annotators.copy("anna", row, "left") == 0 else "right"
+        for segment, choice in enumerate((better, "tie", "tie", "tie")):
+            vote(running, "anna", row, segment, choice)
+    label_pairs(pairs.folder, LabelConfig(), tmp_path / "labelled", build_labellers={}, votes_dirs=[tmp_path])
+    tables = [pq.read_table(file, columns=["labels"]) for file in sorted((tmp_path / "labelled" / "data").iterdir())]
+    assert [labels for table in tables for labels in table["labels"].to_pylist()] == [[1, 0, 0, 0]] * 4
 
 
 def test_a_vote_that_cannot_be_written_does_not_count(running, pairs, tmp_path):
