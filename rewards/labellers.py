@@ -15,7 +15,7 @@ from alignkit.errors import ConfigError, require_at_least
 from alignkit.media import to_pixels
 from alignkit.pairs import ShownPair
 from alignkit.protocols import ExplainingJudge, Judge, Reporting, SegmentScoring, require_modality
-from alignkit.records import Verdict
+from alignkit.records import Prompt, Verdict
 from alignkit.resolve import construct, resolve
 from alignkit.segments import places_of
 from rewards import JUDGES
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Judges of the table are told that they get clips, and to look at every frame that they are given.
-_CLIPS = {"served": {"modality": "video", "frames": 1024}, "vlm": {"modality": "video"}}
+_CLIPS: dict[str, dict[str, Any]] = {"served": {"modality": "video", "frames": 1024}, "vlm": {"modality": "video"}}
 
 Place = tuple[int, int]  # pair, segment
 
@@ -53,6 +53,8 @@ class JudgeLabeller:
 
     def label(self, pairs: Sequence[ShownPair]) -> list[list[Verdict]]:
         """See `alignkit.pairs.Labeller`. Segments of equal shape are compared in one call."""
+        import numpy as np
+
         groups: dict[tuple[int, ...], list[Place]] = defaultdict(list)
         for number, pair in enumerate(pairs):
             for segment in range(len(pair.segments)):
@@ -60,10 +62,14 @@ class JudgeLabeller:
                 groups[shape].append((number, segment))
         found: dict[Place, Verdict] = {}
         for places in groups.values():
-            sides = [self._pixels(pairs, places, copy) for copy in range(2)]
-            prompts = [pairs[number].prompt for number, _ in places]
-            found |= zip(places, _verdicts(self.judge, sides, prompts), strict=True)
-        return [[found[number, segment] for segment in range(len(p.segments))] for number, p in enumerate(pairs)]
+            cuts = [pairs[n].clips[:, list(self._frames(pairs[n], segment))] for n, segment in places]
+            media = to_pixels(np.stack(cuts, 1))  # [2, B, F, 3, H, W]
+            prompts = [pairs[n].prompt for n, _ in places]
+            found |= zip(places, _verdicts(self.judge, media, prompts), strict=True)
+        verdicts: list[list[Verdict]] = [[] for _ in pairs]
+        for n, segment in sorted(found):
+            verdicts[n].append(found[n, segment])
+        return verdicts
 
     def report(self) -> object:
         """What a served judge has cost; empty where there is nothing to say."""
@@ -71,13 +77,6 @@ class JudgeLabeller:
 
     def _frames(self, pair: ShownPair, segment: int) -> Sequence[int]:
         return shown_frames(pair.segments[segment], pair.fps, self.rate)
-
-    def _pixels(self, pairs: Sequence[ShownPair], places: Sequence[Place], copy: int) -> Tensor:
-        """Copy `copy` of the segments at `places`, [B, F, 3, H, W]."""
-        import numpy as np
-
-        cuts = [pairs[number].clips[copy, list(self._frames(pairs[number], segment))] for number, segment in places]
-        return to_pixels(np.stack(cuts))
 
 
 class RewardLabeller(JudgeLabeller):
@@ -121,12 +120,15 @@ class RewardLabeller(JudgeLabeller):
         return [self._of_reward.verdict(float(one), float(other)) for one, other in zip(*sides, strict=True)]
 
 
-def _verdicts(judge: Judge, sides: Sequence[Tensor], prompts: Sequence[Any]) -> list[Verdict]:
-    """Raises ConfigError for verdicts that are not one of 1, 0, -1 (or None) for each pair."""
+def _verdicts(judge: Judge, media: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
+    """Verdicts on media[0] against media[1], each [B, F, 3, H, W].
+
+    Raises ConfigError for verdicts that are not one of 1, 0, -1 (or None) for each pair.
+    """
     if isinstance(judge, ExplainingJudge):
-        verdicts = list(judge.verdicts(sides[0], sides[1], prompts))
+        verdicts = list(judge.verdicts(media[0], media[1], prompts))
     else:
-        verdicts = [Verdict(label) for label in judge.compare(sides[0], sides[1], prompts)]
+        verdicts = [Verdict(label) for label in judge.compare(media[0], media[1], prompts)]
     labels = [verdict.label for verdict in verdicts]
     if len(labels) != len(prompts) or not set(labels) <= {1, 0, -1, None}:
         raise ConfigError(f"a {type(judge).__name__} gave {labels} for {len(prompts)} pairs; give 1, 0 or -1 for each")

@@ -56,7 +56,10 @@ class VlmJudge:
         """As `compare`, with the reason of an abstention and both orders' answers; no answer: None."""
         for side in (first, second):
             check_media(side, prompts, self)  # type: ignore[arg-type]
-        texts = [self._answers(*sides, prompts) for sides in ((first, second), (second, first))]
+        questions = [self.question.template.replace("{prompt}", prompt.text) for prompt in prompts]
+        asked, limit = list(enumerate(questions)), self.question.max_tokens
+        orders = side_by_side(first, second), side_by_side(second, first)
+        texts = [self.critic.write(joined, asked, limit=limit) for joined in orders]
         verdicts = [self.question.verdict(*both) for both in zip(*texts, strict=True)]
         self._abstentions.update(verdict.reason for verdict in verdicts if verdict.reason)
         return verdicts
@@ -64,11 +67,6 @@ class VlmJudge:
     def report(self) -> str:
         """Abstentions by reason, in one line."""
         return ", ".join(f"abstained ({reason}) {count}" for reason, count in sorted(self._abstentions.items()))
-
-    def _answers(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> list[str]:
-        joined = side_by_side(left, right)
-        questions = [self.question.template.replace("{prompt}", prompt.text) for prompt in prompts]
-        return self.critic.write(joined, list(enumerate(questions)), limit=self.question.max_tokens)
 
 
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,7 @@ def _plan(job: LabelJob) -> list[str]:
 
 
 def _work(job: LabelJob) -> None:
-    builders: dict[str, Callable[[], Labeller]] = {
-        name: functools.cache(spec.build) for name, spec in job.labellers.items()
-    }
+    builders = {name: functools.cache(spec.build) for name, spec in job.labellers.items()}
     result = label_pairs(
         job.pairs,
         job.label,

@@ -9,6 +9,7 @@ Not here: reading votes, and their agreement (`votes`).
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,16 +23,15 @@ Aggregate = Callable[[Sequence[Vote]], Mapping[Place, int]]
 
 def majority(votes: Sequence[Vote]) -> dict[Place, int]:
     """The most frequent label of each segment that has a vote."""
-    labels: dict[Place, list[int]] = defaultdict(list)
+    counts: dict[Place, Counter[int]] = defaultdict(Counter)
     for vote in votes:
         if vote.label is not None:
-            labels[vote.place].append(vote.label)
-    return {place: _most_frequent(own) for place, own in labels.items()}
-
-
-def _most_frequent(labels: Sequence[int]) -> int:
-    (label, most), *others = Counter(labels).most_common()
-    return 0 if any(count == most for _, count in others) else label
+            counts[vote.place][vote.label] += 1
+    found = {}
+    for place, own in counts.items():
+        (label, most), *others = own.most_common()
+        found[place] = 0 if others and others[0][1] == most else label
+    return found
 
 
 def dawid_skene(votes: Sequence[Vote]) -> dict[Place, int]:
@@ -51,13 +51,11 @@ def dawid_skene(votes: Sequence[Vote]) -> dict[Place, int]:
     kept = [vote for vote in votes if vote.label is not None]
     if not kept:
         return {}
-    columns = {
-        "task": [f"{vote.pair} {vote.segment}" for vote in kept],
-        "worker": [vote.labeller for vote in kept],
-        "label": [vote.label for vote in kept],
-    }
-    found = DawidSkene(n_iter=ROUNDS).fit_predict(pd.DataFrame(columns))
-    return {vote.place: int(found[task]) for vote, task in zip(kept, columns["task"], strict=True)}
+    rows = [{"task": f"{vote.pair} {vote.segment}", "worker": vote.labeller, "label": vote.label} for vote in kept]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The inplace keyword")  # crowd-kit's use of pandas, which still works
+        found = DawidSkene(n_iter=ROUNDS).fit_predict(pd.DataFrame(rows))
+    return {vote.place: int(found[row["task"]]) for vote, row in zip(kept, rows, strict=True)}
 
 
 AGGREGATES: dict[str, Aggregate] = {"majority": majority, "dawid_skene": dawid_skene}

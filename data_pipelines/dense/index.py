@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ class Index:
     parts: Sequence[Part]
     pairs: dict[str, IndexedPair]
     has_truth: bool
+
+    def batches(self, pairs: Sequence[IndexedPair], size: int) -> Iterator[list[IndexedPair]]:
+        """At most `size` of `pairs` at a time, each batch from one file."""
+        for _, own in itertools.groupby(pairs, lambda pair: pair.path):
+            while batch := list(itertools.islice(own, size)):
+                yield batch
 
     def media(self, pair: IndexedPair) -> Mapping[str, Any]:
         """The row of a pair with its media."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -166,11 +165,12 @@ class _Asker:
 
     def ask(self) -> None:
         """Every labeller about every pair; of a pair that it has answered in part, all segments again."""
-        missing = {name: self._missing(name) for name in self.builders}
+        missing = self._missing()
         built = {name: functools.cache(build) for name, build in self.builders.items()}
-        todo = [pair for pair in self.index.pairs.values() if any(pair.id in ids for ids in missing.values())]
+        unlabelled = set().union(*missing.values())
+        todo = [pair for pair in self.index.pairs.values() if pair.id in unlabelled]
         with tqdm(total=len(todo), desc=STAGE, unit="pair", disable=not todo) as bar:
-            for batch in self._batches(todo):
+            for batch in self.index.batches(todo, self.config.batch_size):
                 shown = self._show(batch)
                 for name, build in built.items():
                     wanted = [pair for pair in batch if pair.id in missing[name]]
@@ -178,19 +178,15 @@ class _Asker:
                         append_votes(self.folder, name, self._votes(name, build(), wanted, shown))
                 bar.update(len(batch))
 
-    def _missing(self, name: str) -> set[str]:
-        """The pairs with a segment that `name` has not answered; with `retry` those without a label, too."""
-        require_labeller(name)
-        votes = read_votes(self.folder, name, withdrawn=not self.config.retry)
-        done = Counter(vote.pair for vote in votes)
-        return {pair.id for pair in self.index.pairs.values() if done[pair.id] < len(pair.segments)}
-
-    def _batches(self, todo: Sequence[IndexedPair]) -> Iterator[list[IndexedPair]]:
-        """Batches of the pairs of one file, which is read once for all of them."""
-        size = self.config.batch_size
-        for _, own in itertools.groupby(todo, lambda pair: pair.path):
-            pairs = list(own)
-            yield from (pairs[start : start + size] for start in range(0, len(pairs), size))
+    def _missing(self) -> dict[str, set[str]]:
+        """By labeller the pairs with a segment that it has not answered; with `retry` those without a label, too."""
+        missing = {}
+        for name in self.builders:
+            require_labeller(name)
+            votes = read_votes(self.folder, name, withdrawn=not self.config.retry)
+            done = Counter(vote.pair for vote in votes)
+            missing[name] = {pair.id for pair in self.index.pairs.values() if done[pair.id] < len(pair.segments)}
+        return missing
 
     def _show(self, batch: Sequence[IndexedPair]) -> dict[str, ShownPair | str]:
         """The clips of each pair, or what is wrong with them."""
@@ -228,11 +224,14 @@ def _verdicts(labeller: Labeller, name: str, shown: Mapping[str, ShownPair]) -> 
         found = labeller.label(list(shown.values()))
     except (DataError, NumericsError) as error:
         if len(shown) > 1:
-            singles = [_verdicts(labeller, name, {pair: clips}) for pair, clips in shown.items()]
-            return {pair: verdicts for single in singles for pair, verdicts in single.items()}
+            alone: dict[str, Sequence[Verdict]] = {}
+            for pair, clips in shown.items():
+                alone |= _verdicts(labeller, name, {pair: clips})
+            return alone
         ((pair, clips),) = shown.items()
         return {pair: [Verdict(None, str(error)[:_LONGEST_REASON])] * len(clips.segments)}
-    lengths, expected = [len(own) for own in found], [len(clips.segments) for clips in shown.values()]
+    lengths = [len(own) for own in found]
+    expected = [len(clips.segments) for clips in shown.values()]
     if lengths != expected:
         raise ConfigError(f"labeller '{name}' gave {lengths} verdicts for pairs of {expected} segments; give one each")
     return dict(zip(shown, found, strict=True))

@@ -15,6 +15,7 @@ from data_pipelines.dense.votes import Place, Vote, agreement
 from data_pipelines.segments import statistics
 
 REASON = "reason"  # in the details of a vote: why it is a tie, or no answer
+WITHDRAWN = "withdrawn"  # the reason of a vote that has none
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Labelled:
 
     index: Index
     votes: Mapping[str, Sequence[Vote]]
-    truth: Mapping[Place, int] | None
+    truth: Mapping[str, Sequence[int]] | None
     places: Mapping[Place, int]
     labels: Mapping[str, Sequence[int]]
 
@@ -36,12 +37,14 @@ class Labelled:
         by_name: dict[str, list[Vote]] = defaultdict(list)
         for vote in votes:
             by_name[vote.labeller].append(vote)
-        known = None
+        known: Mapping[str, Sequence[int]] | None = None
         if truth is not None:
             own = by_name.pop(truth, None)
             if own is None and not index.has_truth:
                 raise ConfigError(f"truth names '{truth}', which is no labeller with votes and no column of the pairs")
-            known = _labels(own) if own is not None else _of_column(index)
+            known = (
+                {pair.id: pair.truth for pair in index.pairs.values()} if own is None else _by_pair(index, _labels(own))
+            )
         places = aggregate([vote for own in by_name.values() for vote in own if vote.label is not None])
         return cls(index, dict(by_name), known, places, _by_pair(index, places))
 
@@ -60,37 +63,29 @@ class Labelled:
     def quarantined(self) -> list[dict[str, Any]]:
         """The pairs without any label, with the first reason of each labeller."""
         reasons: dict[str, dict[str, str]] = defaultdict(dict)
-        for name, own in self.votes.items():
+        for name, own in sorted(self.votes.items()):
             for vote in own:
-                reasons[vote.pair].setdefault(name, str(vote.details.get(REASON, "withdrawn")))
-        return [
-            {"pair": pair.id, "source_id": pair.source_id, "reason": _reason(reasons[pair.id])}
-            for pair in self.index.pairs.values()
-            if pair.id not in self.labels
-        ]
-
-
-def _reason(reasons: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items())) or "nobody has labelled it"
+                reasons[vote.pair].setdefault(name, f"{name}: {vote.details.get(REASON, WITHDRAWN)}")
+        faults = []
+        for pair in self.index.pairs.values():
+            if pair.id not in self.labels:
+                reason = "; ".join(reasons[pair.id].values()) or "nobody has labelled it"
+                faults.append({"pair": pair.id, "source_id": pair.source_id, "reason": reason})
+        return faults
 
 
 def _labels(votes: Sequence[Vote]) -> dict[Place, int]:
     return {vote.place: vote.label for vote in votes if vote.label is not None}
 
 
-def _of_column(index: Index) -> dict[Place, int]:
-    pairs = index.pairs.values()
-    return {(pair.id, segment): label for pair in pairs for segment, label in enumerate(pair.truth)}
-
-
 def _by_pair(index: Index, places: Mapping[Place, int]) -> dict[str, list[int]]:
     """Labels [S] of each pair that has at least one; 0 where a segment has none."""
     known = {pair for pair, _ in places}
-    return {
-        pair.id: [places.get((pair.id, segment), 0) for segment in range(len(pair.segments))]
-        for pair in index.pairs.values()
-        if pair.id in known
-    }
+    labels = {}
+    for pair in index.pairs.values():
+        if pair.id in known:
+            labels[pair.id] = [places.get((pair.id, segment), 0) for segment in range(len(pair.segments))]
+    return labels
 
 
 def statistics_of(labelled: Labelled) -> dict[str, Any]:
@@ -104,7 +99,7 @@ def statistics_of(labelled: Labelled) -> dict[str, Any]:
     result["labellers"] = {}
     for name, own in labelled.votes.items():
         found = _compared(labelled, _by_pair(labelled.index, _labels(own)))
-        reasons = Counter(str(vote.details.get(REASON, "withdrawn")) for vote in own if vote.label is None)
+        reasons = Counter(str(vote.details.get(REASON, WITHDRAWN)) for vote in own if vote.label is None)
         result["labellers"][name] = {**found, "unanswered": dict(reasons)}
     return result
 
@@ -114,5 +109,4 @@ def _compared(labelled: Labelled, labels: Mapping[str, Sequence[int]]) -> dict[s
     listed = [labels.get(pair, []) for pair in labelled.index.pairs]
     if labelled.truth is None:
         return dict(statistics(listed))
-    known = _by_pair(labelled.index, labelled.truth)
-    return dict(statistics(listed, [known.get(pair, []) for pair in labelled.index.pairs]))
+    return dict(statistics(listed, [labelled.truth.get(pair, []) for pair in labelled.index.pairs]))

@@ -249,8 +249,8 @@ class RewardJudge:
 
         with torch.no_grad():
             name, count = type(self.reward).__name__, len(prompts)
-            sides = [as_scores(self.reward(media, prompts), name, count).total for media in (first, second)]
-        return [self.verdict(*pair) for pair in zip(*(side.tolist() for side in sides), strict=True)]
+            scores = [as_scores(self.reward(media, prompts), name, count).total.tolist() for media in (first, second)]
+        return [self.verdict(*pair) for pair in zip(*scores, strict=True)]
 
     def verdict(self, first: float, second: float) -> Verdict:
         """What two scores mean."""

@@ -332,7 +332,7 @@ def test_nothing_to_label_or_nothing_left(pairs, tmp_path):
     [
         ([[Verdict(1)]], ConfigError, r"gave \[1\] verdicts for pairs of \[2, 2\]"),
         ([[Verdict(1), Verdict(2)]] * 2, DataError, "the label 2"),
-    ],  # fmt: skip
+    ],
 )
 def test_a_labeller_that_is_wrong_stops(pairs, tmp_path, verdicts, error, message):
     class Wrong(Brighter):
