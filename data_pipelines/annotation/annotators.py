@@ -48,9 +48,7 @@ class Annotators:
         """DataError for a name that is not safe as the name of a file, or another one than `only`."""
         require_labeller(name)
         if self.only not in (None, name):
-            raise DataError(
-                f"this page is for the annotator '{self.only}'; leave out --annotator to accept others"
-            )
+            raise DataError(f"this page is for the annotator '{self.only}'; leave out --annotator to accept others")
 
     def copy(self, name: str, row: IndexedPair, side: str) -> int:
         """Which clip of the pair, 0 or 1, the annotator sees on `side`; raises what `require` raises."""
@@ -62,14 +60,15 @@ class Annotators:
 
         Raises what `require` raises.
         """
+        found = []
         with self._lock:
             labels = self._annotator(name).labels
-            return [
-                [self._choice(name, row, labels.get((row.id, segment))) for segment in range(len(row.segments))]
-                for row in self.pairs.rows
-            ]
+            for row in self.pairs.rows:
+                own = [labels.get((row.id, segment)) for segment in range(len(row.segments))]
+                found.append([self._choice(name, row, label) for label in own])
+        return found
 
-    def vote(self, name: str, row: IndexedPair, segment: int, choice: str) -> None:
+    def vote(self, name: str, row: IndexedPair, segment: Any, choice: str) -> None:
         """Append the vote. Raises DataError for values that are none, StorageError where it cannot be written."""
         if choice not in (*SIDES, TIE):
             raise DataError(f"the choice {choice!r:.40}; choices are left, right and tie")

@@ -42,7 +42,7 @@ class Pairs:
         self.folder, self._screen, self._index = folder, Screen(build), read_index(folder, parts, None)
         self.rows: list[IndexedPair] = list(self._index.pairs.values())
         self.numbers = {row.id: number for number, row in enumerate(self.rows)}
-        has_videos = all(VIDEOS in read_schema(folder / path).names for path in {row.path for row in self.rows})
+        has_videos = all(VIDEOS in read_schema(folder / path).names for part in parts for path in part.files)
         # NUMBER-COPY.webp; the number counts the videos, also those in quarantine, which have no file.
         files = [] if has_videos or build else sorted((folder / PREVIEWS).glob("*-[01].webp"))
         self._previews = list(zip(files[::2], files[1::2], strict=False))

@@ -164,7 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.FORBIDDEN, "a request of another page")
 
     def _get(self) -> tuple[bytes, str]:
-        url, annotators = urlsplit(self.path), self.server.annotators
+        annotators = self.server.annotators
+        try:
+            url = urlsplit(self.path)
+            name = parse_qs(url.query, max_num_fields=4).get("annotator", [""])[0]
+        except ValueError as error:
+            raise Refused(HTTPStatus.BAD_REQUEST, f"the address cannot be read: {error}") from error
         if url.path == "/":
             return self.server.page, "text/html; charset=utf-8"
         if url.path == "/api/start":
@@ -173,15 +178,22 @@ class _Handler(BaseHTTPRequestHandler):
             return _json(known | {"annotators": annotators.progress()})
         if url.path == "/api/agreement":
             return _json(annotators.agreement())
-        name = parse_qs(url.query, max_num_fields=4).get("annotator", [""])[0]
         if url.path == "/api/session":
-            return _json({"annotator": name, "pairs": _pairs(annotators, name)})
+            return _json({"annotator": name, "pairs": self._pairs(name)})
         if match := _CLIP.fullmatch(url.path):
             number = annotators.pairs.numbers.get(match[1])
             if number is not None:
                 copy = annotators.copy(name, annotators.pairs.rows[number], match[2])
                 return self.server.clip(number, copy), "application/octet-stream"
         raise Refused(HTTPStatus.NOT_FOUND, "nothing is here")
+
+    def _pairs(self, name: str) -> list[Mapping[str, Any]]:
+        """What the page needs of each pair. Control characters of a prompt are shown as escapes."""
+        annotators, pairs = self.server.annotators, list[Mapping[str, Any]]()
+        for row, choices in zip(annotators.pairs.rows, annotators.choices(name), strict=True):
+            known = {"id": row.id, "fps": row.fps, "segments": row.segments, "choices": choices}
+            pairs.append(known | {"prompt": to_terminal(row.prompt)})
+        return pairs
 
     def _post(self) -> tuple[bytes, str]:
         work = {"/api/vote": self._vote, "/api/undo": self._undo}.get(self.path)
@@ -250,11 +262,3 @@ def _text(body: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} is {value!r:.40}; give a text")
     return value
-
-
-def _pairs(annotators: Annotators, name: str) -> list[Mapping[str, Any]]:
-    """What the page needs of each pair. Control characters of a prompt are shown as escapes."""
-    return [
-        {"id": row.id, "prompt": to_terminal(row.prompt), "fps": row.fps, "segments": row.segments, "choices": choices}
-        for row, choices in zip(annotators.pairs.rows, annotators.choices(name), strict=True)
-    ]
