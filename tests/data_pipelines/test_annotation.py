@@ -360,7 +360,7 @@ def test_other_methods_and_names(running, pairs, tmp_path):
     assert request(running, "/api/start", {})[0] == 404
     assert request(running, "/api/session?annotator=..%2Fanna")[0] == 422
     assert request(running, "/api/session?" + "a=1&" * 9)[0] == 400
-    assert request(running, "http://[/")[0] == 400
+    assert request(running, "http://[/", Host="localhost")[0] == 400
     assert request(running, f"/api/clips/{pairs.rows[0].id}/left")[0] == 422
     with served(pairs, tmp_path, only="anna") as own:
         assert ask(own, "/api/start")["annotators"] == {"anna": 0}

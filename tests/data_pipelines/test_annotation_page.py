@@ -193,8 +193,9 @@ def test_both_clips_show_the_same_frame(visit, running, pairs):
         seen.append(int(page.get_attribute("canvas", "data-frame")))
     assert seen[5:] == [(seen[4] - step) % 16 for step in range(1, 17)]
     page.keyboard.press("k")
-    for frame in (3, 9):  # it plays on, past the segment
-        page.wait_for_selector(f"canvas[data-frame='{frame}']")
+    for segment in (3, 1):  # it plays on, through the whole clip
+        frames_of = range(4 * segment, 4 * segment + 4)
+        page.wait_for_selector(", ".join(f".left canvas[data-frame='{frame}']" for frame in frames_of))
 
 
 def test_a_key_pressed_once_too_often_votes_on_no_other_pair(visit, tmp_path):
