@@ -138,7 +138,7 @@ def read_labels(rows: Dataset, where: str = "") -> tuple[list[list[int]], list[S
 
 
 def checked_segments(cell: Any, num_frames: int | None, place: str) -> Segments:
-    """The segments of a row's cell; DataError naming `place` for those that `read_labels` refuses."""
+    """The segments in a cell of a row. Raises DataError naming `place`, as `read_labels` does."""
     if not cell or any(segment is None or len(segment) != 2 or None in segment for segment in cell):
         raise DataError(f"{place}: segments are {cell}; give [start, end) in frames for each")
     edges = [0, *(edge for segment in cell for edge in segment), math.inf if num_frames is None else num_frames]

@@ -58,6 +58,13 @@ class LabellerSpec:
         """Changes with the options and with the files that they name, a question's among them."""
         return identity_of(self.labeller, self.found_options)
 
+    @property
+    def absent(self) -> list[str]:
+        """The file of the question, where it is named and not there."""
+        inner = self.found_options.get("options") or {}
+        question = Path(str(inner.get("question", ""))) if isinstance(inner, Mapping) else Path()
+        return [str(question)] if question.suffix and not question.is_file() else []
+
     def build(self) -> Labeller:
         """Raises UnknownNameError for an unknown name, ConfigError for options that do not fit or another class."""
         builder = resolve(self.labeller, LABELLERS, kind="labeller")
@@ -103,6 +110,9 @@ class LabelJob(LabelConfig):
 def _plan(job: LabelJob) -> list[str]:
     paths = {"pairs": job.pairs, **{f"votes {number}": path for number, path in enumerate(job.votes)}}
     missing = [f"NOT THERE YET: {path} ({key})" for key, path in paths.items() if not path.exists()]
+    missing += [
+        f"NOT THERE YET: {path} (labeller '{name}')" for name, spec in job.labellers.items() for path in spec.absent
+    ]
     absent = absences({"generator": job.generator} if job.generator else {})
     voters = [*job.labellers, *(f"the votes in {path / VOTES}" for path in job.votes)]
     return [
@@ -126,8 +136,9 @@ def _work(job: LabelJob) -> None:
     write_config(job.out, job)
     print(f"{result.rows} labelled pairs in {result.folder}: {counts_line(result.counts)}")
     for name, build in builders.items():
-        if build.cache_info().currsize and isinstance(labeller := build(), Reporting):
-            print(f"{name}: {labeller.report()}")
+        labeller = build() if build.cache_info().currsize else None
+        if isinstance(labeller, Reporting) and (report := str(labeller.report())):
+            print(f"{name}: {report}")
     method = next(name for name, method in METHODS.items() if method.data == "dense")
     print(f"statistics: {job.out / 'manifest.json'}")
     print(f"next: alignkit train {method} --data {job.out} --model MODEL --out OUT")

@@ -23,7 +23,7 @@ from alignkit.media import decode_clip, encode_image
 from alignkit.storage import read_schema, recorded_parts
 from data_pipelines.dense.index import IndexedPair, read_index
 from data_pipelines.dense.pairs import PREVIEWS, STAGE
-from data_pipelines.dense.shown import VIDEOS, BuildDecoder, Screen
+from data_pipelines.dense.shown import VIDEOS, BuildDecoder, PairReader
 
 LARGEST_SIDE = 768  # pixels of a frame on the page; larger ones are made smaller
 LOSSLESS_SIDE = 256  # up to this side frames are PNG, above it JPEG
@@ -39,7 +39,7 @@ class Pairs:
 
     def __init__(self, folder: Path, build: BuildDecoder | None = None) -> None:
         _, parts = recorded_parts(folder, STAGE)
-        self.folder, self._screen, self._index = folder, Screen(build), read_index(folder, parts, None)
+        self.folder, self._reader, self._index = folder, PairReader(build), read_index(folder, parts, None)
         self.rows: list[IndexedPair] = list(self._index.pairs.values())
         self.numbers = {row.id: number for number, row in enumerate(self.rows)}
         has_videos = all(VIDEOS in read_schema(folder / path).names for part in parts for path in part.files)
@@ -58,10 +58,10 @@ class Pairs:
         return sum(len(row.segments) for row in self.rows)
 
     def clips(self, number: int) -> np.ndarray:
-        """uint8 [2, F, H, W, 3] of the pair `number`; raises what `Screen.show` raises, DataError for previews."""
+        """uint8 [2, F, H, W, 3] of the pair `number`; raises what `PairReader.read` raises, DataError for previews."""
         row = self.rows[number]
         if not self._previews:
-            return self._screen.show(self._index.media(row), row.where).clips
+            return self._reader.read(self._index.media(row), row.where).clips
         clips = np.stack([decode_clip(file, f"'{file}'") for file in self._previews[number]])
         # The preview of a long clip leaves out frames evenly.
         return clips.repeat(-(-row.segments[-1][1] // clips.shape[1]), axis=1)

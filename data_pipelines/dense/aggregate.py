@@ -53,7 +53,7 @@ def dawid_skene(votes: Sequence[Vote]) -> dict[Place, int]:
         return {}
     rows = [{"task": f"{vote.pair} {vote.segment}", "worker": vote.labeller, "label": vote.label} for vote in kept]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The inplace keyword")  # crowd-kit's use of pandas, which still works
+        warnings.simplefilter("ignore", DeprecationWarning)  # what crowd-kit uses of pandas works until pandas 4
         found = DawidSkene(n_iter=ROUNDS).fit_predict(pd.DataFrame(rows))
     return {vote.place: int(found[row["task"]]) for vote, row in zip(kept, rows, strict=True)}
 

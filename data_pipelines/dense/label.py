@@ -8,7 +8,6 @@ again, it goes on. A pair that cannot be labelled has the reason in the details 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections import Counter
@@ -44,7 +43,7 @@ from data_pipelines.dense.aggregate import AGGREGATES
 from data_pipelines.dense.card import labels_card_text
 from data_pipelines.dense.index import Index, IndexedPair, read_index
 from data_pipelines.dense.pairs import STAGE as PAIRS_STAGE
-from data_pipelines.dense.shown import BuildDecoder, Screen
+from data_pipelines.dense.shown import BuildDecoder, PairReader
 from data_pipelines.dense.summary import REASON, Labelled, statistics_of
 from data_pipelines.dense.votes import (
     VOTES,
@@ -79,7 +78,7 @@ class LabelConfig:
     aggregate: Literal["majority", "dawid_skene"] = "majority"
     least_labelled: float = LEAST_LABELLED
     truth: str | None = None
-    batch_size: int = 4
+    batch_size: int = 2
     retry: bool = False
 
     def __post_init__(self) -> None:
@@ -115,12 +114,14 @@ def label_pairs(
     with locked(folder):
         imported = sorted({path.stem for source in votes_dirs for path in (source / VOTES).glob("*.jsonl")})
         known = dict.fromkeys(imported, "votes") | dict(identities or dict.fromkeys(build_labellers, ""))
+        if config.truth is not None and config.truth not in known and not index.has_truth:
+            raise ConfigError(f"truth names '{config.truth}', which is no labeller and no column of the pairs")
         sections = {f"labeller {name}": {"identity": identity} for name, identity in known.items()}
         inputs = {"pairs_run_sha256": checksum(pairs_dir / RUN)}
         claim(folder, {"stage": STAGE, "inputs": inputs, **sections}, writes=(*STAGE_FILES, VOTES))
         for source in votes_dirs:
             import_votes(source, folder, build_labellers)
-        _Asker(folder, index, config, build_labellers, Screen(build_decoder)).ask()
+        _Asker(folder, index, config, build_labellers, PairReader(build_decoder)).ask()
         labelled = Labelled.of(_known_votes(folder, index, known), index, config.truth, AGGREGATES[config.aggregate])
         return _Writer(folder, index, config, labelled).write()
 
@@ -140,8 +141,8 @@ def _known_votes(folder: Path, index: Index, names: Mapping[str, str]) -> list[V
                 f"{own[0].pair}; give the pairs that were labelled"
             )
         if len(kept) < len(own):
-            logger.warning("%d of %d votes of '%s' are on other pairs; they are left out", len(own) - len(kept),
-                           len(own), name)  # fmt: skip
+            others = len(own) - len(kept)
+            logger.warning("%d of %d votes of '%s' are on other pairs; they are left out", others, len(own), name)
         for vote in kept:
             count = len(index.pairs[vote.pair].segments)
             if vote.segment >= count:
@@ -161,21 +162,21 @@ class _Asker:
     index: Index
     config: LabelConfig
     builders: Mapping[str, Callable[[], Labeller]]
-    screen: Screen
+    reader: PairReader
 
     def ask(self) -> None:
         """Every labeller about every pair; of a pair that it has answered in part, all segments again."""
         missing = self._missing()
-        built = {name: functools.cache(build) for name, build in self.builders.items()}
+        labellers = {name: self.builders[name]() for name, ids in missing.items() if ids}
         unlabelled = set().union(*missing.values())
         todo = [pair for pair in self.index.pairs.values() if pair.id in unlabelled]
         with tqdm(total=len(todo), desc=STAGE, unit="pair", disable=not todo) as bar:
             for batch in self.index.batches(todo, self.config.batch_size):
                 shown = self._show(batch)
-                for name, build in built.items():
+                for name, labeller in labellers.items():
                     wanted = [pair for pair in batch if pair.id in missing[name]]
                     if wanted:
-                        append_votes(self.folder, name, self._votes(name, build(), wanted, shown))
+                        append_votes(self.folder, name, self._votes(name, labeller, wanted, shown))
                 bar.update(len(batch))
 
     def _missing(self) -> dict[str, set[str]]:
@@ -193,7 +194,7 @@ class _Asker:
         shown: dict[str, ShownPair | str] = {}
         for pair in batch:
             try:
-                shown[pair.id] = self.screen.show(self.index.media(pair), pair.where)
+                shown[pair.id] = self.reader.read(self.index.media(pair), pair.where)
             except (DataError, NumericsError) as error:
                 shown[pair.id] = str(error)
         return shown
@@ -289,6 +290,8 @@ class _Writer:
             table = _with_column(table, LABELS, [labels for _, labels, _ in rows])
             table = _with_column(table, SOURCE, [source for *_, source in rows])
             tables[path] = table.filter(pa.array([is_kept for is_kept, *_ in rows]))
+        for path in set(part.files) - set(tables):  # of an earlier run; the dataset is what lies in the folder
+            (self.folder / path).unlink(missing_ok=True)
         return write_part(self.folder, part.name, tables, inputs=inputs, notes={"rows": sum(row[0] for row in rows)})
 
 

@@ -23,7 +23,7 @@ BuildDecoder = Callable[[Sampling], ClipDecoder]
 
 
 @dataclass
-class Screen:
+class PairReader:
     """Decodes the clips of rows; the decoder of latents is built, once, for the first row without videos.
 
     build: makes the decoder for the sampling of a row; None where there is no generator.
@@ -32,7 +32,7 @@ class Screen:
     build: BuildDecoder | None
     _decoder: ClipDecoder | None = None
 
-    def show(self, row: Mapping[str, Any], where: str) -> ShownPair:
+    def read(self, row: Mapping[str, Any], where: str) -> ShownPair:
         """The pair of `row`, which has the columns of the dense format; `where` is for messages.
 
         Raises DataError for clips or latents that cannot be decoded or do not fit the row, NumericsError for latents

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from alignkit.errors import ConfigError
 from data_pipelines.dense.aggregate import Aggregate
 from data_pipelines.dense.index import Index
 from data_pipelines.dense.votes import Place, Vote, agreement
@@ -33,18 +32,15 @@ class Labelled:
 
     @classmethod
     def of(cls, votes: Sequence[Vote], index: Index, truth: str | None, aggregate: Aggregate) -> Labelled:
-        """Raises ConfigError where `truth` names neither a labeller nor a column."""
+        """`truth` is the name of a labeller or a column; a labeller of that name counts before a column."""
         by_name: dict[str, list[Vote]] = defaultdict(list)
         for vote in votes:
             by_name[vote.labeller].append(vote)
         known: Mapping[str, Sequence[int]] | None = None
-        if truth is not None:
-            own = by_name.pop(truth, None)
-            if own is None and not index.has_truth:
-                raise ConfigError(f"truth names '{truth}', which is no labeller with votes and no column of the pairs")
-            known = (
-                {pair.id: pair.truth for pair in index.pairs.values()} if own is None else _by_pair(index, _labels(own))
-            )
+        if truth in by_name:
+            known = _by_pair(index, _labels(by_name.pop(truth)))
+        elif truth is not None:
+            known = {pair.id: pair.truth for pair in index.pairs.values()}
         places = aggregate([vote for own in by_name.values() for vote in own if vote.label is not None])
         return cls(index, dict(by_name), known, places, _by_pair(index, places))
 

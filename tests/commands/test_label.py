@@ -169,10 +169,14 @@ def test_what_stops_the_verb(work, flags, message, capsys):
 
 
 def test_a_dry_run_reads_nothing(work, capsys):
-    assert cli.main([*RUN, "--pairs", "nowhere", "--votes", "people", "--dry-run"]) == 0
+    question = ["--labellers.vlm", "{labeller: judge, options: {options: {question: mine.yaml}}}"]
+    assert cli.main([*RUN, "--pairs", "nowhere", "--votes", "people", *question, "--dry-run"]) == 0
     told = capsys.readouterr().out
+    assert "NOT THERE YET: mine.yaml (labeller 'vlm')" in told
     assert "NOT THERE YET: nowhere (pairs)" in told
-    assert "label the segments of the pairs in nowhere with motion, the votes in people/votes into labelled" in told
+    assert (
+        "label the segments of the pairs in nowhere with motion, vlm, the votes in people/votes into labelled" in told
+    )
     assert not (work / "labelled").exists()
     assert cli.main([*RUN, "--pairs", "labelled"]) == 2
     assert "the folder of the pairs, which is only read" in capsys.readouterr().err

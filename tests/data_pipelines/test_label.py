@@ -262,6 +262,10 @@ def test_votes_alone_become_labels(pairs, tmp_path):
     run(pairs, tmp_path / "out", build_labellers={}, votes_dirs=[source])
     assert rows_of(tmp_path / "out")["labels"][0] == [1, -1]
     assert (tmp_path / "out" / "data" / "part-00001.parquet").stat().st_mtime_ns == before
+    append_votes(source, "anna", [Vote(ids_of(pairs)[number], 0, 0, "anna") for number in (2, 4)])
+    append_votes(source, "anna", [Vote(ids_of(pairs)[4], 1, 0, "anna")])
+    run(pairs, tmp_path / "out", build_labellers={}, votes_dirs=[source])
+    assert rows_of(tmp_path / "out")["labels"][:] == [[1, -1], [1, -1]], "no file of an earlier run is left"
 
 
 def test_agreement_with_the_truth_by_a_labeller_or_a_column(pairs, tmp_path):
@@ -318,6 +322,9 @@ def test_nothing_to_label_or_nothing_left(pairs, tmp_path):
     finish_run(tmp_path / "none", "dense-pairs", [], rows=0, counts={})
     with pytest.raises(DataError, match="holds no pair"):
         run(tmp_path / "none", tmp_path / "out")
+    mixed = write_pairs(tmp_path / "mixed", change=lambda row: row | {"segments": [[4, 9], [0, 4]]})
+    with pytest.raises(DataError, match=r"row 0: segments are \[\[4, 9\], \[0, 4\]\]; give"):
+        run(mixed, tmp_path / "out")
     short = write_pairs(tmp_path / "short")
     path = short / "data" / "part-00000.parquet"
     pq.write_table(pa.table({"prompt": ["a"]}), path)
