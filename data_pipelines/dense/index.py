@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import DataError
 from alignkit.segments import LABELS, Segments, checked_segments
-from alignkit.storage import Part, read_schema, read_table
+from alignkit.storage import Part, read_row, read_schema, read_table
 from data_pipelines.dense.shown import MEDIA
 from data_pipelines.dense.votes import IDENTITY, pair_id
 
@@ -26,6 +26,8 @@ class IndexedPair:
     number: int
     where: str  # for messages
     source_id: str
+    prompt: str
+    fps: float
     segments: Segments
     truth: Sequence[int]
 
@@ -38,7 +40,6 @@ class Index:
     parts: Sequence[Part]
     pairs: dict[str, IndexedPair]
     has_truth: bool
-    _open: tuple[str, Any] = field(default=("", None))
 
     def batches(self, pairs: Sequence[IndexedPair], size: int) -> Iterator[list[IndexedPair]]:
         """At most `size` of `pairs` at a time, each batch from one file."""
@@ -47,13 +48,10 @@ class Index:
                 yield batch
 
     def media(self, pair: IndexedPair) -> Mapping[str, Any]:
-        """The row of a pair with its media. The file of the last pair stays in memory: ask in order."""
-        path, table = self._open
-        if path != pair.path:
-            file = self.folder / pair.path
-            names = {*NEEDED, *MEDIA, "codec", "sampling"} & set(read_schema(file).names)
-            self._open = path, table = pair.path, read_table(file, columns=sorted(names))
-        return table.slice(pair.number, 1).to_pylist()[0]  # type: ignore[no-any-return]
+        """The row of a pair with its media."""
+        file = self.folder / pair.path
+        names = {*NEEDED, *MEDIA, "codec", "sampling"} & set(read_schema(file).names)
+        return read_row(file, pair.number, sorted(names))
 
 
 def read_index(folder: Path, parts: Sequence[Part], truth: str | None) -> Index:
@@ -88,4 +86,5 @@ def _indexed(row: Mapping[str, Any], path: str, number: int, where: str, truth: 
         raise DataError(
             f"{where}, column {truth}: labels {known} for {len(segments)} segments; give 1, 0 or -1 for each"
         )
-    return IndexedPair(pair_id(row), path, number, where, row.get("source_id") or "", segments, known)
+    source, fps = row.get("source_id") or "", row["fps"]
+    return IndexedPair(pair_id(row), path, number, where, source, row["prompt"], fps, segments, known)
