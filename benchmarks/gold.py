@@ -9,6 +9,7 @@ Usage::
     python benchmarks/gold.py clips                    the verifier of clips on rendered clips, by kind and fault
     python benchmarks/gold.py codec FOLDER             the same after a round trip through a generator's VAE; its PSNR
     python benchmarks/gold.py video FOLDER             what it finds in a video generator's clips
+    python benchmarks/gold.py clip_sheet FOLDER SHEET.png   generated clips with verdicts of segments, for the eye
     python benchmarks/gold.py pairs FOLDER [ETA ...]   labels of pairs that start from rendered clips (default .65, .8)
 """
 
@@ -227,11 +228,39 @@ def sheet(folder: str, target: Path, sampling: Sampling) -> None:
     print(json.dumps({"question": "sheet", "model": folder, "accepted": float(verdicts.mean()), "file": str(target)}))
 
 
+def clip_sheet(folder: str, target: Path, count: int, sampling: Sampling) -> None:
+    """A contact sheet of `count` clips, one a row: two frames of each segment, a green or red line under each segment.
+
+    The frame around a row is green where gold accepts the clip.
+    """
+    asked = film_captions.prompts(count, seed=78)
+    drawn = draw(folder, asked, sampling, None)
+    cell, caption, accepted = 2 * films.SIZE, 16, 0
+    page = Image.new("RGB", (16 * cell + 8, count * (cell + caption + 12)), "white")
+    pen = ImageDraw.Draw(page)
+    for number, (prompt, clip) in enumerate(zip(asked, drawn.permute(0, 1, 3, 4, 2).numpy(), strict=True)):
+        reading, top = film_gold.read(clip, film_captions.parse(prompt.text)), number * (cell + caption + 12)
+        accepted += reading.is_right
+        pen.text((6, top), f"{number} {prompt.text}", fill="green" if reading.is_right else "red", font_size=12)
+        for column, frame in enumerate(at for start, _ in films.SEGMENTS for at in (start + 1, start + 3)):
+            picture = Image.fromarray((clip[frame] * 255).round().astype(np.uint8)).resize((cell, cell), 0)
+            page.paste(picture, (4 + column * cell, top + caption))
+        for segment, is_right in enumerate(reading.segment_is_right):
+            left, low = 4 + 2 * cell * segment, top + caption + cell + 3
+            pen.line((left + 2, low, left + 2 * cell - 3, low), fill="green" if is_right else "red", width=4)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    page.save(target, optimize=True)
+    print(
+        json.dumps({"question": "sheet of clips", "model": folder, "accepted": accepted / count, "file": str(target)})
+    )
+
+
 def main() -> None:
     """Parse the question and answer it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "question", choices=("renders", "generator", "sheet", "labels", "clips", "codec", "video", "pairs")
+        "question",
+        choices=("renders", "generator", "sheet", "labels", "clips", "codec", "video", "clip_sheet", "pairs"),
     )
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--count", type=int, default=600)
@@ -250,6 +279,8 @@ def main() -> None:
         print(json.dumps(codec(chosen.arguments[0], chosen.count)))
     elif chosen.question == "video":
         print(json.dumps(video(chosen.arguments[0], chosen.count, replace(sampling, **CLIP), chosen.adapter)))
+    elif chosen.question == "clip_sheet":
+        clip_sheet(chosen.arguments[0], Path(chosen.arguments[1]), min(chosen.count, 60), replace(sampling, **CLIP))
     elif chosen.question == "pairs":
         for eta in map(float, chosen.arguments[1:] or (0.65, 0.8)):
             print(json.dumps(video_pairs(chosen.arguments[0], chosen.count, replace(sampling, **CLIP), eta)))

@@ -87,9 +87,10 @@ def _coverage(actor: Actor, rows: slice, columns: slice) -> NDArray[np.float32]:
     """Share of each pixel [end - start, rows, columns] that the object covers; of one frame if it stands still."""
     is_still = np.ptp(actor.x) + np.ptp(actor.y) == 0
     frames = slice(actor.start, actor.start + 1 if is_still else actor.end)
-    y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5 - actor.y[frames, None, None]
-    x = np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5 - actor.x[frames, None, None]
-    return np.clip(0.5 - scenes.distance(actor.shape, x, y, actor.radius), 0, 1)
+    places = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)
+    y = places[rows, None] - actor.y[frames, None, None]
+    x = places[columns] - actor.x[frames, None, None]
+    return np.asarray(np.clip(0.5 - scenes.distance(actor.shape, x, y, actor.radius), 0, 1))
 
 
 def compose(spec: FilmSpec, rng: np.random.Generator) -> Film:
@@ -197,8 +198,9 @@ def _faulty(actor: Actor, kind: str, span: tuple[int, int], film: Film, rng: np.
     elif kind == "double":
         pieces = [actor, *_copies(during, film, rng)]
     else:
-        wrong = _other(COLORS, actor.color, rng) if kind == "color" else _other(SHAPES, actor.shape, rng)
-        pieces = [*around, replace(during, **{kind: wrong})]
+        by_color, by_shape = _other(COLORS, actor.color, rng), _other(SHAPES, actor.shape, rng)
+        wrong = replace(during, color=by_color) if kind == "color" else replace(during, shape=by_shape)
+        pieces = [*around, wrong]
     return [piece for piece in pieces if piece.start < piece.end]
 
 
@@ -224,4 +226,4 @@ def cells(film: Film, patch: int = 8) -> NDArray[np.int64]:
         frames = replace(actor, x=actor.x[chosen], y=actor.y[chosen], start=0, end=len(chosen))
         covered = _coverage(frames, slice(0, SIZE), slice(0, SIZE))
         shares[row] = covered.reshape(-1, side, patch, side, patch).mean((2, 4))
-    return shares.argmax(0)
+    return np.asarray(shares.argmax(0))

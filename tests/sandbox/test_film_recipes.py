@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
+from PIL import Image
 
 from alignkit.generators import load_generator, wrap
 from alignkit.records import Sampling
@@ -112,7 +113,7 @@ def test_items_depend_on_their_index_alone_and_labels_on_the_caption():
         assert (int(motions.max()) > 1) == (spec.direction is not None)
 
 
-def test_gold_measures_a_codec_a_generator_and_pairs(models, monkeypatch):
+def test_gold_measures_a_codec_a_generator_and_pairs(models, monkeypatch, tmp_path):
     """Of a model that has learnt nothing; two copies of one clip are always ties."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     gold = importlib.import_module("gold")
@@ -120,10 +121,13 @@ def test_gold_measures_a_codec_a_generator_and_pairs(models, monkeypatch):
     codec = gold.codec(folder, 4)
     assert codec["psnr"] < 20
     assert codec["clips"] == 0
-    drawn = gold.video(folder, 2, SAMPLING, None)
+    drawn = gold.video(folder, 1, SAMPLING, None)
     assert (drawn["gold"], drawn["graded"] < 0.5) == (0, True)
-    same = gold.video_pairs(folder, 2, SAMPLING, 0.0)
+    gold.clip_sheet(folder, tmp_path / "sheet.png", 1, SAMPLING)
+    with Image.open(tmp_path / "sheet.png") as page:
+        assert page.size == (16 * 64 + 8, 92)
+    same = gold.video_pairs(folder, 1, SAMPLING, 0.0)
     assert (same["graded_labelled"], same["binary_mixed"], same["faulty"]) == (0, 0, 1)
-    assert gold.video_pairs(folder, 2, SAMPLING, 0.7)["faulty"] == 1
+    found = gold.clips(1)
     exact = {"accepts", "rejects", "faulty_clips", "frames", "segments"}
-    assert all(gold.clips(2)[category] == dict.fromkeys(exact, 1.0) for category in gold.film_captions.CATEGORIES)
+    assert all(found[category] == dict.fromkeys(exact, 1.0) for category in gold.film_captions.CATEGORIES)
