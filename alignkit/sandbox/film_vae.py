@@ -36,7 +36,7 @@ STAGES = (
     Stage(steps=1_300, batch=16, learning_rate=3e-3, seed=301, frames=1, crowd=6),
     Stage(steps=2_500, batch=16, learning_rate=3e-3, seed=302, frames=1, crowd=6),
     Stage(steps=1_200, batch=6, learning_rate=1e-3, seed=303, frames=9, crowd=6),
-    Stage(steps=500, batch=4, learning_rate=1e-3, seed=304, frames=17),
+    Stage(steps=1_200, batch=4, learning_rate=1e-3, seed=304, frames=17),
 )
 
 
