@@ -63,7 +63,7 @@ def soup(
             raise AdapterError(f"soup: the weight of member {number} is {weight}; give finite numbers")
     merge = Merge(method, density, seed)
     merge.check(weights, any_sum=True)
-    layouts = [_layout(state, number) for number, state in enumerate(state_dicts)]
+    layouts = [lora_ends(state, f"member {number}") for number, state in enumerate(state_dicts)]
     for number, layout in enumerate(layouts):
         if layout != layouts[0]:
             raise AdapterError(f"soup: member {number} has another layout than member 0; convert one of them")
@@ -93,13 +93,16 @@ def with_alphas(state: State, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return result
 
 
-def _layout(state: State, number: int) -> tuple[str, str] | None:
-    """The ends of the names of down and up weights; None for full weights."""
+def lora_ends(state: State, label: str) -> tuple[str, str] | None:
+    """The ends of the names of down and up weights; None for full weights.
+
+    Raises AdapterError naming the member `label` for DoRA and other weights that are no plain LoRA.
+    """
     if not state:
-        raise AdapterError(f"soup: member {number} is empty")
+        raise AdapterError(f"soup: {label} is empty")
     for key in state:
         if key.endswith(DORA_ENDS):
-            raise AdapterError(f"soup: member {number} is a DoRA ('{key}'), whose change is no product of two matrices")
+            raise AdapterError(f"soup: {label} is a DoRA ('{key}'), whose change is no product of two matrices")
     for down, up in _LAYOUTS:
         paths = [key.removesuffix(down) for key in state if key.endswith(down)]
         if paths:
@@ -107,7 +110,7 @@ def _layout(state: State, number: int) -> tuple[str, str] | None:
             required = {path + up for path in paths}
             if state.keys() - known or required - state.keys():
                 problem = min((state.keys() - known) | (required - state.keys()))
-                raise AdapterError(f"soup: '{problem}' of member {number} does not belong to a plain LoRA")
+                raise AdapterError(f"soup: '{problem}' of {label} does not belong to a plain LoRA")
             return down, up
     return None
 

@@ -5,6 +5,7 @@ Nothing is kept between two accesses, so a computation over whole models holds o
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
-        self._places: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, str]] = {}  # by a tensor's name: its file, and its name there
         self._layouts: dict[str, Layout] = {}
         self._opened = ExitStack()
         self._handles: dict[Path, Any] = {}
@@ -60,16 +61,17 @@ class StoredTensors(Mapping[str, Tensor]):
             for name in handle.keys():  # noqa: SIM118 - it is no mapping
                 part = handle.get_slice(name)
                 self._layouts[name] = Layout(DTYPES[part.get_dtype()], tuple(part.get_shape()))
-                self._places[name] = file
+                self._places[name] = (file, name)
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(f"'{file}' is truncated or no file of weights ({error}); copy it again") from error
         self._handles[file] = handle
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._handles[self._places[name]].get_tensor(name)
+        file, stored = self._places[name]
+        tensor: Tensor = self._handles[file].get_tensor(stored)
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise DataError(
-                f"'{self._places[name]}': '{name}' holds NaN or infinite values. The file is damaged or its training "
+                f"'{file}': '{stored}' holds NaN or infinite values. The file is damaged or its training "
                 "diverged; use an earlier checkpoint or copy it again"
             )
         return tensor
@@ -83,6 +85,13 @@ class StoredTensors(Mapping[str, Tensor]):
     def layout(self, name: str) -> Layout:
         """Precision and shape of a tensor, from the header."""
         return self._layouts[name]
+
+    def select(self, names: Mapping[str, str]) -> StoredTensors:
+        """The same files, with those tensors alone that are values of `names`, under its keys."""
+        selected = copy.copy(self)
+        selected._places = {new: self._places[name] for new, name in names.items()}
+        selected._layouts = {new: self._layouts[name] for new, name in names.items()}
+        return selected
 
 
 def layout_of(tensors: Mapping[str, Tensor], name: str) -> Layout:

@@ -54,8 +54,8 @@ def load_generator(
 
     named = model_path(str(model))
     written = read_index(named)
-    chosen = _family(written["_class_name"], str(model), options or {}, family)
-    folder = _local(named, chosen)
+    chosen = family_of(written["_class_name"], str(model), options or {}, family)
+    folder = local_folder(named, chosen)
     index = read_model_index(folder, optional=chosen.optional_parts, unused=chosen.unused_parts)
     _report_left_out(str(model), written, index, chosen)
     pipeline = _load_pipeline(folder, index, chosen, dtype or torch.float32, quantize)
@@ -71,7 +71,7 @@ def load_generator(
     return generator
 
 
-def _local(model: str, family: type[PipelineGenerator]) -> str:
+def local_folder(model: str, family: type[PipelineGenerator]) -> str:
     """The folder of a model; a hub id is downloaded, less the components that are never loaded."""
     if Path(model).exists():
         return model
@@ -124,12 +124,12 @@ def wrap(pipeline: DiffusionPipeline, name: str | None = None, **options: Any) -
     for an unknown option.
     """
     class_name = type(pipeline).__name__
-    family = _family(class_name, name or class_name, options, None)
+    family = family_of(class_name, name or class_name, options, None)
     origin = str(pipeline.config.get("_name_or_path") or class_name)
     return family(pipeline, name or Path(origin).name, **options)
 
 
-def _family(class_name: str, model: str, options: Mapping[str, Any], named: str | None) -> type[PipelineGenerator]:
+def family_of(class_name: str, model: str, options: Mapping[str, Any], named: str | None) -> type[PipelineGenerator]:
     """The family of a pipeline class, or the one that is `named`, after a check that it takes `options`."""
     if named is None and class_name not in GENERATORS:
         raise UnknownNameError(
