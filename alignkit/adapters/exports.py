@@ -96,6 +96,11 @@ def export_peft(net: Any, folder: Path, *, base_model: str, name: str = lora.NAM
     """A PEFT folder: adapter_config.json and adapter_model.safetensors; `base` is the fingerprint of the base."""
     state = {f"{lora.PEFT_PREFIX}{key}": value for key, value in lora.adapter_state(net, name).items()}
     save_canonical(state, folder / lora.PEFT_FILE, file_metadata({"": base} if base else None))
-    config = {**_plain(net.peft_config[name], net), "base_model_name_or_path": base_model, "peft_type": "LORA", "inference_mode": True}
+    config = {
+        **_plain(net.peft_config[name], net),
+        "base_model_name_or_path": base_model,
+        "peft_type": "LORA",
+        "inference_mode": True,
+    }
     write_text(folder / lora.PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str))
     return folder

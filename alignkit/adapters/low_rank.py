@@ -1,4 +1,4 @@
-"""Products of two factors, up [out, r, ...] and down [r, in, ...]: linear layers and convolutions, whose up is 1 x 1."""
+"""Products of two factors, up [out, r, ...] and down [r, in, ...], of linear layers and convolutions (up is 1 x 1)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def factorised(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Lost]:
 def _factors(
     left: Tensor, values: Tensor, right: Tensor, rank: int, ends: tuple[Sequence[int], Sequence[int]]
 ) -> tuple[Tensor, Tensor, Lost]:
-    """Factors of the largest `rank` singular values, whose roots go to both; `ends` are the last axes of down and up."""
+    """Factors of the largest `rank` singular values, whose roots go to both; `ends`: the last axes of down and up."""
     roots = values[:rank].sqrt()
     down = (roots[:, None] * right[:rank]).reshape(len(roots), *ends[0])
     up = (left[:, :rank] * roots).reshape(len(left), len(roots), *ends[1])

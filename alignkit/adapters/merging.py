@@ -79,9 +79,7 @@ def require_weights(weights: Sequence[float], *, any_sum: bool) -> None:
         )
 
 
-def combine(
-    changes: Sequence[Callable[[], Tensor]], weights: Sequence[float], merge: Merge, name: str
-) -> Tensor:
+def combine(changes: Sequence[Callable[[], Tensor]], weights: Sequence[float], merge: Merge, name: str) -> Tensor:
     """The merged change, float64, of the weight `name`; each of `changes` computes one member's when it is called.
 
     Members of weight 0 are not computed. The sum of the weights is a scale in all methods.

@@ -180,7 +180,7 @@ def soup_of_loras(
 
 
 def _stacked(path: str, members: Sequence[Lora], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """sum_i w_i s_i B_i A_i as one product: the downs below each other, the ups beside each other with their factors."""
+    """sum_i w_i s_i B_i A_i as one product: downs below each other, ups beside each other with their factors."""
     downs, ups = [], []
     for member, weight in zip(members, weights, strict=True):
         if path in member.layers:
@@ -224,7 +224,9 @@ class WeightSoup:
 
     def _require_same(self, first: tuple[str, State], other: tuple[str, State]) -> None:
         names = sorted(first[1].keys() ^ other[1].keys())
-        shapes = {name: [layout_of(state, name).shape for _, state in (first, other)] for name in self.names if not names}
+        shapes = {
+            name: [layout_of(state, name).shape for _, state in (first, other)] for name in self.names if not names
+        }
         different = names or [name for name, (one, two) in shapes.items() if one != two]
         if different:
             whose = f"members {first[0].split()[-1]} and {other[0].split()[-1]}" if self._base is None else other[0]

@@ -22,11 +22,9 @@ from alignkit.errors import DataError
 from alignkit.storage import atomic_file
 
 _ALIGNMENT = 8  # bytes; the length of a safetensors header is a multiple of it
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -55,7 +53,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def _open(self, file: Path) -> None:
         if file.suffix != ".safetensors":
-            raise DataError(f"'{file}' is no safetensors file, which a mixture reads alone; save the model again as one")
+            raise DataError(f"'{file}' is no safetensors file; a mixture reads no others, save the model again as one")
         try:
             handle = self._opened.enter_context(safe_open(file, framework="pt"))
             for name in handle.keys():  # noqa: SIM118 - it is no mapping
@@ -89,8 +87,8 @@ class StoredTensors(Mapping[str, Tensor]):
     def select(self, names: Mapping[str, str]) -> StoredTensors:
         """The same files, with those tensors alone that are values of `names`, under its keys."""
         selected = copy.copy(self)
-        selected._places = {new: self._places[name] for new, name in names.items()}
-        selected._layouts = {new: self._layouts[name] for new, name in names.items()}
+        vars(selected)["_places"] = {new: self._places[name] for new, name in names.items()}
+        vars(selected)["_layouts"] = {new: self._layouts[name] for new, name in names.items()}
         return selected
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignkit.adapters.mixture import BASE, Window
+from alignkit.commands.specs import GeneratorSpec
 from alignkit.commands.verb import Verb, execute
 from alignkit.errors import ConfigError
 from alignkit.shipped import model_path
@@ -61,10 +62,12 @@ def _plan(job: SoupJob) -> list[str]:
     from alignkit.adapters.merging import Merge
 
     Merge(job.method, job.density, job.seed).check(job.weights, any_sum=job.any_sum)
-    named = [job.base, *(member for member in job.members if member != BASE)]
-    missing = [name for name in named if not Path(model_path(name)).exists()]
+    missing = [name for name in job.members if name != BASE and not Path(model_path(name)).exists()]
+    missing += GeneratorSpec(model=job.base, family=job.family).absent
     parts = " + ".join(f"{weight:g} {member}" for weight, member in zip(job.weights, job.members, strict=True))
-    how = f"mix {parts} by {job.method}" if job.space == "weights" else f"mix the {job.space}s of {parts} while sampling"
+    how = (
+        f"mix {parts} by {job.method}" if job.space == "weights" else f"mix the {job.space}s of {parts} while sampling"
+    )
     return [*(f"NOT THERE YET: {name}" for name in missing), f"{how}, as changes of {job.base}, into {job.out}"]
 
 

@@ -84,7 +84,9 @@ class Base:
         """A component with its weights, in the precision of its files unless `dtype` says otherwise."""
         library, kind = self.index[component]
         stored = require_weights(self.folder / component, library)
-        return load_network(self.folder / component, component_class(library, kind), stored, dtype or stored_dtype(stored))
+        return load_network(
+            self.folder / component, component_class(library, kind), stored, dtype or stored_dtype(stored)
+        )
 
 
 @cache
@@ -129,14 +131,16 @@ def read_member(name: str, base: Base) -> Member:
         return Member(name=name)
     path = Path(model_path(name))
     if not path.exists():
-        raise MissingFileError(f"member '{name}' does not exist; give a LoRA, a folder of weights, or the word '{BASE}'")
+        raise MissingFileError(f"member '{name}' does not exist; give a LoRA, a folder of weights, or '{BASE}'")
     adapters = _adapter_files(path, base)
     if adapters:
         return Member(name=name, loras=_loras(path, base), files=adapters)
     folders = _components(path, base)
     for component, folder in folders.items():
         _require_same_component(name, component, folder, base)
-    files = {f"{component}/{file.name}": file for component, at in folders.items() for file in _files(at, base, component)}
+    files = {
+        f"{component}/{file.name}": file for component, at in folders.items() for file in _files(at, base, component)
+    }
     return Member(name=name, weights=folders, files=files)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,14 +20,24 @@ from alignkit.adapters import exports, lora
 from alignkit.adapters.exports import file_metadata
 from alignkit.adapters.merging import Merge, require_weights
 from alignkit.adapters.mixing import Full, Lora, WeightSoup, soup_of_loras
-from alignkit.adapters.mixture import BASE, FILE, MemberRecord, Mixture, Window, write_mixture
+from alignkit.adapters.mixture import BASE, MemberRecord, Mixture, Window, write_mixture
 from alignkit.adapters.tensor_files import Layout, write_stream
 from alignkit.errors import AdapterError, StorageError
-from alignkit.generators.members import Base, Member, plain_name, renamed_layers, require_one_base, weights_of
+from alignkit.generators.members import Base, Member, renamed_layers, require_one_base, weights_of
 from alignkit.locks import LOCK
 from alignkit.storage import checksum
 
 Output = Literal["auto", "adapter", "components", "model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What a soup is made of."""
+
+    base: Base
+    members: Sequence[Member]
+    weights: Sequence[float]
+    merge: Merge
 
 
 def make_soup(
@@ -51,8 +62,8 @@ def make_soup(
     The precision of written components is that of the base's files, or a member's wider one. Raises StorageError where
     `out` holds something, AdapterError for members of another base and for an output that cannot hold the result.
     """
-    merge = merge or Merge()
-    merge.check(weights, any_sum=any_sum)
+    mix = Mix(base, members, weights, merge or Merge())
+    mix.merge.check(weights, any_sum=any_sum)
     changed = _changed(members)
     kind = output if output != "auto" else "components" if any(member.weights for member in members) else "adapter"
     _require_output(kind, base, members, changed, rank)
@@ -60,21 +71,21 @@ def make_soup(
     fingerprints = require_one_base(members, base)
     error = 0.0
     if kind == "adapter":
-        error = _write_adapter(base, members, weights, merge, rank, out, fingerprints)
+        error = _write_adapter(mix, rank, out, fingerprints)
     else:
         if kind == "model":
             _copy_rest(base, changed, out)
         for component in changed:
-            _write_component(base, component, members, weights, merge, out / component)
+            _write_component(mix, component, out / component)
     mixture = Mixture(
         space="weights",
         base=base.model,
         base_fingerprint=fingerprints,
         members=tuple(_record(member) for member in members),
         weights=tuple(map(float, weights)),
-        method=merge.method,
-        density=merge.density,
-        seed=merge.seed,
+        method=mix.merge.method,
+        density=mix.merge.density,
+        seed=mix.merge.seed,
         rank_error=error,
         files={str(file.relative_to(out)): checksum(file) for file in _weights_below(out)},
     )
@@ -164,34 +175,28 @@ def _record(member: Member, place: str = "") -> MemberRecord:
 
 
 def _weights_below(out: Path) -> Iterable[Path]:
-    return sorted(file for file in out.rglob("*.safetensors") if file.is_file() and file.name != FILE)
+    return sorted(file for file in out.rglob("*.safetensors") if file.is_file())
 
 
 # --- one LoRA -------------------------------------------------------------------------------------------------------
 
 
-def _write_adapter(
-    base: Base,
-    members: Sequence[Member],
-    weights: Sequence[float],
-    merge: Merge,
-    rank: int | None,
-    out: Path,
-    fingerprints: Mapping[str, str],
-) -> float:
+def _write_adapter(mix: Mix, rank: int | None, out: Path, fingerprints: Mapping[str, str]) -> float:
     """The result's relative error. Layers of a lower rank are filled up with zeros, so that one rank and alpha holds
     for all and no loader has to know more.
     """
     states, configs, errors = {}, {}, []
-    for component in _changed(members):
-        loras = [member.lora(component) for member in members]
-        state, error = soup_of_loras(loras, weights, merge, rank)
+    for component in _changed(mix.members):
+        loras = [member.lora(component) for member in mix.members]
+        state, error = soup_of_loras(loras, mix.weights, mix.merge, rank)
         errors.append(error)
         highest = max(len(value) for key, value in state.items() if key.endswith(lora.DOWN))
-        states[component] = {key: _filled(value, highest, axis=int(key.endswith(lora.UP))) for key, value in state.items()}
+        states[component] = {
+            key: _filled(value, highest, axis=int(key.endswith(lora.UP))) for key, value in state.items()
+        }
         paths = sorted(key.removesuffix(lora.DOWN) for key in state if key.endswith(lora.DOWN))
         configs[component] = LoraConfig(r=highest, lora_alpha=highest, target_modules=paths)
-    parts = {component: base.shapes(component) for component in states}
+    parts = {component: mix.base.shapes(component) for component in states}
     bases = {component: fingerprints[component] for component in states}
     exports.write_diffusers(parts, states, configs, out, bases)
     return max(errors)
@@ -207,32 +212,28 @@ def _filled(tensor: Tensor, size: int, axis: int) -> Tensor:
 # --- whole components -----------------------------------------------------------------------------------------------
 
 
-def component_soup(
-    base: Base, component: str, members: Sequence[Member], weights: Sequence[float], merge: Merge
-) -> WeightSoup:
+def component_soup(mix: Mix, component: str) -> WeightSoup:
     """The weights of a component, computed one at a time; a member that does not change it counts as the base."""
-    origin = base.tensors(component)
+    origin = mix.base.tensors(component)
     parts: list[Full | Lora] = []
-    for member in members:
+    for member in mix.members:
         if component in member.weights:
-            parts.append(Full(weights_of(member.weights[component], component, base)))
+            parts.append(Full(weights_of(member.weights[component], component, mix.base)))
         else:
             parts.append(renamed_layers(member.lora(component), list(origin)))
     common = {name: name for name in origin if all(name in part.weights for part in parts if isinstance(part, Full))}
-    return WeightSoup(parts, weights, merge, origin.select(common))
+    return WeightSoup(parts, mix.weights, mix.merge, origin.select(common))
 
 
-def _write_component(
-    base: Base, component: str, members: Sequence[Member], weights: Sequence[float], merge: Merge, out: Path
-) -> None:
-    mixed = component_soup(base, component, members, weights, merge)
-    origin = base.tensors(component)
+def _write_component(mix: Mix, component: str, out: Path) -> None:
+    mixed = component_soup(mix, component)
+    origin = mix.base.tensors(component)
     layouts = {name: Layout(mixed.dtype(name), origin.layout(name).shape) for name in mixed.names}
     out.mkdir(parents=True, exist_ok=True)
-    for file in (base.folder / component).glob("*.json"):
-        if not file.name.endswith(".index.json") and ".index." not in file.name:
+    for file in (mix.base.folder / component).glob("*.json"):
+        if ".index." not in file.name:  # the result has no shards
             shutil.copyfile(file, out / file.name)
-    stem = "diffusion_pytorch_model" if base.index[component][0] == "diffusers" else "model"
+    stem = "diffusion_pytorch_model" if mix.base.index[component][0] == "diffusers" else "model"
     write_stream(out / f"{stem}.safetensors", layouts, mixed.weight, file_metadata(None))
 
 
@@ -241,6 +242,6 @@ def _copy_rest(base: Base, changed: Sequence[str], out: Path) -> None:
     shutil.copytree(
         base.folder,
         out,
-        ignore=lambda folder, names: changed if Path(folder) == base.folder else [],
+        ignore=lambda folder, _: changed if Path(folder) == base.folder else [],
         dirs_exist_ok=True,
     )
