@@ -134,10 +134,10 @@ class Lora:
             layers[path] = (down, up, alpha / len(down))
         return cls(layers)
 
-    def change(self, path: str) -> Tensor:
-        """The change of a layer's weight, float64; 0 where it has none."""
+    def change(self, path: str, shape: Sequence[int]) -> Tensor:
+        """The change of a layer's weight of `shape`, float64; 0 where it has none."""
         if path not in self.layers:
-            return torch.zeros((), dtype=torch.float64)
+            return torch.zeros(*shape, dtype=torch.float64)
         down, up, scale = self.layers[path]
         return product(down, up).mul_(scale)
 
@@ -167,7 +167,8 @@ def soup_of_loras(
             raise AdapterError(f"soup: members have different shapes at '{path}'; they belong to different models")
         dtype = torch.promote_types(_dtype([down for down, *_ in layers]), torch.float32)
         if not merge.is_linear:
-            changes = [partial(member.change, path) for member in members]
+            shape = (len(layers[0][1]), *layers[0][0].shape[1:])
+            changes = [partial(member.change, path, shape) for member in members]
             down, up, cut = factorised(combine(changes, weights, merge, path), rank or 1)
         else:
             down, up = _stacked(path, members, weights)
@@ -263,7 +264,7 @@ class WeightSoup:
                 terms.append((weight, partial(member.weights.__getitem__, name)))
                 whole += weight
             elif path in member.layers:
-                terms.append((weight, partial(member.change, path)))
+                terms.append((weight, partial(member.change, path, layout_of(self._states[0], name).shape)))
         if self._base is not None and abs(1 - whole) > CLOSE:
             terms.insert(0, (1 - whole, partial(self._base.__getitem__, name)))
         return [(weight, value) for weight, value in terms if weight != 0]
@@ -279,7 +280,7 @@ def _change(member: Full | Lora, name: str, base: Tensor) -> Tensor:
     """A member's change of one weight, float64."""
     if isinstance(member, Full):
         return member.weights[name].double() - base
-    return member.change(name.removesuffix(".weight")).expand_as(base)
+    return member.change(name.removesuffix(".weight"), base.shape)
 
 
 def _dtype(tensors: Sequence[Tensor]) -> torch.dtype:

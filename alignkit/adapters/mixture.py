@@ -118,6 +118,11 @@ def is_mixture(path: Path) -> bool:
     return (path / FILE).is_file()
 
 
+def acts_while_sampling(path: Path) -> bool:
+    """Whether `path` is a mixture of embeddings or predictions, which has no weights of its own."""
+    return is_mixture(path) and read_mixture(path).space != "weights"
+
+
 def read_mixture(folder: Path) -> Mixture:
     """The mixture in `folder`, after checks of its record and of the files that it names.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignkit.adapters.mixture import is_mixture, read_mixture
+from alignkit.adapters.mixture import acts_while_sampling
 from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
 from alignkit.generators.frames import require_known_frames
@@ -314,9 +314,8 @@ def build_generator(name: str, spec: GeneratorSpec) -> Any:
     """Load a generator for sampling. Raises MissingFileError naming the files that a model folder lacks."""
     if spec.is_own:
         return resolve(spec.model, {}, kind="generator")(**spec.options)
-    if spec.adapter is not None and is_mixture(spec.adapter) and read_mixture(spec.adapter).space != "weights":
-        from alignkit.generators.mixtures import load_mixture
-
+    if spec.adapter is not None and acts_while_sampling(spec.adapter):
+        load_mixture = resolve("alignkit.generators.mixtures:load_mixture", {}, kind="mixture")
         return load_mixture(load_policy(name, replace(spec, adapter=None)), spec.adapter, spec.family)
     generator = load_policy(name, spec)
     if not generator.is_quantized:
@@ -325,27 +324,21 @@ def build_generator(name: str, spec: GeneratorSpec) -> Any:
 
 
 def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:
-    """Load a diffusers pipeline with its adapter, which may be a mixture of weights."""
+    """Load a diffusers pipeline with its adapter."""
     import torch
 
     from alignkit.generators import load_generator
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    mixture = spec.adapter if spec.adapter is not None and is_mixture(spec.adapter) else None
-    generator = load_generator(
+    return load_generator(
         spec.model,
         name=name,
-        adapter=None if mixture else spec.adapter,
+        adapter=spec.adapter,
         dtype=dtypes[spec.dtype],
         quantize=spec.quantize,
         family=spec.family,
         options=spec.options,
     )
-    if mixture is not None:
-        from alignkit.generators.mixtures import load_weights
-
-        load_weights(generator, mixture)
-    return generator
 
 
 class RewardBuilders(dict[str, "Callable[[], Reward]"]):

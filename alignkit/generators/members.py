@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 
 from alignkit.adapters import lora, lora_files
 from alignkit.adapters.fingerprint import base_of, is_other_base
@@ -18,7 +19,6 @@ from alignkit.adapters.mixture import BASE
 from alignkit.adapters.plain import require_loadable
 from alignkit.adapters.tensor_files import StoredTensors
 from alignkit.errors import AdapterError, MissingFileError
-from alignkit.generators import family_of, local_folder
 from alignkit.generators.components import (
     component_class,
     is_computed,
@@ -28,6 +28,7 @@ from alignkit.generators.components import (
     stored_dtype,
 )
 from alignkit.generators.folders import component_names, read_index, read_json, read_model_index
+from alignkit.generators.lookup import family_of, local_folder
 from alignkit.generators.table import origins
 from alignkit.shipped import model_path
 from alignkit.storage import checksum
@@ -70,7 +71,7 @@ class Base:
     def loadable(self) -> list[str]:
         """The components that the vanilla pipeline's `load_lora_weights` knows."""
         kind: Any = component_class("diffusers", self.index["_class_name"])
-        return list(vars(kind).get("_lora_loadable_modules", ()))
+        return list(kind._lora_loadable_modules) if issubclass(kind, LoraBaseMixin) else []  # noqa: SLF001
 
     def shapes(self, component: str) -> nn.Module:
         """A component on the meta device: its layers without numbers."""

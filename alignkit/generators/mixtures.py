@@ -243,9 +243,9 @@ class PredictionMixture(MixedGenerator):
 
     @override
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        with counted_steps(self.generator.pipeline) as clock:
-            with self.acting(lambda: clock.index in self.steps(clock.total)):
-                return self.generator.generate(prompts, seeds, sampling)
+        clocks = counted_steps(self.generator.pipeline)
+        with clocks as clock, self.acting(lambda: clock.index in self.steps(clock.total)):
+            return self.generator.generate(prompts, seeds, sampling)
 
     @override
     def conditioning(self, prompts: Sequence[str], count: int) -> Callable[[int], Conditioning]:

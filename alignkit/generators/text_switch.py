@@ -7,6 +7,7 @@ once with the other encoders, once in the chain itself. Inputs that differ betwe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,12 +46,14 @@ def counted_steps(pipeline: Any, *, only_first: bool = False) -> Iterator[Clock]
     scheduler, clock = pipeline.scheduler, Clock()
     step, set_timesteps = scheduler.step, scheduler.set_timesteps
 
+    @functools.wraps(step)  # pipelines ask both for the names of their parameters
     def counted(*arguments: Any, **named: Any) -> Any:
         if only_first:
             raise _FirstStepEndedError
         clock.index += 1
         return step(*arguments, **named)
 
+    @functools.wraps(set_timesteps)
     def known(*arguments: Any, **named: Any) -> Any:
         result = set_timesteps(*arguments, **named)
         clock.total = len(scheduler.timesteps)
