@@ -59,7 +59,8 @@ def make_soup(
     rank: cut an adapter to this rank, by singular values; without it its rank is the sum of the members' ranks.
     any_sum: weights may sum to another number than 1.
 
-    The precision of written components is that of the base's files, or a member's wider one. Raises StorageError where
+    The precision of written components is that of the base's files, or a member's wider one with all weights; float32
+    for 8 bits. Raises StorageError where
     `out` holds something, AdapterError for members of another base and for an output that cannot hold the result.
     """
     mix = Mix(base, members, weights, merge or Merge())

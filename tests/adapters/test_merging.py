@@ -241,6 +241,13 @@ def test_end_points_of_full_weights_are_exact(method, dtype):
     assert all(torch.equal(equal[name], one[name]) for name in one)
 
 
+def test_a_base_in_eight_bits_gives_float32():
+    base = {"0.weight": torch.full((6, 5), 1.5).to(torch.float8_e4m3fn)}
+    adapter = {"0" + lora.DOWN: torch.full((1, 5), 0.001), "0" + lora.UP: torch.ones(6, 1)}
+    found = WeightSoup([Lora.of(adapter)], [1.0], Merge(), base).weight("0.weight")
+    assert torch.equal(found, torch.full((6, 5), 1.501))
+
+
 def test_wise_ft_is_a_strength():
     base, one = full_state(0), full_state(1)
     for strength in (0.0, 0.5, 1.0, 1.5):
