@@ -28,8 +28,9 @@ from tqdm import tqdm
 from alignkit.claims import holds_results
 from alignkit.commands.data import DATA, SynPicJob, TrainingData, data_kind
 from alignkit.commands.methods import DEFAULT_METHOD, config_class, unchecked_methods
-from alignkit.commands.specs import ValidationConfig, absences, trained_frames, tuned_spec
+from alignkit.commands.specs import ValidationConfig, absences, tuned_spec
 from alignkit.commands.stages import compare, fit
+from alignkit.commands.trainer_keys import trained_frames
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError, require_at_least
