@@ -81,6 +81,7 @@ class AlignTrainer(ResumingTrainer):
     args: AlignConfig
     needs_reference = False
     candidates: int | None = 1  # images or videos of a prompt in a step; None: all K. The doctor counts memory by it
+    trains_encoders = False  # text encoders in place of the denoiser; for the doctor
     parking: str | None = None  # device of text encoders and VAE while `train` runs; None: they stay
 
     def __init__(

@@ -141,6 +141,7 @@ class TextCraftorTrainer(RewardTrainer):
     """
 
     args: TextCraftorConfig
+    trains_encoders = True
 
     @override
     def trained_module(self) -> nn.Module:

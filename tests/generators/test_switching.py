@@ -91,7 +91,7 @@ def test_embeddings_switched_by_hand_in_a_plain_pipeline(tuned):
     page = (Path(__file__).parents[2] / "docs" / "textcraftor.md").read_text(encoding="utf-8")
     code = next(block for block in page.split("```python\n") if block.startswith("def tuned_from"))
     names: dict[str, object] = {"torch": torch}
-    exec(code.partition("```")[0], names)  # noqa: S102 - the page's own code
+    exec(code.partition("```")[0], names)
     for family, guidance in (("unet", 2.0), ("unet", 1.0), ("sdxl", 2.0)):
         generator, base, sampling = tuned(family, TunedSteps("last 3"), guidance_scale=guidance)
         pipe = base.pipeline
