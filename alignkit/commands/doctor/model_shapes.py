@@ -64,7 +64,7 @@ class Model:
 
     @property
     def default_encoders(self) -> tuple[str, ...]:
-        """The text encoders that a method on encoders trains by default: those of the pipeline's LoRA loader, or all."""
+        """The encoders that a method on text encoders trains by default: those of the LoRA loader, or all."""
         from alignkit.generators.components import component_class
 
         loadable = vars(component_class("diffusers", self.pipeline)).get("_lora_loadable_modules", ())
