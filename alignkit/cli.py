@@ -30,6 +30,7 @@ COMMANDS = {
     "aspects": ("alignkit.commands.aspects:main", "Write yes/no questions about prompts, for a critic."),
     "dense-pairs": ("alignkit.commands.dense_pairs:main", "Make pairs of clips from captioned real videos."),
     **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
+    "soup": ("alignkit.commands.soup:main", "Mix several trainings of one model into one."),
     "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),
     "export": ("alignkit.commands.export:main", "Write ranked data as pairs for TRL or Pick-a-Pic programs."),
     "report": ("alignkit.commands.report:main", "Write one self-contained report.html."),

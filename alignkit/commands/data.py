@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -173,6 +173,10 @@ class PolicyJob:
         """The training data, made where it has to be."""
         return TrainingData(kind="prompts", prompts=(shares.train, shares.validation))
 
+    def prepared(self, shares: PromptShares) -> PromptShares:
+        """The prompts with what rewards read beside the text (questions), after `make_data`."""
+        return shares
+
 
 @dataclass(frozen=True, kw_only=True)
 class SynPicJob(PolicyJob):
@@ -235,7 +239,7 @@ class SynPicJob(PolicyJob):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionsJob(PolicyJob):
-    """Questions about the training prompts, written into the folder aspects of the run.
+    """Questions about the prompts, written into the folders aspects and aspects_heldout of the run.
 
     writer: what writes the questions.
     aspects: which questions are written, and how.
@@ -246,16 +250,32 @@ class QuestionsJob(PolicyJob):
 
     def data_plan(self) -> list[str]:
         kinds, name = ", ".join(self.aspects.aspects), self.writer.writer
-        source = f"the training share of {self.prompts}"
-        return [*self.writer.absent, f"aspects: questions ({kinds}) about {source}, written by '{name}'"]
+        return [*self.writer.absent, f"aspects: questions ({kinds}) about {self.prompts}, written by '{name}'"]
 
     def make_data(self, shares: PromptShares) -> TrainingData:
-        path, build_writer = self.out / "aspects", self.writer.builder()
-        result = write_aspects(
-            shares.train, self.aspects, path, build_writer=build_writer, identity=self.writer.identity
-        )
+        return TrainingData(kind="aspects", path=self._write(shares.train, "aspects"))
+
+    def prepared(self, shares: PromptShares) -> PromptShares:
+        """The held-out prompts with questions of their own; without, a critic would ask what it asks of every prompt.
+
+        A prompt whose questions failed the checks has none.
+        """
+        path = self._write([*shares.validation, *shares.evaluation], "aspects_heldout")
+        rows = load_rows(path, "train", held_out=0.0, columns=(("prompt",), ("questions",)))
+        questions = dict(zip(rows["prompt_id"], rows["questions"], strict=True))
+
+        def asked(share: Sequence[Prompt]) -> list[Prompt]:
+            found = [{"questions": questions[prompt.id]} if prompt.id in questions else {} for prompt in share]
+            pairs = zip(share, found, strict=True)
+            return [replace(prompt, metadata={**prompt.metadata, **own}) for prompt, own in pairs]
+
+        return replace(shares, validation=asked(shares.validation), evaluation=asked(shares.evaluation))
+
+    def _write(self, prompts: Sequence[Prompt], name: str) -> Path:
+        path, identity = self.out / name, self.writer.identity
+        result = write_aspects(prompts, self.aspects, path, build_writer=self.writer.builder(), identity=identity)
         print(f"      {counts_line(result.counts)}")
-        return TrainingData(kind="aspects", path=path)
+        return path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
     OUT/config.yaml  versions.json      what it was made with; another config is refused
     OUT/candidates   scores   ranked    Syn-Pic, where the method trains on ranked data that is made here
-    OUT/aspects                         questions, where the method trains on those and they are written here
+    OUT/aspects  aspects_heldout        questions, where the method trains on those and they are written here
     OUT/train        OUT/train/adapter  training and its result
     OUT/evaluation   OUT/report.html    base against tuned
 
@@ -130,12 +130,13 @@ def _plan(job: Any) -> list[str]:
 
 def _work(job: Any) -> None:
     shares = job.share_prompts(job.validation.prompts if job.validation else 0)
-    evaluated = shares.evaluation[: job.evaluate_prompts]
     claim_config(job.out, job, _free(job.out), advice=TRAIN_FURTHER)
     config = plain(job)
     del config["train"]["output_dir"]  # so that it may be given again with another `out`
     write_config(job.out, config)
     data = _stage(1, "training data", functools.partial(job.make_data, shares))
+    shares = job.prepared(shares)
+    evaluated = shares.evaluation[: job.evaluate_prompts]
     validation = functools.partial(job.validation.build, shares.validation, job.rewards) if job.validation else None
     rewards = {name: job.rewards[name] for name in trained_rewards(job.train)}
     options = {"validation": validation, "sampling": job.evaluate.sampling, "rewards": rewards}
@@ -155,7 +156,7 @@ def _work(job: Any) -> None:
     print(f"  alignkit run --config {job.out / 'config.yaml'} --out {job.out}-2 --train.learning_rate {rate}")
 
 
-_STAGES = ("candidates", "scores", "ranked", "aspects", "train", "evaluation")
+_STAGES = ("candidates", "scores", "ranked", "aspects", "aspects_heldout", "train", "evaluation")
 
 
 def _free(out: Path) -> set[str]:
@@ -167,6 +168,7 @@ def _free(out: Path) -> set[str]:
         "scores": {"score"},
         "ranked": {"rank"},
         "aspects": {"writer", "aspects"},
+        "aspects_heldout": {"writer", "aspects"},
         "train": {"method", "data", "train", "validation"},
         "evaluation": {"evaluate", "evaluate_prompts", "gold"},
     }

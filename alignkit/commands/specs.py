@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from alignkit.adapters.mixture import acts_while_sampling
 from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
 from alignkit.generators.folders import ARTEFACT
@@ -40,7 +41,7 @@ class GeneratorSpec:
     """A generator.
 
     model: a diffusers folder, a hub id, 'sandbox:NAME', or 'package.module:attribute' of your own builder.
-    adapter: a LoRA folder to load on it.
+    adapter: a LoRA folder to load on it, or the folder of a mixture (`alignkit soup`).
     encoder: a folder of tuned text encoders, used in the steps that its alignkit.json names.
     dtype: the precision of its weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes); text encoders and VAE keep `dtype`.
@@ -292,6 +293,9 @@ def build_generator(name: str, spec: GeneratorSpec) -> Any:
     """Load a generator for sampling. Raises MissingFileError naming the files that a model folder lacks."""
     if spec.is_own:
         return resolve(spec.model, {}, kind="generator")(**spec.options)
+    if spec.adapter is not None and acts_while_sampling(spec.adapter):
+        load_mixture = resolve("alignkit.generators.mixtures:load_mixture", {}, kind="mixture")
+        return load_mixture(load_policy(name, replace(spec, adapter=None)), spec.adapter, spec.family)
     generator = load_policy(name, spec)
     if not generator.is_quantized:
         generator.merge_adapter()

@@ -132,7 +132,7 @@ def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str |
 
 def _settings(prompts: Sequence[Prompt], config: EvaluateConfig, rewards: Mapping[str, Reward]) -> dict[str, Any]:
     """All that media and scores of a side depend on, beside the model; batch size moves their last bits."""
-    listed = "\n".join(f"{prompt.id} {category(prompt)}" for prompt in prompts)
+    listed = "\n".join(f"{prompt.id} {category(prompt)}{prompt.metadata.get('questions', '')}" for prompt in prompts)
     return {
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(listed.encode()).hexdigest(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from alignkit.commands.data import DATA, PromptShares, QuestionsJob
 from alignkit.commands.specs import GeneratorSpec, PromptsConfig
 from alignkit.records import Prompt, Scores
 from alignkit.trainers import METHODS, Method
+from data_pipelines.aspects import AspectsConfig
 
 CAPTIONS = ["a circle", "two red rings", "a cross above a ring"]
 
@@ -109,7 +111,7 @@ def test_a_dry_run_says_what_is_missing(folder, capsys):
     assert "print the questions (alignment) of 2 prompts of all prompts of captions.txt with the writer 's" in text
 
 
-def test_a_run_writes_the_questions_of_its_training_prompts(folder, monkeypatch, capsys):
+def test_a_run_writes_the_questions_of_its_prompts(folder, monkeypatch, capsys):
     method = Method("alignkit.trainers.sft:SFTConfig", "alignkit.trainers.sft:SFTTrainer", "aspects", "made up")
     monkeypatch.setitem(METHODS, "kinds:ASPECTS", method)
     keys = {
@@ -123,7 +125,10 @@ def test_a_run_writes_the_questions_of_its_training_prompts(folder, monkeypatch,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
     assert cli.main(["run", "--config=run.yaml", "--dry-run"]) == 0, capsys.readouterr().err
-    assert "aspects: questions (alignment) about the training share of all prompts" in capsys.readouterr().out
+    assert (
+        "aspects: questions (alignment) about all prompts of captions.txt, written by 'sandbox'"
+        in capsys.readouterr().out
+    )
     assert DATA["aspects"].made is QuestionsJob
     job = QuestionsJob(
         out=folder / "run",
@@ -133,5 +138,18 @@ def test_a_run_writes_the_questions_of_its_training_prompts(folder, monkeypatch,
         policy="a",
     )
     prompts = [Prompt.from_text(text) for text in CAPTIONS]
-    data = job.make_data(PromptShares(train=prompts[:2], validation=[], evaluation=prompts[2:]))
-    assert (data.kind, data.train()["prompt"][:]) == ("aspects", CAPTIONS[:2])
+    shares = PromptShares(
+        train=prompts[:1], validation=prompts[1:2], evaluation=[prompts[2], Prompt.from_text("a cat")]
+    )
+    data = job.make_data(shares)
+    assert (data.kind, data.train()["prompt"][:]) == ("aspects", CAPTIONS[:1])
+    job = replace(job, aspects=AspectsConfig(quarantine_limit=1.0))
+    prepared = job.prepared(shares)
+    assert prepared.train == shares.train
+    validation, evaluation = prepared.validation, prepared.evaluation
+    assert [prompt.id for prompt in (*validation, *evaluation)] == [
+        p.id for p in (*shares.validation, *shares.evaluation)
+    ]
+    assert {question["aspect"] for question in evaluation[0].metadata["questions"]} == {"alignment"}
+    assert validation[0].metadata["questions"] != evaluation[0].metadata["questions"]
+    assert evaluation[1].metadata == {}  # outside the grammar: it has no questions

@@ -12,13 +12,16 @@ import pytest
 import yaml
 
 from alignkit import cli
+from alignkit.commands.ladder_job import LadderJob
+from alignkit.config import load
 
 OWN = """\
 from alignkit.trainers import Method
 
-PROMPTS = Method("own:Config", "own:Trainer", data="prompts", summary="made up")
+DENSE = Method("alignkit.trainers.sft:SFTConfig", "alignkit.trainers.sft:SFTTrainer", data="dense", summary="made up")
 """
 SAMPLING = {"height": 16, "width": 16, "steps": 2}
+CHAIN = {"height": 16, "width": 16, "sampling_steps": 2, "learning_rate": 0.01}
 
 
 @pytest.fixture
@@ -79,7 +82,9 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert len([path for path in before if path.name == "pytorch_lora_weights.safetensors"]) == 4
 
     arms = {"broken": {"train": {"learning_rate": 1e30}}, "dpo": {"train": {"loss": "diffusion_dpo"}}}
+    arms["gradients"] = {"method": "reward_flow", "train": {"reward_weights": {"red": 1}, **CHAIN}}
     changes = {"arms": arms, "training_seeds": [0], "workers": 1, "guidance_scales": [3.0]}
+    changes["contrasts"] = [["gradients", "dpo"], ["broken", "dpo"]]
     assert cli.main(ladder(out="second", table="second.md", **changes)) == 2
     said = capsys.readouterr().err
     assert "1 runs failed: broken seed 0: NumericsError" in said
@@ -87,6 +92,14 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     at_first, at_three = second.split("## Guidance 5\n")[1].split("## Guidance 3\n")
     assert "| dpo |" in at_first
     assert "| dpo |" in at_three
+    assert "| gradients |" in at_three
+    assert "arm gradients: reward\\_flow" in second
+    assert at_first.split("Differences between arms")[1].count("| gradients - dpo | ") == 1
+    assert "broken - dpo" not in second
+    costs = [json.loads(file.read_text())["cpu_seconds"] for file in (work / "second").rglob("cost.json")]
+    assert len(costs) == 2
+    assert min(costs) > 0
+    assert "| CPU min |" in second
     folders = sorted((work / "second" / "arms" / "dpo" / "seed-0").glob("evaluation*"))
     sampled = [json.loads((folder / "evaluation.json").read_text())["sampling"]["guidance_scale"] for folder in folders]
     assert sampled == [5.0, 3.0]
@@ -95,6 +108,14 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert cli.main(ladder()) == 0
     assert (work / "ladder.md").read_text(encoding="utf-8") == page
     assert before.items() <= stamps(work / "ladder").items() | stamps(work / "shared").items()
+
+    changed = {"sft": {"method": "sft", "train": {"learning_rate": 0.2}}, "shuffled": {"labels": "random"}}
+    assert cli.main(ladder(arms=changed)) == 2
+    assert "arm.train.learning_rate: null -> 0.2" in capsys.readouterr().err
+    assert cli.main(ladder(arms={"shuffled": {"labels": "random"}}, training_seeds=[1])) == 0
+    fewer = (work / "ladder.md").read_text(encoding="utf-8")
+    assert "| sft |" not in fewer
+    assert rows["shuffled"].split(" | ")[2].split(",")[1].strip() in fewer
 
 
 def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
@@ -107,11 +128,46 @@ def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
     assert cli.main(ladder(arms={"a": {"method": "sftt"}})) == 2
     assert "unknown method 'sftt'. Did you mean 'sft'?" in capsys.readouterr().err
     (work / "own_for_ladder.py").write_text(OWN, encoding="utf-8")
-    assert cli.main(ladder(arms={"a": {"method": "own_for_ladder:PROMPTS"}})) == 2
-    assert "method 'own_for_ladder:PROMPTS' trains on other data; a ladder's is ranked" in capsys.readouterr().err
+    assert cli.main(ladder(arms={"a": {"method": "own_for_ladder:DENSE"}})) == 2
+    assert "method 'own_for_ladder:DENSE' trains on other data" in capsys.readouterr().err
     assert cli.main(ladder(guidance_scales=[1.0, 1.0])) == 2
     assert "it repeats a guidance scale" in capsys.readouterr().err
     assert not (work / "shared").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"arms": {"a": {"method": "drf", "labels": "random"}}},
+            "labels and own_samples are for arms that train on",
+        ),
+        ({"arms": {"a": {"writer": {"writer": "sandbox"}}}}, "writer is for arms that train on prompts with questions"),
+        ({"contrasts": [["sft", "sfd"]]}, "contrasts: ['sft', 'sfd']; give pairs of arms: sft, shuffled"),
+        ({"score": None}, "arms.sft: method 'sft' needs the sections score"),
+        (
+            {"arms": {"a": {"method": "reward_flow", "train": {"reward_weights": {"dark": 1}}}}},
+            "gold is 'dark', which is also in reward_weights",
+        ),
+    ],
+)
+def test_arms_that_do_not_fit_the_ladder(ladder, changes, message, capsys):
+    assert cli.main([*ladder(**changes), "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_each_arm_has_data_of_its_kind(work, ladder):
+    arms = {
+        "ranked": {},
+        "asked": {"method": "drf"},
+        "twins": {"method": "drf", "writer": {"writer": "sandbox", "options": {"twins": True}}},
+        "prompts": {"method": "reward_flow"},
+    }
+    job = load(LadderJob, file=work / ladder(arms=arms)[2])
+    jobs = {name: job.data_job(name) for name in arms}
+    assert [type(own).__name__ for own in jobs.values()] == ["SynPicJob", "QuestionsJob", "QuestionsJob", "PolicyJob"]
+    assert [str(own.out) for own in jobs.values()] == ["shared", "shared", "ladder/arms/twins", "shared"]
+    assert jobs["twins"].writer.options == {"twins": True}
 
 
 PARENT = """

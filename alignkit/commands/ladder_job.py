@@ -1,0 +1,166 @@
+"""The config of a ladder: its arms, what each trains on, and where their results are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from alignkit.commands.data import PolicyJob, PromptShares, QuestionsJob, SynPicJob, data_kind
+from alignkit.commands.methods import DEFAULT_METHOD
+from alignkit.commands.specs import ValidationConfig
+from alignkit.commands.writers import WriterSpec
+from alignkit.config import init_fields
+from alignkit.errors import ConfigError, require_at_least
+from alignkit.evaluation.paired import EvaluateConfig
+from alignkit.records import Prompt
+from data_pipelines.aspects import AspectsConfig
+from data_pipelines.synpic import GenerateConfig, RankConfig, ScoreConfig
+
+SET_BY_LADDER = {"out", "output_dir", "cache_dir", "seed", "noise_seed"}  # trainer keys
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmConfig:
+    """One way of learning.
+
+    method: a training method: a name that `alignkit --help` lists after `train`, or one of your own. Its data must be
+        of a kind that is made here: ranked candidates, prompts with questions, or prompts alone.
+    labels: ranked, or random (each prompt's phi shuffled among its candidates: the control).
+    own_samples: learn from the policy's own candidates only.
+    writer: what writes the questions of this arm (default: the ladder's writer).
+    train: trainer keys on top of the ladder's; each must be a key of this arm's method.
+    """
+
+    method: str = DEFAULT_METHOD
+    labels: Literal["ranked", "random"] = "ranked"
+    own_samples: bool = False
+    writer: WriterSpec | None = None
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderJob(PolicyJob):
+    """Train and evaluate every arm with every seed.
+
+    data: where candidates, rankings, questions and caches are; ladders that name the same folder share them (default:
+        out).
+    generate: which generators generate how many candidates, and how; for arms that train on ranked candidates.
+    score: which rewards rank the candidates.
+    rank: how scores become rankings.
+    writer: what writes the questions, for arms that train on those.
+    aspects: which questions are written, and how.
+    arms: the ways of learning, by name.
+    training_seeds: each arm is trained with each of them (LoRA start, order, noise, shuffled labels).
+    train: trainer keys that all arms share. An arm leaves out those that its method does not have and another arm's
+        method has; a key that no arm's method has is an error.
+    validation: media scored during training.
+    evaluate: how base and tuned are compared.
+    guidance_scales: guidance scales of further comparisons, which differ from `evaluate` in nothing else.
+    evaluate_from: leave out so many held-out prompts, those that a sweep has chosen by.
+    evaluate_prompts: use at most so many of the others.
+    workers: arms trained at the same time.
+    contrasts: pairs of arms by their names: the table shows the gain of the first over the second.
+    table: where the table goes.
+    title: its heading.
+    """
+
+    data: Path | None = None
+    generate: GenerateConfig | None = None
+    score: ScoreConfig | None = None
+    rank: RankConfig = field(default_factory=RankConfig)
+    writer: WriterSpec = field(default_factory=WriterSpec)
+    aspects: AspectsConfig = field(default_factory=AspectsConfig)
+    arms: Mapping[str, ArmConfig]
+    training_seeds: Sequence[int] = (0, 1, 2)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    validation: ValidationConfig | None = None
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    guidance_scales: Sequence[float] = ()
+    evaluate_from: int = 0
+    evaluate_prompts: int | None = None
+    workers: int = 2
+    contrasts: Sequence[Sequence[str]] = ()
+    table: Path
+    title: str = "The ladder"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
+        for name, arm in self.arms.items():
+            taken = sorted(SET_BY_LADDER & {*self.train, *arm.train})
+            if taken:
+                raise ConfigError(f"arms.{name}: {taken} are set by the ladder; remove them from train")
+        for pair in self.contrasts:
+            if len(pair) != 2 or not {*pair} <= self.arms.keys():
+                raise ConfigError(f"contrasts: {list(pair)}; give pairs of arms: {', '.join(self.arms)}")
+        self.aligned.require_frames(self.evaluate.sampling.num_frames, "evaluate.sampling.num_frames")
+        if self.validation is not None:
+            self.aligned.require_frames(self.validation.sampling.num_frames, "validation.sampling.num_frames")
+        require_at_least(0, {"evaluate_from": self.evaluate_from})
+        require_at_least(1, {"evaluate_prompts": self.evaluate_prompts, "workers": self.workers})
+        if not self.training_seeds or not all(0 <= seed < 2**32 for seed in self.training_seeds):
+            raise ConfigError(
+                f"training_seeds is {list(self.training_seeds)}; give at least one, each from 0 to 2**32 - 1"
+            )
+        if len(self.comparisons) != 1 + len(self.guidance_scales):
+            raise ConfigError(f"guidance_scales is {list(self.guidance_scales)}; it repeats a guidance scale")
+
+    def data_job(self, name: str) -> PolicyJob:
+        """What makes an arm's training data: a job with the ladder's sections for that kind of data.
+
+        Raises ConfigError where the kind is not made here, or a section that it needs is missing.
+        """
+        arm = self.arms[name]
+        made = data_kind(arm.method).made
+        if made is None:
+            raise ConfigError(
+                f"arms.{name}: method '{arm.method}' trains on other data; a ladder makes ranked candidates, questions "
+                "and prompts"
+            )
+        if made is not SynPicJob and (arm.labels == "random" or arm.own_samples):
+            raise ConfigError(f"arms.{name}: labels and own_samples are for arms that train on ranked candidates")
+        sections = {key: vars(self)[key] for key in init_fields(made)} | {"out": self.shared}
+        missing = [key for key, section in sections.items() if section is None and key != "gold"]
+        if missing:
+            raise ConfigError(f"arms.{name}: method '{arm.method}' needs the sections {' and '.join(missing)}")
+        if arm.writer is not None:
+            if made is not QuestionsJob:
+                raise ConfigError(f"arms.{name}: writer is for arms that train on prompts with questions")
+            sections |= {"writer": arm.writer, "out": self.out / "arms" / name}
+        return made(**sections)
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what all arms share."""
+        return self.data or self.out
+
+    @property
+    def comparisons(self) -> Mapping[float, EvaluateConfig]:
+        """How base and tuned are compared, by guidance scale; that of `evaluate` is the first."""
+        first = self.evaluate.sampling
+        scales = [first.guidance_scale, *self.guidance_scales]
+        return {s: replace(self.evaluate, sampling=replace(first, guidance_scale=s)) for s in scales}
+
+    @property
+    def shares(self) -> PromptShares:
+        """The prompts by use."""
+        return self.share_prompts(self.validation.prompts if self.validation else 0)
+
+    def judged(self, shares: PromptShares) -> Sequence[Prompt]:
+        """The held-out prompts that base and tuned are compared on."""
+        return shares.evaluation[max(0, self.evaluate_from - len(shares.validation)) :][: self.evaluate_prompts]
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Where an arm's training with one seed lives."""
+        return self.out / "arms" / arm / f"seed-{seed}"
+
+    def evaluation(self, arm: str, seed: int, scale: float) -> Path:
+        """Where the comparison at one guidance scale lives."""
+        is_first = scale == self.evaluate.sampling.guidance_scale
+        return self.folder(arm, seed) / ("evaluation" if is_first else f"evaluation-guidance-{scale:g}")
+
+    def cost(self, arm: str, seed: int) -> Path:
+        """The record of what a training cost."""
+        return self.folder(arm, seed) / "cost.json"
