@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignkit.adapters.mixture import acts_while_sampling
+from alignkit.adapters.mixture import acts_while_sampling, is_mixture
 from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
-from alignkit.generators.folders import ARTEFACT
 from alignkit.generators.frames import require_known_frames
 from alignkit.protocols import Judge, Reporting, require_independent
 from alignkit.provenance import content
@@ -148,7 +147,7 @@ def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
     """`base` with the result of its training: an adapter, tuned text encoders, or (with an index) another model."""
     if (result / "model_index.json").is_file():
         return replace(base, model=str(result), adapter=None, encoder=None)
-    if (result / ARTEFACT).is_file():
+    if is_mixture(result):
         return replace(base, encoder=result)
     return replace(base, adapter=result)
 

@@ -15,33 +15,55 @@ from alignkit.errors import ConfigError
 _FORM = re.compile(r"all|(first|last) [1-9]\d*%?|window \d+%?(-\d+%?)?")
 
 
-def is_fixed(steps: str) -> bool:
-    """Whether these are the same steps in every chain of a length: `random K` and K from a span are drawn."""
-    return bool(_FORM.fullmatch(steps))
+def fixed_steps(steps: str, count: int) -> range | None:
+    """The steps that a form of `estimators.Estimator` names in a chain of `count`; None for one that draws them.
+
+    Raises ConfigError for steps that such a chain does not have.
+    """
+    if not _FORM.fullmatch(steps):
+        return None
+    active = Estimator(steps).draw(count).steps.active
+    return range(count) if active is None else range(min(active), max(active) + 1)
 
 
 @dataclass(frozen=True)
 class TunedSteps:
-    """The steps, for chains of any length, and whether their null condition is tuned too.
+    """The steps as shares of a chain of any length, and whether their null condition is tuned too.
 
-    steps: `all`, `first K`, `last K` with K a count or a percentage of the chain, or `window A-B`, as in
-        `estimators.Estimator`.
-    null: whether the null condition of guidance is the tuned encoders' in these steps; else the base encoders'.
+    A chain of N steps has the steps from round(start N) to round(stop N) - 1. null: whether the null condition of
+    guidance is the tuned encoders' in these steps; else the base encoders'.
 
-    Raises ConfigError for another form, for a window of zero steps among them.
+    Raises ConfigError unless 0 <= start < stop <= 1.
     """
 
-    steps: str = "all"
+    start: float = 0.0
+    stop: float = 1.0
     null: bool = True
 
     def __post_init__(self) -> None:
-        if not is_fixed(self.steps):
-            raise ConfigError(
-                f"tuned steps are '{self.steps}'; give all, last K, first K or window A-B with at least one step, "
-                "K a count or a percentage: last 60%"
-            )
+        if not 0 <= self.start < self.stop <= 1:
+            raise ConfigError(f"tuned steps from {self.start} to {self.stop}; give shares, 0 <= start < stop <= 1")
 
-    def on(self, count: int) -> frozenset[int]:
-        """Their indices on a grid of `count` steps. Raises ConfigError for steps that it does not have."""
-        active = Estimator(self.steps).draw(count).steps.active
-        return frozenset(range(count)) if active is None else active
+    @classmethod
+    def of(cls, steps: str, count: int, *, null: bool = True) -> TunedSteps:
+        """Those of `all`, `first K`, `last K` or `window A-B` in a chain of `count` steps, K a count or a percentage.
+
+        Raises ConfigError for another form, and for a window without a step or outside of the chain.
+        """
+        found = fixed_steps(steps, count)
+        if found is None:
+            raise ConfigError(
+                f"tuned steps are '{steps}'; give all, last K, first K or window A-B with at least one step, K a count "
+                "or a percentage: last 60%"
+            )
+        return cls(found.start / count, found.stop / count, null)
+
+    def on(self, count: int) -> range:
+        """Their indices on a grid of `count` steps. Raises ConfigError where it has none of them."""
+        found = range(round(self.start * count), round(self.stop * count))
+        if not found:
+            raise ConfigError(
+                f"the tuned steps, from {self.start:.3g} to {self.stop:.3g} of a chain, are none of {count} steps; "
+                "sample with more steps"
+            )
+        return found

@@ -50,8 +50,8 @@ for folder in Path("path/to/this/folder").glob("text_encoder*"):
     pipe.register_modules(**{{folder.name: type(pipe.components[folder.name]).from_pretrained(folder)}})
 ```
 
-`alignkit.json` names the steps of a chain in which they are meant to act. alignkit keeps to them; docs/textcraftor.md
-has a callback for a plain pipeline."""
+`alignkit.json` names the share of a chain's steps in which they are meant to act. alignkit keeps to it, and its
+documentation has a callback for a plain pipeline."""
 _LOAD = """from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({name})"""

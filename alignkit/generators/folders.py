@@ -16,8 +16,6 @@ from typing import Any
 
 from alignkit.errors import DataError, MissingFileError
 
-ARTEFACT = "alignkit.json"  # in a folder of tuned text encoders
-
 # Components without weights, by name. Whether a component is checked at loading is decided by its class.
 _WEIGHTLESS = (
     "scheduler",

@@ -8,7 +8,7 @@ it is called with that differ between both sets of encoders are the text, and in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ class Switched:
 
     tuned: Conditioning
     base: Conditioning
-    steps: frozenset[int]
+    steps: Collection[int]
 
     def __call__(self, index: int) -> Conditioning:
         return self.tuned if index in self.steps else self.base
@@ -136,11 +136,11 @@ class _Switch:
         pipeline: Any,
         tuned: list[list[Any]],
         blank: list[list[Any]],
-        window: Callable[[int], frozenset[int]],
+        window: Callable[[int], range],
     ) -> None:
         self._pipeline, self._tuned, self._blank, self._window = pipeline, tuned, blank, window
         self._index = self._calls = self._replaced = 0
-        self._steps: frozenset[int] = frozenset()
+        self._steps = range(0)
         self._pairs: list[tuple[Tensor, Tensor]] = []  # a text input by the base encoders, and what takes its place
 
     def on_call(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -165,8 +165,13 @@ class _Switch:
         self._steps = self._window(len(self._pipeline.scheduler.timesteps))
         blank = self._blank[self._calls] if self._blank else [None] * len(leaves)
         for base, tuned, empty in zip(leaves, self._tuned[self._calls], blank, strict=True):
-            if isinstance(base, Tensor) and not torch.equal(base, tuned):
-                self._pairs.append((base, tuned if empty is None else _kept(base, tuned, empty)))
+            if not isinstance(base, Tensor) or torch.equal(base, tuned):
+                continue
+            replacement = tuned
+            if isinstance(empty, Tensor) and empty.shape == base.shape:  # else they have the prompts' own lengths
+                is_null = (base == empty).flatten(1).all(1)
+                replacement = torch.where(is_null.view(-1, *[1] * (base.dim() - 1)), base, tuned)
+            self._pairs.append((base, replacement))
         self._calls += 1
 
     def _in_place_of(self, leaf: Any) -> Any:
@@ -175,11 +180,3 @@ class _Switch:
                 self._replaced += 1
                 return tuned
         return leaf
-
-
-def _kept(base: Tensor, tuned: Tensor, empty: Tensor) -> Tensor:
-    """`tuned` [B, ...] with the rows of `base` that are those of an empty prompt."""
-    if empty.shape != base.shape:  # the prompts' own lengths: no row is an empty prompt's
-        return tuned
-    is_null = (base == empty).flatten(1).all(1)
-    return torch.where(is_null.view(-1, *[1] * (base.dim() - 1)), base, tuned)

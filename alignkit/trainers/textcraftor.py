@@ -22,7 +22,7 @@ from alignkit.adapters import lora
 from alignkit.diffusion.conversions import split
 from alignkit.diffusion.schedules import expand
 from alignkit.diffusion.steps import Steps
-from alignkit.diffusion.tuned_steps import TunedSteps, is_fixed
+from alignkit.diffusion.tuned_steps import TunedSteps, fixed_steps
 from alignkit.errors import ConfigError
 from alignkit.escape import get_logger
 from alignkit.evaluation.card import write_card
@@ -88,7 +88,7 @@ class TextCraftorConfig(RewardConfig):
     @property
     def window(self) -> TunedSteps:
         """Where the tuned embedding is used."""
-        return TunedSteps(self.tuned_steps, self.tuned_null)
+        return TunedSteps.of(self.tuned_steps, self.sampling_steps, null=self.tuned_null)
 
     @property
     @override
@@ -120,7 +120,7 @@ class TextCraftorConfig(RewardConfig):
                 "data_weight has no use here, and kl_weight none with variant: direct, which has no chain; leave it out"
             )
         used, trained = self.window.on(self.sampling_steps), self.gradient.steps
-        outside = TunedSteps(trained).on(self.sampling_steps) - used if is_fixed(trained) else ()
+        outside = set(fixed_steps(trained, self.sampling_steps) or ()).difference(used)
         if outside:
             raise ConfigError(
                 f"gradient_steps '{trained}' has steps {sorted(outside)}, which tuned_steps "
@@ -212,7 +212,7 @@ class TextCraftorTrainer(RewardTrainer):
         with torch.no_grad():
             base = model(prompts, reference=True).to(self.generator.device)
         tuned = self._tuned(model, prompts)
-        used = self.args.window.on(count)
+        used = frozenset(self.args.window.on(count))
         if torch.is_grad_enabled():
             active = frozenset(range(count)) if steps.active is None else steps.active
             used = active | used if self.args.as_sampled else active

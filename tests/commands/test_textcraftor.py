@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,8 @@ import torch
 from PIL import Image
 
 from alignkit import cli
+from alignkit.commands.doctor import memory
+from alignkit.commands.doctor.main import DoctorJob, planned_model, setup_of
 from alignkit.commands.specs import GeneratorSpec, build_generator, load_policy, tuned_spec
 from alignkit.records import Sampling
 
@@ -26,7 +29,7 @@ def test_trained_and_evaluated_with_its_window(work, model_folders, capsys):
     assert cli.main([*TRAIN, f"--model={model}", *PROMPTS]) == 0, capsys.readouterr().err
     result = work / "mine" / "encoder"
     assert f"--tuned.encoder {result.relative_to(work)}" in capsys.readouterr().out
-    assert json.loads((result / "alignkit.json").read_text())["window"] == {"steps": "last 60%", "null": True}
+    assert json.loads((result / "alignkit.json").read_text())["window"] == [0.4, 1.0]
     assert (result / "text_encoder" / "config.json").is_file()
     words = ["evaluate", f"--base.model={model}", f"--tuned.encoder={result}", *PROMPTS, "--out=evaluation"]
     words += ["--rewards.red.reward=mine_for_commands:Red", "--evaluate.sampling.steps=5"]
@@ -63,13 +66,14 @@ def test_what_does_not_fit_is_said_in_the_dry_run(work, model_folders, capsys):
     assert "train a LoRA of rank 16 of text_encoder of" in capsys.readouterr().out
 
 
-def test_the_doctor_counts_the_encoders(capsys):
-    words = ["doctor", "--method=textcraftor", "--model=configs/models/sd15", "--resolution=64"]
-    printed = []
-    for full in ("true", "false"):
-        assert cli.main([*words, f"--full_finetune={full}"]) == 0, capsys.readouterr().err
-        out = capsys.readouterr().out
-        printed.append(next(line.split() for line in out.splitlines() if "trained weights" in line)[-2])
-        assert "LoRA parameters, on to_q" not in out
-    assert float(printed[0]) > 1.9  # 123 million weights of 16 bytes
-    assert float(printed[1]) == 0.0
+def test_the_doctor_counts_the_encoders():
+    """All weights of CLIP in float32 with AdamW and the frozen copy; a LoRA on it is next to nothing."""
+    job = DoctorJob(method="textcraftor", model=Path("configs/models/sd15"), full_finetune=True, dtype="float16")
+    model = planned_model(job.model)
+    held = memory.weights(model, setup_of(job, model))
+    clip, net = model.stored("text_encoder"), model.stored("unet")
+    assert (held["trained weights, gradients, AdamW"], held["frozen reference copy"]) == (16 * clip, 4 * clip)
+    assert held["denoiser weights"] == 2 * net
+    less = memory.weights(model, setup_of(replace(job, full_finetune=False), model))
+    assert (less["trained weights, gradients, AdamW"], less["frozen reference copy"]) == (0, 0)
+    assert memory.run_of(setup_of(job, model)).dtype == "float16"

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from alignkit.diffusion.tuned_steps import TunedSteps, is_fixed
+from alignkit.diffusion.tuned_steps import TunedSteps, fixed_steps
 from alignkit.errors import ConfigError
 from alignkit.generators.rollout import rollout
 from alignkit.generators.switching import by_step
@@ -44,23 +44,31 @@ def tuned(load):
 
 def test_windows_are_derived_from_the_length_of_the_chain():
     """The paper's 15 of 25, and the same share of other chains."""
-    assert TunedSteps("last 60%").on(25) == frozenset(range(10, 25))
-    assert TunedSteps("last 60%").on(10) == frozenset(range(4, 10))
-    assert TunedSteps("last 15").on(25) == TunedSteps("last 60%").on(25)
-    assert TunedSteps("window 2-4").on(8) == {2, 3, 4}
-    assert TunedSteps("first 1").on(8) == {0}
-    assert TunedSteps().on(3) == {0, 1, 2}
+    of = TunedSteps.of
+    assert of("last 60%", 25).on(25) == range(10, 25)
+    assert of("last 15", 25) == of("last 60%", 25)
+    assert of("last 15", 25).on(50) == range(20, 50)
+    assert of("last 60%", 25).on(10) == range(4, 10)
+    assert of("window 2-4", 8).on(8) == range(2, 5)
+    assert of("first 1", 8).on(8) == range(1)
+    assert of("all", 3) == TunedSteps()
+    for count in range(1, 60):  # shares lose no step of the chain that they come from
+        assert all(len(of(f"last {steps}", count).on(count)) == steps for steps in range(1, count + 1))
     for drawn in ("random 2", "even 2", "last 1-3", "last 1-100%"):
-        assert not is_fixed(drawn)
+        assert fixed_steps(drawn, 8) is None
         with pytest.raises(ConfigError, match=f"tuned steps are '{drawn}'; give all"):
-            TunedSteps(drawn)
+            of(drawn, 8)
+    with pytest.raises(ConfigError, match="are none of 2 steps"):
+        of("first 1", 8).on(2)
+    with pytest.raises(ConfigError, match="0 <= start < stop <= 1"):
+        TunedSteps(0.4, 0.4)
 
 
 @pytest.mark.parametrize("null", [True, False])
 @pytest.mark.parametrize("family", ["unet", "sdxl", "flow", "flux", "wan", "sana", "qwen_image"])
 def test_the_pipeline_draws_what_the_chain_of_training_draws(tuned, family, null):
     """CLIP, two CLIPs, T5, UMT5, Gemma and Qwen; guidance as one call of both halves, as two calls, and embedded."""
-    generator, base, sampling = tuned(family, TunedSteps("last 3", null))
+    generator, base, sampling = tuned(family, TunedSteps.of("last 3", COUNT, null=null))
     shape = generator.latent_shape(sampling.height, sampling.width, *([sampling.num_frames] if family == "wan" else []))
     grid = generator.grid(COUNT, shape)
     noise = torch.cat([generator.initial_noise(shape, torch.Generator().manual_seed(seed)) for seed in SEEDS])
@@ -77,7 +85,7 @@ def test_the_pipeline_draws_what_the_chain_of_training_draws(tuned, family, null
 
 
 def test_a_window_of_all_steps_is_the_tuned_encoder_alone(tuned, load):
-    generator, _, sampling = tuned("unet", TunedSteps("last 100%"))
+    generator, _, sampling = tuned("unet", TunedSteps(0.0, 1.0))
     plain = load("unet")
     plain.pipeline.register_modules(**dict(generator.conditioner.encoders))
     found = generator.generate(PROMPTS, SEEDS, sampling)
@@ -93,7 +101,7 @@ def test_embeddings_switched_by_hand_in_a_plain_pipeline(tuned):
     names: dict[str, object] = {"torch": torch}
     exec(code.partition("```")[0], names)
     for family, guidance in (("unet", 2.0), ("unet", 1.0), ("sdxl", 2.0)):
-        generator, base, sampling = tuned(family, TunedSteps("last 3"), guidance_scale=guidance)
+        generator, base, sampling = tuned(family, TunedSteps.of("last 3", COUNT), guidance_scale=guidance)
         pipe = base.pipeline
         switch = names["tuned_from"](pipe, dict(generator.conditioner.encoders), PROMPTS, 2, guidance > 1)
         size = {"height": sampling.height, "width": sampling.width, "num_inference_steps": COUNT}
