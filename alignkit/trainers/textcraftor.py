@@ -167,7 +167,7 @@ class TextCraftorTrainer(RewardTrainer):
             torch.manual_seed(args.seed)
             conditioner.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, encoders=chosen)
         conditioner.window = args.window
-        if args.gradient_checkpointing:
+        if args.activation_checkpointing:
             generator.model.activation_checkpointing_enable()
         if args.process_index == 0:
             self._report(chosen, args)

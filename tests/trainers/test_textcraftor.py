@@ -102,7 +102,7 @@ def derived(trainer, batch, *, active, used, null=True, kl=0.0):
     ("family", "keys", "told"),
     [
         ("unet", {}, {"used": {3, 4}}),  # in training the window of use is that of the gradients
-        ("flow", {"as_sampled": True}, {"used": {2, 3, 4}}),
+        ("flow", {"as_sampled": True, "activation_checkpointing": True}, {"used": {2, 3, 4}}),
         ("flow", {"tuned_null": False, "full_finetune": False}, {"used": {3, 4}, "null": False}),
         ("flow", {"kl_weight": 0.7, "lora_rank": 2, "full_finetune": False}, {"used": {3, 4}, "kl": 0.7}),
     ],
@@ -240,9 +240,10 @@ def test_encoders_of_other_families(make, family, chosen):
     assert moved == set(chosen or ["text_encoder"])
 
 
-def test_a_training_goes_on_from_tuned_encoders(make, load, tmp_path):
+def test_a_training_goes_on_from_tuned_encoders(make, load, tmp_path, ranked_rows):
     """The reference stays the original; a denoiser is trained on top of them by another method."""
     from alignkit.trainers.reward_flow import RewardConfig, RewardTrainer
+    from alignkit.trainers.sft import SFTConfig, SFTTrainer
 
     first = make("unet", max_steps=1)
     stir(first)
@@ -267,6 +268,8 @@ def test_a_training_goes_on_from_tuned_encoders(make, load, tmp_path):
     stage.train()
     assert stage.state.log_history[0]["grad_norm"] > 0
     assert not any(parameter.requires_grad for parameter in generator.conditioner.parameters())
+    with pytest.raises(ConfigError, match="this method trains on single times: leave out `encoder`"):
+        SFTTrainer(load("unet", encoder=tmp_path / "out"), SFTConfig(output_dir=str(tmp_path / "sft")), ranked_rows(2))
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
