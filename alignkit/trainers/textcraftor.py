@@ -38,7 +38,8 @@ from alignkit.trainers.reward_flow import RewardConfig, RewardTrainer
 from alignkit.trainers.velocity_penalty import VelocityPenalty
 
 logger = get_logger(__name__)
-PROMPT, DIRECT = "prompt", "direct"
+PROMPT = "prompt"
+DIRECT = "direct"
 HIGH_RATE = 1e-4  # AdamW on all weights of an encoder: measured to destroy it within 20 to 40 steps
 
 
