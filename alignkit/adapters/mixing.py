@@ -224,17 +224,11 @@ class WeightSoup:
             self._require_same(given[0], (label, state))
 
     def _require_same(self, first: tuple[str, State], other: tuple[str, State]) -> None:
-        names = sorted(first[1].keys() ^ other[1].keys())
-        shapes = {
-            name: [layout_of(state, name).shape for _, state in (first, other)] for name in self.names if not names
-        }
-        different = names or [name for name, (one, two) in shapes.items() if one != two]
+        one, two = first[1], other[1]
+        different = sorted(one.keys() ^ two.keys())
+        different = different or [name for name in one if layout_of(one, name).shape != layout_of(two, name).shape]
         if different:
-            whose = f"members {first[0].split()[-1]} and {other[0].split()[-1]}" if self._base is None else other[0]
-            raise AdapterError(
-                f"soup: {whose} differ{'s from the base' if self._base is not None else ''} in the names or shapes of "
-                f"'{different[0]}'"
-            )
+            raise AdapterError(f"soup: {first[0]} and {other[0]} differ in the names or shapes of '{different[0]}'")
 
     def dtype(self, name: str) -> torch.dtype:
         """The precision of a weight of the result."""
@@ -244,7 +238,12 @@ class WeightSoup:
     def weight(self, name: str) -> Tensor:
         """One weight of the result. Raises AdapterError for integers that differ between members."""
         if not self.dtype(name).is_floating_point:
-            return self._common(name)
+            value = self._states[0][name]
+            if not all(torch.equal(state[name], value) for state in self._states[1:]):
+                raise AdapterError(
+                    f"soup: '{name}' holds integers that differ between members; they cannot be averaged"
+                )
+            return value.clone()
         if not self._merge.is_linear:
             base = self._states[0][name].double()
             changes = [partial(_change, member, name, base) for member in self._members]
@@ -268,12 +267,6 @@ class WeightSoup:
         if self._base is not None and abs(1 - whole) > CLOSE:
             terms.insert(0, (1 - whole, partial(self._base.__getitem__, name)))
         return [(weight, value) for weight, value in terms if weight != 0]
-
-    def _common(self, name: str) -> Tensor:
-        value = self._states[0][name]
-        if not all(torch.equal(state[name], value) for state in self._states[1:]):
-            raise AdapterError(f"soup: '{name}' holds integers that differ between members; they cannot be averaged")
-        return value.clone()
 
 
 def _change(member: Full | Lora, name: str, base: Tensor) -> Tensor:

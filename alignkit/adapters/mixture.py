@@ -138,7 +138,10 @@ def read_mixture(folder: Path) -> Mixture:
         raise DataError(f"{where} is of the kind {kind!r}; only '{KIND}' is known, {_ADVICE}")
     seal = content.pop("sha256", None)
     try:
-        mixture = _parsed(content)
+        values = {key: value for key, value in content.items() if key != "kind"}
+        members = tuple(MemberRecord(**member) for member in values.pop("members"))
+        values |= {"members": members, "window": Window.of(values.get("window"))}
+        mixture = Mixture(**{**values, "weights": tuple(map(float, values["weights"]))})
         _require_sound(mixture, where)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{where} is no record of a mixture: {error}; {_ADVICE}") from error
@@ -149,13 +152,6 @@ def read_mixture(folder: Path) -> Mixture:
         if member.place:
             _require_files(Bounds(folder).path(member.place, f"{where}, member '{member.name}'"), member.files, where)
     return mixture
-
-
-def _parsed(content: Mapping[str, Any]) -> Mixture:
-    values = {key: value for key, value in content.items() if key != "kind"}
-    members = tuple(MemberRecord(**member) for member in values.pop("members"))
-    weights = tuple(float(weight) for weight in values.pop("weights"))
-    return Mixture(**{**values, "members": members, "weights": weights, "window": Window.of(values.get("window"))})
 
 
 def _seal(content: Mapping[str, Any]) -> str:

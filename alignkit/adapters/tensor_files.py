@@ -119,10 +119,8 @@ def write_stream(
     with atomic_file(file) as handle:
         handle.write(len(text).to_bytes(_ALIGNMENT, "little") + text)
         for name in names:
-            handle.write(_bytes(tensor(name), layouts[name]))
-
-
-def _bytes(tensor: Tensor, layout: Layout) -> memoryview:
-    if Layout(tensor.dtype, tuple(tensor.shape)) != layout:
-        raise ValueError(f"a tensor of {tensor.dtype}, {list(tensor.shape)} was announced as {layout}")
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            value = tensor(name)
+            if Layout(value.dtype, tuple(value.shape)) != layouts[name]:
+                raise ValueError(f"'{name}', {value.dtype} {list(value.shape)}, was announced as {layouts[name]}")
+            handle.write(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            del value  # before the next one is made

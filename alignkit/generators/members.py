@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +50,7 @@ class Base:
     folder: Path
     index: Mapping[str, Any]
     family: type[PipelineGenerator]
+    _shapes: dict[str, nn.Module] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: str, family: str | None = None) -> Base:
@@ -75,11 +75,22 @@ class Base:
 
     def shapes(self, component: str) -> nn.Module:
         """A component on the meta device: its layers without numbers."""
-        return _shapes(self.folder / component, *self.index[component])
+        if component not in self._shapes:
+            self._shapes[component] = load_shapes(self.folder / component, *self.index[component])
+        return self._shapes[component]
 
     def tensors(self, component: str) -> StoredTensors:
         """A component's weights on the disk."""
         return StoredTensors(require_weights(self.folder / component, self.index[component][0]).files)
+
+    def has(self, folder: Path, component: str) -> bool:
+        """Whether the weights in `folder` are byte by byte those of the component; reads both."""
+        library = self.index[component][0]
+        own = require_weights(self.folder / component, library).files
+        other = require_weights(folder, library).files
+        sizes = [file.stat().st_size for file in (*own, *other)]
+        # A checksum reads the whole file, so sizes come first.
+        return sizes[: len(own)] == sizes[len(own) :] and list(map(checksum, own)) == list(map(checksum, other))
 
     def load(self, component: str, dtype: torch.dtype | None = None) -> nn.Module:
         """A component with its weights, in the precision of its files unless `dtype` says otherwise."""
@@ -88,11 +99,6 @@ class Base:
         return load_network(
             self.folder / component, component_class(library, kind), stored, dtype or stored_dtype(stored)
         )
-
-
-@cache
-def _shapes(folder: Path, library: str, kind: str) -> nn.Module:
-    return load_shapes(folder, library, kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +145,10 @@ def read_member(name: str, base: Base) -> Member:
     folders = _components(path, base)
     for component, folder in folders.items():
         _require_same_component(name, component, folder, base)
-    files = {
-        f"{component}/{file.name}": file for component, at in folders.items() for file in _files(at, base, component)
-    }
+    files = {}
+    for component, folder in folders.items():
+        read = [*sorted(folder.glob("*.json")), *require_weights(folder, base.index[component][0]).files]
+        files |= {f"{component}/{file.name}": file for file in read}
     return Member(name=name, weights=folders, files=files)
 
 
@@ -228,7 +235,7 @@ def _components(path: Path, base: Base) -> dict[str, Path]:
             f"{', '.join(base.components)} with its config.json"
         )
     for name, folder in list(found.items()):
-        if index.is_file() and len(found) > 1 and _is_the_base(folder, base, name):
+        if index.is_file() and len(found) > 1 and base.has(folder, name):
             del found[name]  # a whole pipeline of which another part was trained
     return found
 
@@ -250,19 +257,6 @@ def _component_of(path: Path, base: Base) -> str:
 def _class_of(folder: Path) -> str:
     config = read_json(folder / "config.json")
     return str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
-
-
-def _is_the_base(folder: Path, base: Base, component: str) -> bool:
-    library = base.index[component][0]
-    own, other = require_weights(folder, library).files, require_weights(base.folder / component, library).files
-    sizes = [[file.stat().st_size for file in files] for files in (own, other)]
-    return sizes[0] == sizes[1] and [checksum(file) for file in own] == [checksum(file) for file in other]
-
-
-def _files(folder: Path, base: Base, component: str) -> Iterator[Path]:
-    """The files that `from_pretrained` of a component's folder reads."""
-    yield from sorted(folder.glob("*.json"))
-    yield from require_weights(folder, base.index[component][0]).files
 
 
 def _require_same_component(name: str, component: str, folder: Path, base: Base) -> None:

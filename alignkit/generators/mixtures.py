@@ -134,6 +134,7 @@ class MixedGenerator:
     def __init__(self, generator: PipelineGenerator, mixture: Mixture, variants: Sequence[Variant]) -> None:
         self.generator, self.mixture, self.name = generator, mixture, generator.name
         self._variants = [variant for variant in variants if variant.weight != 0]
+        self._weights = [variant.weight for variant in self._variants]
 
     def require_sampling(self, sampling: Sampling) -> None:
         """ConfigError for settings that the base does not take, and for a window that holds none of the steps."""
@@ -216,7 +217,7 @@ class EmbeddingMixture(MixedGenerator):
             for variant in self._variants:
                 with self._encoders_of(variant):
                     results.append(encode(*arguments, **named))
-            return mixed(results, [variant.weight for variant in self._variants])
+            return mixed(results, self._weights)
 
         pipeline.encode_prompt = mixed_encode
         try:
@@ -278,7 +279,7 @@ class PredictionMixture(MixedGenerator):
             if not now():
                 return member(Variant(1.0), *arguments, **named)
             outputs = [member(variant, *arguments, **named) for variant in self._variants]
-            first = mixed([output[0] for output in outputs], [variant.weight for variant in self._variants])
+            first = mixed([output[0] for output in outputs], self._weights)
             return (first, *outputs[0][1:]) if isinstance(outputs[0], tuple) else type(outputs[0])(first)
 
         net.forward = mixed_forward

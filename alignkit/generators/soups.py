@@ -7,7 +7,7 @@ memory of a few of their weights.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,17 +77,18 @@ def make_soup(
             _copy_rest(base, changed, out)
         for component in changed:
             _write_component(mix, component, out / component)
+    written = {str(file.relative_to(out)): checksum(file) for file in sorted(out.rglob("*.safetensors"))}
     mixture = Mixture(
         space="weights",
         base=base.model,
         base_fingerprint=fingerprints,
-        members=tuple(_record(member) for member in members),
+        members=tuple(map(_record, members)),
         weights=tuple(map(float, weights)),
         method=mix.merge.method,
         density=mix.merge.density,
         seed=mix.merge.seed,
         rank_error=error,
-        files={str(file.relative_to(out)): checksum(file) for file in _weights_below(out)},
+        files=written,
     )
     write_mixture(out, mixture)
     return mixture
@@ -174,27 +175,19 @@ def _record(member: Member, place: str = "") -> MemberRecord:
     return MemberRecord(name=member.name, files=files, place=place)
 
 
-def _weights_below(out: Path) -> Iterable[Path]:
-    return sorted(file for file in out.rglob("*.safetensors") if file.is_file())
-
-
 # --- one LoRA -------------------------------------------------------------------------------------------------------
 
 
 def _write_adapter(mix: Mix, rank: int | None, out: Path, fingerprints: Mapping[str, str]) -> float:
-    """The result's relative error. Layers of a lower rank are filled up with zeros, so that one rank and alpha holds
-    for all and no loader has to know more.
-    """
+    """Write one file; returns the result's relative error."""
     states, configs, errors = {}, {}, []
     for component in _changed(mix.members):
         loras = [member.lora(component) for member in mix.members]
         state, error = soup_of_loras(loras, mix.weights, mix.merge, rank)
         errors.append(error)
-        highest = max(len(value) for key, value in state.items() if key.endswith(lora.DOWN))
-        states[component] = {
-            key: _filled(value, highest, axis=int(key.endswith(lora.UP))) for key, value in state.items()
-        }
-        paths = sorted(key.removesuffix(lora.DOWN) for key in state if key.endswith(lora.DOWN))
+        downs = {key.removesuffix(lora.DOWN): value for key, value in state.items() if key.endswith(lora.DOWN)}
+        paths, highest = sorted(downs), max(map(len, downs.values()))
+        states[component] = _filled(state, highest)
         configs[component] = LoraConfig(r=highest, lora_alpha=highest, target_modules=paths)
     parts = {component: mix.base.shapes(component) for component in states}
     bases = {component: fingerprints[component] for component in states}
@@ -202,11 +195,14 @@ def _write_adapter(mix: Mix, rank: int | None, out: Path, fingerprints: Mapping[
     return max(errors)
 
 
-def _filled(tensor: Tensor, size: int, axis: int) -> Tensor:
-    if tensor.shape[axis] == size:
-        return tensor
-    shape = [*tensor.shape[:axis], size - tensor.shape[axis], *tensor.shape[axis + 1 :]]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+def _filled(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Layers of a lower rank filled up with zeros: one rank and alpha then holds for all, which every loader reads."""
+    filled = {}
+    for key, tensor in state.items():
+        axis = int(key.endswith(lora.UP))
+        shape = [*tensor.shape[:axis], rank - tensor.shape[axis], *tensor.shape[axis + 1 :]]
+        filled[key] = torch.cat([tensor, tensor.new_zeros(shape)], dim=axis).contiguous()
+    return filled
 
 
 # --- whole components -----------------------------------------------------------------------------------------------
@@ -221,8 +217,10 @@ def component_soup(mix: Mix, component: str) -> WeightSoup:
             parts.append(Full(weights_of(member.weights[component], component, mix.base)))
         else:
             parts.append(renamed_layers(member.lora(component), list(origin)))
-    common = {name: name for name in origin if all(name in part.weights for part in parts if isinstance(part, Full))}
-    return WeightSoup(parts, mix.weights, mix.merge, origin.select(common))
+    common = set(origin).intersection(*(part.weights for part in parts if isinstance(part, Full)))
+    # Buffers that the class computes itself, and a member lacks, are left out.
+    shared = origin.select(dict(zip(sorted(common), sorted(common), strict=True)))
+    return WeightSoup(parts, mix.weights, mix.merge, shared)
 
 
 def _write_component(mix: Mix, component: str, out: Path) -> None:

@@ -98,7 +98,12 @@ def switched_texts(
     def switch(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         leaves, layout = tree_flatten((arguments, named))
         if clock.index == 0 and len(outside) < len(inside):
-            places.append(_different(leaves, inside[len(outside)]))
+            other = inside[len(outside)]
+            if len(leaves) != len(other):
+                raise AdapterError(
+                    "the mixture's embeddings have another form than the base's; they cannot be switched"
+                )
+            places.append([place for place, leaf in enumerate(leaves) if _differs(leaf, other[place])])
             outside.append(leaves)
         if clock.index not in window(clock.total):
             return None
@@ -122,12 +127,6 @@ def _hooked(generator: PipelineGenerator, hook: Callable[..., Any]) -> Iterator[
         for part in parts:
             removed.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-
-
-def _different(one: Call, other: Call) -> list[int]:
-    if len(one) != len(other):
-        raise AdapterError("the mixture's embeddings have another form than the base's; they cannot be switched")
-    return [place for place, leaf in enumerate(one) if _differs(leaf, other[place])]
 
 
 def _differs(one: Any, other: Any) -> bool:

@@ -167,7 +167,7 @@ def test_videos_with_two_calls_a_step(family, load, mixture, members):
 def test_the_callback_of_the_docs_is_our_window(load, mixture):
     page = (ROOT / "docs" / "mixing.md").read_text(encoding="utf-8")
     written = {}
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], written)  # noqa: S102 - the code that users paste
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], written)  # the code that users paste
     source = mixture("unet", "embedding", [0.7, 0.3, 0.0], (1, 3))
     prompts, seeds, sampling = job("unet")
     pipe = load("unet").pipeline

@@ -1,4 +1,4 @@
-"""Soups as files, through the verb, in vanilla diffusers' hands: LoRAs, denoisers, CLIP and T5 encoders; bad members."""
+"""Soups as files, by the verb and read by vanilla diffusers: LoRAs, denoisers, CLIP and T5 encoders; bad members."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_one_file_in_vanilla_diffusers_is_the_mixture_in_memory(family, load, ad
     assert (mixture.weights, mixture.space) == ((0.7, 0.3), "weights")
     with safe_open(out / lora.DIFFUSERS_FILE, "pt") as opened:
         assert json.loads(opened.metadata()["base_fingerprint"]) == mixture.base_fingerprint
-        key = next(key for key in opened.keys() if key.endswith("to_q.lora_A.weight"))
+        key = next(key for key in opened.keys() if key.endswith("to_q.lora_A.weight"))  # noqa: SIM118 - it is no mapping
         assert opened.get_slice(key).get_shape()[0] == 2 + 3
 
 
@@ -169,7 +169,7 @@ def test_encoders_clip_and_t5(family, names, load, model_folders, tmp_path):
         second = again.state_dict()
         assert all(torch.allclose(mixed[key], 0.25 * first[key] + 0.75 * second[key], atol=1e-6) for key in mixed)
     loaded = load(family, adapter=tmp_path / "mix")
-    assert torch.equal(loaded.pipeline.components[names[-1]].state_dict()[key := sorted(mixed)[0]], mixed[key])
+    assert torch.equal(loaded.pipeline.components[names[-1]].state_dict()[key := min(mixed)], mixed[key])
 
 
 def test_a_strength_of_a_denoiser(load, model_folders, tmp_path):
