@@ -57,6 +57,7 @@ def within(scores: Floats, verdicts: Floats, seeds: int) -> float:
     higher = total = 0.0
     for own, right in zip(scores.reshape(-1, seeds), verdicts.reshape(-1, seeds) > 0.5, strict=True):
         gaps = own[right][:, None] - own[~right][None]
+        gaps = gaps[np.isfinite(gaps)]
         higher += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
         total += gaps.size
     return higher / total if total else float("nan")
@@ -141,7 +142,10 @@ def main() -> None:
             shares = {"auc": auc(values, verdicts), "same_prompt": within(values, verdicts, chosen.seeds)}
             shares |= {own: auc(values[mask], verdicts[mask]) for own, mask in masks.items()}
             shares |= {"gold": float(verdicts.mean())}
-            line = {"reward": label, **{key: round(share, 3) for key, share in shares.items()}}
+            line = {
+                "reward": label,
+                **{key: None if np.isnan(share) else round(share, 3) for key, share in shares.items()},
+            }
             print(json.dumps({**line, "images": int(np.isfinite(values).sum())}), flush=True)
 
 

@@ -42,6 +42,9 @@ class Decoding:
             latent frames T / s + s caches are kept instead of T, at the cost of one more forward pass. It helps only
             where the caches outweigh the activations of one call. 1: no outer ones.
         cache_on_cpu: keep the feature caches between the calls, or between the segments, in the memory of the CPU.
+        tiles: decode in the VAE's own spatial tiles, as after `vae.enable_tiling()`, with the memory of one tile. Tiles
+            are blended where they overlap, so the pixels differ slightly. Latents that are not larger than a tile are
+            decoded whole.
 
     Raises ConfigError for a segment below 1.
     """
@@ -49,6 +52,7 @@ class Decoding:
     frames: int | Sequence[int] | None = None
     segment: int = 1
     cache_on_cpu: bool = False
+    tiles: bool = False
 
     def __post_init__(self) -> None:
         if self.segment < 1:
@@ -76,8 +80,13 @@ def decode_checkpointed(
         decoding: segment length and place of the caches; its frames are the caller's.
         first: decode only so many latent frames.
 
-    Raises ConfigError if segments or caches are asked of a VAE without a feature cache, or segments of one that tiles.
+    Raises ConfigError if segments or caches are asked of a VAE without a feature cache, segments of one that tiles, or
+    tiles of one that has none.
     """
+    if decoding.tiles:
+        if not hasattr(vae, "use_tiling"):
+            raise ConfigError(f"tiles: {type(vae).__name__} does not decode in tiles; leave it out")
+        vae = _with_parts(vae, use_tiling=True)
     is_cached = CACHE in inspect.signature(vae.decoder.forward).parameters
     if not is_cached and (decoding.segment > 1 or decoding.cache_on_cpu):
         raise ConfigError(
@@ -116,7 +125,7 @@ def _decode_in_time(
     return torch.cat(pixels, dim=2)
 
 
-def _with_parts(vae: Any, **parts: nn.Module) -> Any:
+def _with_parts(vae: Any, **parts: Any) -> Any:
     """A view of `vae` that shares its weights, with other `parts` and a state of its own."""
     view = copy.copy(vae)
     vars(view).update(parts)  # found before the children of the module, which stay as they are

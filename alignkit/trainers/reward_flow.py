@@ -121,6 +121,10 @@ class RewardConfig(WatchConfig, DataLossConfig):
         default=False,
         metadata={"help": "Keep what a causal video VAE caches between latent frames in the memory of the CPU."},
     )
+    decode_tiles: bool = field(
+        default=False,
+        metadata={"help": "Decode in spatial tiles: memory of one tile, slightly other pixels at seams."},
+    )
 
     @property
     def trained_rewards(self) -> tuple[str, ...]:
@@ -147,7 +151,7 @@ class RewardConfig(WatchConfig, DataLossConfig):
     @property
     def decoding(self) -> Decoding | None:
         """How the result of a chain is decoded: with activation checkpoints."""
-        return Decoding(self.decode_frames, cache_on_cpu=self.decode_cache_on_cpu)
+        return Decoding(self.decode_frames, cache_on_cpu=self.decode_cache_on_cpu, tiles=self.decode_tiles)
 
     @property
     def gradient(self) -> Estimator:

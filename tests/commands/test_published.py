@@ -26,6 +26,7 @@ DENOISERS = {
     "qwen_image": 20430,
     "dreamlite": 390,
     "wan21_1_3b": 1419,
+    "wan21_14b": 14288,
     "anyflow_wan_1_3b": 1422,
     "ltx_video": 1923,
     "cogvideox_2b": 1694,

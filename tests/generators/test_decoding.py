@@ -102,6 +102,10 @@ def test_in_tiles_and_rows(name):
     vae.tile_sample_min_size, vae.tile_latent_min_size = 4, 2
     assert not torch.equal(plain(vae, latents_of(name, 2)), plain(vae_of(name), latents_of(name, 2)))
     assert_same(vae, latents_of(name, 2))
+    tiled = plain(vae, latents_of(name, 2))
+    vae.disable_tiling()
+    assert torch.equal(checkpointed(vae, latents_of(name, 2), tiles=True), tiled)
+    assert not vae.use_tiling
 
 
 @pytest.mark.parametrize("segment", [1, 2])
@@ -223,6 +227,7 @@ def test_the_gradient_of_a_vae_that_overflowed_in_float16():
         ("wan", {"frames": 0}, "frames is 0"),
         ("sdxl", {"frames": 1}, "'.*' makes images"),
         ("wan", {"segment": 0}, "segment is 0"),
+        ("wan", {"tiles": True, "segment": 2}, "this VAE decodes in tiles"),
     ],
 )
 def test_what_a_vae_cannot_do_is_refused(family, options, says):
