@@ -45,6 +45,8 @@ def test_trained_and_evaluated_with_its_window(work, model_folders, capsys):
     sampling = Sampling(steps=5, guidance_scale=2.0, height=16, width=16)
     images = [one.generate(["a cat"], [1], sampling) for one in (load_policy("a", tuned), build_generator("a", base))]
     assert not torch.equal(*images)
+    mixed = build_generator("a", replace(base, adapter=result))  # the record is that of a mixture
+    torch.testing.assert_close(mixed.generate(["a cat"], [1], sampling), images[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_direct_variant_takes_a_dataset(work, model_folders, capsys):
