@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -281,7 +281,6 @@ def _dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    """The precision that holds all; float32 for those of 8 bits, which are for storage and would lose small changes."""
+    wide = [torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype for dtype in dtypes]
+    return reduce(torch.promote_types, wide)

@@ -122,5 +122,5 @@ def write_stream(
             value = tensor(name)
             if Layout(value.dtype, tuple(value.shape)) != layouts[name]:
                 raise ValueError(f"'{name}', {value.dtype} {list(value.shape)}, was announced as {layouts[name]}")
-            handle.write(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            handle.write(memoryview(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
             del value  # before the next one is made

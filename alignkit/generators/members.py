@@ -11,7 +11,7 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 
 from alignkit.adapters import lora, lora_files
-from alignkit.adapters.fingerprint import base_of, is_other_base
+from alignkit.adapters.fingerprint import fingerprint_of
 from alignkit.adapters.lora_files import Stored
 from alignkit.adapters.mixing import Lora, lora_ends, with_alphas
 from alignkit.adapters.mixture import BASE
@@ -92,13 +92,23 @@ class Base:
         # A checksum reads the whole file, so sizes come first.
         return sizes[: len(own)] == sizes[len(own) :] and list(map(checksum, own)) == list(map(checksum, other))
 
-    def load(self, component: str, dtype: torch.dtype | None = None) -> nn.Module:
-        """A component with its weights, in the precision of its files unless `dtype` says otherwise."""
+    def fingerprint(self, component: str, dtype: torch.dtype | None = None) -> str:
+        """`fingerprint.base_of` of a component that was loaded in `dtype`, by default in its files' precision.
+
+        Reads one weight at a time where the files have the names that the loaded network has.
+        """
         library, kind = self.index[component]
         stored = require_weights(self.folder / component, library)
-        return load_network(
-            self.folder / component, component_class(library, kind), stored, dtype or stored_dtype(stored)
-        )
+        dtype = dtype or stored_dtype(stored)
+        files = StoredTensors(stored.files)
+        places = {plain_name(name): name for name in files}
+        wanted = list(self.shapes(component).state_dict())
+        if all(plain_name(name) in places for name in wanted):
+            state: Mapping[str, torch.Tensor] = files.select({name: places[plain_name(name)] for name in wanted})
+        else:
+            network = component_class(library, kind)
+            state = load_network(self.folder / component, network, stored, dtype).state_dict()
+        return f"{str(dtype).removeprefix('torch.')}:{fingerprint_of([state], dtype)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,18 +212,17 @@ def require_one_base(members: Sequence[Member], base: Base) -> dict[str, str]:
     fingerprints = {}
     for component in dict.fromkeys(part for member in members for part in member.components):
         given = {member.name: member.loras[component].base for member in members if component in member.loras}
-        named = {one: whole for one, whole in given.items() if whole}
-        dtypes = [vars(torch).get(whole.partition(":")[0]) for whole in named.values()]
-        wanted = [dtype for dtype in dtypes if isinstance(dtype, torch.dtype)]
-        net = base.load(component, max(wanted, key=lambda dtype: dtype.itemsize) if wanted else None)
-        for member, whole in named.items():
-            if is_other_base(net, whole):
+        precisions = {name: vars(torch).get(whole.partition(":")[0]) for name, whole in given.items()}
+        known = {name: dtype for name, dtype in precisions.items() if isinstance(dtype, torch.dtype)}
+        own = {dtype: base.fingerprint(component, dtype) for dtype in set(known.values())}
+        for name, dtype in known.items():
+            if given[name] != own[dtype]:
                 raise AdapterError(
-                    f"'{member}' was trained on another base: the fingerprint of its {component} was {whole}, that of "
-                    f"'{base.model}' is {base_of(net)}. Changes of different weights cannot be mixed; give the base "
+                    f"'{name}' was trained on another base: the fingerprint of its {component} was {given[name]}, that "
+                    f"of '{base.model}' is {own[dtype]}. Changes of different weights cannot be mixed; give the base "
                     "that it was trained on"
                 )
-        fingerprints[component] = base_of(net)
+        fingerprints[component] = next(iter(own.values()), "") or base.fingerprint(component)
     return fingerprints
 
 

@@ -59,7 +59,8 @@ def make_soup(
     rank: cut an adapter to this rank, by singular values; without it its rank is the sum of the members' ranks.
     any_sum: weights may sum to another number than 1.
 
-    The precision of written components is that of the base's files, or a member's wider one. Raises StorageError where
+    The precision of written components is that of the base's files, or a member's wider one with all weights; float32
+    for 8 bits. Raises StorageError where
     `out` holds something, AdapterError for members of another base and for an output that cannot hold the result.
     """
     mix = Mix(base, members, weights, merge or Merge())
@@ -187,7 +188,8 @@ def _write_adapter(mix: Mix, rank: int | None, out: Path, fingerprints: Mapping[
         errors.append(error)
         downs = {key.removesuffix(lora.DOWN): value for key, value in state.items() if key.endswith(lora.DOWN)}
         paths, highest = sorted(downs), max(map(len, downs.values()))
-        states[component] = _filled(state, highest)
+        _fill(state, highest)
+        states[component] = state
         configs[component] = LoraConfig(r=highest, lora_alpha=highest, target_modules=paths)
     parts = {component: mix.base.shapes(component) for component in states}
     bases = {component: fingerprints[component] for component in states}
@@ -195,14 +197,13 @@ def _write_adapter(mix: Mix, rank: int | None, out: Path, fingerprints: Mapping[
     return max(errors)
 
 
-def _filled(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Layers of a lower rank filled up with zeros: one rank and alpha then holds for all, which every loader reads."""
-    filled = {}
+def _fill(state: dict[str, Tensor], rank: int) -> None:
+    """Fill up layers of a lower rank with zeros: one rank and alpha then holds for all, which every loader reads."""
     for key, tensor in state.items():
         axis = int(key.endswith(lora.UP))
-        shape = [*tensor.shape[:axis], rank - tensor.shape[axis], *tensor.shape[axis + 1 :]]
-        filled[key] = torch.cat([tensor, tensor.new_zeros(shape)], dim=axis).contiguous()
-    return filled
+        if tensor.shape[axis] < rank:
+            shape = [*tensor.shape[:axis], rank - tensor.shape[axis], *tensor.shape[axis + 1 :]]
+            state[key] = torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
 
 
 # --- whole components -----------------------------------------------------------------------------------------------

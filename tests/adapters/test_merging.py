@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import weakref
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from alignkit.adapters import lora, soup
 from alignkit.adapters.low_rank import factorised, product, truncated
@@ -238,6 +241,13 @@ def test_end_points_of_full_weights_are_exact(method, dtype):
     assert all(torch.equal(equal[name], one[name]) for name in one)
 
 
+def test_a_base_in_eight_bits_gives_float32():
+    base = {"0.weight": torch.full((6, 5), 1.5).to(torch.float8_e4m3fn)}
+    adapter = {"0" + lora.DOWN: torch.full((1, 5), 0.001), "0" + lora.UP: torch.ones(6, 1)}
+    found = WeightSoup([Lora.of(adapter)], [1.0], Merge(), base).weight("0.weight")
+    assert torch.equal(found, torch.full((6, 5), 1.501))
+
+
 def test_wise_ft_is_a_strength():
     base, one = full_state(0), full_state(1)
     for strength in (0.0, 0.5, 1.0, 1.5):
@@ -262,29 +272,29 @@ def test_loras_and_full_weights_mix_on_one_base():
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-class Live:
-    """Elements of the tensors that are alive, and the most that ever were, by watching what files give."""
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that are alive, and the most that ever were."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self):
+        super().__init__()
         self.now = self.peak = 0
-        read = StoredTensors.__getitem__
-        monkeypatch.setattr(StoredTensors, "__getitem__", lambda stored, name: self.watched(read(stored, name)))
-        write, to = WeightSoup.weight, Tensor.double
-        monkeypatch.setattr(WeightSoup, "weight", lambda mixed, name: self.watched(write(mixed, name)))
-        monkeypatch.setattr(Tensor, "double", lambda tensor: self.watched(to(tensor)))
 
-    def watched(self, tensor):
-        self.now += tensor.numel()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(tensor, self.gone, tensor.numel())
-        return tensor
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {leaf.data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.data_ptr() not in given:  # no view, no operation in place
+                self.now += made.nbytes
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(made, self.gone, made.nbytes)
+        return result
 
-    def gone(self, count):
-        self.now -= count
+    def gone(self, size):
+        self.now -= size
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
-def test_a_mixture_of_files_holds_a_few_tensors_whatever_their_number(method, tmp_path, monkeypatch):
+def test_a_mixture_of_files_holds_a_few_tensors_whatever_their_number(method, tmp_path):
     peaks = []
     for size in (4, 40):
         for seed in range(3):
@@ -292,16 +302,30 @@ def test_a_mixture_of_files_holds_a_few_tensors_whatever_their_number(method, tm
         base, *members = (StoredTensors([tmp_path / f"{size}-{seed}.safetensors"]) for seed in range(3))
         mixed = WeightSoup([Full(one) for one in members], [0.3, 0.7], Merge(method), base)
         layouts = {name: Layout(mixed.dtype(name), base.layout(name).shape) for name in mixed.names}
-        with monkeypatch.context() as patch:
-            live = Live(patch)
+        with Live() as live:
             write_stream(tmp_path / f"{method}-{size}.safetensors", layouts, mixed.weight, {"format": "pt"})
-            peaks.append(live.peak)
+        peaks.append(live.peak)
         states = [full_state(seed, size=size) for seed in range(3)]
         expected = soup(states[1:], [0.3, 0.7], method=method, base=states[0])
         written = load_file(tmp_path / f"{method}-{size}.safetensors")
         assert written.keys() == expected.keys()
         assert all(torch.equal(written[name], expected[name]) for name in expected)
-    assert peaks[0] == peaks[1] <= 5 * 30
+    assert 6 * 5 * 8 <= peaks[0] == peaks[1] <= 10 * 6 * 5 * 8  # a weight in float64 is 240 bytes
+
+
+def test_a_soup_of_loras_holds_its_result_and_a_few_tensors():
+    """What is alive beyond the result does not grow with the number of layers."""
+    beyond = []
+    for size in (4, 40):
+        rng = torch.Generator().manual_seed(0)
+        states = [{}, {}]
+        for state, number in itertools.product(states, range(size)):
+            state |= {f"{number}{lora.DOWN}": torch.randn(4, 50, generator=rng)}
+            state |= {f"{number}{lora.UP}": torch.randn(60, 4, generator=rng)}
+        with Live() as live:
+            result = soup(states, [0.3, 0.7])
+        beyond.append(live.peak - sum(value.nbytes for value in result.values()))
+    assert beyond[0] == beyond[1] <= 4 * 60 * 8 * 8
 
 
 def test_a_written_file_is_canonical_and_a_failed_one_is_not_there(tmp_path):

@@ -16,6 +16,7 @@ from tiny_families import FAMILIES
 
 from alignkit import cli
 from alignkit.adapters import lora
+from alignkit.adapters.fingerprint import base_of
 from alignkit.adapters.mixture import read_mixture
 from alignkit.records import Sampling
 
@@ -99,6 +100,7 @@ def test_one_file_in_vanilla_diffusers_is_the_mixture_in_memory(family, load, ad
     assert (draw(load(family, adapter=out), family) - expected).abs().max() <= CLOSE
     assert (expected - base).abs().max() > 20 * CLOSE
     mixture = read_mixture(out)
+    assert mixture.base_fingerprint["unet" if family == "unet" else "transformer"] == base_of(load(family).net)
     assert (mixture.weights, mixture.space) == ((0.7, 0.3), "weights")
     with safe_open(out / lora.DIFFUSERS_FILE, "pt") as opened:
         assert json.loads(opened.metadata()["base_fingerprint"]) == mixture.base_fingerprint
