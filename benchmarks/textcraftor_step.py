@@ -1,11 +1,11 @@
 """What a TextCraftor step costs beside the bare calls it needs, and what its window costs. JSON lines.
 
     python benchmarks/textcraftor_step.py [--model sandbox:flow] [--prompts 2] [--steps 8] [--window 3] [--repeats 7]
-        [--side 64] [--guidance_scale 2.5]
+        [--side 64] [--guidance_scale 2.5] [--only speed rewards memory]
 
 `speed`: every step of a running `trainer.train()` against the same calls on the same tensors written out bare: both
 encodings, the chain, decoding, reward, backward with its repeated forward passes, the optimizer's step. In turns;
-medians. `ratio` is bare over step.
+medians, of CPU seconds where there is no CUDA. `ratio` is bare over step.
 `rewards`: calls of the denoiser and of the trained encoders in one step, for one reward and for three.
 `memory`: peak bytes of the tensors that one gradient makes, by the number of steps with gradients, all other settings
 the same (counted op by op, on any device).
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -105,7 +106,8 @@ def bare_step(trainer: TextCraftorTrainer) -> Callable[[], None]:
 def speed(chosen: argparse.Namespace, folder: str) -> Iterator[dict[str, Any]]:
     """Seconds of full and bare steps."""
     trainer = build(chosen, folder)
-    turns = Turns(lambda: {"bare": bare_step(trainer)})
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # a busy CPU has its own time
+    turns = Turns(lambda: {"bare": bare_step(trainer)}, clock)
     trainer.add_callback(turns)
     trainer.train()
     taken = turns.medians()
@@ -144,6 +146,9 @@ def gradient(trainer: TextCraftorTrainer) -> None:
     trainer.model.zero_grad()
 
 
+MEASURES = {"speed": speed, "rewards": rewards, "memory": memory}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,12 +160,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--side", type=int, default=64, help="image size in pixels")
     parser.add_argument("--guidance_scale", type=float, default=2.5)
+    parser.add_argument("--only", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     chosen = parser.parse_args()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        for measure in (speed, rewards, memory):
-            for line in measure(chosen, folder):
-                print(json.dumps({"question": measure.__name__, "settings": vars(chosen), **line}), flush=True)
+        for name in chosen.only:
+            for line in MEASURES[name](chosen, folder):
+                print(json.dumps({"question": name, "settings": vars(chosen), **line}), flush=True)
 
 
 if __name__ == "__main__":
