@@ -29,6 +29,8 @@ COMMANDS = {
     "rank": ("alignkit.commands.rank:main", "Turn scores into a ranked dataset."),
     "aspects": ("alignkit.commands.aspects:main", "Write yes/no questions about prompts, for a critic."),
     "dense-pairs": ("alignkit.commands.dense_pairs:main", "Make pairs of clips from captioned real videos."),
+    "annotate": ("alignkit.commands.annotate:main", "Label segments of pairs of clips on a page in the browser."),
+    "label": ("alignkit.commands.label:main", "Label the segments of pairs of clips."),
     **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
     "soup": ("alignkit.commands.soup:main", "Mix several trainings of one model into one."),
     "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),

@@ -307,10 +307,13 @@ def describe(annotation: Any) -> str:
 
 
 def plain_tree(given: Located) -> Any:
-    """The value without its places."""
+    """The value without its places. A flag inside is parsed; the words of a list of flags stay words."""
+    given = parse_yaml(given.value, given.where, [], lines=False) if given.text else given
     if isinstance(given.value, dict):
         return {name: plain_tree(value) for name, value in given.value.items()}
-    return [plain_tree(item) for item in given.value] if isinstance(given.value, list) else given.value
+    if isinstance(given.value, list):
+        return [item.value if item.text else plain_tree(item) for item in given.value]
+    return given.value
 
 
 def _choices(annotation: Any) -> Iterable[Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from alignkit.errors import ConfigError, DataError
-from alignkit.records import Prompt, Sampling, Scores
+from alignkit.records import Prompt, Sampling, Scores, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,17 @@ class ExampleMaker(Protocol):
 
     def example(self, photograph: Tensor, prompt: Prompt) -> tuple[Tensor, Prompt]:
         """An image [3, H, W] in [0, 1] and its prompt; `prompt.metadata` has the photograph's `name`."""
+        ...
+
+
+@runtime_checkable
+class SegmentScoring(Protocol):
+    """A reward of clips that needs the whole clip to score a part of it."""
+
+    def score_segments(
+        self, media: Tensor, prompts: Sequence[Prompt], segments: Sequence[Sequence[tuple[int, int]]]
+    ) -> Sequence[Sequence[float]]:
+        """A score for each of the clip's own segments [start, end), of media [B, F, 3, H, W] in [0, 1]; B lists."""
         ...
 
 
@@ -175,5 +186,14 @@ class Judge(Protocol):
     """A served VLM that compares two media; +1 first is better, -1 second, 0 abstains."""
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:
+        """One verdict a pair."""
+        ...
+
+
+@runtime_checkable
+class ExplainingJudge(Protocol):
+    """A judge that also says why it abstains, and tells an answer that it cannot read from a tie."""
+
+    def verdicts(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
         """One verdict a pair."""
         ...

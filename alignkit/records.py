@@ -86,6 +86,18 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which of two media a judge prefers: 1 the first, -1 the second, 0 neither; None where it gave no usable answer.
+
+    reason: why it is 0 or None. details: what the judge answered, JSON values.
+    """
+
+    label: int | None
+    reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class LossOutput:
     """An unreduced loss of any shape, already 0 where nothing counts, and what to log: detached scalars, or one number
     for each row, NaN where a row has none.

@@ -131,13 +131,14 @@ def read_labels(rows: Dataset, where: str = "") -> tuple[list[list[int]], list[S
             if label not in (1, 0, -1):
                 raise DataError(f"{place}: label {number} is {label}; labels are 1 (the first clip), 0 (tie) and -1")
         if cells is not None:
-            segments.append(_segments(cells[row], frames[row], place))
+            segments.append(checked_segments(cells[row], frames[row], place))
             if own and len(own) != len(segments[-1]):
                 raise DataError(f"{place}: {len(own)} labels {own} for {len(segments[-1])} segments; give one for each")
     return labels, segments if cells is not None else None
 
 
-def _segments(cell: Any, num_frames: int | None, place: str) -> Segments:
+def checked_segments(cell: Any, num_frames: int | None, place: str) -> Segments:
+    """The segments in a cell of a row. Raises DataError naming `place`, as `read_labels` does."""
     if not cell or any(segment is None or len(segment) != 2 or None in segment for segment in cell):
         raise DataError(f"{place}: segments are {cell}; give [start, end) in frames for each")
     edges = [0, *(edge for segment in cell for edge in segment), math.inf if num_frames is None else num_frames]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import socket
@@ -157,29 +158,28 @@ def write_part(
     inputs: Mapping[str, str] | None = None,
     notes: Mapping[str, Any] | None = None,
     page_checksums: bool = False,
+    row_group_size: int | None = None,
 ) -> Part:
     """Write parquet files (`tables`, by path below `folder`), then the record that makes them a finished part.
 
-    With `page_checksums`, `read_table` notices damage without hashing the whole file. Raises DataError for a path that
-    leaves `folder`.
+    With `page_checksums`, `read_table` notices damage without hashing the whole file. Readers decode whole row groups
+    of `row_group_size` rows (default: all rows). Raises DataError for a path that leaves `folder`.
     """
     _require_inside(folder, tables)
     # Sorted as in the record, so that a part just written and one read back are in the same order.
-    files = {
-        path: write_atomic(folder / path, _parquet(table, page_checksums=page_checksums))
-        for path, table in sorted(tables.items())
-    }
+    options = {"write_page_checksum": page_checksums, "row_group_size": row_group_size}
+    files = {path: write_atomic(folder / path, _parquet(table, options)) for path, table in sorted(tables.items())}
     part = Part(name, files, inputs or {}, notes or {})
     write_json(_record(folder, name), asdict(part))
     return part
 
 
-def _parquet(table: pa.Table, *, page_checksums: bool) -> memoryview:
+def _parquet(table: pa.Table, options: Mapping[str, Any]) -> memoryview:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
     # The bulk is encoded images and videos, which do not shrink.
-    pq.write_table(table, buffer, compression="none", write_page_checksum=page_checksums)
+    pq.write_table(table, buffer, compression="none", **options)
     return buffer.getbuffer()
 
 
@@ -265,8 +265,16 @@ def _fault(path: Path, expected: str) -> str | None:
     return None if checksum(path) == expected else "is damaged (its checksum differs)"
 
 
-def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, counts: Mapping[str, int]) -> StageResult:
-    """Write `manifest.json`: rows, counts and the checksum of every file.
+def finish_run(
+    folder: Path,
+    stage: str,
+    parts: Sequence[Part],
+    *,
+    rows: int,
+    counts: Mapping[str, int],
+    facts: Mapping[str, Any] | None = None,
+) -> StageResult:
+    """Write `manifest.json`: rows, counts, the checksum of every file, and `facts`, what else the stage states.
 
     Raises DataError where a part or one of its files is not there any more.
     """
@@ -276,7 +284,7 @@ def finish_run(folder: Path, stage: str, parts: Sequence[Part], *, rows: int, co
                 raise DataError(f"'{path}' was removed while the stage ran; run the same command again to rebuild it")
     files = {path: value for part in parts for path, value in part.files.items()}
     manifest = {"stage": stage, "rows": rows, "counts": counts, "parts": len(parts), "files": files}
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", {**(facts or {}), **manifest})
     return StageResult(folder, rows, dict(counts))
 
 
@@ -324,6 +332,20 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
     with _reading(path):
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
+
+
+def read_row(path: Path, number: int, columns: Sequence[str]) -> dict[str, Any]:
+    """One row of a parquet file, without holding others of its row group; DataError naming the file."""
+    import pyarrow.parquet as pq
+
+    with _reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if number < size:
+                rows = file.iter_batches(batch_size=1, row_groups=[group], columns=list(columns))
+                return dict(next(itertools.islice(rows, number, None)).to_pylist()[0])
+            number -= size
+    raise DataError(f"'{path}' has {number} rows fewer than at the start; run the same command again")
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 A user's own has the name `package.module:attribute`. A builder takes options (a model folder, a device) and returns an
 object with the attributes and the call of `alignkit.protocols.Reward`, or with `compare` of `alignkit.protocols.Judge`.
-`gold` is part of the sandbox.
+`gold` is part of the sandbox. Labellers of pairs of clips are in `rewards.labellers`.
 """
 
 JUDGES = {
     "reward": "rewards.serving.judge:RewardJudge",
     "served": "rewards.serving.judge:ServedJudge",
+    "vlm": "rewards.vlm_judge:VlmJudge",
 }
 
 REWARDS = {

@@ -90,6 +90,8 @@ def test_a_flag_reaches_into_a_mapping_of_sections(read):
     job = read(SPECS, "--specs.base.options.depth", "3", "--specs.other.folder", "more")
     assert job.specs["base"] == Spec(folder=Path("weights"), options={"depth": 3})
     assert job.specs["other"].folder == Path("more")
+    job = read(SPECS, "--specs.base.options.inner.depth", "3", "--specs.base.options.inner.words", "1", "two")
+    assert job.specs["base"].options == {"inner": {"depth": 3, "words": ["1", "two"]}}
 
 
 @pytest.mark.parametrize(

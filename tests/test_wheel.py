@@ -68,6 +68,7 @@ def test_the_wheel_holds_configs_and_nothing_else_new(installed):
 
     shipped = names(installed / "alignkit" / "configs")
     assert shipped == names(ROOT / "configs")
+    assert (installed / "data_pipelines" / "annotation" / "page.html").is_file()
     assert {path.name for path in installed.iterdir() if "-" not in path.name} == {
         "alignkit",
         "bin",

@@ -73,7 +73,7 @@ def _plan(job: DensePairsJob) -> list[str]:
 
 
 def _work(job: DensePairsJob) -> None:
-    build = functools.partial(_build, job.generator, job.sampling)
+    build = functools.partial(build_maker, job.generator, job.sampling)
     clips = job.clips.read()
     result = make_pairs(clips, job.pairs, job.sampling, job.out, build_maker=build, identity=job.generator.identity)
     write_config(job.out, job)
@@ -82,7 +82,7 @@ def _work(job: DensePairsJob) -> None:
         print(f"what was left out and why: {result.folder / 'quarantine.jsonl'}")
 
 
-def _build(spec: GeneratorSpec, sampling: Sampling) -> PairMaker:
+def build_maker(spec: GeneratorSpec, sampling: Sampling) -> PairMaker:
     """Raises ConfigError for a model that is no text-to-video pipeline."""
     from alignkit.generators.pairs import RolloutPairs
     from alignkit.generators.pipeline import PipelineGenerator

@@ -177,12 +177,12 @@ def _leaves(value: Any) -> Iterable[str]:
     return [str(value)]
 
 
-def _with_paths(value: Any) -> Any:
+def with_paths(value: Any) -> Any:
     """Nested options with `sandbox:NAME` as the folder that it stands for."""
     if isinstance(value, Mapping):
-        return {name: _with_paths(inner) for name, inner in value.items()}
+        return {name: with_paths(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_paths(inner) for inner in value]
+        return [with_paths(inner) for inner in value]
     return model_path(value) if isinstance(value, str) else value
 
 
@@ -346,12 +346,12 @@ def _build_beside(built: dict[str, Reward], name: str, spec: RewardSpec) -> Rewa
 
 def build_reward(reward: str, options: Mapping[str, Any]) -> Any:
     """Construct a reward. Raises UnknownNameError for an unknown name, ConfigError for options that do not fit."""
-    return construct(resolve(reward, REWARDS, kind="reward"), _with_paths(options), what=f"reward '{reward}'")
+    return construct(resolve(reward, REWARDS, kind="reward"), with_paths(options), what=f"reward '{reward}'")
 
 
 def build_judge(judge: str, options: Mapping[str, Any]) -> Judge:
     """Construct a judge. Raises UnknownNameError for an unknown name, ConfigError for options that do not fit."""
-    built = construct(resolve(judge, JUDGES, kind="judge"), _with_paths(options), what=f"judge '{judge}'")
+    built = construct(resolve(judge, JUDGES, kind="judge"), with_paths(options), what=f"judge '{judge}'")
     if not isinstance(built, Judge):
         raise ConfigError(
             f"judge '{judge}' is a {type(built).__name__} without `compare`; see alignkit.protocols.Judge"

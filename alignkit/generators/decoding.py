@@ -84,7 +84,7 @@ def decode_checkpointed(
     tiles of one that has none.
     """
     if decoding.tiles:
-        if not hasattr(vae, "use_tiling"):
+        if "use_tiling" not in vars(vae):
             raise ConfigError(f"tiles: {type(vae).__name__} does not decode in tiles; leave it out")
         vae = _with_parts(vae, use_tiling=True)
     is_cached = CACHE in inspect.signature(vae.decoder.forward).parameters

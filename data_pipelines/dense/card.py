@@ -1,4 +1,4 @@
-"""The dataset card (README.md) of pairs of clips; its head tells `datasets` which files to load."""
+"""The dataset cards (README.md) of pairs of clips and of labelled ones; `datasets` reads their heads."""
 
 from __future__ import annotations
 
@@ -61,6 +61,40 @@ video, `data_pipelines.dense.rebuild_pair` makes the same latents. The settings:
 
 The videos and captions fall under the licence of their source, the latents under that of the model too.
 """
+
+
+_LABELS_CARD = (
+    _CARD[: _CARD.index("# Pairs of clips")]
+    + """\
+# Pairs of clips with labels of their segments
+
+{kept} of {pairs} pairs for DenseDPO ([2506.03517](https://arxiv.org/abs/2506.03517)). {filtered} have too many ties,
+{quarantined} got no label (`quarantine.jsonl`). {unanswered} segments without an answer count as ties.
+
+Train on them: `alignkit train METHOD --data path/to/this/folder`, with a method that takes dense data.
+
+The columns are those of the pairs (their dataset card). `labels` [S]: 1 the first clip is better in this segment, -1
+the second, 0 a tie. `label_source`: who voted, joined by "+". `votes/LABELLER.jsonl` has every vote as it was given; a
+pair is named by `data_pipelines.dense.votes.pair_id(row)`.
+
+## Statistics
+
+`tie_rate` is over segments, `mixed` the share of pairs with both signs, `alpha` Krippendorff's; before the filter.
+
+```json
+{facts}
+```
+
+## Licence
+
+The videos and captions fall under the licence of their source, the latents under that of the model too.
+"""
+)
+
+
+def labels_card_text(facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
+    """Markdown with a YAML head; `counts` has kept, pairs, filtered, quarantined and unanswered."""
+    return _LABELS_CARD.format(facts=json.dumps(facts, indent=2, sort_keys=True), **counts)
 
 
 def card_text(config: Mapping[str, Any], counts: Mapping[str, int]) -> str:

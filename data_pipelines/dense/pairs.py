@@ -113,7 +113,8 @@ class _Writer:
             bar.update()
         # A file without rows cannot be opened by `datasets`.
         tables = {f"data/{name}.parquet": table_of(rows, videos=self.config.videos)} if rows else {}
-        return write_part(self.folder, name, tables, notes={"rows": len(rows), "quarantined": faults})
+        notes = {"rows": len(rows), "quarantined": faults}
+        return write_part(self.folder, name, tables, notes=notes, row_group_size=1)  # one pair is read without others
 
     def _row(self, number: int, clip: Clip, video: Decoded | None) -> Mapping[str, Any]:
         request = request_for(clip, self.config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import yaml
 
 from alignkit.errors import ConfigError
 from alignkit.protocols import Reward, as_scores, require_independent
-from alignkit.records import Prompt
+from alignkit.records import Prompt, Verdict
 from alignkit.resolve import construct, resolve
 from rewards import REWARDS
 from rewards.models.media import check_media
@@ -28,6 +28,7 @@ from rewards.serving.served_base import ServedBase
 if TYPE_CHECKING:
     from torch import Tensor
 
+_KEPT_ANSWER = 500  # characters of an answer in a verdict
 TOP = 20  # the most alternatives per token that servers give (vLLM's --max-logprobs)
 
 
@@ -67,6 +68,19 @@ class PairQuestion:
             return self.answers.get(folded.removesuffix("."))
         meanings = {meaning for answer, meaning in self.answers.items() if answer in folded}
         return meanings.pop() if len(meanings) == 1 else None
+
+    def verdict(self, forward: str, backward: str) -> Verdict:
+        """What both orders' answers mean together; `backward` is the answer with the two media exchanged.
+
+        Answers that disagree are a tie, a malformed one is no answer.
+        """
+        details = {"answers": [answer[:_KEPT_ANSWER] for answer in (forward, backward)]}
+        meaning, swapped = self.read(forward), self.read(backward)
+        if meaning is None or swapped is None:
+            return Verdict(None, "malformed", details)
+        if meaning != -swapped:
+            return Verdict(0, "disagreed", details)
+        return Verdict(meaning, "" if meaning else "tie", details)
 
     def meaning(self, sign: int) -> list[str]:
         """The answers that mean `sign`."""
@@ -165,6 +179,10 @@ class ServedJudge(ServedBase):
         first, second: [B, 3, H, W] or [B, F, 3, H, W] in [0, 1]; sizes may differ between the two.
         Raises DataError for other media, ServerError if the server cannot be used (`ChatClient.ask`).
         """
+        return [verdict.label or 0 for verdict in self.verdicts(first, second, prompts)]
+
+    def verdicts(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
+        """As `compare`, with the reason of an abstention and both orders' answers; no answer: None."""
         media = [check_media(side, prompts, self) for side in (first, second)]  # type: ignore[arg-type]
         ones, others = ([self._media_parts(row) for row in side] for side in media)
         forward = [self._request(*row) for row in zip(ones, others, prompts, strict=True)]
@@ -173,28 +191,23 @@ class ServedJudge(ServedBase):
         is_short = not self.question.within
         replies = self.client.ask(forward + backward, label=self.name, allow_cut_off=is_short)
         verdicts = [self._verdict(*pair) for pair in zip(replies, replies[len(forward) :], strict=False)]
-        self._abstentions.update(reason for _, reason in verdicts if reason)
-        return [verdict for verdict, _ in verdicts]
+        self._abstentions.update(verdict.reason for verdict in verdicts if verdict.reason)
+        return verdicts
 
     def _request(self, one: list[dict[str, Any]], other: list[dict[str, Any]], prompt: Prompt) -> dict[str, Any]:
         messages = user(self.question.parts(one, other, prompt.text))
         request = {"messages": messages, "temperature": 0, "max_tokens": self.question.max_tokens}
         return request if self.least_margin is None else request | {"logprobs": True, "top_logprobs": TOP}
 
-    def _verdict(self, forward: Reply | None, backward: Reply | None) -> tuple[int, str]:
-        """(verdict, reason of an abstention)."""
+    def _verdict(self, forward: Reply | None, backward: Reply | None) -> Verdict:
         if forward is None or backward is None:
-            return 0, "failed"
+            return Verdict(None, "failed")
         if self.question.within and (forward.is_cut_off or backward.is_cut_off):
-            return 0, "cut off"
-        verdict, swapped = self.question.read(forward.text), self.question.read(backward.text)
-        if verdict is None or swapped is None:
-            return 0, "malformed"
-        if verdict != -swapped:
-            return 0, "disagreed"
-        if verdict == 0:
-            return 0, "tie"
-        return (verdict, "") if self._is_sure(verdict, forward, backward) else (0, "unsure")
+            return Verdict(None, "cut off")
+        verdict = self.question.verdict(forward.text, backward.text)
+        if verdict.label and not self._is_sure(verdict.label, forward, backward):
+            return replace(verdict, label=0, reason="unsure")
+        return verdict
 
     def _is_sure(self, verdict: int, forward: Reply, backward: Reply) -> bool:
         if self.least_margin is None:
@@ -228,12 +241,22 @@ class RewardJudge:
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[int]:
         """As `ServedJudge.compare`; raises what the reward raises."""
+        return [verdict.label or 0 for verdict in self.verdicts(first, second, prompts)]
+
+    def verdicts(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
+        """As `compare`, with both scores; no answer, None, where one is not finite."""
         import torch
 
         with torch.no_grad():
             name, count = type(self.reward).__name__, len(prompts)
-            sides = [as_scores(self.reward(media, prompts), name, count).total for media in (first, second)]
-        differences = (sides[0] - sides[1]).tolist()
-        return [
-            int(math.copysign(1, d)) if math.isfinite(d) and abs(d) > self.least_difference else 0 for d in differences
-        ]
+            scores = [as_scores(self.reward(media, prompts), name, count).total.tolist() for media in (first, second)]
+        return [self.verdict(*pair) for pair in zip(*scores, strict=True)]
+
+    def verdict(self, first: float, second: float) -> Verdict:
+        """What two scores mean."""
+        scores = [first, second]
+        if not all(map(math.isfinite, scores)):
+            return Verdict(None, "not finite")
+        if abs(first - second) <= self.least_difference:
+            return Verdict(0, "tie", {"scores": scores})
+        return Verdict(1 if first > second else -1, "", {"scores": scores})

@@ -236,6 +236,10 @@ def test_what_a_vae_cannot_do_is_refused(family, options, says):
 
 
 def test_segments_and_tiles_are_not_combined():
+    vae = copy.deepcopy(vae_of("sdxl"))
+    del vae.use_tiling
+    with pytest.raises(ConfigError, match="AutoencoderKL does not decode in tiles"):
+        checkpointed(vae, latents_of("sdxl"), tiles=True)
     vae = copy.deepcopy(vae_of("wan"))
     vae.enable_tiling()
     with pytest.raises(ConfigError, match="segment is 2, and this VAE decodes in tiles"):
