@@ -249,8 +249,8 @@ class WeightSoup:
             changes = [partial(_change, member, name, base) for member in self._members]
             return (base + combine(changes, self._weights, self._merge, name)).to(self.dtype(name))
         total = torch.zeros(layout_of(self._states[0], name).shape, dtype=torch.float64)
-        for weight, value in self._terms(name):
-            total.add_(value().double(), alpha=weight)
+        for weight, term in self._terms(name):
+            total.add_(term().double(), alpha=weight)
         return total.to(self.dtype(name))
 
     def _terms(self, name: str) -> list[tuple[float, Callable[[], Tensor]]]:

@@ -155,7 +155,7 @@ def read_member(name: str, base: Base) -> Member:
     folders = _components(path, base)
     for component, folder in folders.items():
         _require_same_component(name, component, folder, base)
-    files = {}
+    files: dict[str, Path] = {}
     for component, folder in folders.items():
         read = [*sorted(folder.glob("*.json")), *require_weights(folder, base.index[component][0]).files]
         files |= {f"{component}/{file.name}": file for file in read}

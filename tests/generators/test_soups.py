@@ -125,6 +125,19 @@ def test_full_weights_written_from_loras_are_the_mixture_too(load, adapters, mod
     assert (draw(load("unet", adapter=tmp_path / "end"), "unet") - expected).abs().max() <= CLOSE
 
 
+def test_files_of_kohya_and_peft_are_members_too(adapters, model_folders, tmp_path):
+    """The same adapter, rsLoRA with a text encoder, in three layouts gives the same file."""
+    folder, states = adapters("unet")[1], []
+    kohya = next((folder / "comfyui").glob("*.safetensors"))
+    for name, member in (("diffusers", folder), ("peft", folder / "peft"), ("kohya", kohya)):
+        told = ("--members", member, "base", "--weights", 0.5, 0.5, "--base", model_folders["unet"])
+        assert soup(*told, "--out", tmp_path / name) == 0
+        states.append(load_file(tmp_path / name / lora.DIFFUSERS_FILE))
+    for other in states[1:]:
+        assert other.keys() == states[0].keys()
+        assert all(torch.allclose(other[key], value, atol=1e-6) for key, value in states[0].items())
+
+
 def test_a_cut_rank_and_ties(adapters, model_folders, tmp_path, capsys):
     folders, base = adapters("flow"), model_folders["flow"]
     told = ("--members", *folders, "--weights", 0.7, 0.3, "--base", base)
