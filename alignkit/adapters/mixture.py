@@ -7,6 +7,7 @@
     members           name, SHA-256 of each of its files; for the latter two spaces their place below the folder
     weights           one number a member, in the same order
     method, density, seed, rank_error   of a soup; see `alignkit.adapters.merging`
+    null              whether text encoders act on the null condition of guidance too
     window            [start, stop): in which steps the mixture acts; the base acts in the others. null: in all
     files             SHA-256 of the result's files
     sha256            of all of the above, so that an edit by hand is noticed
@@ -100,6 +101,7 @@ class Mixture:
     density: float = 1.0
     seed: int = 0
     rank_error: float = 0.0
+    null: bool = True
     window: Window | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 

@@ -31,6 +31,7 @@ def load_generator(
     model: str | Path,
     *,
     adapter: str | Path | None = None,
+    encoder: str | Path | None = None,
     name: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
@@ -40,7 +41,8 @@ def load_generator(
 ) -> PipelineGenerator:
     """Load a diffusers folder, hub id or `sandbox:NAME`, with an optional LoRA (folder or file), as a generator.
 
-    `adapter` may also be the folder of a mixture of weights (`alignkit soup`). `dtype` defaults to float32, `device` to
+    `adapter` may also be the folder of a mixture of weights (`alignkit soup`), `encoder` is one of tuned text encoders
+    (`generators.tuned_encoders`), which act in the steps that it names. `dtype` defaults to float32, `device` to
     cuda if there is one, else cpu; `quantize` (`int8`, `nf4`) quantises the network's frozen weights; `options` are the
     family's own keywords (Wan's `expert`). `family` names a family of your own, `package.module:attribute`, for a
     pipeline class that is not in `GENERATORS`. A component that the model was saved without, or an optional one whose
@@ -68,6 +70,10 @@ def load_generator(
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
     generator = chosen(pipeline, name or Path(named).name, **dict(options or {}))
+    if encoder is not None:
+        from alignkit.generators.tuned_encoders import load_tuned
+
+        load_tuned(generator, Path(encoder))
     if adapter is not None:
         path = Path(model_path(str(adapter)))
         if is_mixture(path):

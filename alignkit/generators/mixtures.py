@@ -58,6 +58,8 @@ def load_mixture(generator: PipelineGenerator, folder: Path, family: str | None 
     kinds = {"embedding": EmbeddingMixture, "prediction": PredictionMixture}
     if mixture.space not in kinds:
         raise AdapterError(f"'{folder}' is a mixture of {mixture.space}; load it as an adapter")
+    if not mixture.null:
+        raise AdapterError(f"'{folder}' keeps the null condition of its base: give it as `encoder`, not as `adapter`")
     base = Base.open(str(generator.pipeline.name_or_path), family)
     variants = []
     for number, (record, weight) in enumerate(zip(mixture.members, mixture.weights, strict=True)):
