@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.adapters.mixture import is_mixture
 from alignkit.claims import claim, claimed
 from alignkit.commands.data import TrainingData
 from alignkit.commands.methods import trainer_class
@@ -151,8 +152,10 @@ def compare(
 
 
 def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, ImageSource]:
-    # `base` has no encoder then: the policy's reference is without its adapter and without its tuned text encoders.
-    if dataclasses.replace(tuned, adapter=None, encoder=None) == base and not base.is_own:
+    # `base` has no encoder then: the policy's reference is without its adapter and without its tuned text encoders. The
+    # weights of a mixture may be those of whole components, which no reference is without.
+    is_mixed = tuned.adapter is not None and is_mixture(tuned.adapter)
+    if not is_mixed and dataclasses.replace(tuned, adapter=None, encoder=None) == base and not base.is_own:
         policy = load_policy("tuned", tuned)
         return BaseOf("base", policy), policy
     return build_generator("base", base), build_generator("tuned", tuned)
