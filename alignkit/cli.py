@@ -32,6 +32,8 @@ COMMANDS = {
     "annotate": ("alignkit.commands.annotate:main", "Label segments of pairs of clips on a page in the browser."),
     "label": ("alignkit.commands.label:main", "Label the segments of pairs of clips."),
     **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
+    "soup": ("alignkit.commands.soup:main", "Mix several trainings of one model into one."),
+    "frontier": ("alignkit.commands.frontier:main", "Evaluate mixtures of trainings: Pareto front and barriers."),
     "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),
     "export": ("alignkit.commands.export:main", "Write ranked data as pairs for TRL or Pick-a-Pic programs."),
     "report": ("alignkit.commands.report:main", "Write one self-contained report.html."),

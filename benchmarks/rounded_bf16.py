@@ -1,6 +1,7 @@
 """Run `alignkit` with bfloat16 products computed in float32 and rounded, for processors without bfloat16 units.
 
-    python benchmarks/rounded_bf16.py ladder --config configs/demo_proof.yaml --arms '{bf16: {train: {bf16: true}}}'
+    python benchmarks/rounded_bf16.py ladder --config configs/demo_proof.yaml --out runs/demo_proof_bf16
+        --table runs/demo_bf16.md --arms '{bf16: {train: {bf16: true}}}'
 
 A bfloat16 unit multiplies bfloat16 numbers, accumulates in float32 and rounds the result to bfloat16. On a processor
 without one, torch does the same about fifteen times slower than float32. Here the inputs of convolutions and matrix
@@ -44,8 +45,8 @@ class RoundedBf16(TorchDispatchMode):
         return tree_map(lambda v: v.bfloat16() if isinstance(v, torch.Tensor) else v, result)
 
 
-# At import: the worker processes of a ladder import this file too.
-RoundedBf16().__enter__()
+if __name__ in ("__main__", "__mp_main__"):  # the worker processes of a ladder import this file under the second name
+    RoundedBf16().__enter__()
 
 if __name__ == "__main__":
     from alignkit.cli import main

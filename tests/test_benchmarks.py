@@ -230,3 +230,32 @@ def test_reward_gradients_at_full_size_are_measured_beside_the_doctor(benchmarks
     assert list(line["seconds"]) == ["decoding forward", "the critic", "decoding", "a denoising step"]
     assert min(line["peak_gb"].values()) > line["weights_gb"] > 0
     assert all(0.8 < ratio < 1.25 for ratio in line["doctor_over_measured"].values())
+
+
+def test_rounded_products_are_those_of_bfloat16_inputs(benchmarks):
+    """Values and gradients of a convolution and a product under autocast: of rounded inputs, in float32, rounded."""
+    rounded = importlib.import_module("rounded_bf16").RoundedBf16
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x, conv, linear = torch.randn(2, 8, 6, 6), torch.nn.Conv2d(8, 16, 3), torch.nn.Linear(16, 12)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = conv(x)
+            out = linear(hidden.mean((2, 3)))
+        out.float().square().mean().backward()
+        grads = [weight.grad for weight in (conv.weight, linear.weight)]
+        conv.zero_grad()
+        linear.zero_grad()
+        return [hidden, out, *grads]
+
+    plain = run()
+    with rounded():
+        ours = run()
+    assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in plain]
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-9)
+    exact = torch.nn.functional.conv2d(
+        x.bfloat16().float(), conv.weight.bfloat16().float(), conv.bias.bfloat16().float()
+    )
+    assert torch.equal(ours[0], exact.bfloat16())

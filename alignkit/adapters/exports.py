@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import LoraConfig
 from torch import nn
 
 from alignkit.adapters import lora
@@ -42,9 +43,9 @@ def layer_weights(net: nn.Module, name: str = lora.NAME) -> dict[str, tuple[Tens
     return layers
 
 
-def _config(net: Any, name: str) -> dict[str, Any]:
+def _plain(config: LoraConfig, net: Any) -> dict[str, Any]:
     """PEFT's LoraConfig as plain JSON values (sets become sorted lists), with the network's class where PEFT has it."""
-    values = net.peft_config[name].to_dict()
+    values = config.to_dict()
     values["auto_mapping"] = {"base_model_class": type(net).__name__, "parent_library": type(net).__module__}
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
     return {key: value for key, value in plain.items() if not isinstance(value, dict) or value}
@@ -65,12 +66,25 @@ def export_diffusers(
     their base weights. CLIP's keys are those of published files, which all versions of transformers know. Equal weights
     give equal bytes.
     """
+    states = {component: lora.adapter_state(part, name) for component, part in parts.items()}
+    configs = {component: part.peft_config[name] for component, part in parts.items()}
+    return write_diffusers(parts, states, configs, folder, bases)
+
+
+def write_diffusers(
+    parts: Mapping[str, Any],
+    states: Mapping[str, Mapping[str, Tensor]],
+    configs: Mapping[str, LoraConfig],
+    folder: Path,
+    bases: Mapping[str, str] | None,
+) -> Path:
+    """`export_diffusers` of the given weights, under PEFT names, and configs; `parts` need not carry an adapter."""
     state: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for component, part in parts.items():
         level = lora.TEXT_LEVEL if lora.lost_level(part) else ""
-        state |= {f"{component}.{level}{key}": value for key, value in lora.adapter_state(part, name).items()}
-        metadata |= {f"{component}.{key}": value for key, value in _config(part, name).items()}
+        state |= {f"{component}.{level}{key}": value for key, value in states[component].items()}
+        metadata |= {f"{component}.{key}": value for key, value in _plain(configs[component], part).items()}
     if not state:
         raise AdapterError("the model carries no LoRA weights to export")
     header = file_metadata(bases, **{METADATA_KEY: json.dumps(metadata, sort_keys=True)})
@@ -82,6 +96,11 @@ def export_peft(net: Any, folder: Path, *, base_model: str, name: str = lora.NAM
     """A PEFT folder: adapter_config.json and adapter_model.safetensors; `base` is the fingerprint of the base."""
     state = {f"{lora.PEFT_PREFIX}{key}": value for key, value in lora.adapter_state(net, name).items()}
     save_canonical(state, folder / lora.PEFT_FILE, file_metadata({"": base} if base else None))
-    config = {**_config(net, name), "base_model_name_or_path": base_model, "peft_type": "LORA", "inference_mode": True}
+    config = {
+        **_plain(net.peft_config[name], net),
+        "base_model_name_or_path": base_model,
+        "peft_type": "LORA",
+        "inference_mode": True,
+    }
     write_text(folder / lora.PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str))
     return folder

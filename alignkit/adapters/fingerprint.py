@@ -8,21 +8,18 @@ sharding do not change it. It reads all weights: about a second for each GB.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from alignkit.storage import write_atomic
+from alignkit.adapters.tensor_files import Layout, write_stream
 
 BASE_KEY = "base_fingerprint"  # metadata key of an adapter's file: JSON, `base_of` by component name
 QUANTIZED = "quantized"
-_ALIGNMENT = 8  # bytes; the length of a safetensors header is a multiple of it
 
 
 def fingerprint(*modules: nn.Module | None, dtype: torch.dtype | None = None) -> str:
@@ -31,15 +28,22 @@ def fingerprint(*modules: nn.Module | None, dtype: torch.dtype | None = None) ->
     Floating-point tensors are hashed in `dtype`, by default each in its own: a model loaded in another precision then
     has another fingerprint. Quantised tensors are hashed as the values that they stand for.
     """
-    digest = hashlib.sha256()
-    for number, module in enumerate(modules):
+    states = []
+    for module in modules:
         state = {} if module is None else module.state_dict()
         base = {key.replace(".base_layer", ""): value for key, value in state.items() if "lora_" not in key}
-        for name in sorted(base):
-            if isinstance(base[name], Tensor):  # quantisers may store other states
-                plain = _plain(base[name], dtype)
-                digest.update(f"{number} {name} {plain.dtype} {list(plain.shape)}".encode())
-                digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+        states.append({key: value for key, value in base.items() if isinstance(value, Tensor)})  # quantisers add others
+    return fingerprint_of(states, dtype)
+
+
+def fingerprint_of(states: Sequence[Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> str:
+    """`fingerprint` of modules that have these state dicts; each tensor is asked for once."""
+    digest = hashlib.sha256()
+    for number, state in enumerate(states):
+        for name in sorted(state):
+            plain = _plain(state[name], dtype)
+            digest.update(f"{number} {name} {plain.dtype} {list(plain.shape)}".encode())
+            digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]
 
 
@@ -89,14 +93,9 @@ def is_other_base(net: nn.Module, base: str) -> bool:
 
 
 def save_canonical(state: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with keys and metadata in sorted order; the library's own order of metadata is random.
+    """Write a safetensors file whose bytes depend on its content alone; the library's order of metadata is random.
 
     Atomically (see `storage.atomic_file`); the parent folder is made.
     """
-    raw = save({key: state[key] for key in sorted(state)}, metadata=dict(metadata))
-    length = int.from_bytes(raw[:_ALIGNMENT], "little")
-    header = json.loads(raw[_ALIGNMENT : _ALIGNMENT + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    write_atomic(file, len(text).to_bytes(_ALIGNMENT, "little") + text + raw[_ALIGNMENT + length :])
+    layouts = {key: Layout(value.dtype, tuple(value.shape)) for key, value in state.items()}
+    write_stream(file, layouts, state.__getitem__, metadata)

@@ -86,19 +86,7 @@ def load(
     weights: the shapes fit, so it loads.
     """
     file, found = read(path, parts, network, origins)
-    strange = sorted(found.keys() - parts)
-    if strange and network not in found:
-        raise AdapterError(
-            f"'{file}' holds no '{network}.*' weights: it belongs to another model family, "
-            f"{origin_of(found, origins())}. {_ADVICE}"
-        )
-    if strange:
-        raise AdapterError(f"'{file}' holds '{strange[0]}.*' weights, which this pipeline cannot take. {_ADVICE}")
-    for component, stored in found.items():
-        made_for, present = _class_of(stored), type(parts[component]).__name__
-        if made_for not in ("", present):
-            origin = origin_of(found, origins())
-            raise AdapterError(f"'{file}' does not fit this model's {present}: it was made for {origin}. {_ADVICE}")
+    require_parts(file, found, parts, network, origins)
     done: list[str] = []
     try:
         for component, stored in found.items():
@@ -125,6 +113,25 @@ def load(
                 *(file, component, stored.base, base_of(parts[component])),
                 stored.config.get("base_model_name_or_path") or "the model that it was trained on",
             )
+
+
+def require_parts(
+    file: Path, found: Mapping[str, Stored], parts: Mapping[str, nn.Module], network: str, origins: Origins
+) -> None:
+    """AdapterError where `found` holds weights for other parts than `parts`, or for other classes of network."""
+    strange = sorted(found.keys() - parts)
+    if strange and network not in found:
+        raise AdapterError(
+            f"'{file}' holds no '{network}.*' weights: it belongs to another model family, "
+            f"{origin_of(found, origins())}. {_ADVICE}"
+        )
+    if strange:
+        raise AdapterError(f"'{file}' holds '{strange[0]}.*' weights, which this pipeline cannot take. {_ADVICE}")
+    for component, stored in found.items():
+        made_for, present = _class_of(stored), type(parts[component]).__name__
+        if made_for not in ("", present):
+            origin = origin_of(found, origins())
+            raise AdapterError(f"'{file}' does not fit this model's {present}: it was made for {origin}. {_ADVICE}")
 
 
 def read(path: Path, parts: Mapping[str, nn.Module], network: str, origins: Origins) -> tuple[Path, dict[str, Stored]]:

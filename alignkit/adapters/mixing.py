@@ -2,52 +2,77 @@
 
 A LoRA changes a weight by (alpha / rank) B A, so a soup of LoRAs must be the sum of those products. PEFT's
 `add_weighted_adapter(combination_type="linear")` sums the factors instead and adds cross terms: two equal adapters at
-weights 0.5 and 0.5 give twice the adapter.
+weights 0.5 and 0.5 give twice the adapter. With rsLoRA its result is too large by the root of the new rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignkit.adapters.lora import DOWN, UP
+from alignkit.adapters.low_rank import Lost, factorised, product, truncated
+from alignkit.adapters.merging import CLOSE, Merge, Method, combine
 from alignkit.adapters.plain import DORA_ENDS, require_plain
+from alignkit.adapters.tensor_files import layout_of
 from alignkit.errors import AdapterError
+from alignkit.escape import get_logger
 
+logger = get_logger(__name__)
 ALPHA = ".alpha"
 _LAYOUTS = ((DOWN, UP), (".lora_down.weight", ".lora_up.weight"))  # PEFT's and diffusers', kohya's
 
 State = Mapping[str, Tensor]
 
 
-def soup(state_dicts: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+def soup(
+    state_dicts: Sequence[State],
+    weights: Sequence[float],
+    *,
+    method: Method = "linear",
+    density: float = 1.0,
+    seed: int = 0,
+    rank: int | None = None,
+    base: State | None = None,
+) -> dict[str, Tensor]:
     """The state dict whose weights, or whose changes of the weights, are sum_i weights[i] state_dicts[i].
 
     LoRA state dicts (`PATH.lora_A.weight`, `PATH.lora_B.weight`, or kohya's names) give one LoRA of rank sum r_i and
     scale 1 whose change B A of every layer is the weighted sum of the members' changes; a layer that a member lacks
-    counts as unchanged there. A member's scale is alpha / rank with `PATH.alpha`, else 1: use `with_alphas` for an
-    adapter whose config has alpha or rsLoRA. The result is in float32 at least.
+    counts as unchanged there. With `rank` the sum is approximated by its largest singular values, and the relative
+    error is logged. A member's scale is alpha / rank with `PATH.alpha`, else 1: use `with_alphas` for an adapter whose
+    config has alpha or rsLoRA. The result is in float32 at least.
 
-    Other state dicts (full weights) are summed in float64 tensor by tensor; they must have the same names and shapes.
-    Weights are used as they are: for full weights they usually sum to 1. Raises AdapterError naming the member and the
-    key for DoRA, for LoRA mixed with full weights, and for shapes or names that do not fit.
+    Other state dicts (full weights) must have the same names and shapes; sums are computed in float64. With `base` the
+    result is base + sum_i weights[i] (state_dicts[i] - base): for weights that sum to 1 the same as without.
+
+    Weights are used as they are. `method`, `density` and `seed` are those of `merging.Merge`; TIES and DARE need `rank`
+    for LoRAs and `base` for full weights. Raises AdapterError naming the member and the key for DoRA, for LoRA mixed
+    with full weights, and for shapes or names that do not fit; ConfigError for what the method cannot take.
     """
     if not state_dicts or len(state_dicts) != len(weights):
         raise AdapterError(f"soup: {len(state_dicts)} state dicts and {len(weights)} weights; give one weight for each")
     for number, weight in enumerate(weights):
         if not math.isfinite(weight):
             raise AdapterError(f"soup: the weight of member {number} is {weight}; give finite numbers")
-    layouts = [_layout(state, number) for number, state in enumerate(state_dicts)]
+    merge = Merge(method, density, seed)
+    merge.check(weights, any_sum=True)
+    layouts = [lora_ends(state, f"member {number}") for number, state in enumerate(state_dicts)]
     for number, layout in enumerate(layouts):
         if layout != layouts[0]:
             raise AdapterError(f"soup: member {number} has another layout than member 0; convert one of them")
     if layouts[0] is None:
-        return _sum_of_weights(state_dicts, weights)
-    return _sum_of_changes(state_dicts, weights, layouts[0])
+        members = [Full(state) for state in state_dicts]
+        mixed = WeightSoup(members, weights, merge, base)
+        return {name: mixed.weight(name) for name in mixed.names}
+    members_of_lora = [Lora.of(state, layouts[0]) for state in state_dicts]
+    return soup_of_loras(members_of_lora, weights, merge, rank, ends=layouts[0])[0]
 
 
 def with_alphas(state: State, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -68,13 +93,16 @@ def with_alphas(state: State, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return result
 
 
-def _layout(state: State, number: int) -> tuple[str, str] | None:
-    """The ends of the names of down and up weights; None for full weights."""
+def lora_ends(state: State, label: str) -> tuple[str, str] | None:
+    """The ends of the names of down and up weights; None for full weights.
+
+    Raises AdapterError naming the member `label` for DoRA and other weights that are no plain LoRA.
+    """
     if not state:
-        raise AdapterError(f"soup: member {number} is empty")
+        raise AdapterError(f"soup: {label} is empty")
     for key in state:
         if key.endswith(DORA_ENDS):
-            raise AdapterError(f"soup: member {number} is a DoRA ('{key}'), whose change is no product of two matrices")
+            raise AdapterError(f"soup: {label} is a DoRA ('{key}'), whose change is no product of two matrices")
     for down, up in _LAYOUTS:
         paths = [key.removesuffix(down) for key in state if key.endswith(down)]
         if paths:
@@ -82,53 +110,177 @@ def _layout(state: State, number: int) -> tuple[str, str] | None:
             required = {path + up for path in paths}
             if state.keys() - known or required - state.keys():
                 problem = min((state.keys() - known) | (required - state.keys()))
-                raise AdapterError(f"soup: '{problem}' of member {number} does not belong to a plain LoRA")
+                raise AdapterError(f"soup: '{problem}' of {label} does not belong to a plain LoRA")
             return down, up
     return None
 
 
-def _sum_of_weights(state_dicts: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
-    first = state_dicts[0]
-    for number, state in enumerate(state_dicts):
-        different = sorted(first.keys() ^ state.keys()) or [k for k in first if first[k].shape != state[k].shape]
-        if different:
-            raise AdapterError(f"soup: members 0 and {number} differ in the names or shapes of '{different[0]}'")
-    result = {}
-    for key, value in first.items():
-        members = [state[key] for state in state_dicts]
-        if value.is_floating_point():
-            total = sum(weight * member.double() for weight, member in zip(weights, members, strict=True))
-            result[key] = torch.as_tensor(total).to(_dtype(members))
-        elif all(torch.equal(member, value) for member in members):
-            result[key] = value.clone()
-        else:
-            raise AdapterError(f"soup: '{key}' holds integers that differ between members; they cannot be averaged")
-    return result
+# --- LoRAs ----------------------------------------------------------------------------------------------------------
 
 
-def _sum_of_changes(state_dicts: Sequence[State], weights: Sequence[float], ends: tuple[str, str]) -> dict[str, Tensor]:
-    down_end, up_end = ends
-    names = [key.removesuffix(down_end) for state in state_dicts for key in state if key.endswith(down_end)]
-    result = {}
-    for path in dict.fromkeys(names):
-        downs, ups = [], []
-        for state, weight in zip(state_dicts, weights, strict=True):
-            if path + down_end in state:
-                down, up = state[path + down_end], state[path + up_end]
-                alpha = float(state[path + ALPHA]) if path + ALPHA in state else float(len(down))
-                downs.append(down)
-                ups.append(up.double() * (weight * alpha / len(down)))
-        shapes = {(down.shape[1:], up.shape[:1]) for down, up in zip(downs, ups, strict=True)}
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A member that is a LoRA: down, up and scale by the path of the layer."""
+
+    layers: Mapping[str, tuple[Tensor, Tensor, float]]
+
+    @classmethod
+    def of(cls, state: State, ends: tuple[str, str] = (DOWN, UP)) -> Lora:
+        """The LoRA of a state dict; see `soup` for its scale."""
+        layers = {}
+        for path in [key.removesuffix(ends[0]) for key in state if key.endswith(ends[0])]:
+            down, up = state[path + ends[0]], state[path + ends[1]]
+            alpha = float(state[path + ALPHA]) if path + ALPHA in state else float(len(down))
+            layers[path] = (down, up, alpha / len(down))
+        return cls(layers)
+
+    def change(self, path: str, shape: Sequence[int]) -> Tensor:
+        """The change of a layer's weight of `shape`, float64; 0 where it has none."""
+        if path not in self.layers:
+            return torch.zeros(*shape, dtype=torch.float64)
+        down, up, scale = self.layers[path]
+        return product(down, up).mul_(scale)
+
+
+def soup_of_loras(
+    members: Sequence[Lora],
+    weights: Sequence[float],
+    merge: Merge,
+    rank: int | None = None,
+    *,
+    ends: tuple[str, str] = (DOWN, UP),
+) -> tuple[dict[str, Tensor], float]:
+    """One LoRA of scale 1 as a state dict, and its relative error: 0 unless it was cut to `rank`."""
+    paths = dict.fromkeys(path for member in members for path in member.layers)
+    if rank is None and not merge.is_linear:
+        raise AdapterError(
+            f"soup: what {merge.method} makes of LoRAs is no product of two factors; give the rank of the result, or "
+            "write full weights"
+        )
+    if rank is not None and rank < 1:
+        raise AdapterError(f"soup: rank is {rank}; it must be at least 1")
+    result, lost = {}, Lost()
+    for path in paths:
+        layers = [member.layers[path] for member in members if path in member.layers]
+        shapes = {(down.shape[1:], up.shape[:1]) for down, up, _ in layers}
         if len(shapes) > 1:
             raise AdapterError(f"soup: members have different shapes at '{path}'; they belong to different models")
-        dtype = torch.promote_types(_dtype([*downs]), torch.float32)
-        result[path + down_end] = torch.cat([down.to(dtype) for down in downs])
-        result[path + up_end] = torch.cat(ups, dim=1).to(dtype)
-    return result
+        dtype = torch.promote_types(_dtype([down for down, *_ in layers]), torch.float32)
+        if not merge.is_linear:
+            shape = (len(layers[0][1]), *layers[0][0].shape[1:])
+            changes = [partial(member.change, path, shape) for member in members]
+            down, up, cut = factorised(combine(changes, weights, merge, path), rank or 1)
+        else:
+            down, up = _stacked(path, members, weights)
+            down, up, cut = truncated(down, up, rank) if rank is not None and len(down) > rank else (down, up, Lost())
+        lost += cut
+        result[path + ends[0]], result[path + ends[1]] = down.to(dtype).contiguous(), up.to(dtype).contiguous()
+    if rank is not None:
+        logger.info("soup: cut to rank %d, with a relative error of %.3g in the Frobenius norm", rank, lost.share)
+    return result, lost.share
+
+
+def _stacked(path: str, members: Sequence[Lora], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """sum_i w_i s_i B_i A_i as one product: downs below each other, ups beside each other with their factors."""
+    downs, ups = [], []
+    for member, weight in zip(members, weights, strict=True):
+        if path in member.layers:
+            down, up, scale = member.layers[path]
+            downs.append(down)
+            ups.append(up.double() * (weight * scale))
+    dtype = torch.promote_types(_dtype(downs), torch.float32)
+    return torch.cat([down.to(dtype) for down in downs]), torch.cat(ups, dim=1)
+
+
+# --- full weights ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """A member that has all weights."""
+
+    weights: State
+
+
+class WeightSoup:
+    """Full weights of a mixture, computed one at a time by `weight(name)`.
+
+    Members have all weights or are LoRAs, whose layers go by the names of weights without their end `.weight`; a LoRA
+    needs the base. The result has the names of the base, else of the first member, and the widest precision of those
+    with all weights. Raises AdapterError for names or shapes that differ between them, without reading any.
+    """
+
+    def __init__(
+        self, members: Sequence[Full | Lora], weights: Sequence[float], merge: Merge, base: State | None = None
+    ) -> None:
+        self._members, self._weights, self._merge, self._base = members, weights, merge, base
+        given: list[tuple[str, State]] = [] if base is None else [("the base", base)]
+        given += [(f"member {n}", one.weights) for n, one in enumerate(members) if isinstance(one, Full)]
+        self._states = [state for _, state in given]
+        self.names = list(self._states[0])
+        if base is None and not merge.is_linear:
+            raise AdapterError(f"soup: {merge.method} works on changes of full weights, so it needs their base")
+        for label, state in given[1:]:
+            self._require_same(given[0], (label, state))
+
+    def _require_same(self, first: tuple[str, State], other: tuple[str, State]) -> None:
+        one, two = first[1], other[1]
+        different = sorted(one.keys() ^ two.keys())
+        different = different or [name for name in one if layout_of(one, name).shape != layout_of(two, name).shape]
+        if different:
+            raise AdapterError(f"soup: {first[0]} and {other[0]} differ in the names or shapes of '{different[0]}'")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The precision of a weight of the result."""
+        dtypes = [layout_of(state, name).dtype for state in self._states]
+        return _widest(dtypes)
+
+    def weight(self, name: str) -> Tensor:
+        """One weight of the result. Raises AdapterError for integers that differ between members."""
+        if not self.dtype(name).is_floating_point:
+            value = self._states[0][name]
+            if not all(torch.equal(state[name], value) for state in self._states[1:]):
+                raise AdapterError(
+                    f"soup: '{name}' holds integers that differ between members; they cannot be averaged"
+                )
+            return value.clone()
+        if not self._merge.is_linear:
+            base = self._states[0][name].double()
+            changes = [partial(_change, member, name, base) for member in self._members]
+            return (base + combine(changes, self._weights, self._merge, name)).to(self.dtype(name))
+        total = torch.zeros(layout_of(self._states[0], name).shape, dtype=torch.float64)
+        for weight, term in self._terms(name):
+            total.add_(term().double(), alpha=weight)
+        return total.to(self.dtype(name))
+
+    def _terms(self, name: str) -> list[tuple[float, Callable[[], Tensor]]]:
+        """Factors that are not 0 and what they multiply; a mixture's end points are then exact."""
+        terms: list[tuple[float, Callable[[], Tensor]]] = []
+        path = name.removesuffix(".weight")
+        whole = 0.0
+        for weight, member in zip(self._weights, self._members, strict=True):
+            if isinstance(member, Full):
+                terms.append((weight, partial(member.weights.__getitem__, name)))
+                whole += weight
+            elif path in member.layers:
+                terms.append((weight, partial(member.change, path, layout_of(self._states[0], name).shape)))
+        if self._base is not None and abs(1 - whole) > CLOSE:
+            terms.insert(0, (1 - whole, partial(self._base.__getitem__, name)))
+        return [(weight, value) for weight, value in terms if weight != 0]
+
+
+def _change(member: Full | Lora, name: str, base: Tensor) -> Tensor:
+    """A member's change of one weight, float64."""
+    if isinstance(member, Full):
+        return member.weights[name].double() - base
+    return member.change(name.removesuffix(".weight"), base.shape)
 
 
 def _dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return _widest([tensor.dtype for tensor in tensors])
+
+
+def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The precision that holds all; float32 for those of 8 bits, which are for storage and would lose small changes."""
+    wide = [torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype for dtype in dtypes]
+    return reduce(torch.promote_types, wide)

@@ -346,6 +346,7 @@ class DataKind:
     made: type[PolicyJob] | None = None
 
 
+_CAPTIONS = functools.partial(load_rows, columns=(("prompt",),), optional=("image", "video"))
 _ASPECTS = functools.partial(load_rows, columns=(("prompt",), ("questions",)))
 
 DATA = {
@@ -353,6 +354,7 @@ DATA = {
     "dense": DataKind("pairs of clips with labels of their segments", load_dense),
     "aspects": DataKind("prompts with questions about them", _ASPECTS, QuestionsJob),
     "prompts": DataKind("prompts", made=PolicyJob),
+    "captions": DataKind("prompts (an existing dataset: with images or videos)", _CAPTIONS, PolicyJob),
 }
 
 

@@ -31,14 +31,9 @@ from alignkit.claims import claim, holds_results
 from alignkit.commands.data import PromptShares, SynPicJob, TrainingData
 from alignkit.commands.ladder_job import ArmConfig, LadderJob
 from alignkit.commands.methods import config_class, unchecked_methods
-from alignkit.commands.specs import (
-    absences,
-    require_guard,
-    trained_frames,
-    trained_rewards,
-    tuned_spec,
-)
+from alignkit.commands.specs import absences, tuned_spec
 from alignkit.commands.stages import compare, fit
+from alignkit.commands.trainer_keys import require_guard, trained_frames, trained_rewards
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError

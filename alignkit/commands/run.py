@@ -27,12 +27,10 @@ from alignkit.commands.specs import (
     JudgeSpec,
     ValidationConfig,
     absences,
-    require_guard,
-    trained_frames,
-    trained_rewards,
     tuned_spec,
 )
 from alignkit.commands.stages import RESUMABLE, TRAIN_FURTHER, compare, default_notes, fit, judge_evaluation
+from alignkit.commands.trainer_keys import require_guard, trained_frames, trained_rewards
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError, require_at_least
@@ -201,7 +199,7 @@ def _report(job: Any, result: Path) -> Path:
         inputs.evaluation,
         plain(job),
         inputs.data,
-        is_adapter=not job.train.full_finetune,
+        kind=job.train.result_name,
     )
     write_card(card, result)
     return report.target

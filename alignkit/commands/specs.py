@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from alignkit.adapters.mixture import acts_while_sampling, is_mixture
 from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
 from alignkit.generators import GENERATORS
 from alignkit.generators.frames import require_known_frames
@@ -39,7 +40,8 @@ class GeneratorSpec:
     """A generator.
 
     model: a diffusers folder, a hub id, 'sandbox:NAME', or 'package.module:attribute' of your own builder.
-    adapter: a LoRA folder to load on it.
+    adapter: a LoRA folder to load on it, or the folder of a mixture (`alignkit soup`).
+    encoder: a folder of tuned text encoders, used in the steps that its alignkit.json names.
     dtype: the precision of its weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes); text encoders and VAE keep `dtype`.
     family: 'package.module:attribute' of your own family, for a pipeline class that alignkit does not know.
@@ -48,15 +50,16 @@ class GeneratorSpec:
 
     model: str
     adapter: Path | None = None
+    encoder: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["int8", "nf4"] | None = None
     family: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.is_own and (self.adapter or self.dtype != "float32" or self.quantize or self.family):
+        if self.is_own and (self.adapter or self.encoder or self.dtype != "float32" or self.quantize or self.family):
             raise ConfigError(
-                f"model '{self.model}' is your own builder: give it adapter, dtype, quantize, family as options"
+                f"model '{self.model}' is your own builder: its adapter, encoder, dtype, quantize, family are options"
             )
         if self.family is not None:
             require_known(self.family, GENERATORS, kind="generator family")
@@ -70,7 +73,8 @@ class GeneratorSpec:
     @property
     def identity(self) -> str:
         """Changes with the weights of local folders, wherever they are; hub ids and builders' names are used as is."""
-        changes = {"adapter": self.adapter, "quantize": self.quantize, "family": self.family, **self.options}
+        changes = {"adapter": self.adapter, "encoder": self.encoder, "quantize": self.quantize, "family": self.family}
+        changes |= self.options
         if self.dtype != "float32":
             changes["dtype"] = self.dtype
         loading = [f"{name}={content(value)}" for name, value in changes.items() if value]
@@ -81,7 +85,7 @@ class GeneratorSpec:
         """Local folders that are named but not there (a name with one slash may be a hub id)."""
         local = self.model.startswith((".", "/", "~")) or self.model.count("/") != 1
         named = [self.model] if local and not self.is_own else []
-        named += [str(self.adapter)] if self.adapter else []
+        named += [str(folder) for folder in (self.adapter, self.encoder) if folder]
         return [name for name in named if not Path(model_path(name)).exists()]
 
     def require_frames(self, frames: int | None, key: str) -> None:
@@ -140,9 +144,11 @@ class JudgeSpec:
 
 
 def tuned_spec(base: GeneratorSpec, result: Path) -> GeneratorSpec:
-    """`base` with the result of its training: an adapter, or (a folder with its own index) another model."""
+    """`base` with the result of its training: an adapter, tuned text encoders, or (with an index) another model."""
     if (result / "model_index.json").is_file():
-        return replace(base, model=str(result), adapter=None)
+        return replace(base, model=str(result), adapter=None, encoder=None)
+    if is_mixture(result):
+        return replace(base, encoder=result)
     return replace(base, adapter=result)
 
 
@@ -277,33 +283,6 @@ def require_sources(generate: GenerateConfig, generators: Mapping[str, Generator
         generators[source.name].require_frames(frames, f"generate.sources, '{source.name}': num_frames")
 
 
-def trained_frames(args: object) -> int | None:
-    """`num_frames` of a trainer's config; None where its method has none, or its keys are not known (a dry run)."""
-    return None if isinstance(args, Mapping) else vars(args).get("num_frames")
-
-
-def trained_rewards(args: object) -> Sequence[str]:
-    """The names of the rewards that a trainer's config trains on; none where its keys are not known (a dry run)."""
-    return () if args is None or isinstance(args, Mapping) else args.trained_rewards  # type: ignore[attr-defined]
-
-
-def require_guard(args: object, validation: ValidationConfig | None) -> None:
-    """UnknownNameError for a trainer's `guard` that is none of `validation.rewards`.
-
-    ConfigError for a `metric_for_best_model` beside a guard, which chooses the best checkpoint itself.
-    """
-    given = {} if args is None or isinstance(args, Mapping) else vars(args)
-    guard, known = given.get("guard"), validation.rewards if validation else ()
-    if guard not in (None, "auto") and guard not in known:
-        raise UnknownNameError(f"guard names '{guard}', which is none of `validation.rewards`.{nearest(guard, known)}")
-    metric = given.get("metric_for_best_model") or "loss"
-    if guard is not None and set(known) - set(trained_rewards(args)) and not metric.startswith(("loss", "eval_guard/")):
-        raise ConfigError(
-            f"metric_for_best_model is '{metric}', but the guard chooses the best checkpoint: leave it out, or set "
-            "guard: null"
-        )
-
-
 def generator_builders(specs: Mapping[str, GeneratorSpec]) -> dict[str, Callable[[], ImageSource]]:
     """One builder a generator; calling it loads the model."""
     return {name: functools.partial(build_generator, name, spec) for name, spec in specs.items()}
@@ -313,6 +292,9 @@ def build_generator(name: str, spec: GeneratorSpec) -> Any:
     """Load a generator for sampling. Raises MissingFileError naming the files that a model folder lacks."""
     if spec.is_own:
         return resolve(spec.model, {}, kind="generator")(**spec.options)
+    if spec.adapter is not None and acts_while_sampling(spec.adapter):
+        load_mixture = resolve("alignkit.generators.mixtures:load_mixture", {}, kind="mixture")
+        return load_mixture(load_policy(name, replace(spec, adapter=None)), spec.adapter, spec.family)
     generator = load_policy(name, spec)
     if not generator.is_quantized:
         generator.merge_adapter()
@@ -330,6 +312,7 @@ def load_policy(name: str, spec: GeneratorSpec) -> PipelineGenerator:
         spec.model,
         name=name,
         adapter=spec.adapter,
+        encoder=spec.encoder,
         dtype=dtypes[spec.dtype],
         quantize=spec.quantize,
         family=spec.family,

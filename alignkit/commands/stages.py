@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignkit.adapters.mixture import is_mixture
 from alignkit.claims import claim, claimed
 from alignkit.commands.data import TrainingData
 from alignkit.commands.methods import trainer_class
@@ -62,9 +63,10 @@ def fit(
 ) -> Path:
     """Train, or continue from the newest whole checkpoint, export, push if asked; returns the folder of the result.
 
-    The result is `output_dir/adapter`, or `output_dir/model` after full fine-tuning. A finished training is recognised
-    and loads nothing; with more steps than it had, it goes on from its last checkpoint. `select` may choose or change
-    the training rows (a `datasets.Dataset`, or prompts). `rewards` are those that the loss uses. Raises ConfigError
+    The result is `output_dir/adapter`, `output_dir/model` after full fine-tuning, or `output_dir/encoder`. A finished
+    training is recognised and loads nothing; with more steps than it had, it goes on from its last checkpoint. `select`
+    may choose or change the training rows (a `datasets.Dataset`, or prompts). `rewards` are those that the loss uses.
+    Raises ConfigError
     before the training where the policy cannot be sampled with `sampling`, which is for later; StorageError where the
     folder was deleted during the training.
     """
@@ -74,7 +76,7 @@ def fit(
     folder = Path(args.output_dir)
     inputs = {"policy": policy[1].identity, "data": data.identity}
     inputs |= {f"reward {name}": spec.identity for name, spec in (rewards or {}).items()}
-    result = folder / ("model" if args.full_finetune else "adapter")
+    result = folder / args.result_name
     claim(folder, {"inputs": inputs})
     made_with = {name: vars(args)[name] for name in _LENGTH}
     made_with["rows"] = math.prod(vars(args)[name] for name in _BATCH)
@@ -150,7 +152,10 @@ def compare(
 
 
 def _sources(base: GeneratorSpec, tuned: GeneratorSpec) -> tuple[ImageSource, ImageSource]:
-    if dataclasses.replace(tuned, adapter=None) == base and not base.is_own:
+    # `base` has no encoder then: the policy's reference is without its adapter and without its tuned text encoders. The
+    # weights of a mixture may be those of whole components, which no reference is without.
+    is_mixed = tuned.adapter is not None and is_mixture(tuned.adapter)
+    if not is_mixed and dataclasses.replace(tuned, adapter=None, encoder=None) == base and not base.is_own:
         policy = load_policy("tuned", tuned)
         return BaseOf("base", policy), policy
     return build_generator("base", base), build_generator("tuned", tuned)

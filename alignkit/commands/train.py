@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from alignkit.commands.data import TrainingData, data_kind
+from alignkit.commands.data import PolicyJob, TrainingData, data_kind
 from alignkit.commands.methods import (
     config_class,
     find_method,
@@ -27,12 +27,10 @@ from alignkit.commands.specs import (
     RewardSpec,
     ValidationConfig,
     absences,
-    require_guard,
     require_names,
-    trained_frames,
-    trained_rewards,
 )
 from alignkit.commands.stages import RESUMABLE, default_notes, fit
+from alignkit.commands.trainer_keys import require_guard, trained_frames, trained_rewards
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
@@ -47,6 +45,7 @@ class TrainJob:
 
     model: a diffusers folder, a hub id, or sandbox:NAME.
     adapter: a LoRA folder to continue from, of its own rank and targets; the reference stays the model without it.
+    encoder: a folder of tuned text encoders; they condition the chains and are trained only by a method on encoders.
     dtype: the precision of the frozen weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes), for a LoRA on them.
     family: 'package.module:attribute' of your own family, for a pipeline class that alignkit does not know.
@@ -58,6 +57,7 @@ class TrainJob:
 
     model: str
     adapter: Path | None = None
+    encoder: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["int8", "nf4"] | None = None
     family: str | None = None
@@ -81,6 +81,7 @@ class TrainJob:
         return GeneratorSpec(
             model=self.model,
             adapter=self.adapter,
+            encoder=self.encoder,
             dtype=self.dtype,
             quantize=self.quantize,
             family=self.family,
@@ -153,7 +154,10 @@ class PromptsTrainJob(TrainJob):
 def _schema(method: str, tree: Tree, problems: list[str], *, dry_run: bool, for_help: bool) -> Any:
     """The config class of a method's verb; moves the trainer's keys into their section."""
     is_unchecked = dry_run and known_method(method) is None
-    takes_data = "data" in tree if is_unchecked else data_kind(method).load is not None
+    kind = None if is_unchecked else data_kind(method)
+    takes_data = "data" in tree if kind is None or kind.made is PolicyJob else True
+    if kind is not None and kind.load is None:
+        takes_data = False
     job = DataTrainJob if takes_data else PromptsTrainJob
     if for_help:
         return with_trainer(method, job, for_help=True)
@@ -189,13 +193,11 @@ def _plan(method: str, job: Any) -> list[str]:
             f"train {job.model} with {method} on {job.source}",
             f"keep checkpoints, logs and the result in {args['output_dir']}",
         ]
-    what = "all weights" if args.full_finetune else f"a LoRA of rank {args.lora_rank}"
-    what += " on network and text encoders" if args.train_text_encoder else ""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    length = f"{args.length} of {args.per_device_train_batch_size * args.gradient_accumulation_steps} prompts a device"
     return [
         *absences({"model": job.policy}, rewards=job.rewards, prompts=job.prompts),
         *job.missing(),
-        f"train {what} of {job.model} with {method} on {job.source}: {args.length} of {batch} prompts a device",
+        f"train {args.trained_part} of {job.model} with {method} on {job.source}: {length}",
         *default_notes(args, job.model),
         f"keep checkpoints, logs and the result in {args.output_dir}",
     ]
@@ -212,8 +214,7 @@ def _work(method: str, job: Any) -> None:
     rewards = {name: job.rewards[name] for name in trained_rewards(job.train)}
     result = fit(method, policy, job.train, job.training_data(method), validation=validation, rewards=rewards)
     print(f"result: {result}")
-    tuned = "model" if job.train.full_finetune else "adapter"
-    print(f"next: alignkit evaluate --base.model {job.model} --tuned.{tuned} {result} ...")
+    print(f"next: alignkit evaluate --base.model {job.model} --tuned.{job.train.result_name} {result} ...")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -108,7 +108,7 @@ def _counts(text: str, count: int, what: str) -> range:
     low, low_share, high, high_share = _parts(text)
     least = max(1, round(low * count / 100)) if low_share else low
     most = max(1, round(high * count / 100)) if high_share else high
-    if not 1 <= least <= most <= count:
+    if not 1 <= least <= most <= count or high == 0:
         raise ConfigError(f"steps with gradients are '{what}'; the chain has {count} steps, so K is from 1 to {count}")
     return range(least, most + 1)
 

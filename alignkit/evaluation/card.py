@@ -38,6 +38,20 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
 ```"""
+_USE_ENCODERS = """## Use
+
+Each folder `text_encoder*` replaces the pipeline's component of its name:
+
+```python
+from pathlib import Path
+
+{code}
+for folder in Path("path/to/this/folder").glob("text_encoder*"):
+    pipe.register_modules(**{{folder.name: type(pipe.components[folder.name]).from_pretrained(folder)}})
+```
+
+`alignkit.json` names the share of a chain's steps in which they are meant to act. alignkit keeps to it, and its
+documentation has a callback for a plain pipeline."""
 _LOAD = """from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({name})"""
@@ -45,15 +59,16 @@ _LOAD_SANDBOX = """from alignkit import load_generator
 
 pipe = load_generator({name}).pipeline"""
 _GRID = "validation.png"
+_KINDS = {"adapter": "A LoRA adapter for", "model": "All weights of", "encoder": "Text encoders for"}
 
 
 @dataclass(frozen=True, slots=True)
 class CardInputs:
     """What a card reports. `base_model`: a hub id, path or `sandbox:NAME`, as the user named it. Others may be missing.
 
-    `validation` holds the metrics of held-out evaluations during training, by step, and `grid` their last images.
-    `component` is the trained part of the pipeline, `loading` what `load_lora_weights` takes beside the folder,
-    `modality` "image" or "video", where there is no evaluation that shows which.
+    `kind`: adapter, model or encoder. `validation` holds the metrics of held-out evaluations during training, by step,
+    and `grid` their last images. `component` is the trained part of the pipeline, `loading` what `load_lora_weights`
+    takes beside the folder, `modality` "image" or "video", where there is no evaluation that shows which.
     """
 
     title: str
@@ -64,7 +79,7 @@ class CardInputs:
     data: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     examples: int = 3
-    is_adapter: bool = True
+    kind: str = "adapter"
     validation: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     grid: Path | None = None
     component: str = "transformer"
@@ -92,9 +107,9 @@ def write_card(card: CardInputs, folder: Path) -> Path:
 def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[str, list[Shown]]) -> str:
     """The card as Markdown with YAML front matter."""
     base = card.base_model
-    what = f"A LoRA adapter for {to_code(base)}" if card.is_adapter else f"All weights of {to_code(base)}"
+    what = f"{_KINDS[card.kind]} {to_code(base)}"
     loading = "".join(f", {name}={value!r}" for name, value in card.loading.items())
-    use = _USE_ADAPTER if card.is_adapter else _USE_MODEL
+    use = {"adapter": _USE_ADAPTER, "encoder": _USE_ENCODERS}.get(card.kind, _USE_MODEL)
     code = (_LOAD_SANDBOX if base.startswith(SANDBOX) else _LOAD).format(name=json.dumps(to_terminal(base)))
     parts = [
         _front_matter(card),
@@ -112,7 +127,7 @@ def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[
 def _front_matter(card: CardInputs) -> str:
     task = f"text-to-{card.modality}"
     fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
-    fields["tags"] = ["alignkit", card.method.lower(), *(["lora"] if card.is_adapter else []), task]
+    fields["tags"] = ["alignkit", card.method.lower(), *(["lora"] if card.kind == "adapter" else []), task]
     fields["base_model"] = card.base_model
     if card.licence:
         fields["license"] = card.licence

@@ -255,3 +255,49 @@ def _text(x: float, y: float, text: str, css: str) -> str:
 def _svg(height: float, alt: str, parts: Sequence[str]) -> str:
     box = f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{to_html(alt)}"'
     return f'<svg class="chart" {box}>{"".join(parts)}</svg>'
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A point of a scatter chart with its intervals; `shape` is circle, square, diamond or triangle."""
+
+    name: str
+    x: Interval
+    y: Interval
+    shape: str = "circle"
+    tone: str = "tuned"
+
+
+_SHAPES = {  # outlines around (0, 0); none for a circle
+    "square": "M-3.6 -3.6H3.6V3.6H-3.6Z",
+    "diamond": "M0 -5L5 0L0 5L-5 0Z",
+    "triangle": "M0 -4.8L4.6 3.6H-4.6Z",
+}
+
+
+def scatter_chart(
+    dots: Sequence[Dot], lines: Sequence[Series], *, alt: str, names: tuple[str, str], height: float = 270.0
+) -> str:
+    """Dots with intervals in two directions, lines behind them, and the lines of zero; `names` are of the two axes."""
+    xs = [end for dot in dots for end in (_low(dot.x), _high(dot.x))] + [0.0]
+    ys = [end for dot in dots for end in (_low(dot.y), _high(dot.y))] + [0.0]
+    bottom = height - 40
+    x_axis, y_axis = _axis(min(xs), max(xs), _LEFT, _RIGHT), _axis(min(ys), max(ys), bottom, 22)
+    parts = [_grid(y_axis), *(_x_label(x_axis, tick, height - 14) for tick in x_axis.ticks(4))]
+    parts.append(_line((x_axis.at(0), 22), (x_axis.at(0), bottom), "zero"))
+    parts.append(_line((_LEFT, y_axis.at(0)), (_RIGHT, y_axis.at(0)), "zero"))
+    parts.append(_text(_RIGHT, height - 4, f"{names[0]} \N{RIGHTWARDS ARROW}", "tick end"))
+    parts.append(_text(4, 12, f"{names[1]} \N{UPWARDS ARROW}", "tick"))
+    parts += [_path(line.points, x_axis, y_axis, f"t-{line.tone} raw") for line in lines]
+    return _svg(height, alt, [*parts, *(_dot(dot, x_axis, y_axis) for dot in dots)])
+
+
+def _dot(dot: Dot, x_axis: _Axis, y_axis: _Axis) -> str:
+    x, y = x_axis.at(dot.x.mean), y_axis.at(dot.y.mean)
+    whiskers = _whisker(x_axis, y, dot.x, dot.tone)
+    if _low(dot.y) != _high(dot.y):
+        whiskers += _line((x, y_axis.at(_low(dot.y))), (x, y_axis.at(_high(dot.y))), f"t-{dot.tone} whisker")
+    shape = f'<circle class="t-{dot.tone} fill" cx="{x:.1f}" cy="{y:.1f}" r="4.2"/>'
+    if dot.shape in _SHAPES:
+        shape = f'<path class="t-{dot.tone} fill" transform="translate({x:.1f} {y:.1f})" d="{_SHAPES[dot.shape]}"/>'
+    return f"<g><title>{to_html(dot.name)}: {compact(dot.x.mean)}, {compact(dot.y.mean)}</title>{whiskers}{shape}</g>"

@@ -5,16 +5,15 @@ A new family is one file with a class and one line in `GENERATORS` (module `tabl
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.errors import ConfigError, MissingFileError, UnknownNameError
+from alignkit.adapters.mixture import is_mixture
 from alignkit.escape import get_logger
 from alignkit.generators.folders import component_names, read_index, read_model_index
+from alignkit.generators.lookup import family_of, local_folder
 from alignkit.generators.table import GENERATORS
-from alignkit.resolve import resolve
 from alignkit.shipped import model_path
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
     from alignkit.generators.pipeline import PipelineGenerator
 
+__all__ = ["GENERATORS", "load_generator", "wrap"]
+
 logger = get_logger(__name__)
 
 
@@ -30,6 +31,7 @@ def load_generator(
     model: str | Path,
     *,
     adapter: str | Path | None = None,
+    encoder: str | Path | None = None,
     name: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
@@ -39,12 +41,14 @@ def load_generator(
 ) -> PipelineGenerator:
     """Load a diffusers folder, hub id or `sandbox:NAME`, with an optional LoRA (folder or file), as a generator.
 
-    `dtype` defaults to float32, `device` to cuda if there is one, else cpu; `quantize` (`int8`, `nf4`) quantises the
-    network's frozen weights; `options` are the family's own keywords (Wan's `expert`). `family` names a family of your
-    own, `package.module:attribute`, for a pipeline class that is not in `GENERATORS`. A component that the model was
-    saved without, or an optional one whose folder is missing (SD3's T5), is left out, the latter with a warning. Where
-    a component has weights of a variant only (`*.fp16.safetensors`), those are loaded, with a warning. A safety checker
-    is never loaded: images that it blacked out would be ranked.
+    `adapter` may also be the folder of a mixture of weights (`alignkit soup`), `encoder` is one of tuned text encoders
+    (`generators.tuned_encoders`), which act in the steps that it names. `dtype` defaults to float32, `device` to
+    cuda if there is one, else cpu; `quantize` (`int8`, `nf4`) quantises the network's frozen weights; `options` are the
+    family's own keywords (Wan's `expert`). `family` names a family of your own, `package.module:attribute`, for a
+    pipeline class that is not in `GENERATORS`. A component that the model was saved without, or an optional one whose
+    folder is missing (SD3's T5), is left out, the latter with a warning. Where a component has weights of a variant
+    only (`*.fp16.safetensors`), those are loaded, with a warning. A safety checker is never loaded: images that it
+    blacked out would be ranked.
 
     Raises MissingFileError for missing files, DataError for weights that are damaged, not finite or do not fill the
     networks, UnknownNameError for a pipeline class without a family, AdapterError for an adapter that does not fit,
@@ -54,8 +58,8 @@ def load_generator(
 
     named = model_path(str(model))
     written = read_index(named)
-    chosen = _family(written["_class_name"], str(model), options or {}, family)
-    folder = _local(named, chosen)
+    chosen = family_of(written["_class_name"], str(model), options or {}, family)
+    folder = local_folder(named, chosen)
     index = read_model_index(folder, optional=chosen.optional_parts, unused=chosen.unused_parts)
     _report_left_out(str(model), written, index, chosen)
     pipeline = _load_pipeline(folder, index, chosen, dtype or torch.float32, quantize)
@@ -66,22 +70,19 @@ def load_generator(
         if module is not None and all(weight.dim() < 5 for weight in module.parameters()):
             module.to(memory_format=torch.channels_last)
     generator = chosen(pipeline, name or Path(named).name, **dict(options or {}))
+    if encoder is not None:
+        from alignkit.generators.tuned_encoders import load_tuned
+
+        load_tuned(generator, Path(encoder))
     if adapter is not None:
-        generator.load_adapter(Path(model_path(str(adapter))))
+        path = Path(model_path(str(adapter)))
+        if is_mixture(path):
+            from alignkit.generators.mixtures import load_weights
+
+            load_weights(generator, path)
+        else:
+            generator.load_adapter(path)
     return generator
-
-
-def _local(model: str, family: type[PipelineGenerator]) -> str:
-    """The folder of a model; a hub id is downloaded, less the components that are never loaded."""
-    if Path(model).exists():
-        return model
-    from diffusers import DiffusionPipeline
-
-    try:
-        return str(DiffusionPipeline.download(model, **dict.fromkeys(family.unused_parts)))
-    except (OSError, ValueError) as error:
-        advice = f"download it yourself: hf download {model} --local-dir FOLDER, and give FOLDER"
-        raise MissingFileError(f"'{model}' cannot be downloaded: {error}; {advice}") from error
 
 
 def _report_left_out(
@@ -124,19 +125,6 @@ def wrap(pipeline: DiffusionPipeline, name: str | None = None, **options: Any) -
     for an unknown option.
     """
     class_name = type(pipeline).__name__
-    family = _family(class_name, name or class_name, options, None)
+    family = family_of(class_name, name or class_name, options, None)
     origin = str(pipeline.config.get("_name_or_path") or class_name)
     return family(pipeline, name or Path(origin).name, **options)
-
-
-def _family(class_name: str, model: str, options: Mapping[str, Any], named: str | None) -> type[PipelineGenerator]:
-    """The family of a pipeline class, or the one that is `named`, after a check that it takes `options`."""
-    if named is None and class_name not in GENERATORS:
-        raise UnknownNameError(
-            f"'{model}' is a {class_name}, a pipeline class without a family. Known: {', '.join(GENERATORS)}. "
-            "To add one see docs/add_a_generator.md"
-        )
-    family: type[PipelineGenerator] = resolve(named or class_name, GENERATORS, kind="generator family")
-    if unknown := set(options) - (set(inspect.signature(family).parameters) - {"pipeline", "name"}):
-        raise ConfigError(f"a {class_name} takes no {sorted(unknown)} among its options")
-    return family

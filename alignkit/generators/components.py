@@ -144,12 +144,12 @@ def load_network(folder: Path, kind: Any, stored: Weights, dtype: torch.dtype, *
 def load_shapes(folder: Path, library: str, name: str) -> nn.Module:
     """The network on the meta device after the checks of `load_network`; no number is read, so NaN is not seen."""
     stored = require_weights(folder, library)
-    dtype = _stored_dtype(stored)
+    dtype = stored_dtype(stored)
     kind = component_class(library, name)
     return load_network(folder, kind, stored, dtype, device_map={"": "meta"}).requires_grad_(False)
 
 
-def _stored_dtype(stored: Weights) -> torch.dtype:
+def stored_dtype(stored: Weights) -> torch.dtype:
     """The precision of a tensor of the last file, for another one would be converted number by number.
 
     Raises DataError for a file that cannot be read.
@@ -168,8 +168,13 @@ def _stored_dtype(stored: Weights) -> torch.dtype:
     return dtype
 
 
+def is_computed(name: str) -> bool:
+    """Whether a file may have the weight `name` or not: the class computes it, or has no use for it."""
+    return name.endswith(_COMPUTED) or name.startswith(_HEAD)
+
+
 def _require_same(kind: Any, stored: Weights, report: Mapping[str, Any]) -> None:
-    left_over = [key for key in report["unexpected_keys"] if not key.endswith(_COMPUTED) and not key.startswith(_HEAD)]
+    left_over = [key for key in report["unexpected_keys"] if not is_computed(key)]
     shapes = [f"{key} {list(given)} for {list(own)}" for key, given, own in report["mismatched_keys"]]
     faults = {
         "missing": report["missing_keys"],

@@ -7,7 +7,7 @@ It holds all text encoders of the pipeline (CLIP, T5, UMT5, Qwen, Gemma, Llama).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch.utils._pytree import register_pytree_node
 
 from alignkit.adapters import lora
 from alignkit.adapters.module_tree import ModuleTree
+from alignkit.diffusion.tuned_steps import TunedSteps
 from alignkit.errors import AdapterError, UnknownNameError, nearest
 from alignkit.records import Conditioning
 
@@ -51,8 +52,11 @@ class TextFamily(Protocol):
 class Conditioner(nn.Module):
     """All text encoders of a pipeline; its forward encodes prompts, so DDP and FSDP can wrap it.
 
-    Trained encoders stay components of the pipeline, so `generate` uses them too.
+    Trained encoders stay components of the pipeline, so `generate` uses them too: in the steps of a chain that `window`
+    names, by default in all.
     """
+
+    window: TunedSteps | None = None
 
     def __init__(self, family: TextFamily) -> None:
         super().__init__()
@@ -60,6 +64,7 @@ class Conditioner(nn.Module):
         self.encoders = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         self._family = family  # no module, so it adds no parameters here
         self._frozen: dict[str, nn.Module] = {}  # copies of encoders under full tuning; a plain dict registers nothing
+        self._is_reference = False
         self._tree = ModuleTree(self)
         self.requires_grad_(False).eval()
 
@@ -101,8 +106,28 @@ class Conditioner(nn.Module):
         UnknownNameError for an encoder that the pipeline does not have, AdapterError for one that is trained already.
         """
         for name, encoder in self._untrained(encoders).items():
-            self._frozen[name] = copy.deepcopy(encoder).requires_grad_(False).eval()
+            if name not in self._frozen:
+                self._frozen[name] = copy.deepcopy(encoder).requires_grad_(False).eval()
             encoder.requires_grad_(True)
+
+    def put(self, encoders: Mapping[str, nn.Module], window: TunedSteps) -> None:
+        """Use tuned `encoders` (component names), frozen, in the steps of `window`; those before are the reference.
+
+        Raises UnknownNameError for an encoder that the pipeline does not have, AdapterError for one that is trained
+        already, or that is of another class or shape.
+        """
+        for name, present in self._untrained(list(encoders)).items():
+            problem = _misfit(present, encoders[name])
+            if name in self._frozen or problem:
+                problem = problem or "that one is tuned already"
+                raise AdapterError(f"'{name}' is no tuned version of this model's {type(present).__name__}: {problem}")
+            self._frozen[name] = present
+        device = self._family.text_device
+        tuned = {name: part.to(device).requires_grad_(False).eval() for name, part in encoders.items()}
+        self.encoders.update(tuned)
+        self._family.pipeline.register_modules(**tuned)
+        self.window = window
+        self._tree.reset()
 
     def _untrained(self, names: Sequence[str] | None) -> dict[str, nn.Module]:
         chosen = list(self.encoders) if names is None else list(names)
@@ -113,14 +138,24 @@ class Conditioner(nn.Module):
                 raise UnknownNameError(
                     f"no text encoder '{name}'; the pipeline has {list(self.encoders)}.{nearest(name, self.encoders)}"
                 )
-            if name in self.trained:
+            encoder = self.encoders[name]
+            if lora.lora_layers(encoder) or any(parameter.requires_grad for parameter in encoder.parameters()):
                 raise AdapterError(f"'{name}' is trained already; merge its adapter first or load the model again")
         return {name: self.encoders[name] for name in chosen}
+
+    def base(self, name: str) -> nn.Module:
+        """The encoder that the reference uses; one that carries an adapter is switched, not copied."""
+        return self._frozen.get(name, self.encoders[name])
 
     @property
     def has_reference(self) -> bool:
         """Whether any encoder is trained, so that the base encoders differ from the present ones."""
         return bool(self._frozen or self._tree.lora_layers())
+
+    @property
+    def is_switched(self) -> bool:
+        """Whether chains use the base encoders in some steps, or for the null condition."""
+        return self.has_reference and not self._is_reference and self.window not in (None, TunedSteps())
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -132,13 +167,15 @@ class Conditioner(nn.Module):
         if not self.has_reference:
             raise AdapterError("no reference: no text encoder is trained")
         pipeline = self._family.pipeline
-        before = {name: pipeline.components[name] for name in self._frozen}
-        pipeline.register_modules(**self._frozen)
+        before, was_reference = {name: pipeline.components[name] for name in self._frozen}, self._is_reference
+        pipeline.register_modules(**{name: part.to(self._family.text_device) for name, part in self._frozen.items()})
+        self._is_reference = True
         try:
             with lora.disabled(self._tree.lora_layers()):
                 yield
         finally:
             pipeline.register_modules(**before)
+            self._is_reference = was_reference
 
     def save(self, folder: Path) -> list[Path]:
         """Write each trained encoder as a plain pipeline component `folder/NAME`, its adapter merged.
@@ -172,6 +209,14 @@ class Conditioner(nn.Module):
         for encoder in self.trained.values():
             library: Any = encoder
             library.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _misfit(present: nn.Module, tuned: nn.Module) -> str | None:
+    if type(present) is not type(tuned):
+        return f"it is a {type(tuned).__name__}"
+    shapes = [{name: tuple(value.shape) for name, value in part.state_dict().items()} for part in (present, tuned)]
+    different = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
+    return f"'{different[0][0]}' has another shape or is in one of them alone" if different else None
 
 
 def attention_layers(encoder: nn.Module) -> tuple[str, ...]:

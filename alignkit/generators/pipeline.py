@@ -33,6 +33,7 @@ from alignkit.generators.description import FamilyDescription
 from alignkit.generators.frames import require_frames
 from alignkit.generators.grids import scheduler_grid
 from alignkit.generators.prompt_length import quiet, tokenizers_of, warn_of_cuts
+from alignkit.generators.switching import sample
 from alignkit.generators.table import origins
 from alignkit.records import Conditioning, Sampling
 
@@ -223,8 +224,7 @@ class PipelineGenerator(FamilyDescription, Codec):
     ) -> Tensor:
         """The guided prediction for a step from times[0] to times[1], each [B].
 
-        One call if `scale` is at most `unguided`. Without `grad_unconditional` the unconditional call carries no
-        gradients.
+        One call if `scale` is at most `unguided`; without `grad_unconditional` the unconditional one has no gradients.
         """
         cond_pred = model(x_t, times[0], cond)
         if scale <= self.unguided:
@@ -263,7 +263,7 @@ class PipelineGenerator(FamilyDescription, Codec):
 
     def _run_pipeline(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
         with self._without_safety_checker():
-            output = self.pipeline(prompt=prompts, generator=sources, output_type="pt", **arguments)
+            output = sample(self.pipeline, self.conditioner, prompts, sources, arguments)
         flags = (isinstance(output, Mapping) and output.get("nsfw_content_detected")) or ()
         if named := [*itertools.compress(prompts, flags)]:
             message = (

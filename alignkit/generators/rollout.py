@@ -20,6 +20,8 @@ from alignkit.generators.pipeline import PipelineGenerator, Predictor
 from alignkit.records import Conditioning, Sampling
 from alignkit.seeds import derive_seed
 
+# The conditioning of a chain: one for all steps, or called with the step's index on the grid.
+ByStep = Conditioning | Callable[[int], Conditioning]
 # Called as hook(index, x, prediction) with the state after the step; a returned tensor replaces the state.
 StepHook = Callable[[int, Tensor, Tensor], Tensor | None]
 # One generator per row: the same for all steps, or called with the step's index.
@@ -38,9 +40,14 @@ def keyed_sources(seeds: Sequence[int], *key: int | str) -> Callable[[int], list
     return sources
 
 
+def at_step(cond: ByStep, index: int) -> Conditioning:
+    """The conditioning of step `index`."""
+    return cond if isinstance(cond, Conditioning) else cond(index)
+
+
 def rollout(
     generator: PipelineGenerator,
-    cond: Conditioning | Callable[[int], Conditioning],
+    cond: ByStep,
     x: Tensor,
     grid: Grid,
     *,
@@ -88,7 +95,7 @@ def rollout(
         return prediction.to(dtype)
 
     for index in range(len(grid)):
-        condition = cond if isinstance(cond, Conditioning) else cond(index)
+        condition = at_step(cond, index)
         with torch.set_grad_enabled(torch.is_grad_enabled() and steps.carries(index)):
             arguments = (steps.network_input(x), index, condition)
             repeats = checkpointed and torch.is_grad_enabled()

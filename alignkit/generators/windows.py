@@ -13,13 +13,12 @@ from alignkit.diffusion.solvers import NO_NOISE, FreshNoise, Grid
 from alignkit.diffusion.steps import Steps
 from alignkit.generators.codec import at_least_float32
 from alignkit.generators.pipeline import PipelineGenerator, Predictor
-from alignkit.generators.rollout import StepHook, rollout, take_step
-from alignkit.records import Conditioning
+from alignkit.generators.rollout import ByStep, StepHook, at_step, rollout, take_step
 
 
 def rollout_windows(
     generator: PipelineGenerator,
-    cond: Conditioning,
+    cond: ByStep,
     x: Tensor,
     grid: Grid,
     windows: Sequence[Steps],
@@ -60,7 +59,7 @@ def rollout_windows(
         ends.append(
             rollout(
                 generator,
-                cond,
+                lambda index, first=first: at_step(cond, index + first),
                 start,
                 grid[first:],
                 steps=later,
@@ -74,7 +73,7 @@ def rollout_windows(
 
 def _with_shared_predictions(
     generator: PipelineGenerator,
-    chain: tuple[Conditioning, Tensor, Grid],
+    chain: tuple[ByStep, Tensor, Grid],
     windows: Sequence[Steps],
     hooks: Sequence[StepHook],
     options: Mapping[str, Any],

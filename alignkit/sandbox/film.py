@@ -105,7 +105,10 @@ class Clips:
                 latents = torch.cat([generator.encode(some).half() for some in pixels.split(10)]).contiguous()
                 write_atomic(file, save({"latents": latents, "kinds": kinds.byte(), "motions": motions.byte()}))
             parts.append(load_file(file))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        whole = {}
+        for name in parts[0]:
+            whole[name] = torch.cat([part[name] for part in parts])
+        return whole
 
 
 class Noised(Dataset[dict[str, Any]]):

@@ -13,8 +13,9 @@ class Method:
     """Where a training method lives and what data it takes.
 
     `config` and `trainer` are "module:attribute" of its config and trainer classes. `data` is the kind of its data:
-    "ranked" (rows of K ranked candidates), "dense" (pairs with labels per segment), "aspects" (prompts with questions)
-    or "prompts" (prompts alone). `summary` is the line of the command's help.
+    "ranked" (rows of K ranked candidates), "dense" (pairs with labels per segment), "aspects" (prompts with questions),
+    "prompts" (prompts alone) or "captions" (prompts, or rows of a prompt and its image or video). `summary` is the line
+    of the command's help.
     """
 
     config: str
@@ -53,5 +54,11 @@ METHODS = {
         "alignkit.trainers.drf:DRFTrainer",
         "aspects",
         "Raise a vision-language model's answers to each prompt's questions by their gradients (Diffusion-DRF).",
+    ),
+    "textcraftor": Method(
+        "alignkit.trainers.textcraftor:TextCraftorConfig",
+        "alignkit.trainers.textcraftor:TextCraftorTrainer",
+        "captions",
+        "Train text encoders, the denoiser frozen, by the gradients of rewards of the images (TextCraftor).",
     ),
 }

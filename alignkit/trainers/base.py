@@ -81,6 +81,7 @@ class AlignTrainer(ResumingTrainer):
     args: AlignConfig
     needs_reference = False
     candidates: int | None = 1  # images or videos of a prompt in a step; None: all K. The doctor counts memory by it
+    trains_encoders = False  # text encoders in place of the denoiser; for the doctor
     parking: str | None = None  # device of text encoders and VAE while `train` runs; None: they stay
 
     def __init__(
@@ -136,10 +137,14 @@ class AlignTrainer(ResumingTrainer):
 
     def prepare_model(self, args: AlignConfig) -> None:
         """Make weights of `trained_module()` trainable; those are kept in float32."""
-        prepare(self.generator, args, self._peft_config, needs_reference=self.needs_reference)
+        self.make_trainable(args)
         for parameter in self.trained_module().parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()
+
+    def make_trainable(self, args: AlignConfig) -> None:
+        """Put a LoRA on the denoiser, or let all its weights require gradients."""
+        prepare(self.generator, args, self._peft_config, needs_reference=self.needs_reference)
 
     def prepare_data(self, rows: Any, args: AlignConfig) -> EpochData | None:
         """The dataset of `rows`; its items are what `method_loss` gets, collated. Here `PromptData`."""
@@ -377,7 +382,7 @@ class AlignTrainer(ResumingTrainer):
             str(self.generator.pipeline.name_or_path),
             config=config,
             data=self.data_summary(),
-            is_adapter=not self.args.full_finetune,
+            kind=self.args.result_name,
             validation={s: {n: v for n, v in log.items() if _is_metric(n)} for s, log in judged.items()},
             grid=grids[-1] if grids else None,
             component=self.generator.component,

@@ -93,6 +93,17 @@ class AlignConfig(TrainingArguments):
         """How long the training is: `400 steps` or `3 epochs`."""
         return f"{self.max_steps} steps" if (self.max_steps or 0) > 0 else f"{self.num_train_epochs:g} epochs"
 
+    @property
+    def result_name(self) -> str:
+        """The folder of the result in `output_dir`, and the key under which a generator's config names it."""
+        return "model" if self.full_finetune else "adapter"
+
+    @property
+    def trained_part(self) -> str:
+        """What is trained, for a dry run."""
+        what = "all weights" if self.full_finetune else f"a LoRA of rank {self.lora_rank}"
+        return what + (" on network and text encoders" if self.train_text_encoder else "")
+
     def __post_init__(self) -> None:
         require_in_range(vars(self), TRAINER_RANGES)
         self._settle_length()

@@ -87,8 +87,8 @@ def with_media(
     """
     if not isinstance(rows, datasets.Dataset):
         raise DataError(
-            f"data_weight is {args.data_weight}, and the rows are a {type(rows).__name__}: give a datasets.Dataset "
-            "with the columns prompt and image (or video)"
+            f"the loss reads images or videos (data_weight is {args.data_weight}), and the rows are a "
+            f"{type(rows).__name__}: give a datasets.Dataset with the columns prompt and image (or video)"
         )
     plan = DrawPlan(generator.noise_schedule.sample_t, args.noise_seed, args.data_dropout)
     latents = encode_rows(generator, rows, plan, args.cache_folder, sizes=sizes, targets=lambda *_: {}, ranks=ranks)

@@ -21,8 +21,9 @@ from alignkit.generators.state_gradients import LargestGradients, StateGradients
 from alignkit.generators.windows import rollout_windows
 from alignkit.records import Prompt
 from alignkit.trainers.aspect_windows import ByWindow, Window, used, windows_of
+from alignkit.trainers.chains import Chains
 from alignkit.trainers.data import EpochData, PromptData
-from alignkit.trainers.reward_flow import Chains, RewardConfig, RewardTrainer
+from alignkit.trainers.reward_flow import RewardConfig, RewardTrainer
 from alignkit.trainers.velocity_penalty import both
 from alignkit.trainers.weighted_rewards import WeightedRewards
 

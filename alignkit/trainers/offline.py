@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from alignkit.columns import column
+from alignkit.errors import ConfigError
 from alignkit.escape import get_logger
 from alignkit.media import transparency_note
 from alignkit.trainers.base import AlignTrainer
@@ -57,6 +58,11 @@ class OfflineTrainer(AlignTrainer):
     def prepare_model(self, args: AlignConfig) -> None:
         """As in AlignTrainer; the null condition is encoded once."""
         super().prepare_model(args)
+        if self.generator.conditioner.is_switched:
+            raise ConfigError(
+                "the generator's tuned text encoders act in some steps of a chain alone, and this method trains on "
+                "single times: leave out `encoder`, or train with rewards"
+            )
         with torch.no_grad(), self._base_texts():
             self.null = self.generator.encode_prompts([""]).null
 

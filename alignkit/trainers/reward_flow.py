@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from alignkit.diffusion.estimators import ChainPlan, Estimator, find_estimator
-from alignkit.diffusion.solvers import FreshNoise, Grid
+from alignkit.diffusion.solvers import FreshNoise
 from alignkit.diffusion.steps import Steps
-from alignkit.errors import ConfigError, NumericsError
+from alignkit.errors import ConfigError
 from alignkit.generators.codec import at_least_float32
 from alignkit.generators.decoding import Decoding
-from alignkit.generators.rollout import keyed_sources, rollout
+from alignkit.generators.rollout import ByStep, at_step, keyed_sources, rollout
 from alignkit.generators.state_gradients import LargestGradients, StateGradients
+from alignkit.generators.switching import by_step
 from alignkit.protocols import Preparing, Reward
-from alignkit.records import Conditioning, LossOutput, Prompt, Sampling, texts
+from alignkit.records import LossOutput, Prompt, Sampling, texts
+from alignkit.trainers.chains import Chains, require_bounded
 from alignkit.trainers.data import EpochData, PromptData
 from alignkit.trainers.data_loss import DataLossConfig, OneSize, data_errors, null_condition, with_media
 from alignkit.trainers.guard import WatchConfig
@@ -132,6 +134,11 @@ class RewardConfig(WatchConfig, DataLossConfig):
         return tuple(self.reward_weights)
 
     @property
+    def needs_media(self) -> bool:
+        """Whether the loss reads the rows' images or clips."""
+        return self.data_weight > 0
+
+    @property
     def sampling(self) -> Sampling:
         """How the chains are sampled."""
         return Sampling(self.sampling_steps, self.guidance_scale, self.height, self.width, self.num_frames or 1)
@@ -171,17 +178,6 @@ class RewardConfig(WatchConfig, DataLossConfig):
             raise ConfigError("train_text_encoder: this method trains the denoiser alone; leave it out")
         self.gradient.draw(self.sampling.steps)
         bool(self.fresh_noise)
-
-
-@dataclass(frozen=True)
-class Chains:
-    """One batch's chains: the model as it is wrapped, conditioning, grid, the rows' seeds and start [P, C, ...]."""
-
-    model: Any
-    cond: Conditioning
-    grid: Grid
-    seeds: list[int]
-    x: Tensor
 
 
 class RewardTrainer(GuardedTrainer):
@@ -238,7 +234,7 @@ class RewardTrainer(GuardedTrainer):
     @override
     def prepare_data(self, rows: Any, args: Any) -> EpochData | None:
         """As in AlignTrainer; with `data_weight` the rows' media are encoded too."""
-        if args.data_weight == 0 or rows is None or isinstance(rows, EpochData):
+        if not args.needs_media or rows is None or isinstance(rows, EpochData):
             return super().prepare_data(rows, args)
         frames = (args.num_frames or 1) if self.generator.modality == "video" else None
         sizes = OneSize(num_frames=frames, height=args.height, width=args.width)
@@ -287,14 +283,13 @@ class RewardTrainer(GuardedTrainer):
         prompts: list[Prompt] = batch["prompts"]
         seeds = batch["seed"].tolist()
         sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        with torch.no_grad(), self._own_precision():
-            cond = self.generator.encode_prompts(texts(prompts))
         grid = self.generator.grid(self.args.sampling_steps, self._latent_shape)
         plan = ChainPlan(Steps(), len(grid) - 1)  # held out: the whole chain
         if torch.is_grad_enabled():  # equal for all ranks and micro-batches of a step
             plan = self._estimator.draw(len(grid), self.args.noise_seed, self.state.global_step)
+        cond = self.conditioning(model, texts(prompts), plan.steps, len(grid))
         grid = grid.ending_at(plan.end)
-        chains = Chains(model, cond, grid, seeds, self._noise(sources) * grid.start)
+        chains = Chains(self.denoiser(model), cond, grid, seeds, self._noise(sources) * grid.start)
         latents, penalty_P, (reward_P, metrics) = self.scored(chains, plan.steps, prompts)
         noised = self._noised(chains, plan, latents.detach(), sources)
         further = [self._score(sample, prompts)[0] for sample in noised]
@@ -309,6 +304,15 @@ class RewardTrainer(GuardedTrainer):
         if loss_P.requires_grad:
             loss_P.register_hook(self._note_scale)
         return LossOutput(loss_P, metrics)
+
+    def denoiser(self, model: nn.Module) -> Any:
+        """What the chains call, from the module as it is wrapped."""
+        return model
+
+    def conditioning(self, model: nn.Module, prompts: list[str], steps: Steps, count: int) -> ByStep:  # noqa: ARG002
+        """That of chains of `count` steps, of which `steps` carry gradients."""
+        with torch.no_grad(), self._own_precision():
+            return by_step(self.generator.conditioner, prompts, count, self.generator.device)
 
     def scored(
         self, chains: Chains, steps: Steps, prompts: list[Prompt]
@@ -339,7 +343,8 @@ class RewardTrainer(GuardedTrainer):
         for sample in range(plan.noise_samples):
             x = float(last.alpha[0]) * x0 + float(last.sigma[0]) * self._noise(sources)
             options = {"steps": steps, "sources": keyed_sources(chains.seeds, "sample", sample)}
-            yield rollout(self.generator, chains.cond, x, last, **options, **self.options(chains))
+            cond = at_step(chains.cond, len(chains.grid) - 1)
+            yield rollout(self.generator, cond, x, last, **options, **self.options(chains))
 
     def _noise(self, sources: list[torch.Generator]) -> Tensor:
         """Unit noise [P, C, ...], at least float32, each row from its own source."""
@@ -380,18 +385,8 @@ class RewardTrainer(GuardedTrainer):
         loss = super().training_step(*inputs, **options)
         norms = dict(sorted(self._gradients.norms.items()))
         if not self.args.fp16:  # whose loss scaler meets infinite gradients by design, and skips the step
-            self._require_bounded(self._gradients.growth())
+            require_bounded(self._gradients.growth(), self.args.growth_limit, self.state.global_step)
         scale_P = self._loss_scale_P.abs().clamp(min=torch.finfo(torch.float32).tiny)
         means = {f"state_gradient/{index:02d}": (norm_P / scale_P).mean() for index, norm_P in norms.items()}
         self._health.add(means, len(scale_P))
         return loss
-
-    def _require_bounded(self, growth: Mapping[int, float]) -> None:
-        for index, ratio in sorted(growth.items(), reverse=True):
-            if not ratio <= self.args.growth_limit:
-                raise NumericsError(
-                    f"the gradient of the state after denoising step {index} is {ratio:.3g} times that after the last "
-                    f"one, at training step {self.state.global_step}; weights and the last checkpoint are as they "
-                    "were before it. Set state_gradient_cap, take fewer steps or those nearer to the end "
-                    "(gradient_steps), lower coupling, or raise growth_limit"
-                )

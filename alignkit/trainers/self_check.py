@@ -82,13 +82,15 @@ class SelfCheck:
         generator, scale = self.generator, self.sampling.guidance_scale
         grid = generator.grid(self.sampling.steps, tuple(noise.shape[1:]))
         x = (noise * grid.start).requires_grad_(True)
+        trained = [parameter for parameter in generator.model.parameters() if parameter.requires_grad]
         with torch.no_grad(), self.own_precision():
             cond = generator.encode_prompts([prompt.text])
+        if not trained:  # the gradient goes through the text
+            trained = [part.requires_grad_() for part in cond.tensors.values() if part.is_floating_point()]
         sources = [torch.Generator().manual_seed(0)]
         options = {"scale": scale, "sources": sources, "checkpointed": checkpointed}
         with self.autocast():
             latents = rollout(generator, cond, x, grid[:STEPS], **options)
-        trained = [parameter for parameter in generator.model.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(latents.square().sum(), [x, trained[0], trained[-1]], allow_unused=True)
         return [gradient for gradient in found if gradient is not None]
 

@@ -11,9 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from alignkit.diffusion.solvers import Grid
 from alignkit.diffusion.steps import Steps
 from alignkit.generators.pipeline import PipelineGenerator, Predictor
-from alignkit.generators.rollout import StepHook
+from alignkit.generators.rollout import ByStep, StepHook, at_step
 from alignkit.generators.state_gradients import StateGradients
-from alignkit.records import Conditioning
 from alignkit.trainers.native_error import MAX_WEIGHT
 
 
@@ -33,7 +32,7 @@ class VelocityPenalty:
         self,
         generator: PipelineGenerator,
         model: Predictor,
-        cond: Conditioning,
+        cond: ByStep,
         grid: Grid,
         x: Tensor,
         *,
@@ -65,7 +64,7 @@ class VelocityPenalty:
 
     def _predict(self, state: Tensor, index: int) -> Tensor:
         times, unconditional = self._grid.times(index, state), self._steps.unconditional
-        arguments = (self._reference, state, times, self._cond, self._scale)
+        arguments = (self._reference, state, times, at_step(self._cond, index), self._scale)
         return self._generator.guided(*arguments, grad_unconditional=unconditional)
 
 

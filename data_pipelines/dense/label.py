@@ -292,7 +292,8 @@ class _Writer:
             tables[path] = table.filter(pa.array([is_kept for is_kept, *_ in rows]))
         for path in set(part.files) - set(tables):  # of an earlier run; the dataset is what lies in the folder
             (self.folder / path).unlink(missing_ok=True)
-        return write_part(self.folder, part.name, tables, inputs=inputs, notes={"rows": sum(row[0] for row in rows)})
+        notes = {"rows": sum(row[0] for row in rows)}
+        return write_part(self.folder, part.name, tables, inputs=inputs, notes=notes, row_group_size=1)
 
 
 def _with_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:

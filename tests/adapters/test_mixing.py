@@ -121,7 +121,7 @@ def test_what_does_not_mix_is_named():
     other = {key: value[:, :-1] if key.endswith(lora.DOWN) else value for key, value in one.items()}
     with pytest.raises(AdapterError, match=r"different shapes at 'a\.to_q'"):
         soup([one, other], [0.5, 0.5])
-    with pytest.raises(AdapterError, match="members 0 and 1 differ in the names or shapes of 'y'"):
+    with pytest.raises(AdapterError, match="member 0 and member 1 differ in the names or shapes of 'y'"):
         soup([{"x": torch.ones(2)}, {"x": torch.ones(2), "y": torch.ones(2)}], [0.5, 0.5])
 
 

@@ -167,6 +167,7 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
         activation_checkpointing=job.activation_checkpointing,
         low_memory=job.low_memory and candidates > 1,
         caches_latents=trainer.parking is not None,
+        trained_encoders=model.default_encoders if trainer.trains_encoders else (),
     )
 
 
@@ -183,7 +184,7 @@ def model_lines(job: DoctorJob, folder: Path) -> list[str]:
     """Sizes, operations and memory of the planned training, and what it fits in."""
     model = planned_model(folder)
     setup = setup_of(job, model)
-    blocks = [_size_lines(folder.name, model), _lora_lines(model, setup)]
+    blocks = [_size_lines(folder.name, model), *([] if setup.trained_encoders else [_lora_lines(model, setup)])]
     if follows_rewards(job.method):
         blocks += _stage_blocks(job, model, setup)
     elif job.critic is not None:

@@ -39,6 +39,12 @@ class Setup:
     activation_checkpointing: bool = False
     low_memory: bool = False
     caches_latents: bool = True
+    trained_encoders: tuple[str, ...] = ()  # text encoders that are trained in place of the denoiser
+
+    @property
+    def tunes_denoiser(self) -> bool:
+        """Whether all weights of the denoiser are trained."""
+        return self.full_finetune and not self.trained_encoders
 
     @property
     def images_in_graph(self) -> int:
@@ -55,6 +61,14 @@ def weights(model: Model, setup: Setup) -> dict[str, int]:
     """Bytes of all weights and of what belongs to those that are trained, by name."""
     denoiser, size = model.stored(model.denoiser), BYTES[setup.dtype]
     others = sum(model.stored(name) for name in model.shapes if name != model.denoiser)
+    if setup.trained_encoders:
+        full = sum(model.stored(name) for name in setup.trained_encoders) if setup.full_finetune else 0
+        return {
+            "denoiser weights": denoiser * size,
+            "other text encoders and VAE": (others - full) * size,
+            "frozen reference copy": full * 4,
+            "trained weights, gradients, AdamW": full * ADAM_BYTES,  # those of a LoRA are below a per cent of this
+        }
     trained = denoiser if setup.full_finetune else lora_parameters(model, setup.lora_targets, setup.lora_rank)
     copy = setup.full_finetune and setup.needs_reference
     return {
@@ -114,9 +128,9 @@ def run_of(setup: Setup) -> Any:
         height=setup.height,
         width=setup.width,
         frames=setup.frames,
-        dtype="float32" if setup.full_finetune else setup.dtype,
+        dtype="float32" if setup.tunes_denoiser else setup.dtype,
         bf16=setup.bf16,
-        lora_rank=0 if setup.full_finetune else setup.lora_rank,
+        lora_rank=0 if setup.tunes_denoiser else setup.lora_rank,
         lora_targets=setup.lora_targets,
         checkpointing=setup.activation_checkpointing,
     )

@@ -62,6 +62,15 @@ class Model:
         """How many numbers a component's files hold."""
         return sum(math.prod(shape) for shape in self.shapes[component].values())
 
+    @property
+    def default_encoders(self) -> tuple[str, ...]:
+        """The encoders that a method on text encoders trains by default: those of the LoRA loader, or all."""
+        from alignkit.generators.components import component_class
+
+        loadable = vars(component_class("diffusers", self.pipeline)).get("_lora_loadable_modules", ())
+        encoders = [name for name in self.shapes if name.startswith("text_encoder")]
+        return tuple(name for name in encoders if name in loadable) or tuple(encoders)
+
     def denoiser_parameters(self) -> int:
         """How many of the denoiser's numbers are parameters; the rest are fixed positions."""
         return sum(parameter.numel() for parameter in self.blank_denoiser().parameters())

@@ -172,5 +172,5 @@ def _is_open(model: Model, chain: Chain, switch: Switch) -> bool:
     if "cache_on_cpu" in switch.changes:
         return has_cache(model)
     if "quantized" in switch.changes:
-        return not chain.setup.full_finetune and chain.setup.dtype != "float32"
+        return not chain.setup.tunes_denoiser and chain.setup.dtype != "float32"
     return "guidance" not in switch.changes or chain.guidance is Guidance.BOTH

@@ -13,6 +13,7 @@ from alignkit.adapters.lora_files import Origin
 from alignkit.generators.description import Inputs, LatentSize, blank, blank_mask, image_inputs
 from alignkit.generators.families.mixins import flow_schedule, linear_sigmas
 from alignkit.generators.pipeline import PipelineGenerator
+from alignkit.generators.switching import sample
 from alignkit.records import Conditioning
 
 
@@ -42,10 +43,9 @@ class DreamLite(PipelineGenerator):
 
     def _run_pipeline(self, prompts: list[str], sources: list[torch.Generator], arguments: dict[str, Any]) -> Tensor:
         negatives = arguments.pop("negative_prompt", [None] * len(prompts))
-        rows = zip(prompts, sources, negatives, strict=True)
         images = [
-            self.pipeline(prompt=text, negative_prompt=negative, generator=[source], output_type="pt", **arguments)[0]
-            for text, source, negative in rows
+            sample(self.pipeline, self.conditioner, text, [source], {"negative_prompt": negative, **arguments})[0]
+            for text, source, negative in zip(prompts, sources, negatives, strict=True)
         ]
         return torch.cat(images)
 

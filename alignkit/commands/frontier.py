@@ -1,0 +1,236 @@
+"""`alignkit frontier`: mixtures of reward-tuned members over a grid of weights, evaluated, and which are worth having.
+
+    OUT/base                                   the base's side, made once
+    OUT/points/SPACE/WEIGHTS/seed-S/mixture    what `alignkit soup` makes
+    OUT/points/SPACE/WEIGHTS/seed-S/evaluation base against the mixture, scored by all rewards
+
+A point whose evaluation is finished is recognised, so the command may be stopped and given again, with more points,
+spaces or trainings of members. Deliberately not here: how members are mixed (`alignkit.generators.soups`, `mixtures`),
+and what a front is (`alignkit.evaluation.frontier`).
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from alignkit.adapters.mixture import Window
+from alignkit.commands.specs import (
+    GeneratorSpec,
+    PromptsConfig,
+    RewardSpec,
+    absences,
+    require_names,
+)
+from alignkit.commands.stages import compare
+from alignkit.commands.verb import Verb, execute
+from alignkit.errors import ConfigError, require_at_least
+from alignkit.escape import to_code, to_markdown
+from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, simplex, table
+from alignkit.evaluation.frontier_page import render
+from alignkit.evaluation.generated import write_generated
+from alignkit.evaluation.ladder import read_arm
+from alignkit.evaluation.paired import EvaluateConfig
+from alignkit.locks import locked
+from alignkit.provenance import write_resolved
+from alignkit.records import Prompt
+from alignkit.storage import write_text
+
+Space = Literal["weights", "embedding", "prediction"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontierJob:
+    """Mix members over a grid of weights, evaluate every mixture, and draw the front.
+
+    base: the model that all members were trained from.
+    members: by a name of your choice a list of results of trainings (LoRAs, or folders of components), one for each
+        training seed; all members have equally many.
+    objectives: the rewards whose gains make the front; the evaluation uses every reward.
+    spaces: what is mixed: weights, embedding (of text encoders), prediction (of denoisers).
+    grid: weights are the multiples of 1 / grid that sum to 1; for two members and 4 these are 1, 0.75, 0.5, 0.25, 0.
+    points: further weights, each one number a member.
+    window: the steps in which embedding and prediction mixtures act, as in `alignkit soup`.
+    others: other generators on the same axes, by a name of your choice, e.g. a joint training.
+    prompts: where prompts come from; the held-out share is used (all with held_out: 0).
+    rewards: all rewards by a name of your choice.
+    gold: the reward that judges and that no member was tuned for.
+    evaluate: how base and mixtures are compared.
+    evaluate_prompts: use at most so many prompts.
+    table: where the table goes (default: OUT/frontier.md).
+    title: its heading, and that of the page OUT/frontier.html.
+    """
+
+    out: Path
+    base: GeneratorSpec
+    members: Mapping[str, Sequence[str]]
+    objectives: Sequence[str]
+    spaces: Sequence[Space] = ("weights",)
+    grid: int = 4
+    points: Sequence[Sequence[float]] = ()
+    window: Sequence[float] | None = None
+    others: Mapping[str, GeneratorSpec] = field(default_factory=dict)
+    prompts: PromptsConfig
+    rewards: Mapping[str, RewardSpec]
+    gold: str | None = None
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate_prompts: int | None = None
+    table: Path | None = None
+    title: str = "The frontier"
+
+    def __post_init__(self) -> None:
+        require_at_least(1, {"grid": self.grid, "evaluate_prompts": self.evaluate_prompts})
+        require_names(self.objectives, self.rewards, kind="reward", key="objectives")
+        require_names([self.gold] if self.gold else [], self.rewards, kind="reward", key="gold")
+        if len(self.members) < 2:
+            raise ConfigError(f"members: {', '.join(self.members) or 'none'}; a frontier mixes at least two")
+        counts = {name: len(folders) for name, folders in self.members.items()}
+        if len(set(counts.values())) > 1 or not min(counts.values()):
+            raise ConfigError(f"members have {counts} trainings; give equally many, one for each training seed")
+        if len(set(self.objectives)) < max(2, len(self.objectives)):
+            raise ConfigError(f"objectives: {list(self.objectives)}; give at least two rewards, each once")
+        for weights in self.points:
+            if len(weights) != len(self.members):
+                raise ConfigError(f"points: {list(weights)} has {len(weights)} weights for {len(self.members)} members")
+        Window.of(self.window)
+
+    @property
+    def seeds(self) -> range:
+        """The numbers of the members' trainings."""
+        return range(len(next(iter(self.members.values()))))
+
+    @property
+    def weights(self) -> list[tuple[float, ...]]:
+        """The weights of all mixtures, without those of a single member."""
+        given = [*simplex(len(self.members), self.grid), *(tuple(map(float, one)) for one in self.points)]
+        ends = set(simplex(len(self.members), 1))
+        return [one for one in dict.fromkeys(given) if one not in ends]
+
+    def asked(self) -> Sequence[Prompt]:
+        """The prompts that base and mixtures are compared on. Raises what the prompts' source raises."""
+        held_out = self.prompts.split()[1] if self.prompts.held_out else self.prompts.read()
+        return held_out[: self.evaluate_prompts]
+
+    def folder(self, space: str, name: str, seed: int) -> Path:
+        """Where one point of one training seed lives."""
+        return self.out / "points" / space / name / f"seed-{seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One evaluation: where it is, and the tuned side, made when it is needed."""
+
+    space: str
+    name: str
+    weights: tuple[float, ...]
+    seed: int
+    tuned: Callable[[], GeneratorSpec]
+
+
+def _tasks(job: FrontierJob) -> Iterator[_Task]:
+    names, count = list(job.members), len(job.members)
+    ends = [(MEMBERS, name, tuple(map(float, row))) for name, row in zip(names, np.eye(count), strict=True)]
+    mixed = [(space, "-".join(map("{:g}".format, weights)), weights) for space in job.spaces for weights in job.weights]
+    for seed in job.seeds:
+        for space, name, weights in [*ends, *mixed]:
+            tuned = functools.partial(_mixed, job, space, weights, seed, job.folder(space, name, seed) / "mixture")
+            yield _Task(space, name, weights, seed, tuned)
+    for name, spec in job.others.items():
+        yield _Task(OTHERS, name, (0.0,) * count, 0, functools.partial(replace, spec))
+
+
+def _mixed(job: FrontierJob, space: str, weights: tuple[float, ...], seed: int, out: Path) -> GeneratorSpec:
+    """The base with the mixture, which is made where it is missing. A member alone is a soup of one."""
+    from alignkit.adapters.mixture import is_mixture
+    from alignkit.generators.members import Base, read_member
+    from alignkit.generators.soups import make_mixture, make_soup
+
+    if not is_mixture(out):  # its record is written last
+        base = Base.open(job.base.model, job.base.family)
+        used = [number for number, weight in enumerate(weights) if weight != 0]
+        folders = [own[seed] for own in job.members.values()]
+        members = [read_member(folders[number], base) for number in used]
+        shares = [weights[number] for number in used]
+        if space in ("embedding", "prediction"):
+            window = Window.of(job.window)
+            make_mixture(base, members, shares, out, space=space, window=window, any_sum=True)
+        else:
+            make_soup(base, members, shares, out, any_sum=True)
+    return replace(job.base, adapter=out)
+
+
+def _plan(job: FrontierJob) -> list[str]:
+    tasks = list(_tasks(job))
+    missing = [folder for folders in job.members.values() for folder in folders if not Path(folder).exists()]
+    return [
+        *absences({"base": job.base, **job.others}, rewards=job.rewards, prompts=job.prompts),
+        *(f"NOT THERE YET: {folder} (members)" for folder in missing),
+        f"mix {', '.join(job.members)} in {len(job.weights)} ways in the spaces {', '.join(job.spaces)}",
+        f"evaluate {len(tasks)} points on the held-out share of {job.prompts}, scored by {', '.join(job.rewards)}",
+        f"write {job.table or job.out / 'frontier.md'} and {job.out / 'frontier.html'}",
+    ]
+
+
+def _work(argv: Sequence[str], job: FrontierJob) -> None:
+    # What a point depends on is in its own folder; the rest may change.
+    free = {"members", "spaces", "grid", "points", "others", "objectives", "table", "title"}
+    write_resolved(job.out, job, free)
+    prompts, tasks = job.asked(), list(_tasks(job))
+    bar = tqdm(tasks, unit="point")
+    for task in bar:
+        bar.set_postfix_str(f"{task.space} {task.name}, seed {task.seed}")
+        folder = job.folder(task.space, task.name, task.seed)
+        with locked(folder):
+            sides = {"base": job.base, "tuned": task.tuned()}
+            out = folder / "evaluation"
+            compare(
+                *(sides, prompts, job.evaluate, out),
+                rewards=job.rewards,
+                gold=job.gold,
+                base_cache=job.out / "base",
+            )
+    frontier, folders = _read(job, tasks)
+    command = shlex.join(["alignkit", "frontier", *argv])
+    settings = [
+        f"command: {to_code(command)}",
+        *(f"{to_markdown(name)}: {', '.join(map(to_code, own))}" for name, own in job.members.items()),
+        (
+            f"evaluation: {len(prompts)} held-out prompts x {job.evaluate.seeds_per_prompt} seeds, "
+            f"{job.evaluate.sampling.steps} steps, guidance {job.evaluate.sampling.guidance_scale:g}; members of "
+            f"{len(job.seeds)} training seeds"
+        ),
+    ]
+    text, path = table(frontier, title=job.title, settings=settings), job.table or job.out / "frontier.md"
+    write_text(path, text)
+    page = job.out / "frontier.html"
+    write_generated(page, render(frontier, folders, title=job.title, command=command))
+    print(f"\n{text}\ntable: {path}\npage:  {page}")
+
+
+def _read(job: FrontierJob, tasks: Sequence[_Task]) -> tuple[Frontier, dict[str, Path]]:
+    """All points, and the folder of the first seed's evaluation of each."""
+    found, folders = [], {}
+    for task in tasks:
+        seeds = [0] if task.space == OTHERS else list(job.seeds)
+        own = [job.folder(task.space, task.name, seed) / "evaluation" for seed in seeds]
+        result = read_arm(task.name, own) if task.seed == 0 else None
+        if result is not None:
+            found.append(Point(task.space, task.weights, result))
+            folders[f"{task.space} {task.name}"] = own[0]
+    return Frontier(list(job.members), job.objectives, found), folders
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb."""
+    summary = "Evaluate mixtures of trainings over a grid of weights: Pareto front, hypervolume, barriers."
+    execute(
+        Verb("frontier", summary, lambda *_: FrontierJob, _plan, functools.partial(_work, argv), lambda job: job.out),
+        argv,
+    )

@@ -1,0 +1,313 @@
+"""Mixtures that act at sampling time, as image sources: of embeddings and of predictions, in a window of steps.
+
+    embedding     sum_i w_i T_i(p): the pipeline's own `encode_prompt`, once with each member's text encoders
+    prediction    sum_i w_i eps_i(x_t, t, c): the network, once with each member's weights (Diffusion Blend, 2505.18547)
+
+Outside of the window the base acts. The chain stays the vanilla pipeline's, with its scheduler; `denoise` is the same
+by the chain of `alignkit.generators.rollout`. Guidance is linear, so predictions may be mixed before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from alignkit.adapters import lora, lora_files
+from alignkit.adapters.fingerprint import base_of, is_other_base
+from alignkit.adapters.mixture import BASE, Mixture, read_mixture
+from alignkit.errors import AdapterError
+from alignkit.escape import get_logger
+from alignkit.generators.components import component_class, load_network, require_weights
+from alignkit.generators.members import MIXABLE, Base, Member, read_member
+from alignkit.generators.pipeline import PipelineGenerator
+from alignkit.generators.rollout import rollout
+from alignkit.generators.table import origins
+from alignkit.generators.text_switch import Clock, counted_steps, switched_texts, texts_of_first_step
+from alignkit.records import Conditioning, Sampling
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A member on a loaded generator: its weight, its adapter's name, and the modules that it has of its own."""
+
+    weight: float
+    adapter: str = ""
+    modules: Mapping[str, nn.Module] | None = None
+
+    def module(self, component: str, own: nn.Module) -> nn.Module:
+        """What stands in the place of the pipeline's component."""
+        return (self.modules or {}).get(component, own)
+
+
+def load_mixture(generator: PipelineGenerator, folder: Path, family: str | None = None) -> MixedGenerator:
+    """The image source of the embedding or prediction mixture in `folder` on a freshly loaded base.
+
+    Logs a warning where the base's weights are not those that the members were trained from. Raises DataError for a
+    folder that is no sound mixture, AdapterError for a mixture of weights and for members that do not fit.
+    """
+    mixture = read_mixture(folder)
+    kinds = {"embedding": EmbeddingMixture, "prediction": PredictionMixture}
+    if mixture.space not in kinds:
+        raise AdapterError(f"'{folder}' is a mixture of {mixture.space}; load it as an adapter")
+    if not mixture.null:
+        raise AdapterError(f"'{folder}' keeps the null condition of its base: give it as `encoder`, not as `adapter`")
+    base = Base.open(str(generator.pipeline.name_or_path), family)
+    variants = []
+    for number, (record, weight) in enumerate(zip(mixture.members, mixture.weights, strict=True)):
+        member = read_member(record.name if record.name == BASE else str(folder / record.place), base)
+        variants.append(_on(generator, member, weight, number))
+    warn_of_base(generator, mixture, folder)
+    return kinds[mixture.space](generator, mixture, variants)
+
+
+def load_weights(generator: PipelineGenerator, folder: Path) -> None:
+    """Put the result of a soup, an adapter or whole components, on a freshly loaded generator.
+
+    Raises DataError for a folder that is no sound mixture, AdapterError for one that acts at sampling time.
+    """
+    mixture = read_mixture(folder)
+    if mixture.space != "weights":
+        raise AdapterError(
+            f"'{folder}' is a mixture of {mixture.space}s, which acts while sampling and has no weights of its own; "
+            "make one with space: weights"
+        )
+    if (folder / lora.DIFFUSERS_FILE).is_file():
+        generator.load_adapter(folder)
+        return
+    own = generator.pipeline.components
+    for component in [name for name in own if name.startswith(MIXABLE) and (folder / name).is_dir()]:
+        if own[component] is None:
+            raise AdapterError(f"'{folder}' has a {component}, which '{generator.name}' was loaded without")
+    warn_of_base(generator, mixture, folder)
+    for component in [name for name in own if name.startswith(MIXABLE) and (folder / name).is_dir()]:
+        module = _loaded(folder / component, own[component])
+        if component in generator.conditioner.encoders:
+            generator.conditioner.encoders[component] = module
+        if component == generator.component:
+            generator.put_net(module)
+        generator.pipeline.register_modules(**{component: module})
+
+
+def warn_of_base(generator: PipelineGenerator, mixture: Mixture, folder: Path) -> None:
+    """Warn of components of the generator whose weights are not those that the mixture's members were trained from."""
+    for component, whole in mixture.base_fingerprint.items():
+        part = generator.pipeline.components.get(component)
+        if part is not None and is_other_base(part, whole):
+            logger.warning(
+                "'%s' was made for another base: the fingerprint of its %s was %s, that of this model is %s",
+                *(folder, component, whole, base_of(part)),
+            )
+
+
+def _on(generator: PipelineGenerator, member: Member, weight: float, number: int) -> Variant:
+    name = f"member{number}" if member.loras else ""
+    own = generator.pipeline.components
+    for component, stored in member.loras.items():
+        part, where = own[component], f"member '{member.name}'"
+        made_for = lambda: lora_files.origin_of(member.loras, origins())  # noqa: E731
+        lora.load(part, stored.weights, stored.config, where=where, origin=made_for, name=name, trainable=False)
+        lora.activate(part, {})
+    modules = {component: _loaded(folder, own[component]) for component, folder in member.weights.items()}
+    return Variant(weight, name, modules)
+
+
+def _loaded(folder: Path, own: Any) -> nn.Module:
+    """The network in `folder` with the class, precision and device of the pipeline's own, frozen."""
+    library = type(own).__module__.partition(".")[0]
+    stored = require_weights(folder, library)
+    module = load_network(folder, component_class(library, type(own).__name__), stored, own.dtype)
+    return module.to(own.device).requires_grad_(False).eval()
+
+
+class MixedGenerator:
+    """An image source that mixes members of one base; `generator` is that base, which must not be used otherwise."""
+
+    def __init__(self, generator: PipelineGenerator, mixture: Mixture, variants: Sequence[Variant]) -> None:
+        self.generator, self.mixture, self.name = generator, mixture, generator.name
+        self._variants = [variant for variant in variants if variant.weight != 0]
+        self._weights = [variant.weight for variant in self._variants]
+
+    def require_sampling(self, sampling: Sampling) -> None:
+        """ConfigError for settings that the base does not take, and for a window that holds none of the steps."""
+        self.generator.require_sampling(sampling)
+        self.steps(sampling.steps)
+
+    def steps(self, count: int) -> range:
+        """The steps of a chain of `count` in which the mixture acts."""
+        return range(count) if self.mixture.window is None else self.mixture.window.steps(count)
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
+        """As the base's `generate`."""
+        raise NotImplementedError
+
+    def conditioning(self, prompts: Sequence[str], count: int) -> Callable[[int], Conditioning]:
+        """The conditioning of each step of a chain of `count` steps, for `rollout`."""
+        raise NotImplementedError
+
+    @contextmanager
+    def acting(self, now: Callable[[], bool]) -> Iterator[None]:
+        """Within it the base's network is the mixture's wherever `now()`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def denoise(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
+        """Latents by the chain of `rollout`: those of `generate` for Euler and DDIM schedulers, as of its `denoise`."""
+        generator = self.generator
+        shape = generator.latent_shape(sampling.height, sampling.width, sampling.num_frames)
+        grid = generator.grid(sampling.steps, shape)
+        sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        noise = torch.cat([generator.initial_noise(shape, source) for source in sources]).to(generator.device)
+        of_step, clock = self.conditioning(prompts, len(grid)), Clock()
+
+        def cond(index: int) -> Conditioning:
+            clock.index = index
+            return of_step(index)
+
+        steps = self.steps(len(grid))
+        with self.acting(lambda: clock.index in steps):
+            x = grid.start * noise
+            return rollout(generator, cond, x, grid, scale=sampling.guidance_scale, sources=sources)
+
+
+class EmbeddingMixture(MixedGenerator):
+    """sum_i w_i T_i(p) in the window's steps, T_base(p) in the others."""
+
+    @override
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
+        """As the base's `generate`; with a window, the network is called for one more step to learn its inputs."""
+        job = (prompts, seeds, sampling)
+        if self.mixture.window is None:
+            with self._encoding():
+                return self.generator.generate(*job)
+        with self._encoding():
+            inside = texts_of_first_step(self.generator, *job)
+        with switched_texts(self.generator, inside, self.steps):
+            return self.generator.generate(*job)
+
+    @override
+    def conditioning(self, prompts: Sequence[str], count: int) -> Callable[[int], Conditioning]:
+        outside = self.generator.encode_prompts(prompts)
+        with self._encoding():
+            inside = self.generator.encode_prompts(prompts)
+        steps = self.steps(count)
+        return lambda index: inside if index in steps else outside
+
+    @override
+    @contextmanager
+    def acting(self, now: Callable[[], bool]) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Within it the pipeline's `encode_prompt` gives the mixture's embeddings."""
+        pipeline = self.generator.pipeline
+        encode = pipeline.encode_prompt
+
+        def mixed_encode(*arguments: Any, **named: Any) -> Any:
+            results = []
+            for variant in self._variants:
+                with self._encoders_of(variant):
+                    results.append(encode(*arguments, **named))
+            return mixed(results, self._weights)
+
+        pipeline.encode_prompt = mixed_encode
+        try:
+            yield
+        finally:
+            del pipeline.encode_prompt
+
+    @contextmanager
+    def _encoders_of(self, variant: Variant) -> Iterator[None]:
+        pipeline = self.generator.pipeline
+        before = {name: pipeline.components[name] for name in variant.modules or ()}
+        adapted = [part for part in self.generator.conditioner.encoders.values() if lora.lora_layers(part)]
+        pipeline.register_modules(**(variant.modules or {}))
+        try:
+            for part in adapted:
+                lora.activate(part, {variant.adapter: 1.0} if variant.adapter in lora.adapter_names(part) else {})
+            yield
+        finally:
+            pipeline.register_modules(**before)
+            for part in adapted:
+                lora.activate(part, {})
+
+
+class PredictionMixture(MixedGenerator):
+    """sum_i w_i eps_i(x_t, t, c) in the window's steps, eps_base in the others; a step calls every member's network."""
+
+    @override
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
+        clocks = counted_steps(self.generator.pipeline)
+        with clocks as clock, self.acting(lambda: clock.index in self.steps(clock.total)):
+            return self.generator.generate(prompts, seeds, sampling)
+
+    @override
+    def conditioning(self, prompts: Sequence[str], count: int) -> Callable[[int], Conditioning]:
+        cond = self.generator.encode_prompts(prompts)
+        return lambda _: cond
+
+    @override
+    @contextmanager
+    def acting(self, now: Callable[[], bool]) -> Iterator[None]:
+        own = {name: part for name, part in self.generator.pipeline.components.items() if isinstance(part, nn.Module)}
+        with ExitStack() as replaced:
+            for name in self.mixture.base_fingerprint:
+                replaced.enter_context(self._mixed_network(name, own[name], now))
+            yield
+
+    @contextmanager
+    def _mixed_network(self, component: str, net: Any, now: Callable[[], bool]) -> Iterator[None]:
+        """Within it `net(...)` is the mixture of the members' networks wherever `now()`."""
+        layers, forward = lora.lora_layers(net), net.forward
+
+        def member(variant: Variant, *arguments: Any, **named: Any) -> Any:
+            module = variant.module(component, net)
+            for layer in layers:  # as `lora.activate`, without a walk over all modules in every call
+                vars(layer)["_active_adapter"] = [variant.adapter] if variant.adapter in layer.scaling else []
+            return forward(*arguments, **named) if module is net else module(*arguments, **named)
+
+        def mixed_forward(*arguments: Any, **named: Any) -> Any:
+            if not now():
+                return member(Variant(1.0), *arguments, **named)
+            outputs = [member(variant, *arguments, **named) for variant in self._variants]
+            first = mixed([output[0] for output in outputs], self._weights)
+            return (first, *outputs[0][1:]) if isinstance(outputs[0], tuple) else type(outputs[0])(first)
+
+        net.forward = mixed_forward
+        try:
+            yield
+        finally:
+            del net.forward
+
+
+def mixed(values: Sequence[Any], weights: Sequence[float]) -> Any:
+    """sum_i w_i values_i of tensors, in nested lists and tuples; what is equal in all (masks, positions) stays.
+
+    Raises AdapterError for tensors of different shapes, and for integers that differ: other tokens.
+    """
+    first = values[0]
+    if isinstance(first, list | tuple):
+        if len({len(value) for value in values}) > 1:
+            raise AdapterError("the members' text encoders give different numbers of tensors; they cannot be mixed")
+        return type(first)([mixed(parts, weights) for parts in zip(*values, strict=True)])
+    if not isinstance(first, Tensor) or all(value is first for value in values):
+        return first
+    shapes = [list(value.shape) for value in values]
+    if any(shape != shapes[0] for shape in shapes):
+        raise AdapterError(f"the members give tensors of different shapes, {shapes}; they cannot be mixed")
+    if len(values) > 1 and all(torch.equal(value, first) for value in values[1:]):
+        return first
+    if not first.is_floating_point():
+        raise AdapterError("the members' text encoders read other tokens of the same prompt; they cannot be mixed")
+    wide = torch.promote_types(first.dtype, torch.float32)
+    total = sum(weight * value.to(wide) for weight, value in zip(weights, values, strict=True))
+    return torch.as_tensor(total).to(first.dtype)

@@ -1,0 +1,81 @@
+"""A folder of tuned text encoders: `NAME/` as a pipeline's component, and `alignkit.json`, which says how to use them.
+
+The record is that of a mixture of embeddings (`alignkit.adapters.mixture`) whose one member, of weight 1, is the folder
+itself. Its window is a `TunedSteps`; its fingerprints are those of the encoders that were tuned.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.adapters import comfyui, exports, lora
+from alignkit.adapters.fingerprint import base_of, is_other_base
+from alignkit.adapters.mixture import FILE, MemberRecord, Mixture, Window, is_mixture, read_mixture, write_mixture
+from alignkit.diffusion.tuned_steps import TunedSteps
+from alignkit.errors import AdapterError, ConfigError, MissingFileError, UnknownNameError, nearest
+from alignkit.escape import get_logger
+from alignkit.generators.components import load_network, require_finite, require_weights
+from alignkit.storage import checksum
+
+if TYPE_CHECKING:
+    from alignkit.generators.pipeline import PipelineGenerator
+
+logger = get_logger(__name__)
+_HERE = "."  # the member's place
+
+
+def save_tuned(generator: PipelineGenerator, folder: Path) -> None:
+    """Write the trained encoders of `generator` into `folder`, adapters merged, with the window of its conditioner.
+
+    Where the encoders carry an adapter that the pipeline's LoRA loader knows, it is in `folder/lora` too, and in
+    `folder/comfyui` if ComfyUI has its keys; such a file acts in all steps. Raises AdapterError if none is trained.
+    """
+    conditioner = generator.conditioner
+    written = conditioner.save(folder)
+    files = {f"{part.name}/{file.name}": checksum(file) for part in written for file in sorted(part.iterdir())}
+    bases = {part.name: base_of(conditioner.base(part.name)) for part in written}
+    steps = conditioner.window or TunedSteps()
+    record = Mixture(
+        space="embedding",
+        base=str(generator.pipeline.name_or_path),
+        base_fingerprint=bases,
+        members=(MemberRecord(name="tuned", files=files, place=_HERE),),
+        weights=(1.0,),
+        null=steps.null,
+        window=None if (steps.start, steps.stop) == (0, 1) else Window(steps.start, steps.stop),
+    )
+    write_mixture(folder, record)
+    adapted = {name: part for name, part in generator.lora_encoders.items() if lora.lora_layers(part)}
+    if adapted:
+        exports.export_diffusers(adapted, folder / "lora", bases=bases)
+        comfyui.export(adapted, folder / "comfyui" / f"{Path(generator.name).name}.safetensors", {}, bases=bases)
+
+
+def load_tuned(generator: PipelineGenerator, folder: Path) -> None:
+    """Put the encoders of `folder` into `generator`, frozen; its own become the reference.
+
+    Encoders that were tuned from other base weights are loaded with a warning. Raises MissingFileError, DataError for
+    files that are damaged, changed or hold NaN, UnknownNameError and AdapterError for encoders that are none of this
+    model, ConfigError for a window that is none in shares.
+    """
+    if not is_mixture(folder):
+        raise MissingFileError(f"'{folder}' holds no tuned text encoders: {FILE} is missing")
+    record, present = read_mixture(folder), generator.conditioner.encoders
+    if record.space != "embedding" or [member.place for member in record.members] != [_HERE]:
+        raise AdapterError(f"'{folder}' is a mixture of {len(record.members)} members; give it as `adapter`")
+    parts: dict[str, Any] = {}
+    for name, base in record.base_fingerprint.items():
+        if name not in present:
+            advice = f"this model has {list(present)}.{nearest(name, present)}"
+            raise UnknownNameError(f"'{folder}' holds a text encoder '{name}'; {advice}")
+        own: Any = present[name]
+        if is_other_base(own, base):
+            logger.warning("'%s' was tuned from another %s (%s) than that of '%s'", folder, name, base, generator.name)
+        stored = require_weights(folder / name, "transformers")
+        require_finite(stored)
+        parts[name] = load_network(folder / name, type(own), stored, own.dtype)
+    if record.weights != (1.0,) or (record.window and not record.window.is_fraction):
+        raise ConfigError(f"'{folder / FILE}': tuned text encoders have weight 1 and a window in shares of the chain")
+    bounds = (record.window.start, record.window.stop) if record.window else (0.0, 1.0)
+    generator.conditioner.put(parts, TunedSteps(*bounds, null=record.null))

@@ -1,0 +1,173 @@
+"""What a TextCraftor step costs beside the bare calls it needs, and what its window costs. JSON lines.
+
+    python benchmarks/textcraftor_step.py [--model sandbox:flow] [--prompts 2] [--steps 8] [--window 3] [--repeats 7]
+        [--side 64] [--guidance_scale 2.5] [--only speed rewards memory]
+
+`speed`: every step of a running `trainer.train()` against the same calls on the same tensors written out bare: both
+encodings, the chain, decoding, reward, backward with its repeated forward passes, the optimizer's step. In turns;
+medians, of CPU seconds where there is no CUDA. `ratio` is bare over step.
+`rewards`: calls of the denoiser and of the trained encoders in one step, for one reward and for three.
+`memory`: peak bytes of the tensors that one gradient makes, by the number of steps with gradients, all other settings
+the same (counted op by op, on any device).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rankdpo_step import WARM_UP, TensorBytes, Turns, keep_freed_memory
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PrinterCallback
+
+from alignkit.commands.specs import build_reward
+from alignkit.diffusion.solvers import ddim_step
+from alignkit.generators import load_generator
+from alignkit.records import texts
+from alignkit.sandbox.captions import prompts
+from alignkit.shipped import model_path
+from alignkit.trainers.data import collate
+from alignkit.trainers.textcraftor import TextCraftorConfig, TextCraftorTrainer
+
+
+def build(chosen: argparse.Namespace, folder: str, rewards: int = 1, **keys: Any) -> TextCraftorTrainer:
+    """A trainer on the sandbox's prompts, with `rewards` copies of one reward."""
+    reward = build_reward("preference", {"model": model_path(chosen.reward)})
+    named = {f"reward_{number}": reward for number in range(rewards)}
+    steps = chosen.repeats + WARM_UP
+    arguments = TextCraftorConfig(
+        output_dir=folder,
+        reward_weights=dict.fromkeys(named, 1.0),
+        sampling_steps=chosen.steps,
+        guidance_scale=chosen.guidance_scale,
+        height=chosen.side,
+        width=chosen.side,
+        tuned_steps="all",
+        max_steps=steps,
+        per_device_train_batch_size=chosen.prompts,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        guard=None,
+        self_check=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        **{"gradient_steps": f"last {chosen.window}", **keys},
+    )
+    generator = load_generator(chosen.model, device=str(arguments.device))
+    trainer = TextCraftorTrainer(generator, arguments, prompts(chosen.prompts * steps, seed=11), rewards=named)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def first_batch(trainer: TextCraftorTrainer) -> dict[str, Any]:
+    """The rows of one step."""
+    return collate([trainer.train_dataset[row] for row in range(trainer.args.train_batch_size)])
+
+
+def bare_step(trainer: TextCraftorTrainer) -> Callable[[], None]:
+    """The calls of a step and nothing else."""
+    generator, args, batch = trainer.generator, trainer.args, first_batch(trainer)
+    words, conditioner, decoding = texts(batch["prompts"]), generator.conditioner, args.decoding
+    shape = generator.latent_shape(args.height, args.width)
+    grid = generator.grid(args.sampling_steps, shape)
+    sources = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+    noise = torch.cat([generator.initial_noise(shape, source) for source in sources]).to(args.device) * grid.start
+    (reward,) = trainer._rewards.rewards.values()  # noqa: SLF001 - the one that it trains on
+    first = args.sampling_steps - len(args.gradient.draw(args.sampling_steps).steps.active or ())
+
+    def step() -> None:
+        with torch.no_grad():
+            base = conditioner(words, reference=True)
+        tuned, x = conditioner(words), noise
+
+        def predict(state: Tensor, index: int) -> Tensor:
+            cond = tuned if index >= first else base
+            return generator.guided(generator.model, state, grid.times(index, state), cond, args.guidance_scale)
+
+        for index in range(len(grid)):
+            with torch.set_grad_enabled(index >= first):
+                repeats = index >= first
+                prediction = checkpoint(predict, x, index, use_reentrant=False) if repeats else predict(x, index)
+            x = ddim_step(generator.prediction, prediction, x, grid, index)
+        (-reward(generator.decode(x, decoding), batch["prompts"]).total.mean()).backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def speed(chosen: argparse.Namespace, folder: str) -> Iterator[dict[str, Any]]:
+    """Seconds of full and bare steps."""
+    trainer = build(chosen, folder)
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # a busy CPU has its own time
+    turns = Turns(lambda: {"bare": bare_step(trainer)}, clock)
+    trainer.add_callback(turns)
+    trainer.train()
+    taken = turns.medians()
+    seconds = {f"{name}_s": round(float(value), 4) for name, value in taken.items()}
+    yield {**seconds, "ratio": round(float(taken["bare"] / taken["step"]), 4)}
+
+
+def rewards(chosen: argparse.Namespace, folder: str) -> Iterator[dict[str, Any]]:
+    """Calls in the forward and backward pass of one step."""
+    for count in (1, 3):
+        trainer, calls = build(chosen, folder, count), {"denoiser": 0, "encoders": 0}
+
+        def note(name: str, calls: dict[str, int] = calls) -> None:
+            calls[name] += 1
+
+        trainer.generator.net.register_forward_hook(lambda *_, note=note: note("denoiser"))
+        trainer.generator.conditioner.register_forward_hook(lambda *_, note=note: note("encoders"))
+        gradient(trainer)
+        yield {"rewards": count, "denoiser_calls": calls["denoiser"], "encoder_calls": calls["encoders"]}
+
+
+def memory(chosen: argparse.Namespace, folder: str) -> Iterator[dict[str, Any]]:
+    """Peak bytes by the number of steps with gradients."""
+    trainer, one = build(chosen, folder), 0
+    for count in sorted({1, 2, chosen.window, chosen.steps}):
+        trainer._estimator = replace(trainer._estimator, steps=f"last {count}")  # noqa: SLF001 - no other trainer
+        with TensorBytes() as counter:
+            gradient(trainer)
+        one = one or counter.peak
+        yield {"differentiated_steps": count, "bytes": counter.peak, "over_one": round(counter.peak / one, 4)}
+
+
+def gradient(trainer: TextCraftorTrainer) -> None:
+    """One forward and backward pass."""
+    trainer.method_loss(trainer.model, first_batch(trainer)).loss.mean().backward()
+    trainer.model.zero_grad()
+
+
+MEASURES = {"speed": speed, "rewards": rewards, "memory": memory}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sandbox:flow")
+    parser.add_argument("--reward", default="sandbox:careful", help="a preference model")
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps of a chain")
+    parser.add_argument("--window", type=int, default=3, help="of them with gradients")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--side", type=int, default=64, help="image size in pixels")
+    parser.add_argument("--guidance_scale", type=float, default=2.5)
+    parser.add_argument("--only", nargs="+", choices=list(MEASURES), default=list(MEASURES))
+    chosen = parser.parse_args()
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in chosen.only:
+            for line in MEASURES[name](chosen, folder):
+                print(json.dumps({"question": name, "settings": vars(chosen), **line}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

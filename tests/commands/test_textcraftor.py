@@ -1,0 +1,81 @@
+"""Tuned text encoders in the verbs: trained, evaluated against their base, named in configs, sized up."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+
+from alignkit import cli
+from alignkit.commands.doctor import memory
+from alignkit.commands.doctor.main import DoctorJob, planned_model, setup_of
+from alignkit.commands.specs import GeneratorSpec, build_generator, load_policy, tuned_spec
+from alignkit.records import Sampling
+
+SIZE = ["--height=16", "--width=16", "--sampling_steps=5", "--guidance_scale=2", "--max_steps=1", "--bf16=false"]
+TRAIN = ["train", "textcraftor", "--rewards.red.reward=mine_for_commands:Red", "--reward_weights.red=1", "--out=mine"]
+TRAIN += ["--per_device_train_batch_size=2", "--guard=null", "--learning_rate=1e-2", *SIZE]
+PROMPTS = ["--prompts.file=prompts.txt", "--prompts.held_out=0"]
+
+
+def test_trained_and_evaluated_with_its_window(work, model_folders, capsys):
+    """The base side is the same model without its tuned encoders."""
+    model = str(model_folders["unet"])
+    assert cli.main([*TRAIN, f"--model={model}", *PROMPTS]) == 0, capsys.readouterr().err
+    result = work / "mine" / "encoder"
+    assert f"--tuned.encoder {result.relative_to(work)}" in capsys.readouterr().out
+    assert json.loads((result / "alignkit.json").read_text())["window"] == [0.4, 1.0]
+    assert (result / "text_encoder" / "config.json").is_file()
+    words = ["evaluate", f"--base.model={model}", f"--tuned.encoder={result}", *PROMPTS, "--out=evaluation"]
+    words += ["--rewards.red.reward=mine_for_commands:Red", "--evaluate.sampling.steps=5"]
+    words += ["--evaluate.sampling.height=16", "--evaluate.sampling.width=16", "--evaluate.sampling.guidance_scale=2"]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    assert (work / "evaluation" / "evaluation.json").is_file()
+
+    base = GeneratorSpec(model=model)
+    tuned = tuned_spec(base, result)
+    assert (tuned.encoder, tuned.adapter, tuned.model) == (result, None, model)
+    assert tuned.identity != base.identity
+    assert GeneratorSpec(model=model, encoder=Path("gone")).absent == ["gone"]
+    sampling = Sampling(steps=5, guidance_scale=2.0, height=16, width=16)
+    images = [one.generate(["a cat"], [1], sampling) for one in (load_policy("a", tuned), build_generator("a", base))]
+    assert not torch.equal(*images)
+    mixed = build_generator("a", replace(base, adapter=result))  # the record is that of a mixture
+    torch.testing.assert_close(mixed.generate(["a cat"], [1], sampling), images[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_direct_variant_takes_a_dataset(work, model_folders, capsys):
+    buffer = io.BytesIO()
+    Image.effect_noise((16, 16), 80).convert("RGB").save(buffer, "PNG")
+    rows = {"prompt": ["a cat", "a dog"], "image": [{"bytes": buffer.getvalue(), "path": None}] * 2}
+    data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
+    data.to_parquet(work / "rows.parquet")
+    words = [*TRAIN, f"--model={model_folders['unet']}", "--variant=direct", "--data=rows.parquet", "--held_out=0"]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    assert (work / "mine" / "encoder" / "text_encoder").is_dir()
+
+
+def test_what_does_not_fit_is_said_in_the_dry_run(work, model_folders, capsys):
+    words = [*TRAIN, f"--model={model_folders['unet']}", *PROMPTS, "--dry-run"]
+    assert cli.main([*words, "--tuned_steps=last 0"]) == 2
+    assert "with at least one step" in capsys.readouterr().err
+    assert cli.main([*words, "--encoders=[text_encoder]", "--full_finetune=false"]) == 0
+    assert "train a LoRA of rank 16 of text_encoder of" in capsys.readouterr().out
+
+
+def test_the_doctor_counts_the_encoders():
+    """All weights of CLIP in float32 with AdamW and the frozen copy; a LoRA on it is next to nothing."""
+    job = DoctorJob(method="textcraftor", model=Path("configs/models/sd15"), full_finetune=True, dtype="float16")
+    model = planned_model(job.model)
+    held = memory.weights(model, setup_of(job, model))
+    clip, net = model.stored("text_encoder"), model.stored("unet")
+    assert (held["trained weights, gradients, AdamW"], held["frozen reference copy"]) == (16 * clip, 4 * clip)
+    assert held["denoiser weights"] == 2 * net
+    less = memory.weights(model, setup_of(replace(job, full_finetune=False), model))
+    assert (less["trained weights, gradients, AdamW"], less["frozen reference copy"]) == (0, 0)
+    assert memory.run_of(setup_of(job, model)).dtype == "float16"

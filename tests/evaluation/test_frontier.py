@@ -1,0 +1,97 @@
+"""The front of mixtures: dominance, hypervolume, attainment and barriers against values worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, simplex, table
+from alignkit.evaluation.frontier_page import _stairs
+from alignkit.evaluation.ladder import ArmResult
+from alignkit.evaluation.results import Evaluation
+from alignkit.evaluation.statistics import Bootstrap, combine_runs
+from alignkit.records import Sampling
+
+REWARDS = ("sharp", "warm")
+EVALUATION = Evaluation("base", "tuned", Sampling(), 3, 2, 0, 0.95, ())
+
+
+def point(space, weights, *runs, name=None):
+    """A point whose gains in run r are the two numbers `runs[r]` for every prompt and seed."""
+    gains = {reward: np.array([np.full((3, 2), run[axis]) for run in runs]) for axis, reward in enumerate(REWARDS)}
+    rewards = {reward: combine_runs(gain, Bootstrap(50)) for reward, gain in gains.items()}
+    label = name or "-".join(map(str, weights))
+    result = ArmResult(label, EVALUATION, rewards, {}, tuple(range(len(runs))), gains)
+    return Point(space, tuple(map(float, weights)), result)
+
+
+@pytest.fixture
+def frontier():
+    """Two members (4, 0) and (0, 4) in two runs; one soup lies on the line in run 0, and below it in run 1."""
+    return Frontier(
+        ["a", "b"],
+        REWARDS,
+        [
+            point(MEMBERS, (1, 0), (4, 0), (4, 0), name="a"),
+            point(MEMBERS, (0, 1), (0, 4), (0, 4), name="b"),
+            point("weights", (0.5, 0.5), (2, 2), (1, 1)),
+            point("prediction", (0.5, 0.5), (3, 3), (3, 3)),
+            point(OTHERS, (0, 0), (-1, 5), name="joint"),
+        ],
+    )
+
+
+def test_what_no_other_point_beats(frontier):
+    assert [one.name for one in frontier.non_dominated()] == ["a", "b", "0.5-0.5", "joint"]
+    assert frontier.non_dominated()[2].space == "prediction"
+    worse = Frontier(["a", "b"], REWARDS, [*frontier.points[:2], point("weights", (0.5, 0.5), (-1, -1))])
+    assert [one.name for one in worse.non_dominated()] == ["a", "b"]
+    below_base = Frontier(["a", "b"], REWARDS, [point(MEMBERS, (1, 0), (-1, -1)), point(MEMBERS, (0, 1), (0, 1))])
+    assert [one.weights for one in below_base.non_dominated()] == [(0.0, 1.0)]
+
+
+def test_hypervolume_of_each_run(frontier):
+    """The reference is (0, 0); the corners (4, 0) and (0, 4) enclose no area, (2, 2) four, (3, 3) nine."""
+    volumes = frontier.hypervolumes()
+    assert volumes["weights"] == pytest.approx([4.0, 1.0])
+    assert volumes["prediction"] == pytest.approx([9.0, 9.0])
+    assert volumes[MEMBERS] == pytest.approx([0.0, 0.0])
+
+
+def test_attainment_of_the_runs(frontier):
+    reached = frontier.attainment("weights")
+    best, all_runs = (sorted(map(tuple, reached[level].tolist())) for level in (0.0, 100.0))
+    assert best == [(0.0, 4.0), (2.0, 2.0), (4.0, 0.0)]
+    assert all_runs == [(0.0, 4.0), (1.0, 1.0), (4.0, 0.0)]
+    assert _stairs(reached[100.0]) == [(0.0, 4.0), (0.0, 1.0), (1.0, 1.0), (1.0, 0.0), (4.0, 0.0)]
+    one_run = Frontier(["a", "b"], REWARDS, [point(MEMBERS, (1, 0), (4, 0)), point(MEMBERS, (0, 1), (0, 4))])
+    assert one_run.attainment("weights") == {}
+
+
+def test_barriers_to_the_straight_line(frontier):
+    """At (0.5, 0.5) the line is at (2, 2): the soup is 0 and 1 below it in the two runs, predictions 1 above it."""
+    found = {(one.space, one.reward): one for one in frontier.barriers()}
+    assert set(found) == {(space, reward) for space in ("weights", "prediction") for reward in REWARDS}
+    soup = found["weights", "sharp"]
+    assert soup.height.runs == pytest.approx((0.0, 1.0))
+    assert soup.ends == ("a", "b")
+    assert found["prediction", "warm"].height.gain.mean == pytest.approx(-1.0)
+    lopsided = Frontier(["a", "b"], REWARDS, [*frontier.points[:2], point("weights", (0.25, 0.75), (1, 2), (1, 2))])
+    heights = {one.reward: one.height.gain.mean for one in lopsided.barriers()}
+    assert heights == pytest.approx({"sharp": 0.0, "warm": 1.0})
+
+
+def test_the_page_of_numbers(frontier):
+    page = table(frontier, title="Two tastes", settings=["command: none"])
+    lines = page.replace("\\", "").splitlines()
+    assert any(line.startswith("| weights | 0.5-0.5 |  | +1.500 [") for line in lines)
+    assert "| others | joint | yes | -1.000 [-1.000, -1.000] | +5.000 [+5.000, +5.000] |" in lines
+    assert "| weights | 4, 1 |" in lines
+    assert sum("| a and b |" in line for line in lines) == 4
+
+
+def test_weights_on_the_simplex():
+    assert simplex(2, 4) == [(1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.0, 1.0)]
+    assert len(simplex(3, 4)) == 15
+    assert all(sum(weights) == pytest.approx(1) for weights in simplex(3, 7))
+    assert simplex(3, 1) == [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
