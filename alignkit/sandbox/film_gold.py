@@ -273,6 +273,19 @@ class FilmGoldReward:
         parts = dict(zip(rows[0], columns, strict=True))
         return Scores(parts.pop("total"), parts)
 
+    def score_segments(
+        self, media: Tensor, prompts: Sequence[Prompt], segments: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[list[float]]:
+        """Mean graded score of the frames [start, end) of each clip's segments; motion does not count. Raises as above.
+
+        See `alignkit.protocols.SegmentScoring`.
+        """
+        found = []
+        for clip, prompt, own in zip(_clips(media, prompts), prompts, segments, strict=True):
+            scores = read(clip, parse(prompt.text)).scores
+            found.append([float(scores[start:end].mean()) for start, end in own])
+        return found
+
 
 def _parts(clip: NDArray[np.float32], spec: FilmSpec) -> dict[str, float]:
     """The verdict `total` on a clip, and its parts."""
