@@ -259,3 +259,28 @@ def test_rounded_products_are_those_of_bfloat16_inputs(benchmarks):
         x.bfloat16().float(), conv.weight.bfloat16().float(), conv.bias.bfloat16().float()
     )
     assert torch.equal(ours[0], exact.bfloat16())
+
+
+def test_dense_steps_and_pairs_are_measured_beside_bare_calls(benchmarks, monkeypatch, capsys):
+    """All three cases run at their smallest; the ratios of so short runs mean nothing."""
+    script = importlib.import_module("dense_step")
+    words = [
+        "--pairs",
+        "1",
+        "--frames",
+        "5",
+        "--side",
+        "16",
+        "--repeats",
+        "1",
+        "--steps",
+        "2",
+        "--only",
+        "step",
+        "pairs",
+    ]
+    monkeypatch.setattr(sys, "argv", ["dense_step.py", *words])
+    script.main()
+    lines = {line["case"]: line for line in map(json.loads, capsys.readouterr().out.splitlines()[-2:])}
+    assert min(lines[name]["ratio"] for name in ("step", "pairs")) > 0
+    assert script.peak_of_stage(2, 16) > 0

@@ -36,7 +36,12 @@ def test_votes_outlive_the_program(pairs, tmp_path, end):
     """Killed right after the answer; an interrupt is the usual end, with a summary."""
     words = ["annotate", "--pairs", str(pairs), "--out", str(tmp_path), "--port", "0", "--annotator", "anna"]
     program = subprocess.Popen(
-        [sys.executable, "-m", "alignkit", *words], stdout=subprocess.PIPE, text=True, env={**os.environ}
+        [sys.executable, "-m", "alignkit", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+        # A job in a shell's background ignores interrupts, and so would the program.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:
         line = program.stdout.readline()
@@ -44,9 +49,11 @@ def test_votes_outlive_the_program(pairs, tmp_path, end):
         assert line.startswith("1 pairs, 4 segments; open ")
         (pair,) = ask(f"{url}api/session?annotator=anna")["pairs"]
         assert ask(f"{url}api/vote", {"annotator": "anna", "pair": pair["id"], "segment": 2, "choice": "tie"}) == {}
-    finally:
         program.send_signal(end)
-    told, _ = program.communicate(timeout=60)
+        told, _ = program.communicate(timeout=60)
+    finally:
+        program.kill()
+        program.communicate()
     (vote,) = read_votes(tmp_path)
     assert (vote.place, vote.label, vote.labeller) == ((pair["id"], 2), 0, "anna")
     if end == signal.SIGINT:
