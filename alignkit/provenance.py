@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from alignkit.claims import CONTENT, claim
+from alignkit.claims import CONTENT, claim, claimed
 from alignkit.config import init_fields, is_trainer_config, own_keys
 from alignkit.errors import DataError
 from alignkit.shipped import model_path
@@ -86,11 +86,33 @@ def claim_config(
 ) -> None:
     """Claim `folder` for what is `comparable` of `config`; sections in `free` may differ.
 
+    A key that the record of an earlier version lacks is no difference while it stands at its default.
     `advice` says by the key of a setting ("train.max_steps") how else to get what a changed value asks for. Raises
     ResumeError with the differences when results in the folder were made with another config.
     """
     ways = {f"config.{name}": way for name, way in (advice or {}).items()}
-    claim(folder, {"config": comparable(config)}, free={f"config.{name}" for name in free}, advice=ways)
+    new = _new_keys(claimed(folder).get("config", {}), config, "config")
+    claim(folder, {"config": comparable(config)}, free={*new, *(f"config.{name}" for name in free)}, advice=ways)
+
+
+def _new_keys(known: Any, value: Any, key: str) -> Iterator[str]:
+    """Dotted keys of configs in `value` that stand at their default and that `known`, an earlier record, lacks."""
+    if isinstance(value, list | tuple) and isinstance(known, list):
+        for index, pair in enumerate(zip(known, value, strict=False)):
+            yield from _new_keys(*pair, f"{key}[{index}]")
+    if not isinstance(known, Mapping):
+        return
+    is_config = is_dataclass(value) and not isinstance(value, type)
+    parts = vars_of(value) if is_config else value if isinstance(value, Mapping) else {}
+    for name, part in parts.items():
+        if name in known:
+            yield from _new_keys(known[name], part, f"{key}.{name}")
+        elif is_config:
+            field = init_fields(value)[name]
+            makes = field.default_factory is not MISSING
+            default = field.default_factory() if makes else field.default  # type: ignore[misc]
+            if part == default:
+                yield f"{key}.{name}"
 
 
 # Keys of a config that say where results go, and keys of a trainer that change no result.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,37 @@ def test_sections_that_nothing_was_made_with_may_change(tmp_path):
     with pytest.raises(ResumeError, match="names"):
         write_resolved(tmp_path, Job(names=("a",)), free={"train"})
     assert "rate: 0.2" in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+
+
+@dataclass
+class Newer(Job):
+    """`Job` of a later version: with new keys in all places."""
+
+    @dataclass
+    class Source(Section):
+        steps: int = 8
+
+    limit: int = 3
+    sources: list[Source] = field(default_factory=list)
+    by_name: dict[str, Source] = field(default_factory=dict)
+
+
+def test_new_keys_at_their_defaults_do_not_refuse_an_earlier_folder(tmp_path):
+    made = Newer(sources=[Newer.Source()], by_name={"one": Newer.Source()})
+    write_resolved(tmp_path, made)
+    (tmp_path / "result").write_bytes(b"x")
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    config = record["config"]
+    for section, key in ((config, "limit"), (config["sources"][0], "steps"), (config["by_name"]["one"], "steps")):
+        del section[key]
+    earlier = json.dumps(record)
+    (tmp_path / "run.json").write_text(earlier, encoding="utf-8")
+    write_resolved(tmp_path, made)
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["config"]["limit"] == 3
+    for changed in (replace(made, limit=4), replace(made, sources=[Newer.Source(steps=9)])):
+        (tmp_path / "run.json").write_text(earlier, encoding="utf-8")
+        with pytest.raises(ResumeError, match=r"(limit: null -> 4|sources\[0\].steps: null -> 9)"):
+            write_resolved(tmp_path, changed)
 
 
 def test_a_trainers_defaults_are_left_out_and_the_state_of_a_training_stays(tmp_path):
