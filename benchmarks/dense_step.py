@@ -1,4 +1,4 @@
-"""What DenseDPO costs beside the bare calls that it needs: a training step, and a pair of clips. JSON lines.
+"""Cost of a DenseDPO training step, and of a pair of clips, compared with the bare calls that they need. JSON lines.
 
     python benchmarks/dense_step.py [--model FOLDER] [--pairs 2] [--frames 17] [--side 32] [--repeats 9] [--steps 8]
         [--only step pairs memory] [--rows 1000 10000]
@@ -139,7 +139,7 @@ class Timed:
         self._since = 0.0
 
     def make(self, request: PairRequest, clip: np.ndarray | None) -> Pair:
-        """A pair; the stage's time is from the end of the bare calls before to the end of this one."""
+        """A pair; the time of the stage counts from the end of the earlier bare calls to the end of this pair."""
         pair = self.maker.make(request, clip)
         if self._since:
             self.taken["stage"].append(time.perf_counter() - self._since)

@@ -1,4 +1,4 @@
-"""What a TextCraftor step costs beside the bare calls it needs, and what its window costs. JSON lines.
+"""Cost of a TextCraftor step, compared with the bare calls that it needs, and cost of its window. JSON lines.
 
     python benchmarks/textcraftor_step.py [--model sandbox:flow] [--prompts 2] [--steps 8] [--window 3] [--repeats 7]
         [--side 64] [--guidance_scale 2.5] [--only speed rewards memory]

@@ -24,7 +24,7 @@ from rewards.serving.judge import RewardJudge
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Judges of the table are told that they get clips, and to look at every frame that they are given.
+# Options of the table's judges: their media are clips, and they read every frame that they get.
 _CLIPS: dict[str, dict[str, Any]] = {"served": {"modality": "video", "frames": 1024}, "vlm": {"modality": "video"}}
 
 Place = tuple[int, int]  # pair, segment

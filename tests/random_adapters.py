@@ -13,3 +13,12 @@ def stir(module: nn.Module, size: float = 0.3) -> None:
         for name, parameter in module.named_parameters():
             if "lora_" in name:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=rng))
+
+
+def shake(module: nn.Module, seed: int, size: float = 0.3, only: str = "") -> None:
+    """Add random numbers to the weights of `module` whose names contain `only`."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if only in name:
+                parameter.add_(size * torch.randn(parameter.shape, generator=rng))

@@ -80,7 +80,7 @@ def texts_of_first_step(
             generator.generate(prompts, seeds, sampling)
         except _FirstStepEndedError:
             return calls
-    raise AdapterError(f"'{generator.name}' never calls its scheduler, so its steps cannot be told apart")
+    raise AdapterError(f"'{generator.name}' never calls its scheduler, so its steps cannot be counted")
 
 
 @contextmanager

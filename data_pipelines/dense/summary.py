@@ -65,7 +65,7 @@ class Labelled:
         faults = []
         for pair in self.index.pairs.values():
             if pair.id not in self.labels:
-                reason = "; ".join(reasons[pair.id].values()) or "nobody has labelled it"
+                reason = "; ".join(reasons[pair.id].values()) or "no labeller has labelled it"
                 faults.append({"pair": pair.id, "source_id": pair.source_id, "reason": reason})
         return faults
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import moving_pairs
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -104,3 +105,11 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     return World()
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory):
+    """Four pairs in two files, with videos and previews; no test changes it."""
+    out = tmp_path_factory.mktemp("pairs")
+    moving_pairs.write(out, 4, videos=True, previews=True)
+    return out

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_adapters import shake
 from tiny_families import FAMILIES
 
 from alignkit.adapters.mixture import FILE, MemberRecord, Mixture, Window, read_mixture, write_mixture
@@ -35,14 +36,6 @@ def told(family, steps=STEPS):
 def job(family):
     count = 1 if FAMILIES[family].alone else 2
     return PROMPTS[:count], SEEDS[:count], told(family)
-
-
-def shake(module, seed, size=0.3, only=""):
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if only in name:
-                parameter.add_(size * torch.randn(parameter.shape, generator=rng))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
+from random_adapters import shake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES
@@ -27,14 +28,6 @@ CLOSE = 1e-4  # largest pixel difference, float32
 def draw(generator, family, steps=2):
     side = FAMILIES[family].side
     return generator.generate(PROMPTS, SEEDS, Sampling(steps=steps, guidance_scale=3.0, height=side, width=side))
-
-
-def shake(module, seed, size=0.3, only=""):
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if only in name:
-                parameter.add_(size * torch.randn(parameter.shape, generator=rng))
 
 
 def soup(*words):
