@@ -119,7 +119,7 @@ class FrontierJob:
         return held_out[: self.evaluate_prompts]
 
     def folder(self, space: str, name: str, seed: int) -> Path:
-        """Where one point of one training seed lives."""
+        """The folder of one point of one training seed."""
         return self.out / "points" / space / name / f"seed-{seed}"
 
 

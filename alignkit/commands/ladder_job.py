@@ -153,11 +153,11 @@ class LadderJob(PolicyJob):
         return shares.evaluation[max(0, self.evaluate_from - len(shares.validation)) :][: self.evaluate_prompts]
 
     def folder(self, arm: str, seed: int) -> Path:
-        """Where an arm's training with one seed lives."""
+        """The folder of an arm's training with one seed."""
         return self.out / "arms" / arm / f"seed-{seed}"
 
     def evaluation(self, arm: str, seed: int, scale: float) -> Path:
-        """Where the comparison at one guidance scale lives."""
+        """The folder of the comparison at one guidance scale."""
         is_first = scale == self.evaluate.sampling.guidance_scale
         return self.folder(arm, seed) / ("evaluation" if is_first else f"evaluation-guidance-{scale:g}")
 

@@ -56,6 +56,10 @@ def test_hypervolume_of_each_run(frontier):
     assert volumes["weights"] == pytest.approx([4.0, 1.0])
     assert volumes["prediction"] == pytest.approx([9.0, 9.0])
     assert volumes[MEMBERS] == pytest.approx([0.0, 0.0])
+    better = Frontier(["a", "b"], REWARDS, [point(MEMBERS, (1, 0), (3, 1)), point(MEMBERS, (0, 1), (1, 3))])
+    assert better.hypervolumes()[MEMBERS] == pytest.approx([5.0])  # from the base, not from the lowest gain
+    worse = Frontier(["a", "b"], REWARDS, [point(MEMBERS, (1, 0), (2, -1)), point(MEMBERS, (0, 1), (-1, 2))])
+    assert worse.hypervolumes()[MEMBERS] == pytest.approx([0.0])
 
 
 def test_attainment_of_the_runs(frontier):
