@@ -180,9 +180,14 @@ def test_a_damaged_part_is_written_again_without_asking(pairs, tmp_path):
     assert not idle.seen
     assert bytes_of(tmp_path / "out") == before
     path = pairs / "data" / "part-00000.parquet"
-    path.write_bytes(path.read_bytes()[:-1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
     with pytest.raises(DataError, match="part-00000"):
         run(pairs, tmp_path / "other")
+    start = whole.index(b"caption")  # the file still opens
+    path.write_bytes(whole[:start] + b"Caption" + whole[start + 7 :])
+    with pytest.raises(DataError, match=r"part-00000\.parquet' .*run the stage that made it again"):
+        run(pairs, tmp_path / "another")
 
 
 def test_garbage_is_counted_and_not_asked_again(tmp_path):
