@@ -88,8 +88,8 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner() -> Any:
-    paths = json.dumps([str(HERE), str(HERE.parents[1])])
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    paths = json.dumps([str(HERE), str(HERE.parent), str(HERE.parents[1])])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", CHILD, paths], **pipes) as process:
         yield Runner(process)
         process.stdin.close()
