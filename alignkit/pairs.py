@@ -8,7 +8,7 @@ which clip of a pair is better in each segment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EtaMeaning = Literal["sigma", "step_index"]
+
+
+@dataclass(frozen=True, slots=True)
+class RealVideo:
+    """A captioned video that a function makes: `id` is its name, `read()` gives the bytes of its file."""
+
+    id: str
+    caption: str
+    read: Callable[[], bytes]
 
 
 @dataclass(frozen=True, slots=True)

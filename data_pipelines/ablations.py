@@ -1,6 +1,6 @@
-"""The same ranked rows seen otherwise, for ablations: labels shuffled, or one generator's candidates alone.
+"""The same rows seen otherwise, for ablations: labels shuffled, one generator's candidates alone, or fewer rows.
 
-Pure functions of a `datasets.Dataset` with the ranked columns; nothing is written.
+Pure functions of a `datasets.Dataset`; nothing is written.
 """
 
 from __future__ import annotations
@@ -26,6 +26,29 @@ def shuffled_labels(rows: datasets.Dataset, seed: int) -> datasets.Dataset:
         rng = np.random.default_rng(derive_seed("shuffled", seed, prompt_id))
         phi.append(list(rng.permutation(values)))
     return rows.remove_columns("phi").add_column("phi", phi)
+
+
+def shuffled_segments(rows: datasets.Dataset, seed: int) -> datasets.Dataset:
+    """The labels of pairs of clips permuted among the pairs that have as many segments: the control of the dense loss.
+
+    A pair gets all labels of another pair, so ties and runs of equal labels stay as they are. The permutation comes
+    from `seed`.
+    """
+    labels = rows["labels"][:]
+    lengths = np.array([len(own) for own in labels])
+    rng = np.random.default_rng(derive_seed("shuffled-segments", seed))
+    shuffled = [*labels]
+    for length in np.unique(lengths):
+        places = np.flatnonzero(lengths == length)
+        for place, source in zip(places, rng.permutation(places), strict=True):
+            shuffled[place] = labels[source]
+    return rows.remove_columns("labels").add_column("labels", shuffled)
+
+
+def first_share(rows: Any, share: float) -> Any:
+    """The first rows (or prompts), as many as the share in (0, 1] of all, at least one."""
+    count = max(1, round(share * len(rows)))
+    return rows[:count] if isinstance(rows, list | tuple) else rows.select(range(count))
 
 
 def own_candidates(rows: datasets.Dataset, generator: str) -> datasets.Dataset:

@@ -18,6 +18,7 @@ from alignkit.protocols import Reporting
 from alignkit.provenance import vars_of, write_config
 from alignkit.resolve import construct, require_known, resolve
 from alignkit.shipped import shipped_file
+from alignkit.storage import StageResult
 from alignkit.trainers import METHODS
 from data_pipelines.dense import LabelConfig, label_pairs
 from data_pipelines.dense.votes import VOTES
@@ -77,19 +78,63 @@ class LabellerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelJob(LabelConfig):
+class LabelStage(LabelConfig):
+    """What labels pairs, and how votes become labels.
+
+    labellers: what votes on the segments, by a name of your choice, which is also that of its file of votes.
+    votes: folders with votes of others, such as those of `alignkit annotate`; alone they make the labels.
+    """
+
+    labellers: Mapping[str, LabellerSpec] = field(default_factory=dict)
+    votes: Sequence[Path] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """Lines of a dry run about files that are not there yet."""
+        lines = [f"NOT THERE YET: {path} (votes {n})" for n, path in enumerate(self.votes) if not path.exists()]
+        for name, spec in self.labellers.items():
+            lines += [f"NOT THERE YET: {path} (labeller '{name}')" for path in spec.absent]
+        return lines
+
+    @property
+    def voters(self) -> list[str]:
+        """What votes, in words."""
+        return [*self.labellers, *(f"the votes in {path / VOTES}" for path in self.votes)]
+
+    def make(self, pairs: Path, generator: GeneratorSpec | None, out: Path) -> StageResult:
+        """The pairs of the folder `pairs` with labels in the folder `out`; `generator` decodes those without videos.
+
+        Prints what labellers report.
+        """
+        values = vars_of(self)
+        config = LabelConfig(**{name: values[name] for name in init_fields(LabelConfig)})
+        builders = {name: functools.cache(spec.build) for name, spec in self.labellers.items()}
+        result = label_pairs(
+            pairs,
+            config,
+            out,
+            build_labellers=builders,
+            identities={name: spec.identity for name, spec in self.labellers.items()},
+            votes_dirs=self.votes,
+            build_decoder=functools.partial(build_maker, generator) if generator else None,
+        )
+        for name, build in builders.items():
+            labeller = build() if build.cache_info().currsize else None
+            if isinstance(labeller, Reporting) and (report := str(labeller.report())):
+                print(f"{name}: {report}")
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelJob(LabelStage):
     """Label pairs of clips.
 
     pairs: the folder that `alignkit dense-pairs` wrote; it is only read.
-    labellers: what votes on the segments, by a name of your choice, which is also that of its file of votes.
-    votes: folders with votes of others, such as those of `alignkit annotate`; alone they make the labels.
     generator: the model that made the pairs; decodes those that have no videos.
     out: the folder of the labelled pairs and of all votes; run again, it continues.
     """
 
     pairs: Path
-    labellers: Mapping[str, LabellerSpec] = field(default_factory=dict)
-    votes: Sequence[Path] = ()
     generator: GeneratorSpec | None = None
     out: Path
 
@@ -100,45 +145,21 @@ class LabelJob(LabelConfig):
         if self.out.resolve() == self.pairs.resolve():
             raise ConfigError(f"out is '{self.out}', the folder of the pairs, which is only read; give another folder")
 
-    @property
-    def label(self) -> LabelConfig:
-        """The keys of the labels alone."""
-        values = vars_of(self)
-        return LabelConfig(**{name: values[name] for name in init_fields(LabelConfig)})
-
 
 def _plan(job: LabelJob) -> list[str]:
-    paths = {"pairs": job.pairs, **{f"votes {number}": path for number, path in enumerate(job.votes)}}
-    missing = [f"NOT THERE YET: {path} ({key})" for key, path in paths.items() if not path.exists()]
-    missing += [
-        f"NOT THERE YET: {path} (labeller '{name}')" for name, spec in job.labellers.items() for path in spec.absent
-    ]
-    absent = absences({"generator": job.generator} if job.generator else {})
-    voters = [*job.labellers, *(f"the votes in {path / VOTES}" for path in job.votes)]
+    missing = [] if job.pairs.exists() else [f"NOT THERE YET: {job.pairs} (pairs)"]
     return [
-        *absent,
+        *absences({"generator": job.generator} if job.generator else {}),
         *missing,
-        f"label the segments of the pairs in {job.pairs} with {', '.join(voters)} into {job.out}",
+        *job.missing,
+        f"label the segments of the pairs in {job.pairs} with {', '.join(job.voters)} into {job.out}",
     ]
 
 
 def _work(job: LabelJob) -> None:
-    builders = {name: functools.cache(spec.build) for name, spec in job.labellers.items()}
-    result = label_pairs(
-        job.pairs,
-        job.label,
-        job.out,
-        build_labellers=builders,
-        identities={name: spec.identity for name, spec in job.labellers.items()},
-        votes_dirs=job.votes,
-        build_decoder=functools.partial(build_maker, job.generator) if job.generator else None,
-    )
+    result = job.make(job.pairs, job.generator, job.out)
     write_config(job.out, job)
     print(f"{result.rows} labelled pairs in {result.folder}: {counts_line(result.counts)}")
-    for name, build in builders.items():
-        labeller = build() if build.cache_info().currsize else None
-        if isinstance(labeller, Reporting) and (report := str(labeller.report())):
-            print(f"{name}: {report}")
     method = next(name for name, method in METHODS.items() if method.data == "dense")
     print(f"statistics: {job.out / 'manifest.json'}")
     print(f"next: alignkit train {method} --data {job.out} --model MODEL --out OUT")

@@ -2,8 +2,9 @@
 
     DATA/candidates  scores  ranked     Syn-Pic, made once, where an arm trains on ranked candidates
     DATA/aspects                        questions, where an arm trains on those
+    DATA/pairs  labels                  pairs of clips and their labels, where an arm trains on those
     DATA/base  cache                    the base side, latents and reference errors, shared by all arms
-    OUT/arms/NAME/aspects               the questions of an arm that has its own writer
+    OUT/arms/NAME/aspects pairs labels  data of an arm that has a writer, pairs or labels of its own
     OUT/arms/NAME/seed-S                a training, its adapter and its evaluation
 
 Arms are trained in worker processes, each on its share of the cores; a finished arm is recognised, so the command may
@@ -28,12 +29,13 @@ from typing import Any
 from tqdm import tqdm
 
 from alignkit.claims import claim, holds_results
-from alignkit.commands.data import PromptShares, SynPicJob, TrainingData
+from alignkit.commands.data import SynPicJob
 from alignkit.commands.ladder_job import ArmConfig, LadderJob
 from alignkit.commands.methods import config_class, unchecked_methods
 from alignkit.commands.specs import absences, tuned_spec
 from alignkit.commands.stages import compare, fit
 from alignkit.commands.trainer_keys import require_guard, trained_frames, trained_rewards
+from alignkit.commands.training_data import PromptShares, TrainingData
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError
@@ -114,12 +116,16 @@ def run_arm(job: LadderJob, shares: PromptShares, data: TrainingData, name: str,
 
 
 def _rows(rows: Any, *, arm: ArmConfig, seed: int, policy: str) -> Any:
-    """The ranked rows as the arm sees them."""
-    from data_pipelines.ablations import own_candidates, shuffled_labels
+    """The training rows as the arm sees them."""
+    from data_pipelines.ablations import first_share, own_candidates, shuffled_labels, shuffled_segments
 
     if arm.own_samples:
         rows = own_candidates(rows, policy)
-    return shuffled_labels(rows, seed) if arm.labels == "random" else rows
+    if arm.share < 1:
+        rows = first_share(rows, arm.share)
+    if arm.labels == "ranked":
+        return rows
+    return shuffled_labels(rows, seed) if "phi" in rows.column_names else shuffled_segments(rows, seed)
 
 
 def _plan(job: LadderJob) -> list[str]:
@@ -201,10 +207,14 @@ def _settings(job: LadderJob, data: Mapping[str, TrainingData], argv: Sequence[s
 
 
 def _words(arm: ArmConfig) -> str:
-    writer = f", questions: {to_code(json.dumps(dict(arm.writer.options)))}" if arm.writer else ""
-    labels = ", random labels" if arm.labels == "random" else ""
-    own = ", own samples only" if arm.own_samples else ""
-    return f"{to_markdown(arm.method)}{labels}{own}{writer}, {to_code(json.dumps(dict(arm.train)))}"
+    parts = [to_markdown(arm.method)]
+    parts += ["random labels"] if arm.labels == "random" else []
+    parts += ["own samples only"] if arm.own_samples else []
+    parts += [f"{arm.share:.0%} of the rows"] if arm.share < 1 else []
+    parts += [f"questions: {to_code(json.dumps(dict(arm.writer.options)))}"] if arm.writer else []
+    parts += [f"pairs: {to_code(json.dumps(dict(arm.pairs)))}"] if arm.pairs else []
+    parts += [f"labels by {to_markdown(', '.join(arm.label.voters))}"] if arm.label else []
+    return ", ".join([*parts, to_code(json.dumps(dict(arm.train)))])
 
 
 def die_with_parent() -> None:

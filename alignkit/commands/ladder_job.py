@@ -7,37 +7,61 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from alignkit.commands.data import PolicyJob, PromptShares, QuestionsJob, SynPicJob, data_kind
-from alignkit.commands.methods import DEFAULT_METHOD
+from alignkit.commands.data import DATA, data_kind
+from alignkit.commands.dense_job import DenseJob
+from alignkit.commands.dense_pairs import ClipsConfig, PairStage
+from alignkit.commands.label import LabelStage
+from alignkit.commands.methods import DEFAULT_METHOD, find_method
+from alignkit.commands.policy_job import PolicyJob
 from alignkit.commands.specs import ValidationConfig
+from alignkit.commands.training_data import PromptShares
 from alignkit.commands.writers import WriterSpec
-from alignkit.config import init_fields
+from alignkit.config import init_fields, load
 from alignkit.errors import ConfigError, require_at_least
 from alignkit.evaluation.paired import EvaluateConfig
+from alignkit.provenance import plain
 from alignkit.records import Prompt
 from data_pipelines.aspects import AspectsConfig
 from data_pipelines.synpic import GenerateConfig, RankConfig, ScoreConfig
 
 SET_BY_LADDER = {"out", "output_dir", "cache_dir", "seed", "noise_seed"}  # trainer keys
+OPTION_OF = {  # options of an arm that only some kinds of data have
+    "labels": ("ranked", "dense"),
+    "own_samples": ("ranked",),
+    "writer": ("aspects",),
+    "pairs": ("dense",),
+    "label": ("dense",),
+}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ArmConfig:
     """One way of learning.
 
     method: a training method: a name that `alignkit --help` lists after `train`, or one of your own. Its data must be
-        of a kind that is made here: ranked candidates, prompts with questions, or prompts alone.
-    labels: ranked, or random (each prompt's phi shuffled among its candidates: the control).
+        of a kind that is made here.
+    labels: ranked, or random (the control): each prompt's phi shuffled among its candidates, or the labels of pairs of
+        clips shuffled among the pairs.
+    share: share of the training rows that the arm gets, the same ones for every seed.
     own_samples: learn from the policy's own candidates only.
     writer: what writes the questions of this arm (default: the ladder's writer).
+    pairs: keys of `pairs` on top of the ladder's, for pairs of clips of this arm's own.
+    label: keys of `label` in place of the ladder's, for labels of this arm's own.
     train: trainer keys on top of the ladder's; each must be a key of this arm's method.
     """
 
     method: str = DEFAULT_METHOD
     labels: Literal["ranked", "random"] = "ranked"
     own_samples: bool = False
+    share: float = 1.0
     writer: WriterSpec | None = None
+    pairs: Mapping[str, Any] = field(default_factory=dict)
+    label: LabelStage | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share is {self.share}; it must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +75,9 @@ class LadderJob(PolicyJob):
     rank: how scores become rankings.
     writer: what writes the questions, for arms that train on those.
     aspects: which questions are written, and how.
+    clips: where real videos come from, for arms that train on pairs of clips.
+    pairs: which pairs are made of them, by the policy, and how they are sampled.
+    label: what labels their segments.
     arms: the ways of learning, by name.
     training_seeds: each arm is trained with each of them (LoRA start, order, noise, shuffled labels).
     train: trainer keys that all arms share. An arm leaves out those that its method does not have and another arm's
@@ -72,6 +99,9 @@ class LadderJob(PolicyJob):
     rank: RankConfig = field(default_factory=RankConfig)
     writer: WriterSpec = field(default_factory=WriterSpec)
     aspects: AspectsConfig = field(default_factory=AspectsConfig)
+    clips: ClipsConfig | None = None
+    pairs: PairStage | None = None
+    label: LabelStage | None = None
     arms: Mapping[str, ArmConfig]
     training_seeds: Sequence[int] = (0, 1, 2)
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -110,26 +140,33 @@ class LadderJob(PolicyJob):
     def data_job(self, name: str) -> PolicyJob:
         """What makes an arm's training data: a job with the ladder's sections for that kind of data.
 
-        Raises ConfigError where the kind is not made here, or a section that it needs is missing.
+        Raises ConfigError where a section that it needs is missing, or an option of the arm is for another kind.
         """
-        arm = self.arms[name]
+        arm, kind = self.arms[name], find_method(self.arms[name].method).data
         made = data_kind(arm.method).made
-        if made is None:
-            raise ConfigError(
-                f"arms.{name}: method '{arm.method}' trains on other data; a ladder makes ranked candidates, questions "
-                "and prompts"
-            )
-        if made is not SynPicJob and (arm.labels == "random" or arm.own_samples):
-            raise ConfigError(f"arms.{name}: labels and own_samples are for arms that train on ranked candidates")
-        sections = {key: vars(self)[key] for key in init_fields(made)} | {"out": self.shared}
+        for key, kinds in OPTION_OF.items():
+            if vars(arm)[key] != vars(ArmConfig())[key] and kind not in kinds:
+                meant = " or ".join(DATA[one].meaning for one in kinds)
+                raise ConfigError(f"arms.{name}: {key} is for arms that train on {meant}; '{arm.method}' does not")
+        sections = {key: vars(self)[key] for key in init_fields(made) if key in vars(self)} | {"out": self.shared}
+        sections |= {} if arm.label is None else {"label": arm.label}
         missing = [key for key, section in sections.items() if section is None and key != "gold"]
         if missing:
             raise ConfigError(f"arms.{name}: method '{arm.method}' needs the sections {' and '.join(missing)}")
+        sections |= {"pairs_folder": self.shared / "pairs"} if made is DenseJob else {}
         if arm.writer is not None:
-            if made is not QuestionsJob:
-                raise ConfigError(f"arms.{name}: writer is for arms that train on prompts with questions")
-            sections |= {"writer": arm.writer, "out": self.out / "arms" / name}
+            sections["writer"] = arm.writer
+        if arm.pairs:
+            sections |= {"pairs": self._pairs_of(name), "pairs_folder": None}
+        if arm.writer or arm.pairs or arm.label:
+            sections["out"] = self.out / "arms" / name
         return made(**sections)
+
+    def _pairs_of(self, name: str) -> PairStage:
+        try:
+            return load(PairStage, base={**plain(self.pairs), **self.arms[name].pairs})
+        except ConfigError as error:
+            raise ConfigError(f"arms.{name}: pairs: {error}") from error
 
     @property
     def shared(self) -> Path:

@@ -3,12 +3,13 @@
     OUT/config.yaml  versions.json      what it was made with; another config is refused
     OUT/candidates   scores   ranked    Syn-Pic, where the method trains on ranked data that is made here
     OUT/aspects  aspects_heldout        questions, where the method trains on those and they are written here
+    OUT/pairs        OUT/labels         pairs of clips and their labels, where the method trains on those
     OUT/train        OUT/train/adapter  training and its result
     OUT/evaluation   OUT/report.html    base against tuned
 
 Which sections say where the training data comes from depends on the method (`data.DATA`): generate, score and rank;
-writer and aspects; or `data`, an existing dataset; or none, for a method that trains on prompts alone. Each stage
-recognises what is finished and does the rest. Deliberately not here: any stage.
+writer and aspects; clips, pairs and label; or `data`, an existing dataset; or none, for a method that trains on prompts
+alone. Each stage recognises what is finished and does the rest. Deliberately not here: any stage.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.claims import holds_results
-from alignkit.commands.data import PolicyJob, data_sections
+from alignkit.commands.data import data_sections
 from alignkit.commands.methods import DEFAULT_METHOD, more_help, unchecked_methods, with_trainer
+from alignkit.commands.policy_job import PolicyJob
 from alignkit.commands.report import ReportJob, gather
 from alignkit.commands.specs import (
     JudgeSpec,
@@ -156,7 +158,12 @@ def _work(job: Any) -> None:
     print(f"  alignkit run --config {job.out / 'config.yaml'} --out {job.out}-2 --train.learning_rate {rate}")
 
 
-_STAGES = ("candidates", "scores", "ranked", "aspects", "aspects_heldout", "train", "evaluation")
+_STAGES = (
+    *("candidates", "scores", "ranked"),
+    *("aspects", "aspects_heldout"),
+    *("pairs", "labels"),
+    *("train", "evaluation"),
+)
 
 
 def _free(out: Path) -> set[str]:
@@ -169,7 +176,9 @@ def _free(out: Path) -> set[str]:
         "ranked": {"rank"},
         "aspects": {"writer", "aspects"},
         "aspects_heldout": {"writer", "aspects"},
-        "train": {"method", "data", "train", "validation"},
+        "pairs": {"clips", "pairs"},
+        "labels": {"label"},
+        "train": {"method", "data", "train", "validation", "held_out_pairs"},
         "evaluation": {"evaluate", "evaluate_prompts", "gold"},
     }
     free.update(*(names for stage, names in sections.items() if not has[stage]))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.adapters.mixture import is_mixture
 from alignkit.claims import claim, claimed
-from alignkit.commands.data import TrainingData
 from alignkit.commands.methods import trainer_class
 from alignkit.commands.specs import (
     GeneratorSpec,
@@ -25,6 +24,7 @@ from alignkit.commands.specs import (
     identities,
     load_policy,
 )
+from alignkit.commands.training_data import TrainingData
 from alignkit.commands.verb import finished, mark_finished, mark_unfinished
 from alignkit.errors import ResumeError, StorageError
 from alignkit.evaluation.judged import Judged, judge_pairs, read_judged

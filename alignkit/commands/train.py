@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from alignkit.commands.data import PolicyJob, TrainingData, data_kind
+from alignkit.commands.data import data_kind
 from alignkit.commands.methods import (
     config_class,
     find_method,
@@ -21,6 +21,7 @@ from alignkit.commands.methods import (
     unchecked_methods,
     with_trainer,
 )
+from alignkit.commands.policy_job import PolicyJob
 from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
@@ -31,6 +32,7 @@ from alignkit.commands.specs import (
 )
 from alignkit.commands.stages import RESUMABLE, default_notes, fit
 from alignkit.commands.trainer_keys import require_guard, trained_frames, trained_rewards
+from alignkit.commands.training_data import LOADERS, TrainingData
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
 from alignkit.config import Located, init_fields
 from alignkit.errors import ConfigError, nearest
@@ -156,7 +158,7 @@ def _schema(method: str, tree: Tree, problems: list[str], *, dry_run: bool, for_
     is_unchecked = dry_run and known_method(method) is None
     kind = None if is_unchecked else data_kind(method)
     takes_data = "data" in tree if kind is None or kind.made is PolicyJob else True
-    if kind is not None and kind.load is None:
+    if kind is not None and find_method(method).data not in LOADERS:
         takes_data = False
     job = DataTrainJob if takes_data else PromptsTrainJob
     if for_help:

@@ -92,10 +92,11 @@ def write_cost(path: Path, seconds: float) -> None:
     write_json(path, {"cpu_seconds": seconds})
 
 
-def points(combined: Combined, scale: float = 100.0) -> str:
+def points(combined: Combined, scale: float = 100.0, digits: int = 1) -> str:
     """`+6.1 [+4.0, +8.2]`, in points (hundredths) for a judge of 0 or 1."""
     gain = combined.gain
-    return f"{scale * gain.mean:+.1f} [{scale * gain.low:+.1f}, {scale * gain.high:+.1f}]"
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (gain.mean, gain.low, gain.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def table(
@@ -126,7 +127,10 @@ def _tables(arms: Sequence[ArmResult], contrasts: Sequence[Sequence[str]]) -> li
     proxies = [name for name in base if gold is None or name != gold.reward]
     if gold is not None:
         lines += [f"Base: gold {100 * base[gold.reward]:.1f} points; gains are paired, in points of gold accuracy,"]
-        lines += [f"with {first.confidence:.0%} intervals over prompts and runs; proxies are in their own units.", ""]
+        lines += [
+            f"with {first.confidence:.0%} intervals over prompts and runs; other rewards in their own units.",
+            "",
+        ]
     has_costs = all(arm.minutes is not None for arm in arms)
     head = ["arm", "gold gain", "single runs", *map(to_markdown, proxies), *(["CPU min"] if has_costs else [])]
     minutes = [[f"{arm.minutes:.1f}"] if has_costs else [] for arm in arms]
@@ -158,7 +162,7 @@ def _row(name: str, rewards: Mapping[str, Combined], judge: str | None, proxies:
     gold = ["-", "-"]
     if judge is not None:
         gold = [points(rewards[judge]), ", ".join(f"{100 * run:+.1f}" for run in rewards[judge].runs)]
-    return [to_markdown(name), *gold, *(f"{rewards[proxy].gain.mean:+.3f}" for proxy in proxies)]
+    return [to_markdown(name), *gold, *(points(rewards[proxy], 1.0, 3) for proxy in proxies)]
 
 
 def _category_row(arm: ArmResult, groups: Sequence[str]) -> list[str]:

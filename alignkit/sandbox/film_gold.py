@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError, nearest
 from alignkit.records import Prompt, Scores
 from alignkit.sandbox import scenes
 from alignkit.sandbox.clips import DIRECTIONS
@@ -39,6 +39,7 @@ LEAST_FAULT = 2  # frames
 MOVES, FAST = 3.0, 10.0  # pixels from the first frame to the last; slow paths have 5 to 8, fast ones 12 to 17
 STRAIGHT = 0.5  # largest share of a motion across its direction
 REACH = 9  # pixels from an object's centre to the edge of its window
+PARTS = ("total", "graded", "frames", "segments", "direction", "speed", "still", "dynamic", "pixels", "flicker")
 _PALETTE = np.array([scenes.PALETTE[name] for name in COLORS], np.float32) / 255
 # Pixels that a shape of radius 1 covers.
 _AREAS = np.array([4 * 0.86**2, np.pi * (1 - 0.48**2), 8 * 0.32 - 4 * 0.32**2], np.float32)
@@ -250,6 +251,9 @@ class FilmGoldReward:
     Parts: `graded` (mean score of the frames), `frames` (share without a fault), `segments` (share that is right),
     `direction`, `speed`, `still` (each 0 or 1), `dynamic` (1 if an object moves by 3 pixels), `pixels` (how far),
     and `flicker` (of the brightness, in 1/255).
+
+    With `part` one of them is the score instead: `dynamic` shows whether a training loses motion. Raises ConfigError
+    for another name.
     """
 
     name = "film_gold"
@@ -261,6 +265,11 @@ class FilmGoldReward:
     licence = "Apache-2.0"
     source = "alignkit.sandbox.film_gold"
 
+    def __init__(self, part: str = "total") -> None:
+        if part not in PARTS:
+            raise ConfigError(f"film_gold: part '{part}' is none of {', '.join(PARTS)}.{nearest(part, PARTS)}")
+        self._part = part
+
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Verdicts [B] of media [B, 33, 3, 32, 32] in [0, 1]; raises DataError for a text outside the grammar of
         `film_captions`, for media of another shape or number than prompts, and for pixels that are not finite.
@@ -271,7 +280,7 @@ class FilmGoldReward:
         rows = [_parts(clip, parse(prompt.text)) for clip, prompt in zip(clips, prompts, strict=True)]
         columns = torch.tensor([list(row.values()) for row in rows], dtype=torch.float32).unbind(1)
         parts = dict(zip(rows[0], columns, strict=True))
-        return Scores(parts.pop("total"), parts)
+        return Scores(parts.pop(self._part), parts)
 
     def score_segments(
         self, media: Tensor, prompts: Sequence[Prompt], segments: Sequence[Sequence[tuple[int, int]]]
@@ -290,18 +299,19 @@ class FilmGoldReward:
 def _parts(clip: NDArray[np.float32], spec: FilmSpec) -> dict[str, float]:
     """The verdict `total` on a clip, and its parts."""
     reading = read(clip, spec)
-    return {
-        "total": reading.is_right,
-        "graded": float(reading.scores.mean()),
-        "frames": 1 - float(reading.is_faulty.mean()),
-        "segments": float(reading.segment_is_right.mean()),
-        "direction": reading.has_direction,
-        "speed": reading.has_speed,
-        "still": reading.rests_are_still,
-        "dynamic": reading.pixels >= MOVES,
-        "pixels": reading.pixels,
-        "flicker": flicker(clip),
-    }
+    values = (
+        reading.is_right,
+        float(reading.scores.mean()),
+        1 - float(reading.is_faulty.mean()),
+        float(reading.segment_is_right.mean()),
+        reading.has_direction,
+        reading.has_speed,
+        reading.rests_are_still,
+        reading.pixels >= MOVES,
+        reading.pixels,
+        flicker(clip),
+    )
+    return dict(zip(PARTS, values, strict=True))
 
 
 def _clips(media: Tensor, prompts: Sequence[Prompt]) -> NDArray[np.float32]:

@@ -9,9 +9,19 @@ The generator comes in as a builder of an `alignkit.pairs.PairMaker`, a labeller
 Importing this package loads no torch.
 """
 
-from data_pipelines.dense.clips import Clip, Clips, read_clips
+from data_pipelines.dense.clips import Clip, Clips, made_clips, read_clips
 from data_pipelines.dense.config import PairsConfig
 from data_pipelines.dense.label import LabelConfig, label_pairs
 from data_pipelines.dense.pairs import make_pairs, rebuild_pair
 
-__all__ = ["Clip", "Clips", "LabelConfig", "PairsConfig", "label_pairs", "make_pairs", "read_clips", "rebuild_pair"]
+__all__ = [
+    "Clip",
+    "Clips",
+    "LabelConfig",
+    "PairsConfig",
+    "label_pairs",
+    "made_clips",
+    "make_pairs",
+    "read_clips",
+    "rebuild_pair",
+]

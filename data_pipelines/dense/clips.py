@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.errors import DataError, MissingFileError
 from alignkit.escape import get_logger
 from alignkit.media import VIDEO_ENDINGS
+from alignkit.pairs import RealVideo
 from alignkit.paths import Bounds
 from alignkit.records import Prompt
 from data_pipelines.cells import read_cell
@@ -115,6 +116,19 @@ def read_clips(
         first = f"; the first fault: {found.faults[0]['reason']}" if found.faults else ""
         raise DataError(f"'{path}' holds no video with a caption (NAME.mp4 with NAME.txt, or a table){first}")
     return Clips(found.items, found.faults, read)
+
+
+def made_clips(videos: Sequence[RealVideo]) -> Clips:
+    """The clips of videos that were made rather than read; a name that comes again gets a number.
+
+    Raises DataError where there is none.
+    """
+    found = _Found()
+    for number, video in enumerate(videos):
+        found.add(video.id, f"video '{video.id}'", number, video.caption)
+    if not found.items:
+        raise DataError("the source of videos made none with a caption")
+    return Clips(found.items, found.faults, lambda number, _: videos[number].read())
 
 
 def _wanted(name: str | None, known: Sequence[str]) -> Sequence[str]:

@@ -74,7 +74,7 @@ def test_a_run_takes_the_data_section_of_its_method(config, keys, line, capsys):
     ("keys", "message"),
     [
         ({}, "key 'generate' is missing"),
-        ({"method": "kinds:DENSE"}, "key 'data' is missing"),
+        ({"method": "kinds:DENSE"}, "key 'clips' is missing"),
         (SYNPIC | {"data": {"path": "there"}}, "trains on an existing dataset (key `data`) here; remove 'generate'"),
         (SYNPIC | {"method": "kinds:PROMPTS"}, "method 'kinds:PROMPTS' trains on prompts here; remove 'score'"),
         ({"data": {"path": "x"}, "method": "kinds:PROMPTS"}, "trains on prompts here; remove 'data'"),

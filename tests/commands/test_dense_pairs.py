@@ -129,4 +129,4 @@ def test_a_dry_run_reads_nothing(folder, capsys):
     assert cli.main(["dense-pairs", "--help"]) == 0
     told = capsys.readouterr().out
     assert "--kind  guided | vanilla | structural  [guided]" in told
-    assert "--clips.path  path  (required)" in told
+    assert "--clips.source" in told

@@ -75,7 +75,7 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert "command: `alignkit ladder --config ladder.yaml`" in page
     rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("|")}
     assert {"sft", "shuffled"} <= set(rows)
-    assert rows["sft"].count("[") == 1
+    assert rows["sft"].count("[") == 2  # gold and red
     assert len(rows["sft"].split(" | ")[2].split(",")) == 2  # one gain a seed
     assert rows["sft"] != rows["shuffled"].replace("shuffled", "sft")
     before = stamps(work / "shared") | stamps(work / "ladder")
@@ -129,7 +129,7 @@ def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
     assert "unknown method 'sftt'. Did you mean 'sft'?" in capsys.readouterr().err
     (work / "own_for_ladder.py").write_text(OWN, encoding="utf-8")
     assert cli.main(ladder(arms={"a": {"method": "own_for_ladder:DENSE"}})) == 2
-    assert "method 'own_for_ladder:DENSE' trains on other data" in capsys.readouterr().err
+    assert "method 'own_for_ladder:DENSE' needs the sections clips and pairs and label" in capsys.readouterr().err
     assert cli.main(ladder(guidance_scales=[1.0, 1.0])) == 2
     assert "it repeats a guidance scale" in capsys.readouterr().err
     assert not (work / "shared").exists()
@@ -140,9 +140,11 @@ def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
     [
         (
             {"arms": {"a": {"method": "drf", "labels": "random"}}},
-            "labels and own_samples are for arms that train on",
+            "labels is for arms that train on ranked candidates (or pairs, or captioned media) or pairs of clips",
         ),
         ({"arms": {"a": {"writer": {"writer": "sandbox"}}}}, "writer is for arms that train on prompts with questions"),
+        ({"arms": {"a": {"pairs": {"kind": "vanilla"}}}}, "pairs is for arms that train on pairs of clips with labels"),
+        ({"arms": {"a": {"share": 0}}}, "share is 0.0; it must lie in (0, 1]"),
         ({"contrasts": [["sft", "sfd"]]}, "contrasts: ['sft', 'sfd']; give pairs of arms: sft, shuffled"),
         ({"score": None}, "arms.sft: method 'sft' needs the sections score"),
         (

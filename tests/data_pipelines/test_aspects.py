@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from alignkit.aspects import Draft, Fact, Question, Rules
-from alignkit.commands.data import TrainingData
+from alignkit.commands.training_data import TrainingData
 from alignkit.errors import ConfigError, DataError, ResumeError
 from alignkit.records import Prompt
 from data_pipelines.aspects import AspectsConfig, checked_drafts, problems_of, write_aspects

@@ -1,0 +1,97 @@
+"""The training rows of one method, loaded when they are needed, and the prompts of a run by use.
+
+`LOADERS` maps a kind of data to what reads its files and checks its columns; a kind without one is the prompts
+themselves. What makes such files is in `data`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignkit.errors import ConfigError, DataError
+from alignkit.provenance import fingerprint, fingerprint_files
+from alignkit.records import Prompt
+from data_pipelines.importers import load_ranked
+from data_pipelines.opening import files_beside
+from data_pipelines.rows import load_rows, without_prompts
+from data_pipelines.segments import load_dense
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# (path, split, held_out=..., root=...) -> rows of "train" or "heldout", with the columns of the kind checked.
+LOADERS: dict[str, Callable[..., Dataset]] = {
+    "ranked": load_ranked,
+    "dense": load_dense,
+    "aspects": functools.partial(load_rows, columns=(("prompt",), ("questions",))),
+    "captions": functools.partial(load_rows, columns=(("prompt",),), optional=("image", "video")),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingData:
+    """Training rows, loaded when they are needed: a dataset of one kind at `path`, or the prompts themselves.
+
+    kind: a key of `data.DATA`.
+    path: the dataset; None for prompts alone.
+    root: the folder of the files that its rows name; None for the dataset's own.
+    held_out: share of its rows for the held-out loss, where it has no split for that; 0 for none.
+    excluded: ids of prompts whose rows are not trained on, because an evaluation uses them.
+    prompts: training prompts and held-out prompts, where `path` is None.
+    """
+
+    kind: str
+    path: Path | None = None
+    root: Path | None = None
+    held_out: float = 0.0
+    excluded: frozenset[str] = frozenset()
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]] = ((), ())
+
+    @property
+    def identity(self) -> str:
+        """Changes with the files of the dataset, with those that its rows name elsewhere, or with the training prompts.
+
+        What counts is content, so that data which was moved is the same. Raises what `train` raises.
+        """
+        if self.path is not None:
+            named = files_beside(self.path, self.root)
+            own = fingerprint(self.path)
+            return f"{own} {fingerprint_files(named)}" if named else own
+        return hashlib.sha256("\n".join(prompt.text for prompt in self.prompts[0]).encode()).hexdigest()[:16]
+
+    def train(self) -> Dataset | Sequence[Prompt]:
+        """The training rows. Raises MissingFileError, or DataError for columns or rows that the kind does not have."""
+        if self.path is None and not self.prompts[0]:
+            raise DataError("no prompts to train on; give more prompts or lower prompts.held_out")
+        if self.path is None:
+            return self.prompts[0]
+        rows = self._load(self.path, "train")
+        remaining = without_prompts(rows, self.excluded)
+        if len(remaining) < len(rows):
+            print(f"{len(rows) - len(remaining)} training rows left out: validation or evaluation uses their prompts")
+        return remaining
+
+    def heldout(self) -> Dataset | Sequence[Prompt] | None:
+        """The held-out rows; None where nothing is held out."""
+        if self.path is not None:
+            return self._load(self.path, "heldout") if self.held_out > 0 else None
+        return self.prompts[1] or None
+
+    def _load(self, path: Path, split: str) -> Dataset:
+        if self.kind not in LOADERS:
+            raise ConfigError(f"data of the kind '{self.kind}' are the prompts themselves; they have no path")
+        return LOADERS[self.kind](path, split, held_out=self.held_out, root=self.root)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptShares:
+    """The prompts of a run by use: training, validation, and evaluation at the end."""
+
+    train: Sequence[Prompt]
+    validation: Sequence[Prompt]
+    evaluation: Sequence[Prompt]
