@@ -88,6 +88,7 @@ def _plan(job: SoupJob) -> list[str]:
     missing = [name for name in job.members if name != BASE and not Path(model_path(name)).exists()]
     missing += GeneratorSpec(model=job.base, family=job.family).absent
     lines = [f"NOT THERE YET: {name}" for name in missing]
+    _require_weights(job)
     if job.greedy is not None:
         config = job.greedy
         share = f"the share of {config.prompts} that is not held out"
@@ -97,12 +98,16 @@ def _plan(job: SoupJob) -> list[str]:
             f"score {2 * len(job.members) - 1} candidates by {config.reward.reward} on {share}, in {_work_folder(job)}",
             f"mix the members that raise it, in equal shares, as changes of {job.base}, into {job.out}",
         ]
-    _merge(job).check(job.weights, any_sum=job.any_sum)
     parts = " + ".join(f"{weight:g} {member}" for weight, member in zip(job.weights, job.members, strict=True))
     how = (
         f"mix {parts} by {job.method}" if job.space == "weights" else f"mix the {job.space}s of {parts} while sampling"
     )
     return [*lines, f"{how}, as changes of {job.base}, into {job.out}"]
+
+
+def _require_weights(job: SoupJob) -> None:
+    """ConfigError for weights or a density that the method cannot take; those of a greedy soup are not known yet."""
+    _merge(job).check(job.weights if job.greedy is None else [1.0], any_sum=job.any_sum)
 
 
 def _work_folder(job: SoupJob) -> Path:
@@ -122,16 +127,10 @@ def _work(job: SoupJob) -> None:
     from alignkit.generators.soups import require_new
 
     require_new(job.out)
-    if job.greedy is None:
-        _merge(job).check(job.weights, any_sum=job.any_sum)
+    _require_weights(job)
     base = Base.open(job.base, job.family)
     members = [read_member(name, base) for name in job.members]
-    weights = job.weights
-    if job.greedy is not None:
-        spec = GeneratorSpec(model=job.base, family=job.family, dtype=job.greedy.dtype)
-        how = {"space": job.space, "window": job.window, "null": job.null, "rank": job.rank}
-        write = functools.partial(_write, replace(job, output="auto"), base, members)
-        weights = Candidates(job.greedy, spec, job.members, _work_folder(job), write, how).choose()
+    weights = job.weights if job.greedy is None else _chosen(job, job.greedy, base, members)
     mixture = _write(job, base, members, weights, job.out)
     if job.space == "weights":
         error = f", relative error {mixture.rank_error:.3g}" if job.rank is not None else ""
@@ -143,12 +142,27 @@ def _work(job: SoupJob) -> None:
     print(f"next: give it as a generator's `adapter`: alignkit evaluate --tuned.adapter {job.out} ...")
 
 
+def _chosen(job: SoupJob, greedy: GreedyConfig, base: Base, members: Sequence[Member]) -> list[float]:
+    """The weights of the greedy soup, after checks of what would otherwise be refused at its end."""
+    from alignkit.generators.members import require_one_base
+    from alignkit.generators.soups import kind_of_result
+
+    require_one_base(members, base)
+    if job.space == "weights":
+        kind_of_result(base, members, job.output, job.rank)
+    spec = GeneratorSpec(model=job.base, family=job.family, dtype=greedy.dtype)
+    how = {"space": job.space, "window": job.window, "null": job.null, "rank": job.rank}
+    write = functools.partial(_write, replace(job, output="auto"), base, members)
+    return Candidates(greedy, spec, job.members, _work_folder(job), write, how).choose()
+
+
 def _write(job: SoupJob, base: Base, members: Sequence[Member], weights: Sequence[float], out: Path) -> Mixture:
     """The mixture of `members` in the new folder `out`; those that a greedy choice left out are no part of it."""
     from alignkit.generators.soups import make_mixture, make_soup
 
     places = used(weights) if job.greedy is not None else range(len(members))
-    mixed = (base, [members[place] for place in places], [weights[place] for place in places], out)
+    shares = [weights[place] for place in places]
+    mixed = (base, [members[place] for place in places], shares, out)
     if job.space != "weights":
         return make_mixture(*mixed, space=job.space, window=job.steps, any_sum=job.any_sum)
     return make_soup(*mixed, merge=_merge(job), output=job.output, rank=job.rank, any_sum=job.any_sum)

@@ -76,13 +76,14 @@ def soup(work, model_folders, adapters):
     return write
 
 
-def test_members_join_while_the_score_rises(work, soup, painter, capsys):
+@pytest.mark.parametrize("space", ["weights", "prediction"])
+def test_members_join_while_the_score_rises(work, soup, painter, space, capsys):
     """b is best alone; c does not raise it, a does."""
-    assert cli.main(soup()) == 0, capsys.readouterr().err
+    assert cli.main(soup(space=space)) == 0, capsys.readouterr().err
     mixture = read_mixture(work / "mix")
     assert [member.name for member in mixture.members] == ["a", "b"]
     assert mixture.weights == (0.5, 0.5)
-    assert (work / "mix" / "pytorch_lora_weights.safetensors").is_file()
+    assert (mixture.space, (work / "mix" / "pytorch_lora_weights.safetensors").is_file()) == (space, space == "weights")
     kept = {path.name: json.loads((path / "finished.json").read_text()) for path in (work / "mix-greedy").iterdir()}
     expected = {"0": 0.2, "1": 0.5, "2": 0.4, "0-1": 0.6, "1-2": 0.5}
     assert {name: round(note["score"], 2) for name, note in kept.items()} == expected
@@ -130,6 +131,12 @@ def test_generated_images_choose_the_soup(work, soup, capsys):
     assert [member.name for member in read_mixture(work / "mix").members] == best["members"]
 
 
+def test_a_result_that_cannot_be_written_is_refused_before_images_are_drawn(soup, painter, capsys):
+    assert cli.main(soup(rank=2, output="components")) == 2
+    assert "rank is 2, but full weights are written" in capsys.readouterr().err
+    assert painter.drawn == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -137,6 +144,7 @@ def test_generated_images_choose_the_soup(work, soup, capsys):
         ({"method": "linear"}, "method: greedy and the section `greedy` (prompts, reward) belong together"),
         ({"weights": [0.5, 0.3, 0.2]}, "leave out weights"),
         ({"members": ["a"]}, "from at least two members"),
+        ({"density": 0.5}, "density is 0.5, which linear does not use"),
         ({"space": "prediction", "rank": 2}, "a mixture of predictions takes none of them"),
     ],
 )
