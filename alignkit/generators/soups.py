@@ -20,8 +20,9 @@ from alignkit.adapters import exports, lora
 from alignkit.adapters.exports import file_metadata
 from alignkit.adapters.merging import Merge, require_weights
 from alignkit.adapters.mixing import Full, Lora, WeightSoup, soup_of_loras
-from alignkit.adapters.mixture import BASE, MemberRecord, Mixture, Window, write_mixture
+from alignkit.adapters.mixture import BASE, MemberRecord, Mixture, write_mixture
 from alignkit.adapters.tensor_files import Layout, write_stream
+from alignkit.diffusion.tuned_steps import ALL_STEPS, TunedSteps
 from alignkit.errors import AdapterError, StorageError
 from alignkit.generators.members import Base, Member, renamed_layers, require_one_base, weights_of
 from alignkit.locks import LOCK
@@ -65,9 +66,7 @@ def make_soup(
     """
     mix = Mix(base, members, weights, merge or Merge())
     mix.merge.check(weights, any_sum=any_sum)
-    changed = _changed(members)
-    kind = output if output != "auto" else "components" if any(member.weights for member in members) else "adapter"
-    _require_output(kind, base, members, changed, rank)
+    changed, kind = _changed(members), kind_of_result(base, members, output, rank)
     require_new(out)
     fingerprints = require_one_base(members, base)
     error = 0.0
@@ -102,7 +101,7 @@ def make_mixture(
     out: Path,
     *,
     space: Literal["embedding", "prediction"],
-    window: Window | None = None,
+    window: TunedSteps = ALL_STEPS,
     any_sum: bool = False,
 ) -> Mixture:
     """Write a mixture that acts at sampling time: copies of the members in `out`/members, and `alignkit.json`.
@@ -155,9 +154,10 @@ def _changed(members: Sequence[Member]) -> list[str]:
     return changed
 
 
-def _require_output(
-    kind: Output, base: Base, members: Sequence[Member], changed: Sequence[str], rank: int | None
-) -> None:
+def kind_of_result(base: Base, members: Sequence[Member], output: Output, rank: int | None) -> Output:
+    """What `make_soup` writes for `output`. Raises AdapterError where that cannot hold the result."""
+    changed = _changed(members)
+    kind = output if output != "auto" else "components" if any(member.weights for member in members) else "adapter"
     whole = [member.name for member in members if member.weights]
     if kind == "adapter" and whole:
         raise AdapterError(f"member '{whole[0]}' has full weights, which no adapter holds; give output: components")
@@ -169,6 +169,7 @@ def _require_output(
         )
     if kind != "adapter" and rank is not None:
         raise AdapterError(f"rank is {rank}, but full weights are written; leave it out, or give output: adapter")
+    return kind
 
 
 def _record(member: Member, place: str = "") -> MemberRecord:
