@@ -7,8 +7,8 @@
     members           name, SHA-256 of each of its files; for the latter two spaces their place below the folder
     weights           one number a member, in the same order
     method, density, seed, rank_error   of a soup; see `alignkit.adapters.merging`
-    null              whether text encoders act on the null condition of guidance too
     window            [start, stop): in which steps the mixture acts; the base acts in the others. null: in all
+    null              whether text encoders act on the null condition of guidance too
     files             SHA-256 of the result's files
     sha256            of all of the above, so that an edit by hand is noticed
 
@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignkit.diffusion.tuned_steps import ALL_STEPS, TunedSteps
 from alignkit.errors import ConfigError, DataError
 from alignkit.paths import Bounds
 from alignkit.storage import checksum, read_json, to_json, write_json
@@ -33,48 +34,6 @@ FILE, KIND = "alignkit.json", "mixture"
 SPACES = ("weights", "embedding", "prediction")
 BASE = "base"  # the name of the base model among the members of a mixture
 _ADVICE = "make the mixture again with `alignkit soup`"
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Steps [start, stop) of a chain: fractions of it where both lie in [0, 1], else numbers of steps, first 0.
-
-    A chain of N steps holds step i if start <= i < stop, or start N <= i < stop N, each bound rounded to a whole step.
-    """
-
-    start: float
-    stop: float
-
-    @classmethod
-    def of(cls, bounds: Sequence[float] | None, where: str = "window") -> Window | None:
-        """The window of two numbers; None for None. Raises ConfigError naming `where` for one without a step."""
-        if bounds is None:
-            return None
-        if len(bounds) != 2 or not all(math.isfinite(bound) for bound in bounds) or not 0 <= bounds[0] < bounds[1]:
-            raise ConfigError(
-                f"{where} is {list(bounds)}; give [start, stop) with 0 <= start < stop: fractions of the chain in "
-                "[0, 1], or numbers of steps"
-            )
-        window = cls(float(bounds[0]), float(bounds[1]))
-        if not window.is_fraction and any(bound != int(bound) for bound in bounds):
-            raise ConfigError(f"{where} is {list(bounds)}; numbers of steps are whole, and fractions are at most 1")
-        return window
-
-    @property
-    def is_fraction(self) -> bool:
-        """Whether the bounds are shares of the chain."""
-        return self.stop <= 1
-
-    def steps(self, count: int) -> range:
-        """The steps of a chain of `count` that lie in it. Raises ConfigError where there are none."""
-        scale = count if self.is_fraction else 1
-        found = range(round(self.start * scale), min(count, round(self.stop * scale)))
-        if not found:
-            raise ConfigError(
-                f"the mixture's window [{self.start:g}, {self.stop:g}) holds none of the {count} steps; widen it or "
-                "sample with more steps"
-            )
-        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +49,7 @@ class MemberRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixture:
-    """The content of `alignkit.json`; its keys are those at the top of this file."""
+    """The content of `alignkit.json`; its keys are those at the top of this file, but for `null` of the window."""
 
     space: str
     base: str
@@ -101,16 +60,14 @@ class Mixture:
     density: float = 1.0
     seed: int = 0
     rank_error: float = 0.0
-    null: bool = True
-    window: Window | None = None
+    window: TunedSteps = ALL_STEPS
     files: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_mixture(folder: Path, mixture: Mixture) -> Path:
     """Write `folder/alignkit.json`. Raises ConfigError for one that could not be read back."""
     _require_sound(mixture, f"'{folder}'")
-    bounds = None if mixture.window is None else [mixture.window.start, mixture.window.stop]
-    content = {"kind": KIND, **asdict(mixture), "window": bounds}
+    content = {"kind": KIND, **asdict(mixture), "window": mixture.window.bounds, "null": mixture.window.null}
     write_json(folder / FILE, {**content, "sha256": _seal(content)})
     return folder / FILE
 
@@ -140,7 +97,8 @@ def read_mixture(folder: Path) -> Mixture:
     try:
         values = {key: value for key, value in content.items() if key != "kind"}
         members = tuple(MemberRecord(**member) for member in values.pop("members"))
-        values |= {"members": members, "window": Window.of(values.get("window"))}
+        window = TunedSteps.between(values.get("window"), null=values.pop("null", True))
+        values |= {"members": members, "window": window}
         mixture = Mixture(**{**values, "weights": tuple(map(float, values["weights"]))})
         _require_sound(mixture, where)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -166,8 +124,10 @@ def _require_sound(mixture: Mixture, where: str) -> None:
     wrong = [weight for weight in mixture.weights if not math.isfinite(weight)]
     if wrong:
         raise ConfigError(f"{where}: a weight is {wrong[0]}; give finite numbers")
-    if mixture.space == "weights" and mixture.window is not None:
+    if mixture.space == "weights" and mixture.window != ALL_STEPS:
         raise ConfigError(f"{where}: a window is for embedding and prediction; mixed weights act in all steps")
+    if mixture.space == "prediction" and not mixture.window.null:
+        raise ConfigError(f"{where}: null: false is for embedding; predictions are mixed with and without a prompt")
     for member in mixture.members:
         if mixture.space != "weights" and member.name != BASE and not member.place:
             raise ConfigError(f"{where}: member '{member.name}' has no place below the folder")

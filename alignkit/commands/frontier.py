@@ -21,7 +21,6 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from alignkit.adapters.mixture import Window
 from alignkit.commands.specs import (
     GeneratorSpec,
     PromptsConfig,
@@ -31,6 +30,7 @@ from alignkit.commands.specs import (
 )
 from alignkit.commands.stages import compare
 from alignkit.commands.verb import Verb, execute
+from alignkit.diffusion.tuned_steps import TunedSteps
 from alignkit.errors import ConfigError, require_at_least
 from alignkit.escape import to_code, to_markdown
 from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, simplex, table
@@ -58,6 +58,7 @@ class FrontierJob:
     grid: weights are the multiples of 1 / grid that sum to 1; for two members and 4 these are 1, 0.75, 0.5, 0.25, 0.
     points: further weights, each one number a member.
     window: the steps in which embedding and prediction mixtures act, as in `alignkit soup`.
+    null: whether embedding mixtures also replace the null condition of guidance.
     others: other generators on the same axes, by a name of your choice, e.g. a joint training.
     prompts: where prompts come from; the held-out share is used (all with held_out: 0).
     rewards: all rewards by a name of your choice.
@@ -76,6 +77,7 @@ class FrontierJob:
     grid: int = 4
     points: Sequence[Sequence[float]] = ()
     window: Sequence[float] | None = None
+    null: bool = True
     others: Mapping[str, GeneratorSpec] = field(default_factory=dict)
     prompts: PromptsConfig
     rewards: Mapping[str, RewardSpec]
@@ -99,7 +101,7 @@ class FrontierJob:
         for weights in self.points:
             if len(weights) != len(self.members):
                 raise ConfigError(f"points: {list(weights)} has {len(weights)} weights for {len(self.members)} members")
-        Window.of(self.window)
+        TunedSteps.between(self.window)
 
     @property
     def seeds(self) -> range:
@@ -159,7 +161,7 @@ def _mixed(job: FrontierJob, space: str, weights: tuple[float, ...], seed: int, 
         members = [read_member(folders[number], base) for number in used]
         shares = [weights[number] for number in used]
         if space in ("embedding", "prediction"):
-            window = Window.of(job.window)
+            window = TunedSteps.between(job.window, null=job.null or space != "embedding")
             make_mixture(base, members, shares, out, space=space, window=window, any_sum=True)
         else:
             make_soup(base, members, shares, out, any_sum=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alignkit.adapters.mixture import BASE, Window
+from alignkit.adapters.mixture import BASE
 from alignkit.commands.specs import GeneratorSpec
 from alignkit.commands.verb import Verb, execute
+from alignkit.diffusion.tuned_steps import TunedSteps
 from alignkit.errors import ConfigError
 from alignkit.shipped import model_path
 
@@ -29,6 +30,7 @@ class SoupJob:
     output: adapter (one LoRA), components (folders of full weights) or model (a whole pipeline).
     window: start and stop of the steps in which an embedding or prediction mixture acts, as fractions of the chain (0.4
         1.0) or as numbers of steps (10 25); the base acts in the others.
+    null: whether an embedding mixture also replaces the null condition of guidance.
     any_sum: allow weights that do not sum to 1.
     family: 'package.module:attribute' of your own family of the base.
     out: the new folder; nothing is overwritten.
@@ -45,17 +47,24 @@ class SoupJob:
     rank: int | None = None
     output: Literal["auto", "adapter", "components", "model"] = "auto"
     window: Sequence[float] | None = None
+    null: bool = True
     any_sum: bool = False
     family: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.members) != len(self.weights):
             raise ConfigError(f"{len(self.members)} members and {len(self.weights)} weights; give one weight for each")
-        window = Window.of(self.window)
-        if self.space == "weights" and window is not None:
+        if self.space == "weights" and self.steps != TunedSteps(null=self.null):
             raise ConfigError("a window is for space embedding or prediction: mixed weights act in all steps")
+        if self.space != "embedding" and not self.null:
+            raise ConfigError("null: false is for space embedding")
         if self.space != "weights" and (self.method != "linear" or self.rank is not None or self.output != "auto"):
             raise ConfigError(f"method, rank and output are of weights; a mixture of {self.space}s takes none of them")
+
+    @property
+    def steps(self) -> TunedSteps:
+        """Where an embedding or prediction mixture acts."""
+        return TunedSteps.between(self.window, null=self.null)
 
 
 def _plan(job: SoupJob) -> list[str]:
@@ -92,8 +101,7 @@ def _work(job: SoupJob) -> None:
         error = f", relative error {mixture.rank_error:.3g}" if job.rank is not None else ""
         print(f"{', '.join(mixture.files)} in {job.out}{error}")
     else:
-        window = Window.of(job.window)
-        make_mixture(base, members, job.weights, job.out, space=job.space, window=window, any_sum=job.any_sum)
+        make_mixture(base, members, job.weights, job.out, space=job.space, window=job.steps, any_sum=job.any_sum)
         print(f"a mixture of {len(members)} members in {job.out}")
     print(f"next: give it as a generator's `adapter`: alignkit evaluate --tuned.adapter {job.out} ...")
 

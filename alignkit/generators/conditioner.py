@@ -7,7 +7,8 @@ It holds all text encoders of the pipeline (CLIP, T5, UMT5, Qwen, Gemma, Llama).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from torch.utils._pytree import register_pytree_node
 
 from alignkit.adapters import lora
 from alignkit.adapters.module_tree import ModuleTree
-from alignkit.diffusion.tuned_steps import TunedSteps
+from alignkit.diffusion.tuned_steps import ALL_STEPS, TunedSteps
 from alignkit.errors import AdapterError, UnknownNameError, nearest
 from alignkit.records import Conditioning
 
@@ -53,7 +54,7 @@ class Conditioner(nn.Module):
     """All text encoders of a pipeline; its forward encodes prompts, so DDP and FSDP can wrap it.
 
     Trained encoders stay components of the pipeline, so `generate` uses them too: in the steps of a chain that `window`
-    names, by default in all.
+    names, by default in all. The same holds for a mixture of encoders (`mix`).
     """
 
     window: TunedSteps | None = None
@@ -64,7 +65,7 @@ class Conditioner(nn.Module):
         self.encoders = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         self._family = family  # no module, so it adds no parameters here
         self._frozen: dict[str, nn.Module] = {}  # copies of encoders under full tuning; a plain dict registers nothing
-        self._is_reference = False
+        self._is_mixed = self._is_reference = False
         self._tree = ModuleTree(self)
         self.requires_grad_(False).eval()
 
@@ -129,6 +130,26 @@ class Conditioner(nn.Module):
         self.window = window
         self._tree.reset()
 
+    def mix(self, encode: Callable[..., Any], window: TunedSteps) -> None:
+        """Encode prompts by `encode` in the steps of `window`; the pipeline's `encode_prompt` is the reference.
+
+        `encode` takes and gives what `encode_prompt` does. Raises AdapterError where tuned encoders were put before.
+        """
+        if self.window is not None:
+            raise AdapterError(
+                "a mixture of embeddings is made from the base's own text encoders: leave out `encoder`, or make the "
+                "tuned encoders a member of the mixture"
+            )
+        own = self._family.pipeline.encode_prompt
+
+        @functools.wraps(own)
+        def chosen(*arguments: Any, **named: Any) -> Any:
+            return (own if self._is_reference else encode)(*arguments, **named)
+
+        self._family.pipeline.encode_prompt = chosen
+        self.window, self._is_mixed = window, True
+        self._tree.reset()
+
     def _untrained(self, names: Sequence[str] | None) -> dict[str, nn.Module]:
         chosen = list(self.encoders) if names is None else list(names)
         if not chosen:
@@ -149,13 +170,13 @@ class Conditioner(nn.Module):
 
     @property
     def has_reference(self) -> bool:
-        """Whether any encoder is trained, so that the base encoders differ from the present ones."""
-        return bool(self._frozen or self._tree.lora_layers())
+        """Whether any encoder is trained or mixed, so that the base encoders differ from the present ones."""
+        return bool(self._is_mixed or self._frozen or self._tree.lora_layers())
 
     @property
     def is_switched(self) -> bool:
         """Whether chains use the base encoders in some steps, or for the null condition."""
-        return self.has_reference and not self._is_reference and self.window not in (None, TunedSteps())
+        return self.has_reference and not self._is_reference and self.window not in (None, ALL_STEPS)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

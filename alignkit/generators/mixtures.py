@@ -3,8 +3,9 @@
     embedding     sum_i w_i T_i(p): the pipeline's own `encode_prompt`, once with each member's text encoders
     prediction    sum_i w_i eps_i(x_t, t, c): the network, once with each member's weights (Diffusion Blend, 2505.18547)
 
-Outside of the window the base acts. The chain stays the vanilla pipeline's, with its scheduler; `denoise` is the same
-by the chain of `alignkit.generators.rollout`. Guidance is linear, so predictions may be mixed before it.
+Outside of the window the base acts. The chain stays the vanilla pipeline's, with its scheduler. Embeddings are switched
+as those of tuned text encoders are (`alignkit.generators.switching`). Guidance is linear, so predictions may be mixed
+before it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ from alignkit.escape import get_logger
 from alignkit.generators.components import component_class, load_network, require_weights
 from alignkit.generators.members import MIXABLE, Base, Member, read_member
 from alignkit.generators.pipeline import PipelineGenerator
-from alignkit.generators.rollout import rollout
+from alignkit.generators.switching import counted_steps, replaced
 from alignkit.generators.table import origins
-from alignkit.generators.text_switch import Clock, counted_steps, switched_texts, texts_of_first_step
-from alignkit.records import Conditioning, Sampling
+from alignkit.records import Sampling
 
 logger = get_logger(__name__)
 
@@ -58,8 +58,6 @@ def load_mixture(generator: PipelineGenerator, folder: Path, family: str | None 
     kinds = {"embedding": EmbeddingMixture, "prediction": PredictionMixture}
     if mixture.space not in kinds:
         raise AdapterError(f"'{folder}' is a mixture of {mixture.space}; load it as an adapter")
-    if not mixture.null:
-        raise AdapterError(f"'{folder}' keeps the null condition of its base: give it as `encoder`, not as `adapter`")
     base = Base.open(str(generator.pipeline.name_or_path), family)
     variants = []
     for number, (record, weight) in enumerate(zip(mixture.members, mixture.weights, strict=True)):
@@ -143,87 +141,34 @@ class MixedGenerator:
 
     def steps(self, count: int) -> range:
         """The steps of a chain of `count` in which the mixture acts."""
-        return range(count) if self.mixture.window is None else self.mixture.window.steps(count)
-
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        """As the base's `generate`."""
-        raise NotImplementedError
-
-    def conditioning(self, prompts: Sequence[str], count: int) -> Callable[[int], Conditioning]:
-        """The conditioning of each step of a chain of `count` steps, for `rollout`."""
-        raise NotImplementedError
+        return self.mixture.window.on(count)
 
     @contextmanager
-    def acting(self, now: Callable[[], bool]) -> Iterator[None]:
+    def acting(self, now: Callable[[], bool]) -> Iterator[None]:  # noqa: ARG002 - for mixtures of predictions
         """Within it the base's network is the mixture's wherever `now()`."""
-        raise NotImplementedError
+        yield
 
-    @torch.no_grad()
-    def denoise(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        """Latents by the chain of `rollout`: those of `generate` for Euler and DDIM schedulers, as of its `denoise`."""
-        generator = self.generator
-        shape = generator.latent_shape(sampling.height, sampling.width, sampling.num_frames)
-        grid = generator.grid(sampling.steps, shape)
-        sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        noise = torch.cat([generator.initial_noise(shape, source) for source in sources]).to(generator.device)
-        of_step, clock = self.conditioning(prompts, len(grid)), Clock()
-
-        def cond(index: int) -> Conditioning:
-            clock.index = index
-            return of_step(index)
-
-        steps = self.steps(len(grid))
-        with self.acting(lambda: clock.index in steps):
-            x = grid.start * noise
-            return rollout(generator, cond, x, grid, scale=sampling.guidance_scale, sources=sources)
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
+        """As the base's `generate`; with a window, embeddings cost one more step of the network."""
+        clocks = counted_steps(self.generator.pipeline)
+        with clocks as clock, self.acting(lambda: clock.index in self.steps(clock.total)):
+            return self.generator.generate(prompts, seeds, sampling)
 
 
 class EmbeddingMixture(MixedGenerator):
-    """sum_i w_i T_i(p) in the window's steps, T_base(p) in the others."""
+    """sum_i w_i T_i(p) in the window's steps, T_base(p) in the others: the base's conditioner, mixed."""
 
-    @override
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        """As the base's `generate`; with a window, the network is called for one more step to learn its inputs."""
-        job = (prompts, seeds, sampling)
-        if self.mixture.window is None:
-            with self._encoding():
-                return self.generator.generate(*job)
-        with self._encoding():
-            inside = texts_of_first_step(self.generator, *job)
-        with switched_texts(self.generator, inside, self.steps):
-            return self.generator.generate(*job)
+    def __init__(self, generator: PipelineGenerator, mixture: Mixture, variants: Sequence[Variant]) -> None:
+        super().__init__(generator, mixture, variants)
+        self._encode = generator.pipeline.encode_prompt
+        generator.conditioner.mix(self._mixed_encode, mixture.window)
 
-    @override
-    def conditioning(self, prompts: Sequence[str], count: int) -> Callable[[int], Conditioning]:
-        outside = self.generator.encode_prompts(prompts)
-        with self._encoding():
-            inside = self.generator.encode_prompts(prompts)
-        steps = self.steps(count)
-        return lambda index: inside if index in steps else outside
-
-    @override
-    @contextmanager
-    def acting(self, now: Callable[[], bool]) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def _encoding(self) -> Iterator[None]:
-        """Within it the pipeline's `encode_prompt` gives the mixture's embeddings."""
-        pipeline = self.generator.pipeline
-        encode = pipeline.encode_prompt
-
-        def mixed_encode(*arguments: Any, **named: Any) -> Any:
-            results = []
-            for variant in self._variants:
-                with self._encoders_of(variant):
-                    results.append(encode(*arguments, **named))
-            return mixed(results, self._weights)
-
-        pipeline.encode_prompt = mixed_encode
-        try:
-            yield
-        finally:
-            del pipeline.encode_prompt
+    def _mixed_encode(self, *arguments: Any, **named: Any) -> Any:
+        results = []
+        for variant in self._variants:
+            with self._encoders_of(variant):
+                results.append(self._encode(*arguments, **named))
+        return mixed(results, self._weights)
 
     @contextmanager
     def _encoders_of(self, variant: Variant) -> Iterator[None]:
@@ -245,23 +190,12 @@ class PredictionMixture(MixedGenerator):
     """sum_i w_i eps_i(x_t, t, c) in the window's steps, eps_base in the others; a step calls every member's network."""
 
     @override
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        clocks = counted_steps(self.generator.pipeline)
-        with clocks as clock, self.acting(lambda: clock.index in self.steps(clock.total)):
-            return self.generator.generate(prompts, seeds, sampling)
-
-    @override
-    def conditioning(self, prompts: Sequence[str], count: int) -> Callable[[int], Conditioning]:
-        cond = self.generator.encode_prompts(prompts)
-        return lambda _: cond
-
-    @override
     @contextmanager
     def acting(self, now: Callable[[], bool]) -> Iterator[None]:
         own = {name: part for name, part in self.generator.pipeline.components.items() if isinstance(part, nn.Module)}
-        with ExitStack() as replaced:
+        with ExitStack() as mixing:
             for name in self.mixture.base_fingerprint:
-                replaced.enter_context(self._mixed_network(name, own[name], now))
+                mixing.enter_context(self._mixed_network(name, own[name], now))
             yield
 
     @contextmanager
@@ -282,11 +216,8 @@ class PredictionMixture(MixedGenerator):
             first = mixed([output[0] for output in outputs], self._weights)
             return (first, *outputs[0][1:]) if isinstance(outputs[0], tuple) else type(outputs[0])(first)
 
-        net.forward = mixed_forward
-        try:
+        with replaced(net, forward=mixed_forward):
             yield
-        finally:
-            del net.forward
 
 
 def mixed(values: Sequence[Any], weights: Sequence[float]) -> Any:

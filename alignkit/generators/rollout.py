@@ -126,7 +126,7 @@ def take_step(
 
 def denoise(
     generator: PipelineGenerator,
-    cond: Conditioning,
+    cond: ByStep,
     seeds: Sequence[int],
     sampling: Sampling,
     *,
@@ -140,9 +140,10 @@ def denoise(
     float32 (in float64 for a float64 network). `model`, `steps` and `checkpointed` are those of `rollout`.
     `sampling.extra` is not read.
     """
+    given = cond
     if sampling.negative_prompt:
         negative = generator.encode_negative(sampling.negative_prompt)
-        cond = replace(cond, null=negative).to(generator.device)
+        given = lambda index: replace(at_step(cond, index), null=negative).to(generator.device)  # noqa: E731
     shape = generator.latent_shape(sampling.height, sampling.width, sampling.num_frames)
     grid = generator.grid(sampling.steps, shape)
     sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -150,5 +151,5 @@ def denoise(
     x = grid.start * noise.to(torch.promote_types(generator.net.dtype, torch.float32))
     scale = sampling.guidance_scale
     return rollout(
-        generator, cond, x, grid, scale=scale, model=model, steps=steps, sources=sources, checkpointed=checkpointed
+        generator, given, x, grid, scale=scale, model=model, steps=steps, sources=sources, checkpointed=checkpointed
     )

@@ -20,8 +20,9 @@ from alignkit.adapters import exports, lora
 from alignkit.adapters.exports import file_metadata
 from alignkit.adapters.merging import Merge, require_weights
 from alignkit.adapters.mixing import Full, Lora, WeightSoup, soup_of_loras
-from alignkit.adapters.mixture import BASE, MemberRecord, Mixture, Window, write_mixture
+from alignkit.adapters.mixture import BASE, MemberRecord, Mixture, write_mixture
 from alignkit.adapters.tensor_files import Layout, write_stream
+from alignkit.diffusion.tuned_steps import ALL_STEPS, TunedSteps
 from alignkit.errors import AdapterError, StorageError
 from alignkit.generators.members import Base, Member, renamed_layers, require_one_base, weights_of
 from alignkit.locks import LOCK
@@ -102,7 +103,7 @@ def make_mixture(
     out: Path,
     *,
     space: Literal["embedding", "prediction"],
-    window: Window | None = None,
+    window: TunedSteps = ALL_STEPS,
     any_sum: bool = False,
 ) -> Mixture:
     """Write a mixture that acts at sampling time: copies of the members in `out`/members, and `alignkit.json`.

@@ -1,15 +1,16 @@
-"""Conditioning that changes during a chain: tuned text encoders in some steps, the base encoders in the others.
+"""Conditioning that changes during a chain: tuned text encoders or a mixture in some steps, the base in the others.
 
 `Switched` is that conditioning for a chain of our own. `sample` is the vanilla pipeline's call under the same switch.
-Pipelines take one embedding for all steps, each in its own arguments, so the switch is at the network: whatever tensors
-it is called with that differ between both sets of encoders are the text, and in the tuned steps they are replaced.
+Pipelines encode prompts once, before their loop, and put the results together in ways of their own (with the null
+condition, with templates, cut to a length), so the switch is at the network: whatever tensors it is called with in the
+first step that differ between tuned and base are the text, and in the tuned steps they are replaced.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from alignkit.diffusion.tuned_steps import TunedSteps
     from alignkit.generators.conditioner import Conditioner
 
-_NETWORKS = ("unet", "transformer", "transformer_2")
+_NETWORKS = ("unet", "transformer")  # and transformer_2
+Inputs = list[Any]  # of one call of a network: the leaves of its arguments
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Switched:
 def by_step(
     conditioner: Conditioner, prompts: Sequence[str], count: int, device: torch.device
 ) -> Conditioning | Switched:
-    """The conditioning of a chain of `count` steps: by the tuned encoders in the steps of `conditioner.window`."""
+    """The conditioning of a chain of `count` steps: the tuned one in the steps of `conditioner.window`."""
     tuned = conditioner(prompts).to(device)
     if conditioner.window is None or not conditioner.is_switched:
         return tuned
@@ -55,6 +57,60 @@ def with_null(tuned: Conditioning, base: Conditioning, window: TunedSteps) -> Co
     return tuned if window.null else replace(tuned, null=base.null)
 
 
+# --- the steps of a pipeline's chain --------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """The number of the present step, and how many steps the chain has."""
+
+    index: int = 0
+    total: int = 0
+
+
+@contextmanager
+def counted_steps(pipeline: Any, on_step: Callable[[], None] = lambda: None) -> Iterator[Clock]:
+    """Count the steps of the chains that the pipeline runs within it.
+
+    A chain begins with the scheduler's `set_timesteps`; each step ends with the scheduler's `step`, before which
+    `on_step` is called. A call of a pipeline is one chain, and some families call theirs once for each prompt.
+    """
+    scheduler, clock = pipeline.scheduler, Clock()
+    step, set_timesteps = scheduler.step, scheduler.set_timesteps
+
+    @functools.wraps(step)  # pipelines ask both for the names of their parameters
+    def counted(*given: Any, **named: Any) -> Any:
+        on_step()
+        clock.index += 1
+        return step(*given, **named)
+
+    @functools.wraps(set_timesteps)
+    def begun(*given: Any, **named: Any) -> Any:
+        result = set_timesteps(*given, **named)
+        clock.index, clock.total = 0, len(scheduler.timesteps)
+        return result
+
+    with replaced(scheduler, step=counted, set_timesteps=begun):
+        yield clock
+
+
+@contextmanager
+def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Within it `owner` has these methods; one may stand within another."""
+    own = vars(owner)
+    before = {name: own[name] for name in methods if name in own}
+    own.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del own[name]
+        own.update(before)
+
+
+# --- the pipeline's call --------------------------------------------------------------------------------------------
+
+
 def sample(
     pipeline: Any,
     conditioner: Conditioner,
@@ -62,15 +118,17 @@ def sample(
     sources: Sequence[torch.Generator],
     arguments: Mapping[str, Any],
 ) -> Any:
-    """The pipeline's output for `prompts`; the tuned encoders act in the steps of `conditioner.window`.
+    """The pipeline's output for `prompts`; what is tuned in `conditioner` acts in the steps of its window.
 
-    With a window the network's first step is computed once more, by the tuned encoders, to learn its text inputs.
-    Raises ConfigError for a pipeline that changes its text inputs during the chain.
+    With a window the network's first step is computed once more, as tuned, to learn its text inputs, and again for
+    empty prompts where the null condition stays the base's. Raises ConfigError for a pipeline that changes its text
+    inputs during the chain.
     """
 
     def call(texts: list[str] | str) -> Any:
         fresh = [torch.Generator("cpu").manual_seed(source.initial_seed()) for source in sources]
-        return pipeline(prompt=texts, generator=fresh, output_type="pt", **arguments)
+        own = texts if isinstance(texts, str) else [*texts]  # some pipelines write their template into it
+        return pipeline(prompt=own, generator=fresh, output_type="pt", **arguments)
 
     window = conditioner.window
     if window is None or not conditioner.is_switched:
@@ -79,104 +137,108 @@ def sample(
     with conditioner.as_reference():
         empty = "" if isinstance(prompts, str) else [""] * len(prompts)
         blank = [] if window.null else _first_step(pipeline, functools.partial(call, empty))
-        switch = _Switch(pipeline, tuned, blank, window.on)
-        with _observed(pipeline, switch.on_call, switch.on_step):
-            return call(prompts)
+        with counted_steps(pipeline) as clock:
+            switch = _Switch(type(pipeline).__name__, tuned, blank, len(sources), clock, window)
+            with _hooked(pipeline, switch):
+                return call(prompts)
 
 
-class _FirstStepError(Exception):
-    """Ends a pipeline after the network's calls of the first step."""
+class _FirstStepEndedError(Exception):
+    """Ends a chain that only its first step is wanted of."""
 
 
-def _first_step(pipeline: Any, call: Callable[[], Any]) -> list[list[Any]]:
-    """What the networks are called with in the first step: the leaves of the arguments of each call."""
-    calls: list[list[Any]] = []
+def _first_step(pipeline: Any, call: Callable[[], Any]) -> list[Inputs]:
+    """The inputs of the networks' calls in the first step."""
+    calls: list[Inputs] = []
 
-    def on_call(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def record(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         calls.append(tree_flatten((given, named))[0])
 
-    def on_step() -> None:
-        raise _FirstStepError
+    def end() -> None:
+        raise _FirstStepEndedError
 
-    with suppress(_FirstStepError), _observed(pipeline, on_call, on_step):
-        call()
-    return calls
+    try:
+        with counted_steps(pipeline, end), _hooked(pipeline, record):
+            call()
+    except _FirstStepEndedError:
+        return calls
+    raise ConfigError(f"a {type(pipeline).__name__} never calls its scheduler's step, so its steps cannot be counted")
 
 
 @contextmanager
-def _observed(pipeline: Any, on_call: Callable[..., Any], on_step: Callable[[], None]) -> Iterator[None]:
-    """Within it `on_call` is a pre-hook of the denoisers, and `on_step` is called before each step of the scheduler."""
-    scheduler, nets = pipeline.scheduler, [pipeline.components.get(name) for name in _NETWORKS]
-    step = scheduler.step
-
-    @functools.wraps(step)  # pipelines read its signature
-    def counted(*given: Any, **named: Any) -> Any:
-        on_step()
-        return step(*given, **named)
-
-    handles = [net.register_forward_pre_hook(on_call, with_kwargs=True) for net in nets if net is not None]
-    scheduler.step = counted
-    try:
+def _hooked(pipeline: Any, hook: Callable[..., Any]) -> Iterator[None]:
+    """Within it `hook` is a pre-hook of the pipeline's denoisers."""
+    nets = [part for name, part in pipeline.components.items() if name.startswith(_NETWORKS) and part is not None]
+    with ExitStack() as removed:
+        for net in nets:
+            removed.callback(net.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        del scheduler.step
-        for handle in handles:
-            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text input of the base, and what takes its place."""
+
+    base: Tensor
+    tuned: Tensor
+
+    def is_in(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dtype == self.base.dtype and torch.equal(leaf, self.base)
 
 
 class _Switch:
-    """Replaces the text inputs of the networks in the tuned steps of one chain.
+    """Pre-hook of the networks that replaces their text inputs in the tuned steps of one chain.
 
-    tuned, blank: of `_first_step` with the tuned encoders, and of the base encoders with empty prompts where the null
-        condition stays that of the base encoders (else empty). Rows that an empty prompt gives too are that condition.
+    name: of the pipeline. tuned: of `_first_step`, as tuned. blank: the same of the base with empty prompts, where the
+    null condition stays the base's (else empty): rows that an empty prompt gives too are that condition. count: of
+    prompts.
     """
 
     def __init__(
-        self,
-        pipeline: Any,
-        tuned: list[list[Any]],
-        blank: list[list[Any]],
-        window: Callable[[int], range],
+        self, name: str, tuned: list[Inputs], blank: list[Inputs], count: int, clock: Clock, window: TunedSteps
     ) -> None:
-        self._pipeline, self._tuned, self._blank, self._window = pipeline, tuned, blank, window
-        self._index = self._calls = self._replaced = 0
-        self._steps = range(0)
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # a text input by the base encoders, and what takes its place
+        self._name, self._tuned, self._blank, self._count = name, tuned, blank, count
+        self._clock, self._window = clock, window
+        self._texts: list[_Text] = []
+        self._calls = 0  # of the first step
+        self._has_call_without_text = False  # in the first step, so that others may have none either
 
-    def on_call(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Pre-hook of a network."""
+    def __call__(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         leaves, form = tree_flatten((given, named))
-        if self._index == 0:
+        if self._clock.index == 0:
             self._learn(leaves)
-        if self._index not in self._steps:
+        if self._clock.index not in self._window.on(self._clock.total):
             return None
-        return tree_unflatten([self._in_place_of(leaf) for leaf in leaves], form)
-
-    def on_step(self) -> None:
-        """Called after the networks' calls of each step."""
-        if self._index in self._steps and self._pairs and not self._replaced:
+        texts = {place: text.tuned for place, leaf in enumerate(leaves) for text in self._texts if text.is_in(leaf)}
+        if not texts and not self._has_call_without_text:
             raise ConfigError(
-                f"a {type(self._pipeline).__name__} changes its text inputs during the chain, so tuned text encoders "
-                "cannot be used in some of its steps alone; use them in all"
+                f"a {self._name} changes its text inputs during the chain (in step {self._clock.index}), so tuned text "
+                "encoders and mixtures of embeddings cannot be used in some of its steps alone; use them in all"
             )
-        self._index, self._replaced = self._index + 1, 0
+        return tree_unflatten([texts.get(place, leaf) for place, leaf in enumerate(leaves)], form)
 
-    def _learn(self, leaves: list[Any]) -> None:
-        self._steps = self._window(len(self._pipeline.scheduler.timesteps))
+    def _learn(self, leaves: Inputs) -> None:
         blank = self._blank[self._calls] if self._blank else [None] * len(leaves)
-        for base, tuned, empty in zip(leaves, self._tuned[self._calls], blank, strict=True):
-            if not isinstance(base, Tensor) or torch.equal(base, tuned):
-                continue
-            replacement = tuned
-            if isinstance(empty, Tensor) and empty.shape == base.shape:  # else they have the prompts' own lengths
-                is_null = (base == empty).flatten(1).all(1)
-                replacement = torch.where(is_null.view(-1, *[1] * (base.dim() - 1)), base, tuned)
-            self._pairs.append((base, replacement))
+        both = [*zip(leaves, self._tuned[self._calls], blank, strict=True)]
+        texts = [
+            _Text(base, self._with_null(base, tuned, empty))
+            for base, tuned, empty in both
+            if isinstance(base, Tensor) and not torch.equal(base, tuned)
+        ]
+        self._texts += texts
+        self._has_call_without_text |= not texts
         self._calls += 1
 
-    def _in_place_of(self, leaf: Any) -> Any:
-        for base, tuned in self._pairs:
-            if isinstance(leaf, Tensor) and leaf.dtype == base.dtype and torch.equal(leaf, base):
-                self._replaced += 1
-                return tuned
-        return leaf
+    def _with_null(self, base: Tensor, tuned: Tensor, empty: Tensor | None) -> Tensor:
+        """`tuned`, with the rows of `base` that are of empty prompts."""
+        if empty is None:
+            return tuned
+        if empty.shape == base.shape:
+            is_null = (base == empty).flatten(1).all(1)
+            return torch.where(is_null.view(-1, *[1] * (base.dim() - 1)), base, tuned)
+        if len(base) == len(empty) > self._count:
+            raise ConfigError(
+                f"a {self._name} pads prompts and the null condition to one length, so the null condition cannot stay "
+                "the base's: let it be tuned too (tuned_null or null: true), or use the tuned encoders in all steps"
+            )
+        return tuned  # prompts alone, of their own lengths

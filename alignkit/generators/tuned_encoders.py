@@ -1,7 +1,7 @@
 """A folder of tuned text encoders: `NAME/` as a pipeline's component, and `alignkit.json`, which says how to use them.
 
 The record is that of a mixture of embeddings (`alignkit.adapters.mixture`) whose one member, of weight 1, is the folder
-itself. Its window is a `TunedSteps`; its fingerprints are those of the encoders that were tuned.
+itself. Its fingerprints are those of the encoders that were tuned.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.adapters import comfyui, exports, lora
 from alignkit.adapters.fingerprint import base_of, is_other_base
-from alignkit.adapters.mixture import FILE, MemberRecord, Mixture, Window, is_mixture, read_mixture, write_mixture
-from alignkit.diffusion.tuned_steps import TunedSteps
+from alignkit.adapters.mixture import FILE, MemberRecord, Mixture, is_mixture, read_mixture, write_mixture
+from alignkit.diffusion.tuned_steps import ALL_STEPS
 from alignkit.errors import AdapterError, ConfigError, MissingFileError, UnknownNameError, nearest
 from alignkit.escape import get_logger
 from alignkit.generators.components import load_network, require_finite, require_weights
@@ -35,15 +35,13 @@ def save_tuned(generator: PipelineGenerator, folder: Path) -> None:
     written = conditioner.save(folder)
     files = {f"{part.name}/{file.name}": checksum(file) for part in written for file in sorted(part.iterdir())}
     bases = {part.name: base_of(conditioner.base(part.name)) for part in written}
-    steps = conditioner.window or TunedSteps()
     record = Mixture(
         space="embedding",
         base=str(generator.pipeline.name_or_path),
         base_fingerprint=bases,
         members=(MemberRecord(name="tuned", files=files, place=_HERE),),
         weights=(1.0,),
-        null=steps.null,
-        window=None if (steps.start, steps.stop) == (0, 1) else Window(steps.start, steps.stop),
+        window=conditioner.window or ALL_STEPS,
     )
     write_mixture(folder, record)
     adapted = {name: part for name, part in generator.lora_encoders.items() if lora.lora_layers(part)}
@@ -57,7 +55,7 @@ def load_tuned(generator: PipelineGenerator, folder: Path) -> None:
 
     Encoders that were tuned from other base weights are loaded with a warning. Raises MissingFileError, DataError for
     files that are damaged, changed or hold NaN, UnknownNameError and AdapterError for encoders that are none of this
-    model, ConfigError for a window that is none in shares.
+    model, ConfigError for a weight other than 1.
     """
     if not is_mixture(folder):
         raise MissingFileError(f"'{folder}' holds no tuned text encoders: {FILE} is missing")
@@ -75,7 +73,6 @@ def load_tuned(generator: PipelineGenerator, folder: Path) -> None:
         stored = require_weights(folder / name, "transformers")
         require_finite(stored)
         parts[name] = load_network(folder / name, type(own), stored, own.dtype)
-    if record.weights != (1.0,) or (record.window and not record.window.is_fraction):
-        raise ConfigError(f"'{folder / FILE}': tuned text encoders have weight 1 and a window in shares of the chain")
-    bounds = (record.window.start, record.window.stop) if record.window else (0.0, 1.0)
-    generator.conditioner.put(parts, TunedSteps(*bounds, null=record.null))
+    if record.weights != (1.0,):
+        raise ConfigError(f"'{folder / FILE}': tuned text encoders have weight 1, not {list(record.weights)}")
+    generator.conditioner.put(parts, record.window)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +11,17 @@ from hypothesis import strategies as st
 from random_adapters import shake
 from tiny_families import FAMILIES
 
-from alignkit.adapters.mixture import FILE, MemberRecord, Mixture, Window, read_mixture, write_mixture
+from alignkit.adapters.mixture import FILE, MemberRecord, Mixture, read_mixture, write_mixture
 from alignkit.commands.specs import GeneratorSpec, build_generator
-from alignkit.errors import AdapterError, AlignKitError, ConfigError, DataError, StorageError
+from alignkit.diffusion.tuned_steps import TunedSteps
+from alignkit.errors import AdapterError, ConfigError, DataError, StorageError
 from alignkit.generators.members import Base, read_member
 from alignkit.generators.mixtures import load_mixture, mixed
+from alignkit.generators.rollout import at_step, denoise
 from alignkit.generators.soups import make_mixture
+from alignkit.generators.switching import by_step
 from alignkit.records import Sampling
 
-ROOT = Path(__file__).parent.parent.parent
 CLOSE = 1e-4  # largest pixel difference, float32
 PROMPTS, SEEDS = ["a red circle", "two blue rings on a gray background"], (5, 6)
 STEPS = 4
@@ -34,8 +34,7 @@ def told(family, steps=STEPS):
 
 
 def job(family):
-    count = 1 if FAMILIES[family].alone else 2
-    return PROMPTS[:count], SEEDS[:count], told(family)
+    return PROMPTS, SEEDS, told(family)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +65,12 @@ def members(load, tmp_path_factory):
 def mixture(load, members, model_folders, tmp_path):
     """A mixture of two members and the base, loaded."""
 
-    def make(family, space, weights, window=None):
+    def make(family, space, weights, window=None, on=None, *, null=True):
         base = Base.open(str(model_folders[family]))
         chosen = [read_member(name, base) for name in (*map(str, members(family, space)), "base")]
-        bounds = Window.of(window)
-        make_mixture(base, chosen, weights, tmp_path / "mix", space=space, window=bounds, any_sum=True)
-        return load_mixture(load(family), tmp_path / "mix")
+        steps = TunedSteps.between(window, null=null)
+        make_mixture(base, chosen, weights, tmp_path / "mix", space=space, window=steps, any_sum=True)
+        return load_mixture(on or load(family), tmp_path / "mix")
 
     return make
 
@@ -108,7 +107,7 @@ def test_a_one_hot_mixture_is_its_member(family, space, chosen, load, members, m
 def test_embeddings_are_the_weighted_sum_of_the_members(load, members, mixture):
     weights = [0.7, 0.5, -0.2]
     source = mixture("sdxl", "embedding", weights)
-    found = source.conditioning(PROMPTS, STEPS)(0)
+    found = source.generator.encode_prompts(PROMPTS)
     states = [member_alone(load, members, "sdxl", "embedding", n).encode_prompts(PROMPTS) for n in range(3)]
     for name, tensor in found.tensors.items():
         expected = sum(w * state.tensors[name] for w, state in zip(weights, states, strict=True))
@@ -121,6 +120,19 @@ def test_embeddings_are_the_weighted_sum_of_the_members(load, members, mixture):
 # --- windows: the pipeline and our chain ----------------------------------------------------------------------------
 
 
+def drawn(source, family):
+    """Pixels by `rollout`, with a conditioning and a network for each step."""
+    generator, now = source.generator, []
+    of_chain = by_step(generator.conditioner, PROMPTS, STEPS, generator.device)
+
+    def cond(index):
+        now[:] = [index]
+        return at_step(of_chain, index)
+
+    with torch.no_grad(), source.acting(lambda: now[0] in source.steps(STEPS)):
+        return generator.decode(denoise(generator, cond, SEEDS, told(family))).clamp(0, 1)
+
+
 @pytest.mark.parametrize(
     ("family", "space", "window"),
     [
@@ -131,24 +143,44 @@ def test_embeddings_are_the_weighted_sum_of_the_members(load, members, mixture):
         ("flux", "embedding", (1, 3)),
         ("unet", "prediction", (1, 3)),
         ("flow", "prediction", None),
+        ("dreamlite", "embedding", (1, 3)),
+        ("dreamlite", "prediction", (1, 3)),
     ],
 )
 def test_the_pipeline_and_our_chain_agree(family, space, window, load, mixture):
-    """The pipeline's own loop with inputs switched, and `rollout` with a conditioning for each step."""
+    """The pipeline's own loop with inputs switched, and `rollout`; one call for two prompts, and one for each."""
     source = mixture(family, space, [0.7, 0.5, -0.2], window)
     found = source.generate(*job(family))
-    expected = source.generator.decode(source.denoise(*job(family))).clamp(0, 1)
-    assert (found - expected).abs().max() <= CLOSE
+    assert (found - drawn(source, family)).abs().max() <= CLOSE
     base = load(family).generate(*job(family))
     assert (found - base).abs().max() > CLOSE
     assert torch.equal(source.generate(*job(family)), found)  # nothing is left behind
 
 
-def test_a_window_over_all_steps_is_no_window_and_videos_have_windows(mixture):
-    whole = mixture("flow", "embedding", [0.7, 0.3, 0.0])
-    found = whole.generate(*job("flow"))
-    whole.mixture = Mixture(space="embedding", base="", members=(), weights=(), window=Window(0.0, 1.0))
-    assert (whole.generate(*job("flow")) - found).abs().max() <= CLOSE
+def test_a_window_over_all_steps_is_no_window(mixture):
+    source = mixture("flow", "embedding", [0.7, 0.3, 0.0], (0, STEPS))
+    found = source.generate(*job("flow"))
+    source.generator.conditioner.window = TunedSteps()
+    assert (source.generate(*job("flow")) - found).abs().max() <= CLOSE
+
+
+def test_embeddings_without_their_null_condition(mixture):
+    source = mixture("unet", "embedding", [0.7, 0.3, 0.0], (0.5, 1.0), null=False)
+    assert (source.generate(*job("unet")) - drawn(source, "unet")).abs().max() <= CLOSE
+
+
+def test_predictions_are_mixed_on_tuned_encoders_and_embeddings_are_not(load, members, mixture, tmp_path):
+    encoders = dict(_tuned(load, members, "flow", "embedding", 0).conditioner.encoders)
+    generator = load("flow")
+    generator.conditioner.put(encoders, TunedSteps.between((2, 4)))
+    source = mixture("flow", "prediction", [0.7, 0.3, 0.0], (1, 3), generator)
+    assert (source.generate(*job("flow")) - drawn(source, "flow")).abs().max() <= CLOSE
+    mixture_of_embeddings = tmp_path / "other"
+    base = Base.open(generator.pipeline.name_or_path)
+    member = read_member(str(members("flow", "embedding")[0]), base)
+    make_mixture(base, [member], [1.0], mixture_of_embeddings, space="embedding")
+    with pytest.raises(AdapterError, match="made from the base's own text encoders: leave out `encoder`"):
+        load_mixture(generator, mixture_of_embeddings)
 
 
 @pytest.mark.parametrize("family", ["wan", "ltx"])
@@ -159,35 +191,8 @@ def test_videos_with_two_calls_a_step(family, load, mixture, members):
     assert (found - member_alone(load, members, family, "embedding", 0).generate(*job(family))).abs().max() > CLOSE
 
 
-def test_the_callback_of_the_docs_is_our_window(load, mixture):
-    page = (ROOT / "docs" / "mixing.md").read_text(encoding="utf-8")
-    written = {}
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], written)  # the code that users paste
-    source = mixture("unet", "embedding", [0.7, 0.3, 0.0], (1, 3))
-    prompts, seeds, sampling = job("unet")
-    pipe = load("unet").pipeline
-    base, tuned = (source.conditioning(prompts, STEPS)(step) for step in (0, 1))
-    rows = [cond.tensors["encoder_hidden_states"] for cond in (base, tuned)]
-    nulls = [c.null["encoder_hidden_states"].expand_as(row) for c, row in zip((base, tuned), rows, strict=True)]
-    outside, inside = ({"prompt_embeds": torch.cat([null, row])} for null, row in zip(nulls, rows, strict=True))
-    with torch.no_grad():
-        theirs = pipe(
-            prompt_embeds=rows[0],
-            negative_prompt_embeds=nulls[0],
-            num_inference_steps=STEPS,
-            guidance_scale=3.0,
-            height=sampling.height,
-            width=sampling.width,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="pt",
-            callback_on_step_end=written["switch_embeddings"](inside, outside, 1, 3),
-            callback_on_step_end_tensor_inputs=["prompt_embeds"],
-        ).images
-    assert (source.generate(prompts, seeds, sampling) - theirs).abs().max() <= CLOSE
-
-
 def mixture_without_steps(source):
-    window = Window(0.5, 0.51)
+    window = TunedSteps(0.5, 0.51)
     source.mixture = Mixture(space="prediction", base="", members=(), weights=(), window=window)
     return source
 
@@ -249,9 +254,22 @@ def record(**changes):
 def test_a_record_reads_back(tmp_path_factory, weights, start, more):
     folder = tmp_path_factory.mktemp("record")
     names = tuple(MemberRecord(name="base") for _ in weights)
-    written = record(members=names, weights=tuple(weights), window=Window(start, start + more))
+    written = record(members=names, weights=tuple(weights), window=TunedSteps(start, start + more))
     write_mixture(folder, written)
     assert read_mixture(folder) == written
+
+
+EARLIER = (  # as the version wrote it that had a window without a null condition
+    '{"base": "m", "base_fingerprint": {}, "density": 1.0, "files": {}, "kind": "mixture", "members": [{"files": {}, '
+    '"name": "base", "place": ""}], "method": "linear", "null": false, "rank_error": 0.0, "seed": 0, "sha256": '
+    '"a60abed4dc02005093cbcf93118f18995647e16ba93be6fd25ddd96cd0dbaa95", "space": "embedding", "weights": [1.0], '
+    '"window": [10, 25]}'
+)
+
+
+def test_a_record_of_an_earlier_version_reads(tmp_path):
+    (tmp_path / FILE).write_text(EARLIER, encoding="utf-8")
+    assert read_mixture(tmp_path) == record(base="m", window=TunedSteps(10, 25, null=False))
 
 
 def edited(folder, **changes):
@@ -269,8 +287,10 @@ def edited(folder, **changes):
         ({"weights": [0.5, 0.5]}, "1 members and 2 weights"),
         ({"kind": "soup"}, "is of the kind 'soup'"),
         ({"space": "pixels"}, "space is 'pixels'"),
-        ({"window": [5, 5]}, "give .start, stop. with 0 <= start < stop"),
-        ({"window": [0.5, 2]}, "numbers of steps are whole"),
+        ({"window": [5, 5]}, "give start and stop with 0 <= start < stop"),
+        ({"window": [0.5, 2]}, "or whole numbers of steps"),
+        ({"window": "all"}, "is no record of a mixture"),
+        ({"space": "prediction", "null": False}, "null: false is for embedding"),
         ({"more": 1}, "is no record of a mixture"),
         ({"members": 3}, "is no record of a mixture"),
     ],
@@ -299,22 +319,3 @@ def test_files_that_leave_the_folder_or_changed_are_refused(tmp_path):
     (tmp_path / "mix" / "members" / "a.bin").write_bytes(b"2")
     with pytest.raises(DataError, match="is not the file that the mixture was made with"):
         read_mixture(tmp_path / "mix")
-
-
-@pytest.mark.parametrize(
-    ("bounds", "count", "expected"),
-    [
-        ((0.4, 1.0), 25, range(10, 25)),
-        ((10, 25), 25, range(10, 25)),
-        ((10, 25), 20, range(10, 20)),
-        ((0, 2), 4, range(2)),
-    ],
-)
-def test_windows(bounds, count, expected):
-    assert Window.of(bounds).steps(count) == expected
-
-
-@pytest.mark.parametrize("bounds", [(0.5, 0.5), (0.5,), (-1, 2), (float("nan"), 1), (1.5, 3)])
-def test_windows_that_are_none(bounds):
-    with pytest.raises(AlignKitError, match="window is"):
-        Window.of(bounds)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 
 from alignkit.diffusion.tuned_steps import TunedSteps, fixed_steps
-from alignkit.errors import ConfigError
-from alignkit.generators.rollout import rollout
-from alignkit.generators.switching import by_step
+from alignkit.errors import AlignKitError, ConfigError
+from alignkit.generators.rollout import denoise
+from alignkit.generators.switching import by_step, counted_steps
 from alignkit.records import Sampling
 
-PROMPTS, SEEDS, COUNT = ["a red circle", "two blue rings"], [3, 4], 5
+PROMPTS, SEEDS, COUNT = ["a red circle", "two blue rings on a gray background"], [3, 4], 3
 
 
 def tuned_copies(generator, size=0.3):
@@ -31,9 +34,7 @@ def tuned(load):
     """A generator with tuned encoders in the steps of a window, its base alone, and a sampling."""
 
     def build(family, window, **changes):
-        import tiny_families
-
-        told = tiny_families.FAMILIES[family]
+        told = FAMILIES[family]
         generator = load(family)
         generator.conditioner.put(tuned_copies(generator), window)
         sampling = {"steps": COUNT, "guidance_scale": 2.0, "height": told.side, "width": told.side}
@@ -58,35 +59,94 @@ def test_windows_are_derived_from_the_length_of_the_chain():
         assert fixed_steps(drawn, 8) is None
         with pytest.raises(ConfigError, match=f"tuned steps are '{drawn}'; give all"):
             of(drawn, 8)
-    with pytest.raises(ConfigError, match="are none of 2 steps"):
+    with pytest.raises(ConfigError, match=r"window \[0, 0.125\) holds none of the 2 steps"):
         of("first 1", 8).on(2)
-    with pytest.raises(ConfigError, match="0 <= start < stop <= 1"):
-        TunedSteps(0.4, 0.4)
 
 
 @pytest.mark.parametrize(
-    ("family", "null"),
+    ("bounds", "count", "expected"),
     [
-        *(("unet", True), ("unet", False), ("sdxl", True), ("flow", False), ("flux", True)),
-        *(("wan", True), ("wan", False), ("sana", True), ("qwen_image", False)),
+        ((0.4, 1.0), 25, range(10, 25)),
+        ((10, 25), 25, range(10, 25)),
+        ((10, 25), 20, range(10, 20)),
+        ((0, 2), 4, range(2)),
+        (None, 4, range(4)),
     ],
 )
-def test_the_pipeline_draws_what_the_chain_of_training_draws(tuned, family, null):
-    """CLIP, two CLIPs, T5, UMT5, Gemma and Qwen; guidance as one call of both halves, as two calls, and embedded."""
-    generator, base, sampling = tuned(family, TunedSteps.of("last 3", COUNT, null=null))
-    shape = generator.latent_shape(sampling.height, sampling.width, *([sampling.num_frames] if family == "wan" else []))
-    grid = generator.grid(COUNT, shape)
-    noise = torch.cat([generator.initial_noise(shape, torch.Generator().manual_seed(seed)) for seed in SEEDS])
+def test_windows_of_bounds(bounds, count, expected):
+    window = TunedSteps.between(bounds)
+    assert window.on(count) == expected
+    assert TunedSteps.between(window.bounds) == window
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 0.5), (0.5,), (-1, 2), (float("nan"), 1), (0, float("inf")), (1.5, 3)])
+def test_windows_that_are_none(bounds):
+    with pytest.raises(AlignKitError, match="window is"):
+        TunedSteps.between(bounds)
+
+
+def drawn(generator, sampling):
+    """Pixels by a chain of our own, with another conditioning in the steps of the window."""
     with torch.no_grad():
         cond = by_step(generator.conditioner, PROMPTS, COUNT, generator.device)
-        expected = rollout(generator, cond, noise * grid.start, grid, scale=2.0)
-        expected = generator.decode(expected)
-    found = generator.generate(PROMPTS, SEEDS, sampling)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    plain = base.generate(PROMPTS, SEEDS, sampling)
+        return generator.decode(denoise(generator, cond, SEEDS, sampling))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pipeline_draws_what_the_chain_of_training_draws(tuned, family):
+    """Every family, two prompts of other lengths; guidance as one call of both halves, two calls, embedded, off."""
+    generator, base, sampling = tuned(family, TunedSteps.of("last 2", COUNT))
+    for scale in sorted({3.0, FAMILIES[family].guidance}):
+        told = replace(sampling, guidance_scale=scale)
+        found = generator.generate(PROMPTS, SEEDS, told)
+        torch.testing.assert_close(found, drawn(generator, told), rtol=1e-3, atol=1e-4)
+    plain = base.generate(PROMPTS, SEEDS, told)
     assert (found - plain).abs().max() > 1e-3
     with generator.reference():
-        assert torch.equal(generator.generate(PROMPTS, SEEDS, sampling), plain)
+        assert torch.equal(generator.generate(PROMPTS, SEEDS, told), plain)
+
+
+@pytest.mark.parametrize("family", ["unet", "flow", "wan", "qwen_image", "z_image"])
+def test_the_null_condition_stays_the_bases(tuned, family):
+    """Where prompts and null condition are one tensor, two, or a list."""
+    generator, _, sampling = tuned(family, TunedSteps.of("last 2", COUNT, null=False), guidance_scale=3.0)
+    found = generator.generate(PROMPTS, SEEDS, sampling)
+    torch.testing.assert_close(found, drawn(generator, sampling), rtol=1e-3, atol=1e-4)
+    generator.conditioner.window = replace(generator.conditioner.window, null=True)
+    assert (generator.generate(PROMPTS, SEEDS, sampling) - found).abs().max() > 1e-3
+
+
+def test_a_null_condition_that_cannot_be_told_from_prompts_is_refused(tuned):
+    generator, _, sampling = tuned("dreamlite", TunedSteps.of("last 2", COUNT, null=False))
+    with pytest.raises(ConfigError, match="pads prompts and the null condition to one length"):
+        generator.generate(PROMPTS, SEEDS, sampling)
+
+
+def test_text_inputs_that_change_during_the_chain_are_refused(tuned, monkeypatch):
+    generator, _, sampling = tuned("unet", TunedSteps.of("last 1", COUNT))
+
+    def change(_pipe, step, _time, tensors):
+        return {"prompt_embeds": 1.1 * tensors["prompt_embeds"]} if step == 1 else {}
+
+    given = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    monkeypatch.setattr(generator, "sampling_arguments", lambda: given)
+    with pytest.raises(ConfigError, match=r"changes its text inputs during the chain \(in step 2\)"):
+        generator.generate(PROMPTS, SEEDS, sampling)
+    generator.conditioner.window = TunedSteps()
+    assert len(generator.generate(PROMPTS, SEEDS, sampling)) == 2
+
+
+def test_steps_are_counted_for_each_chain_and_one_count_stands_within_another(load):
+    generator, ends = load("dreamlite"), []
+    told = Sampling(steps=COUNT, guidance_scale=1.0, height=16, width=16)
+    pipe = generator.pipeline
+    with (
+        counted_steps(pipe) as outer,
+        counted_steps(pipe, lambda: ends.append((inner.index, outer.index, outer.total))) as inner,
+    ):
+        generator.generate(PROMPTS, SEEDS, told)
+    assert ends == 2 * [(step, step, COUNT) for step in range(COUNT)]
+    assert not {"step", "set_timesteps"} & set(vars(pipe.scheduler))
 
 
 def test_a_window_of_all_steps_is_the_tuned_encoder_alone(tuned, load):
@@ -98,19 +158,21 @@ def test_a_window_of_all_steps_is_the_tuned_encoder_alone(tuned, load):
 
 
 def test_embeddings_switched_by_hand_in_a_plain_pipeline(tuned):
-    """With the callback of docs/textcraftor.md."""
-    from pathlib import Path
-
-    page = (Path(__file__).parents[2] / "docs" / "textcraftor.md").read_text(encoding="utf-8")
-    code = next(block for block in page.split("```python\n") if block.startswith("def tuned_from"))
-    names: dict[str, object] = {"torch": torch}
-    exec(code.partition("```")[0], names)
+    """With the functions of docs/mixing.md."""
+    page = (Path(__file__).parents[2] / "docs" / "mixing.md").read_text(encoding="utf-8")
+    code = next(block for block in page.split("```python\n") if "def switch_embeddings" in block)
+    pasted: dict[str, object] = {}
+    exec(code.partition("```")[0], pasted)
     for family, guidance in (("unet", 2.0), ("unet", 1.0), ("sdxl", 2.0)):
-        generator, base, sampling = tuned(family, TunedSteps.of("last 3", COUNT), guidance_scale=guidance)
-        pipe = base.pipeline
-        switch = names["tuned_from"](pipe, dict(generator.conditioner.encoders), PROMPTS, 2, guidance > 1)
-        size = {"height": sampling.height, "width": sampling.width, "num_inference_steps": COUNT}
+        generator, base, sampling = tuned(family, TunedSteps.between((1, 2)), guidance_scale=guidance)
+        pipe, original = base.pipeline, dict(base.conditioner.encoders)
+        outside = pasted["texts_of_loop"](pipe, PROMPTS, guidance > 1)
+        pipe.register_modules(**dict(generator.conditioner.encoders))
+        inside = pasted["texts_of_loop"](pipe, PROMPTS, guidance > 1)
+        pipe.register_modules(**original)
         sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        size = {"height": sampling.height, "width": sampling.width, "num_inference_steps": COUNT}
+        switch = {"callback_on_step_end": pasted["switch_embeddings"](inside, outside, 1, 2)}
         expected = pipe(PROMPTS, generator=sources, guidance_scale=guidance, output_type="pt", **size, **switch)[0]
         found = generator.generate(PROMPTS, SEEDS, sampling)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
