@@ -130,7 +130,9 @@ class LiveMix:
         whole = dict.fromkeys(component for name in used for component in self.members[name].weights)
         before = {component: pipeline.components[component] for component in whole}
         for component in self._adapted:
-            active = {self._variants[name].adapter: used[name] for name in used if component in self.members[name].loras}
+            active = {
+                self._variants[name].adapter: used[name] for name in used if component in self.members[name].loras
+            }
             lora.activate(pipeline.components[component], active)
         try:
             pipeline.register_modules(**{component: self._soup(component, recipe) for component in whole})

@@ -20,7 +20,11 @@ from alignkit.records import Sampling
 
 CLOSE = 1e-4  # largest pixel difference, float32
 FAMILY = "unet"
-JOB = (["a red circle"], (5,), Sampling(steps=4, guidance_scale=3.0, height=FAMILIES[FAMILY].side, width=FAMILIES[FAMILY].side))
+JOB = (
+    ["a red circle"],
+    (5,),
+    Sampling(steps=4, guidance_scale=3.0, height=FAMILIES[FAMILY].side, width=FAMILIES[FAMILY].side),
+)
 
 
 @pytest.fixture(scope="module")

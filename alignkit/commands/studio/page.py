@@ -1,0 +1,183 @@
+"""The page of a studio: layout and events in Gradio, served on loopback.
+
+Nothing is fetched from a network: Gradio's telemetry and its fonts are off, and the page's policy forbids other origins.
+A request must name this machine as its host and come from this page, as in `data_pipelines.annotation.server`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from alignkit.commands.studio import view
+from alignkit.commands.studio.guard import Guard
+from alignkit.commands.studio.session import Session, Tell
+from alignkit.errors import AlignKitError, ConfigError
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported and used
+import gradio as gr  # noqa: E402
+
+if TYPE_CHECKING:
+    from alignkit.generators.live import Recipe
+
+LOOPBACK = "127.0.0.1"
+_SPACES = [
+    ("weights: one model", "weights"),
+    ("embedding: text encoders", "embedding"),
+    ("prediction: denoisers", "prediction"),
+]
+_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
+_MONO = ["ui-monospace", "monospace"]
+_CSS = ".gradio-container { max-width:1320px !important; } footer { display:none !important; }"
+
+
+class Page:
+    """The components of one page and what their events do; all work is the session's."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, job = session, session.job
+        count = job.sampling.steps
+        with gr.Blocks(title="alignkit studio", analytics_enabled=False) as self.blocks:
+            self.locked = gr.State((job.prompt, job.seed))
+            gr.HTML(view.heading(session), js_on_load=None, apply_default_css=False)
+            with gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    with gr.Group():
+                        self.prompt = gr.Textbox(job.prompt, label="Prompt", lines=2, max_lines=6, elem_id="prompt")
+                        self.seed = gr.Number(job.seed, label="Seed", precision=0, minimum=0, elem_id="seed")
+                        use = gr.Button("Use this prompt and seed", size="sm", elem_id="use")
+                    self.space = gr.Radio(_SPACES, value=job.space, label="Mix", elem_id="space")
+                    with gr.Group():
+                        self.weights = [
+                            gr.Slider(-0.5, 1.5, value, step=0.01, label=name, elem_classes="weight")
+                            for name, value in job.start.items()
+                        ]
+                        self.rest = gr.Checkbox(value=True, label="The base has the rest to 1", elem_id="rest")
+                    with gr.Group(visible=job.space != "weights") as self.window:
+                        self.first = gr.Slider(
+                            0, count - 1, job.steps.start, step=1, label="From step", elem_id="first"
+                        )
+                        self.stop = gr.Slider(
+                            1, count, job.steps.stop, step=1, label="Up to, without, step", elem_id="stop"
+                        )
+                    with gr.Row():
+                        self.live = gr.Checkbox(value=True, label="Draw on every change", elem_id="live", min_width=120)
+                        draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
+                    with gr.Group():
+                        self.name = gr.Textbox(
+                            label=f"Export this mix into {job.out}/", placeholder="name", elem_id="name"
+                        )
+                        export = gr.Button("Export", elem_id="export")
+                    self.told = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="told")
+                with gr.Column(scale=5, min_width=420):
+                    self.message = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="message")
+                    self.stage = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="stage", min_height=300)
+                    self.frontier = gr.HTML(
+                        js_on_load=None,
+                        apply_default_css=False,
+                        elem_id="frontier",
+                        visible=session.frontier is not None,
+                    )
+            self._connect(use, draw, export)
+
+    def _connect(self, use: Any, draw: Any, export: Any) -> None:
+        mix = [self.space, self.first, self.stop, self.rest, *self.weights]
+        shown = [self.message, self.stage, self.frontier]
+        options: dict[str, Any] = {
+            "concurrency_id": "session",
+            "show_progress_on": self.stage,
+            "api_visibility": "private",
+        }
+        once: Any = {**options, "trigger_mode": "always_last"}
+        changes = [part.change for part in mix]
+        gr.on(changes, self._changed, [self.live, self.locked, *mix], shown, **once)
+        gr.on([draw.click, self.blocks.load], self._drawn, [self.locked, *mix], shown, **once)
+        gr.on(
+            [use.click, self.prompt.submit, self.seed.submit],
+            self._lock,
+            [self.prompt, self.seed],
+            self.locked,
+            api_visibility="private",
+        ).then(self._drawn, [self.locked, *mix], shown, **once)
+        self.space.change(
+            lambda space: gr.update(visible=space != "weights"), self.space, self.window, api_visibility="private"
+        )
+        gr.on(
+            [export.click, self.name.submit],
+            self._export,
+            [self.name, *mix],
+            self.told,
+            concurrency_id="session",
+            api_visibility="private",
+        )
+
+    @staticmethod
+    def _lock(prompt: str, seed: Any) -> tuple[str, Any]:
+        return prompt, seed
+
+    def _recipe(self, space: Any, first: Any, stop: Any, rest: bool, *weights: Any) -> Recipe:  # noqa: FBT001 - Gradio's
+        named = dict(zip(self.session.job.members, weights, strict=True))
+        return self.session.recipe(space, named, (first, stop), rest=rest)
+
+    def _changed(self, live: bool, locked: tuple[str, Any], *mix: Any, progress: Any = gr.Progress()) -> Any:  # noqa: FBT001, B008
+        if not live:
+            return view.note("The mix has changed. Press Draw for its image."), gr.skip(), gr.skip()
+        return self._drawn(locked, *mix, progress=progress)
+
+    def _drawn(self, locked: tuple[str, Any], *mix: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+        tell: Tell = lambda share, text: progress(share, desc=text)  # noqa: E731
+        try:
+            recipe = self._recipe(*mix)
+            shot = self.session.shot(recipe, *locked, tell)
+        except AlignKitError as error:
+            return view.problem(error), gr.skip(), gr.skip()
+        return "", view.stage(shot, self.session.job.sampling.fps), view.frontier(self.session, recipe)
+
+    def _export(self, name: str, *mix: Any, progress: Any = gr.Progress()) -> str:  # noqa: B008
+        progress(0.0, desc=f"writing {name}")
+        try:
+            folder, command = self.session.export(self._recipe(*mix), name)
+        except AlignKitError as error:
+            return view.problem(error)
+        print(f"exported {folder}; the same again:\n  {command}", flush=True)
+        return view.exported(str(folder), command)
+
+
+@contextlib.contextmanager
+def serve(session: Session, port: int) -> Iterator[str]:
+    """Serve the page within it; gives its address. Raises ConfigError where the port is taken."""
+    page = Page(session)
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((LOOPBACK, port))
+        except OSError as error:
+            raise ConfigError(f"port {port} cannot be used: {error.strerror}; give another, or --port 0") from error
+        free = tried.getsockname()[1]
+    theme = gr.themes.Base(primary_hue="cyan", neutral_hue="stone", radius_size="md", font=_FONTS, font_mono=_MONO)
+    from starlette.middleware import Middleware
+
+    _, url, _ = page.blocks.queue(default_concurrency_limit=1, api_open=False).launch(
+        server_name=LOOPBACK,
+        server_port=free,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        theme=theme,
+        css=_CSS,
+        head=f"<style>{view.STYLE}</style>",
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None, "middleware": [Middleware(Guard)]},
+    )
+    try:
+        yield url
+    finally:
+        page.blocks.close(verbose=False)
