@@ -30,8 +30,8 @@ from alignkit.commands.specs import (
 )
 from alignkit.commands.stages import compare
 from alignkit.commands.verb import Verb, execute
-from alignkit.diffusion.tuned_steps import TunedSteps
 from alignkit.config import build, read_tree
+from alignkit.diffusion.tuned_steps import TunedSteps
 from alignkit.errors import ConfigError, DataError, MissingFileError, require_at_least
 from alignkit.escape import to_code, to_markdown
 from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, simplex, table

@@ -1,4 +1,4 @@
-"""Where a mixture lies among the evaluated ones of a frontier: the nearest of them, and gains interpolated between them.
+"""Where a mixture lies among the evaluated ones of a frontier: the nearest of them, and gains interpolated from them.
 
 Gains are interpolated linearly over the weights of the members (a triangulation; for two members along the line
 between neighbours). The base, of weights 0 and gains 0, is a point too. That is a guess: a frontier has barriers.
@@ -24,7 +24,7 @@ _INSIDE = 1 - 1e-9  # moves a mixture on the border of the evaluated ones into t
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The evaluated mixture of the same space whose weights are nearest, and gains by objective; None outside of all."""
+    """The evaluated mixture with the nearest weights, and gains by objective: None outside of all evaluated ones."""
 
     nearest: Point
     gains: Mapping[str, float] | None

@@ -44,7 +44,8 @@ svg .rail { stroke:var(--line); } svg .whisker { stroke-width:1.6; stroke-lineca
 svg .t-base { stroke:var(--base); } svg .t-tuned { stroke:var(--tuned); } svg .t-good { stroke:var(--good); }
 svg .t-bad { stroke:var(--bad); } svg .t-quiet { stroke:var(--quiet); } svg .t-ink { stroke:var(--ink); }
 svg .t-base.fill { fill:var(--base); } svg .t-tuned.fill { fill:var(--tuned); } svg .t-good.fill { fill:var(--good); }
-svg .t-bad.fill { fill:var(--bad); } svg .t-ink.fill { fill:var(--ink); } svg .t-quiet.fill { fill:var(--quiet); } svg .fill { stroke:none; }
+svg .t-bad.fill { fill:var(--bad); } svg .t-ink.fill { fill:var(--ink); } svg .t-quiet.fill { fill:var(--quiet); }
+svg .fill { stroke:none; }
 svg path { fill:none; stroke-linejoin:round; stroke-linecap:round; } svg .line { stroke-width:2; }
 svg path.t-bad.line { stroke-dasharray:6 4; }
 svg .raw { stroke-width:1; opacity:.3; }

@@ -1,4 +1,4 @@
-"""Mixtures in memory against the same mixtures written, loaded and sampled: all spaces, windows, and back to the base."""
+"""Mixtures in memory against the same mixtures written and loaded again: all spaces, windows, and back to the base."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_what_no_mixture_has_is_refused(live, recipe, kind, message):
 def test_a_member_of_a_component_that_is_not_loaded(load, base, folders):
     generator = load(FAMILY)
     generator.pipeline.register_modules(text_encoder=None)
-    with pytest.raises(AdapterError, match="member 'encoder' has a text_encoder, which .* was loaded without"):
+    with pytest.raises(AdapterError, match=r"member 'encoder' has a text_encoder, which .* was loaded without"):
         LiveMix(generator, base, {"encoder": read_member(str(folders["encoder"]), base)})
 
 

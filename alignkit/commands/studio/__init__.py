@@ -1,1 +1,1 @@
-"""`alignkit studio`: the config (`job`), mixtures, scores and exports (`session`), the page (`page`), the verb (`main`)."""
+"""`alignkit studio`: config (`job`), mixtures and exports (`session`), page (`view`, `page`, `guard`), verb (`main`)."""

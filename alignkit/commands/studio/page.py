@@ -1,7 +1,7 @@
 """The page of a studio: layout and events in Gradio, served on loopback.
 
-Nothing is fetched from a network: Gradio's telemetry and its fonts are off, and the page's policy forbids other origins.
-A request must name this machine as its host and come from this page, as in `data_pipelines.annotation.server`.
+Nothing is fetched from a network: Gradio's telemetry and its fonts are off, and the page's policy forbids other origins
+(`guard`). Deliberately not here: what is shown (`view`) and computed (`session`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,34 @@ from alignkit.commands.studio.session import Session, Tell
 from alignkit.errors import AlignKitError, ConfigError
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported and used
-import gradio as gr  # noqa: E402
+import gradio as gr
 
 if TYPE_CHECKING:
     from alignkit.generators.live import Recipe
 
+_SAME = (gr.skip(), gr.skip(), gr.skip())  # image, scores and frontier stay
 LOOPBACK = "127.0.0.1"
 _SPACES = [
     ("weights: one model", "weights"),
     ("embedding: text encoders", "embedding"),
     ("prediction: denoisers", "prediction"),
 ]
+_PLAIN: Any = {"js_on_load": None, "apply_default_css": False}
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "monospace"]
-_CSS = ".gradio-container { max-width:1320px !important; } footer { display:none !important; }"
+_CSS = """
+.gradio-container { max-width:1320px !important; } footer { display:none !important; }
+#message:not(:has(.studio)), #told:not(:has(.studio)) { display:none; }
+"""
+_ACCENT = "#1f6f8b"
+_COLOURS = {
+    **dict.fromkeys(["slider_color", "loader_color", "button_primary_background_fill"], _ACCENT),
+    "button_primary_background_fill_hover": "#185a71",
+    "button_primary_text_color": "white",
+    "checkbox_background_color_selected": _ACCENT,
+    "body_background_fill": "#faf9f6",
+}
+_COLOURS |= {f"{name}_dark": value for name, value in _COLOURS.items()} | {"body_background_fill_dark": "#14161a"}
 
 
 class Page:
@@ -42,7 +56,7 @@ class Page:
         count = job.sampling.steps
         with gr.Blocks(title="alignkit studio", analytics_enabled=False) as self.blocks:
             self.locked = gr.State((job.prompt, job.seed))
-            gr.HTML(view.heading(session), js_on_load=None, apply_default_css=False)
+            gr.HTML(view.heading(session), **_PLAIN)
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
                     with gr.Group():
@@ -52,7 +66,9 @@ class Page:
                     self.space = gr.Radio(_SPACES, value=job.space, label="Mix", elem_id="space")
                     with gr.Group():
                         self.weights = [
-                            gr.Slider(-0.5, 1.5, value, step=0.01, label=name, elem_classes="weight")
+                            gr.Slider(
+                                min(-0.5, value), max(1.5, value), value, step=0.01, label=name, elem_classes="weight"
+                            )
                             for name, value in job.start.items()
                         ]
                         self.rest = gr.Checkbox(value=True, label="The base has the rest to 1", elem_id="rest")
@@ -64,28 +80,27 @@ class Page:
                             1, count, job.steps.stop, step=1, label="Up to, without, step", elem_id="stop"
                         )
                     with gr.Row():
-                        self.live = gr.Checkbox(value=True, label="Draw on every change", elem_id="live", min_width=120)
+                        self.live = gr.Checkbox(value=True, label="Draw on every change", elem_id="live", scale=2)
                         draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
                     with gr.Group():
                         self.name = gr.Textbox(
                             label=f"Export this mix into {job.out}/", placeholder="name", elem_id="name"
                         )
                         export = gr.Button("Export", elem_id="export")
-                    self.told = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="told")
+                    self.told = gr.HTML(**_PLAIN, elem_id="told")
                 with gr.Column(scale=5, min_width=420):
-                    self.message = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="message")
-                    self.stage = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="stage", min_height=300)
-                    self.frontier = gr.HTML(
-                        js_on_load=None,
-                        apply_default_css=False,
-                        elem_id="frontier",
-                        visible=session.frontier is not None,
-                    )
+                    self.message = gr.HTML(**_PLAIN, elem_id="message")
+                    self.stage = gr.HTML(**_PLAIN, elem_id="stage", min_height=300)
+                    with gr.Row():
+                        with gr.Column(min_width=260):
+                            self.scores = gr.HTML(**_PLAIN, elem_id="scores")
+                        with gr.Column(min_width=320, visible=session.frontier is not None):
+                            self.frontier = gr.HTML(**_PLAIN, elem_id="frontier")
             self._connect(use, draw, export)
 
     def _connect(self, use: Any, draw: Any, export: Any) -> None:
         mix = [self.space, self.first, self.stop, self.rest, *self.weights]
-        shown = [self.message, self.stage, self.frontier]
+        shown = [self.message, self.stage, self.scores, self.frontier]
         options: dict[str, Any] = {
             "concurrency_id": "session",
             "show_progress_on": self.stage,
@@ -124,7 +139,7 @@ class Page:
 
     def _changed(self, live: bool, locked: tuple[str, Any], *mix: Any, progress: Any = gr.Progress()) -> Any:  # noqa: FBT001, B008
         if not live:
-            return view.note("The mix has changed. Press Draw for its image."), gr.skip(), gr.skip()
+            return view.note("The mix has changed. Press Draw for its image."), *_SAME
         return self._drawn(locked, *mix, progress=progress)
 
     def _drawn(self, locked: tuple[str, Any], *mix: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008
@@ -133,8 +148,9 @@ class Page:
             recipe = self._recipe(*mix)
             shot = self.session.shot(recipe, *locked, tell)
         except AlignKitError as error:
-            return view.problem(error), gr.skip(), gr.skip()
-        return "", view.stage(shot, self.session.job.sampling.fps), view.frontier(self.session, recipe)
+            return view.problem(error), *_SAME
+        image = view.stage(shot, self.session.job.sampling.fps)
+        return "", image, view.scores(shot), view.frontier(self.session, recipe)
 
     def _export(self, name: str, *mix: Any, progress: Any = gr.Progress()) -> str:  # noqa: B008
         progress(0.0, desc=f"writing {name}")
@@ -157,9 +173,7 @@ def serve(session: Session, port: int) -> Iterator[str]:
         except OSError as error:
             raise ConfigError(f"port {port} cannot be used: {error.strerror}; give another, or --port 0") from error
         free = tried.getsockname()[1]
-    theme = gr.themes.Base(primary_hue="cyan", neutral_hue="stone", radius_size="md", font=_FONTS, font_mono=_MONO)
-    from starlette.middleware import Middleware
-
+    theme = gr.themes.Base(primary_hue="cyan", neutral_hue="stone", font=_FONTS, font_mono=_MONO).set(**_COLOURS)
     _, url, _ = page.blocks.queue(default_concurrency_limit=1, api_open=False).launch(
         server_name=LOOPBACK,
         server_port=free,
@@ -175,7 +189,7 @@ def serve(session: Session, port: int) -> Iterator[str]:
         theme=theme,
         css=_CSS,
         head=f"<style>{view.STYLE}</style>",
-        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None, "middleware": [Middleware(Guard)]},
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None, "middleware": [(Guard, (), {})]},
     )
     try:
         yield url

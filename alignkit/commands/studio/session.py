@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignkit.adapters.merging import CLOSE
 from alignkit.adapters.mixture import BASE
 from alignkit.commands.frontier import read_frontier
 from alignkit.commands.specs import RewardBuilders, load_policy, require_names
@@ -104,6 +105,9 @@ class Session:
             given[name] = float(weight)
         if rest:
             given[BASE] = round(1 - math.fsum(given.values()), 9)
+        elif abs(math.fsum(given.values()) - 1) > CLOSE:
+            total = math.fsum(given.values())
+            raise ConfigError(f"the weights sum to {total:g}, not to 1; mend them, or let the base have the rest")
         count = self.job.sampling.steps
         window = ALL_STEPS if space == "weights" else TunedSteps(steps[0] / count, steps[1] / count)
         recipe = Recipe(space=space, weights=given, window=window)

@@ -23,13 +23,14 @@ STYLE = f"""{PALETTE}
 .studio {{ {CHARTS} }}
 .studio {{ color:var(--ink); font:15px/1.5 var(--sans); }}
 .studio .pictures {{ display:grid; grid-template-columns:1fr 1fr; gap:14px; }}
-.studio .pictures figure {{ background:var(--card); border:1px solid var(--line); border-radius:10px; overflow:hidden; }}
+.studio .pictures figure {{ background:var(--card); border:1px solid var(--line); border-radius:10px;
+  overflow:hidden; }}
 .studio .pictures img {{ width:100%; height:auto; display:block; }}
 .studio .pictures img.tiny {{ image-rendering:pixelated; }}
 .studio .pictures figcaption {{ padding:9px 13px; overflow-wrap:anywhere; }}
 .studio .pictures b {{ font-weight:600; }} .studio .soft {{ color:var(--soft); }}
 .studio .prompt {{ margin:0 0 10px; overflow-wrap:anywhere; }}
-.studio table.scores {{ width:100%; border-collapse:collapse; margin-top:14px; font-variant-numeric:tabular-nums; }}
+.studio table.scores {{ width:100%; border-collapse:collapse; font-variant-numeric:tabular-nums; }}
 .studio table.scores th, .studio table.scores td {{ text-align:right; padding:6px 10px; font-weight:400;
   border:0; border-bottom:1px solid var(--line); }}
 .studio table.scores thead th {{ color:var(--soft); font-size:.84rem; }}
@@ -80,7 +81,7 @@ def mixture(recipe: Recipe) -> str:
 
 
 def stage(shot: Shot, fps: float) -> str:
-    """Both images with the prompt and seed that they share, and a table of scores."""
+    """Both images, with the prompt and seed that they share."""
     told = f'<p class="prompt">{to_html(shot.prompt)} <span class="soft">seed {shot.seed}</span></p>'
     sides = {"base": ("Base", shot.base), "mix": (f"Mixture: {mixture(shot.recipe)}", shot.mix)}
     figures = []
@@ -88,7 +89,7 @@ def stage(shot: Shot, fps: float) -> str:
         figures.append(
             f'<figure id="{name}">{_image(side, caption, fps)}<figcaption>{to_html(caption)}</figcaption></figure>'
         )
-    return _framed(f'{told}<div class="pictures">{"".join(figures)}</div>{_scores(shot)}')
+    return _framed(f'{told}<div class="pictures">{"".join(figures)}</div>')
 
 
 def _image(side: Side, alt: str, fps: float) -> str:
@@ -99,9 +100,10 @@ def _image(side: Side, alt: str, fps: float) -> str:
     return f'<img{css} alt="{to_html(alt)}" src="{source}">'
 
 
-def _scores(shot: Shot) -> str:
+def scores(shot: Shot) -> str:
+    """A table of both sides' scores and the change."""
     if not shot.mix.scores:
-        return '<p class="note">No rewards are named in the config.</p>'
+        return note("No rewards are named in the config.")
     rows = []
     for name, base in shot.base.scores.items():
         mix = shot.mix.scores[name]
@@ -110,9 +112,9 @@ def _scores(shot: Shot) -> str:
         cells = f"<td>{compact(base)}</td><td>{compact(mix)}</td><td{tone}>{compact(change, signed=True)}</td>"
         rows.append(f'<tr data-reward="{to_html(name)}"><th scope="row">{to_html(name)}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{text}</th>' for text in ("Reward", "Base", "Mixture", "Change"))
-    notes = {f"{name}: {text}": None for side in (shot.base, shot.mix) for name, text in side.notes.items()}
-    told = "".join(f'<p class="note">{to_html(text)}</p>' for text in notes)
-    return f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{told}'
+    reasons = {f"{name}: {text}": None for side in (shot.base, shot.mix) for name, text in side.notes.items()}
+    told = "".join(f'<p class="note">{to_html(text)}</p>' for text in reasons)
+    return _framed(f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{told}')
 
 
 def frontier(session: Session, recipe: Recipe) -> str:
@@ -120,7 +122,7 @@ def frontier(session: Session, recipe: Recipe) -> str:
     if session.frontier is None:
         return ""
     absent = [name for name in recipe.used if name not in session.frontier.members]
-    text = "Cross: this mixture, its gains interpolated between evaluated ones. Ring: the evaluated one of nearest weights."
+    text = "Cross: this mixture, interpolated between evaluated ones. Ring: the evaluated one of nearest weights."
     if absent:
         text = f"{', '.join(absent)}: no member of this frontier, so the mixture has no place on it."
     elif recipe.space not in session.frontier.spaces:
@@ -129,8 +131,7 @@ def frontier(session: Session, recipe: Recipe) -> str:
         text += " The window may differ from that of the frontier."
     place = "" if absent else recipe.space
     return _framed(
-        f'<div class="charts wide">{plots(session.frontier, place, recipe.weights)}</div>'
-        f'<p class="note">{to_html(text)}</p>'
+        f'<div class="charts">{plots(session.frontier, place, recipe.weights)}</div><p class="note">{to_html(text)}</p>'
     )
 
 
