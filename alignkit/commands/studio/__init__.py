@@ -1,1 +1,1 @@
-"""`alignkit studio`: config (`job`), mixtures and exports (`session`), page (`view`, `page`, `guard`), verb (`main`)."""
+"""`alignkit studio`: its config (`job`), mixtures (`session`), page (`view`, `page`, `guard`) and verb (`main`)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from alignkit.commands.studio.session import Session, Tell
 from alignkit.errors import AlignKitError, ConfigError
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported and used
+import fastapi
 import gradio as gr
+import uvicorn
 
 if TYPE_CHECKING:
     from alignkit.generators.live import Recipe
@@ -162,36 +165,48 @@ class Page:
         return view.exported(str(folder), command)
 
 
-@contextlib.contextmanager
-def serve(session: Session, port: int) -> Iterator[str]:
-    """Serve the page within it; gives its address. Raises ConfigError where the port is taken."""
-    page = Page(session)
-    with socket.socket() as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            tried.bind((LOOPBACK, port))
-        except OSError as error:
-            raise ConfigError(f"port {port} cannot be used: {error.strerror}; give another, or --port 0") from error
-        free = tried.getsockname()[1]
-    theme = gr.themes.Base(primary_hue="cyan", neutral_hue="stone", font=_FONTS, font_mono=_MONO).set(**_COLOURS)
-    _, url, _ = page.blocks.queue(default_concurrency_limit=1, api_open=False).launch(
-        server_name=LOOPBACK,
-        server_port=free,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
+def application(session: Session) -> Guard:
+    """The page as an ASGI application."""
+    theme = gr.themes.Base(primary_hue="cyan", neutral_hue="stone", font=_FONTS, font_mono=_MONO)
+    mounted = gr.mount_gradio_app(
+        fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        Page(session).blocks,
+        "/",
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
-        theme=theme,
+        show_error=False,
+        max_file_size="1kb",  # nothing is uploaded
+        theme=theme.set(**_COLOURS),
         css=_CSS,
         head=f"<style>{view.STYLE}</style>",
-        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None, "middleware": [(Guard, (), {})]},
     )
-    try:
-        yield url
-    finally:
-        page.blocks.close(verbose=False)
+    return Guard(mounted)
+
+
+@contextlib.contextmanager
+def serve(session: Session, port: int) -> Iterator[str]:
+    """Serve the page within it; gives its address. Raises ConfigError where the port is taken.
+
+    With a server of its own: `launch` of Gradio looks for its server by way of a proxy and waits five seconds for it.
+    """
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((LOOPBACK, port))
+            listening.listen()
+        except OSError as error:
+            raise ConfigError(f"port {port} cannot be used: {error.strerror}; give another, or --port 0") from error
+        server = uvicorn.Server(
+            uvicorn.Config(application(session), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://{LOOPBACK}:{listening.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
