@@ -40,7 +40,7 @@ def members(load, tmp_path_factory):
         shake(generator.net, number, only="lora_")
         generator.save_adapter(made[name])
     generator = load("unet")
-    shake(generator.conditioner.encoders["text_encoder"], 2, 0.1)
+    shake(generator.conditioner.encoders["text_encoder"], 2, 1.0)
     generator.conditioner.encoders["text_encoder"].save_pretrained(made["encoder"] / "text_encoder")
     return {name: str(folder) for name, folder in made.items()}
 
@@ -98,8 +98,9 @@ def test_the_image_is_that_of_the_exported_mixture(work, session):
     for mix, seed, image in zip(asked.values(), row["seeds"], row["images"], strict=True):
         shot = session.shot(mix, row["prompt"], seed, quiet)
         written = decode_image(image, "candidate").astype(int)
-        assert np.abs(shot.mix.image - written).max() <= 1
-        assert np.abs(shot.base.image - written).max() > 8
+        away = np.abs(shot.mix.image - written)
+        assert away.max() <= 1
+        assert away.sum() < 0.1 * np.abs(shot.base.image - written).sum()
 
 
 def test_scores_are_of_the_shown_images(session, monkeypatch):

@@ -106,7 +106,8 @@ def test_the_page(page, session):
     assert "nearest: weights 0.5-0.5: 3.000, 3.000" in page.text_content("#frontier")
     weigh(page, "one", 0.3)
     caption(page, "0.3 one + 0.5 two + 0.2 base, mixed as weights")
-    assert "this mixture, interpolated: 2.1" in page.text_content("#frontier")  # 0.6 of (3, 3), 0.2 of (0, 4)
+    # Of the mixture of (3, 3) 0.6, of the member of (0, 4) and of the base 0.2.
+    assert "this mixture, interpolated: 1.800, 2.600" in page.text_content("#frontier")
     mix = session.recipe("weights", {"one": 0.3, "two": 0.5}, (0, 4), rest=True)
     shot = session.shot(mix, "a red circle", 5, quiet)
     for name, side in (("base", shot.base), ("mix", shot.mix)):

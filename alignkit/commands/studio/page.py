@@ -6,6 +6,7 @@ Nothing is fetched from a network: Gradio's telemetry and its fonts are off, and
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -165,8 +166,8 @@ class Page:
         return view.exported(str(folder), command)
 
 
-def application(session: Session) -> Guard:
-    """The page as an ASGI application."""
+async def application(session: Session) -> Guard:
+    """The page as an ASGI application. A coroutine, for Gradio opens event loops of its own where none is running."""
     theme = gr.themes.Base(primary_hue="cyan", neutral_hue="stone", font=_FONTS, font_mono=_MONO)
     mounted = gr.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -200,8 +201,9 @@ def serve(session: Session, port: int) -> Iterator[str]:
             listening.listen()
         except OSError as error:
             raise ConfigError(f"port {port} cannot be used: {error.strerror}; give another, or --port 0") from error
+        guarded = asyncio.run(application(session))
         server = uvicorn.Server(
-            uvicorn.Config(application(session), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+            uvicorn.Config(guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
