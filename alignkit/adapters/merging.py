@@ -124,7 +124,8 @@ def greedy_weights(count: int, score: Callable[[Sequence[float]], float]) -> lis
 
     Members are taken in the order of their own scores; each joins the uniform mean of those taken before and stays only
     if the score rises strictly. `score(weights)`, higher is better, is called 2 count - 1 times with weights [count]
-    that sum to 1; it must be held out from what the result is judged by. Raises ConfigError for a score that is NaN.
+    that sum to 1; it must be held out from what the result is judged by. Raises ConfigError for a score that is not
+    finite.
     """
 
     def uniform(members: Sequence[int]) -> list[float]:
@@ -132,8 +133,8 @@ def greedy_weights(count: int, score: Callable[[Sequence[float]], float]) -> lis
 
     def judged(members: Sequence[int]) -> float:
         value = score(uniform(members))
-        if math.isnan(value):
-            raise ConfigError(f"greedy soup: the score of members {list(members)} is NaN")
+        if not math.isfinite(value):
+            raise ConfigError(f"greedy soup: the score of members {list(members)} is {value}")
         return value
 
     if count < 1:

@@ -28,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from alignkit.claims import claim, holds_results
+from alignkit.claims import claim, claimed, holds_results
 from alignkit.commands.data import SynPicJob
 from alignkit.commands.ladder_job import ArmConfig, LadderJob
 from alignkit.commands.methods import config_class, unchecked_methods
@@ -94,7 +94,8 @@ def run_arm(job: LadderJob, shares: PromptShares, data: TrainingData, name: str,
         validation = None
         if job.validation is not None:
             validation = functools.partial(job.validation.build, shares.validation, job.rewards)
-        started, is_new = time.process_time(), not job.cost(name, seed).is_file()
+        # A training that was begun before, or by a version that recorded no cost, has a cost that is not known.
+        started, is_new = time.process_time(), not claimed(folder)
         result = fit(
             arm.method,
             (job.policy, job.aligned),

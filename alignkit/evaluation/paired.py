@@ -28,9 +28,10 @@ from alignkit.evaluation.results import (
     RewardResult,
     part_files,
     read_pairs,
+    read_scores,
     write_evaluation,
 )
-from alignkit.evaluation.statistics import Bootstrap, Comparison, compare
+from alignkit.evaluation.statistics import Bootstrap, Comparison, Floats, compare
 from alignkit.locks import locked
 from alignkit.media import checked_pixels, encode_medium, quantise, to_pixels
 from alignkit.protocols import ImageSource, Reward, as_scores, require_independent, require_modality, require_sampling
@@ -98,11 +99,7 @@ def evaluate(
         claim(out_dir, {"inputs": known, "evaluation": settings | {"tuned": tuned.name}})
         base_side = {"inputs": {name: known[name] for name in known if name != "tuned"}, "evaluation": settings}
         cached = _cache_folder(base_cache, base_side)
-        items = [
-            _Item(prompt, derive_seed(config.seed, prompt.id, index))
-            for prompt in prompts
-            for index in range(config.seeds_per_prompt)
-        ]
+        items = _items(prompts, config)
         _write_side(cached or out_dir / "base", base, items, config, rewards)
         if cached:
             _adopt(cached, out_dir / "base")
@@ -111,6 +108,35 @@ def evaluate(
         evaluation = _summarise(read_pairs(out_dir), (base.name, tuned.name), config, gold)
         write_evaluation(out_dir, evaluation)
         return evaluation
+
+
+def score_alone(
+    source: ImageSource,
+    prompts: Sequence[Prompt],
+    config: EvaluateConfig,
+    out_dir: Path,
+    *,
+    rewards: Mapping[str, Reward],
+    inputs: Mapping[str, str],
+) -> dict[str, Floats]:
+    """Generate and score one side alone, into `out_dir`/images; each reward's scores [prompts * seeds].
+
+    It is resumed, and `inputs` identifies its weights, as in `evaluate`; it raises the same.
+    """
+    _check(prompts, rewards, None, config.sampling)
+    require_sampling(source, config.sampling)
+    with locked(out_dir):
+        claim(out_dir, {"inputs": dict(inputs), "evaluation": _settings(prompts, config, rewards)})
+        _write_side(out_dir / "images", source, _items(prompts, config), config, rewards)
+        return read_scores(out_dir / "images")
+
+
+def _items(prompts: Sequence[Prompt], config: EvaluateConfig) -> list[_Item]:
+    return [
+        _Item(prompt, derive_seed(config.seed, prompt.id, index))
+        for prompt in prompts
+        for index in range(config.seeds_per_prompt)
+    ]
 
 
 def _check(prompts: Sequence[Prompt], rewards: Mapping[str, Reward], gold: str | None, sampling: Sampling) -> None:

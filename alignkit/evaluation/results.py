@@ -123,6 +123,11 @@ def read_pairs(folder: Path) -> Pairs:
     return Pairs(folder, prompts, tuple(base["seed"]), seeds_per_prompt, *scores)
 
 
+def read_scores(folder: Path) -> dict[str, Floats]:
+    """The scores of one side [prompts * seeds] by reward, in the order of generation."""
+    return _scores(_read_side(folder))
+
+
 def _read_side(folder: Path) -> dict[str, list[Any]]:
     parts = part_files(folder)
     if not parts:

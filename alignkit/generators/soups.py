@@ -66,9 +66,7 @@ def make_soup(
     """
     mix = Mix(base, members, weights, merge or Merge())
     mix.merge.check(weights, any_sum=any_sum)
-    changed = _changed(members)
-    kind = output if output != "auto" else "components" if any(member.weights for member in members) else "adapter"
-    _require_output(kind, base, members, changed, rank)
+    changed, kind = _changed(members), kind_of_result(base, members, output, rank)
     require_new(out)
     fingerprints = require_one_base(members, base)
     error = 0.0
@@ -161,9 +159,10 @@ def _changed(members: Sequence[Member]) -> list[str]:
     return changed
 
 
-def _require_output(
-    kind: Output, base: Base, members: Sequence[Member], changed: Sequence[str], rank: int | None
-) -> None:
+def kind_of_result(base: Base, members: Sequence[Member], output: Output, rank: int | None) -> Output:
+    """What `make_soup` writes for `output`. Raises AdapterError where that cannot hold the result."""
+    changed = _changed(members)
+    kind = output if output != "auto" else "components" if any(member.weights for member in members) else "adapter"
     whole = [member.name for member in members if member.weights]
     if kind == "adapter" and whole:
         raise AdapterError(f"member '{whole[0]}' has full weights, which no adapter holds; give output: components")
@@ -175,6 +174,7 @@ def _require_output(
         )
     if kind != "adapter" and rank is not None:
         raise AdapterError(f"rank is {rank}, but full weights are written; leave it out, or give output: adapter")
+    return kind
 
 
 def _record(member: Member, place: str = "") -> MemberRecord:

@@ -42,6 +42,10 @@ from alignkit.trainers.offline import OfflineTrainer
 from alignkit.trainers.ranges import DECAY, NOT_NEGATIVE, POSITIVE, Range, require_in_range, weights_by_name
 
 WINNER_SFT = "winner_sft"  # the loss that `sft_weight` adds
+OWN_BETA = {
+    "linear_dpo": "its authors use 100 (SD1.5) and 500 (SDXL)",
+    "lair": "no error can change by more than 1 / (beta lair_lambda), so start with 1",
+}
 _RANGES = {"beta": POSITIVE, "protect_winner": DECAY, "sft_weight": NOT_NEGATIVE, "reference_ema": DECAY}
 _RANGES |= {"lair_tau": POSITIVE, "lair_lambda": POSITIVE, "linear_eta": Range(0, 0.5, includes_high=False)}
 _CHOICES = {"rank_source": ("label", "model"), "weighting": ("rank_gain", "gain", "none")}
@@ -119,10 +123,9 @@ class RankDPOConfig(OfflineConfig):
                 f"{pairs[0]} trains on the best and worst candidate of each row, {others[0]} on all: they cannot be "
                 "added. Use losses of one kind"
             )
-        if "linear_dpo" in names and self.beta is None:
-            raise ConfigError(
-                "linear_dpo needs beta, on a scale of its own: its authors use 100 (SD1.5) and 500 (SDXL)"
-            )
+        for name in OWN_BETA.keys() & set(names):
+            if self.beta is None:
+                raise ConfigError(f"{name} needs beta, on a scale of its own: {OWN_BETA[name]}")
         if self.protect_winner is not None and not LISTS.isdisjoint(names):
             found = " and ".join(sorted(LISTS & set(names)))
             raise ConfigError(f"protect_winner needs pairs; {found} has none. Use rank_dpo or diffusion_dpo")

@@ -166,7 +166,7 @@ def test_a_greedy_soup_takes_what_raises_the_score():
     assert greedy_weights(3, score) == [0.0, 0.5, 0.5]
     assert len(asked) == 5
     assert greedy_weights(1, lambda _: 0.0) == [1.0]
-    with pytest.raises(ConfigError, match="score of members \\[0\\] is NaN"):
+    with pytest.raises(ConfigError, match="score of members \\[0\\] is nan"):
         greedy_weights(2, lambda _: float("nan"))
 
 

@@ -107,6 +107,13 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
 
     assert cli.main(ladder()) == 0
     assert (work / "ladder.md").read_text(encoding="utf-8") == page
+    unknown = list((work / "ladder").rglob("cost.json"))
+    assert len(unknown) == 4
+    for file in unknown:
+        file.unlink()
+    assert cli.main(ladder()) == 0
+    assert not any(file.exists() for file in unknown)  # a finished training is not one of 0 seconds
+    assert "CPU min" not in (work / "ladder.md").read_text(encoding="utf-8")
     assert before.items() <= stamps(work / "ladder").items() | stamps(work / "shared").items()
 
     changed = {"sft": {"method": "sft", "train": {"learning_rate": 0.2}}, "shuffled": {"labels": "random"}}

@@ -89,7 +89,11 @@ def test_the_old_weight_is_the_new_list(make, batch_of, stir):
         ({"loss": ["rank_dpo", "diffusion_dpo"]}, "diffusion_dpo trains on the best and worst .* rank_dpo on all"),
         ({"loss": ["diffusion_dpo", "own.module:loss"]}, "own.module:loss on all"),
         ({"loss": "linear_dpo"}, r"linear_dpo needs beta, .* 100 \(SD1.5\) and 500 \(SDXL\)"),
-        ({"loss": ["rank_dpo", "lair"], "protect_winner": 0.5}, "protect_winner needs pairs; lair has none"),
+        ({"loss": "lair"}, r"lair needs beta, .* so start with 1"),
+        (
+            {"loss": ["rank_dpo", "lair"], "beta": 1.0, "protect_winner": 0.5},
+            "protect_winner needs pairs; lair has none",
+        ),
         ({"lair_tau": 0.0}, "lair_tau is 0.0; it must be positive"),
         ({"linear_eta": 0.5}, "linear_eta is 0.5; it must be at least 0 and below 0.5"),
     ],
@@ -114,7 +118,7 @@ def test_lists_on_the_command_line_and_in_files(tmp_path, monkeypatch, capsys, k
         "loss_weights: [1.0, 0.1]\n"
     )
     command = ["train", "rankdpo", "--config", "job.yaml", "--dry-run"]
-    flags = [f"--{key}", "lair", "winner_sft", "--loss_weights", "2", "1e-1"]
+    flags = [f"--{key}", "lair", "winner_sft", "--loss_weights", "2", "1e-1", "--beta", "1"]
     for given, names, weights in (([], ["rank_dpo", "winner_sft"], [1.0, 0.1]), (flags, flags[1:3], [2.0, 0.1])):
         assert cli.main([*command, *given]) == 0, capsys.readouterr().err
         text = capsys.readouterr().out
