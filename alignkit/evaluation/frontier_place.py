@@ -62,8 +62,8 @@ def plots(frontier: Frontier, space: str, weights: Mapping[str, float]) -> str:
                 marks.append(Dot("this mixture, interpolated", x, y, "cross", "ink"))
         if len(frontier.members) == 2 and space in frontier.spaces:
             ordered = sorted(frontier.of(space), key=lambda point: point.weights)
-            ends = [tuple(point.result.rewards[name].gain.mean for name in axes) for point in ordered]
-            lines.append(Series(space, [(x, y) for x, y in ends], "tuned"))
+            on_line = [point.gains(axes) for point in ordered]
+            lines.append(Series(space, [(float(x), float(y)) for x, y in on_line], "tuned"))
         panels.append(plot(frontier, axes, marks, lines))
     return "".join(panels)
 
