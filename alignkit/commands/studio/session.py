@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 Tell = Callable[[float, str], None]  # how far the work is, in [0, 1], and what is done
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEPT = 8  # images of the base
+
+
+def _is_number(value: Any) -> bool:
+    """An emptied field of the page is None."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +98,14 @@ class Session:
         require_modality(rewards, "video" if job.sampling.num_frames > 1 else "image")
         return cls(job, live, rewards, frontier)
 
-    def recipe(self, space: Space, weights: Mapping[str, Any], steps: tuple[int, int], *, rest: bool) -> Recipe:
+    def recipe(self, space: Space, weights: Mapping[str, Any], steps: Sequence[Any], *, rest: bool) -> Recipe:
         """The mixture of what the page holds; with `rest` the base has what is missing to 1, else nothing.
 
         `steps` are the first of the window, and the first after it; weights are mixed in all. Raises ConfigError.
         """
         given = {}
         for name, weight in weights.items():
-            if not isinstance(weight, int | float) or not math.isfinite(weight):
+            if not _is_number(weight):
                 raise ConfigError(f"the weight of {name} is {weight}; give a number")
             given[name] = float(weight)
         if rest:
@@ -108,6 +113,8 @@ class Session:
         elif abs(math.fsum(given.values()) - 1) > CLOSE:
             total = math.fsum(given.values())
             raise ConfigError(f"the weights sum to {total:g}, not to 1; mend them, or let the base have the rest")
+        if not all(map(_is_number, steps)):
+            raise ConfigError(f"the window is {list(steps)}; give two numbers of steps")
         count = self.job.sampling.steps
         window = ALL_STEPS if space == "weights" else TunedSteps(steps[0] / count, steps[1] / count)
         recipe = Recipe(space=space, weights=given, window=window)
@@ -122,7 +129,7 @@ class Session:
         known = Prompt.from_text(prompt)
         if not known.text:
             raise ConfigError("the prompt is empty; write what the image shows")
-        if not isinstance(seed, int | float) or seed != int(seed) or not 0 <= seed < 2**63:
+        if not _is_number(seed) or seed != int(seed) or not 0 <= seed < 2**63:
             raise ConfigError(f"the seed is {seed}; give a whole number from 0 on")
         with self._working:
             self._tell = tell
