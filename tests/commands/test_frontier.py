@@ -69,7 +69,7 @@ def test_a_front_in_two_spaces(work, frontier, capsys):
     assert page.count("<img") == 3 * 4  # prompts x (base, one, the mixture, two)
     again = read_frontier(work / "front")
     assert [point.name for point in again.points] == ["one", "two", "0.5-0.5"]
-    assert (again.members, again.objectives) == (["one", "two"], ["red", "dark"])
+    assert (again.members, again.objectives) == (["one", "two"], ("red", "dark"))
     files = {file: file.stat().st_mtime_ns for file in points.rglob("*.parquet")}
 
     others = {"joint": {"model": yaml.safe_load((work / "front.yaml").read_text())["base"]["model"]}}
