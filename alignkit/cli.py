@@ -34,6 +34,7 @@ COMMANDS = {
     **{f"train {name}": (_TRAIN, method.summary) for name, method in METHODS.items()},
     "soup": ("alignkit.commands.soup:main", "Mix several trainings of one model into one."),
     "frontier": ("alignkit.commands.frontier:main", "Evaluate mixtures of trainings: Pareto front and barriers."),
+    "studio": ("alignkit.commands.studio.main:main", "Try mixtures on a page in the browser: sliders and images."),
     "evaluate": ("alignkit.commands.evaluate:main", "Compare base and tuned on the same prompts and seeds."),
     "export": ("alignkit.commands.export:main", "Write ranked data as pairs for TRL or Pick-a-Pic programs."),
     "report": ("alignkit.commands.report:main", "Write one self-contained report.html."),

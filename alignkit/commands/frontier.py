@@ -30,8 +30,9 @@ from alignkit.commands.specs import (
 )
 from alignkit.commands.stages import compare
 from alignkit.commands.verb import Verb, execute
+from alignkit.config import build, read_tree
 from alignkit.diffusion.tuned_steps import TunedSteps
-from alignkit.errors import ConfigError, require_at_least
+from alignkit.errors import ConfigError, DataError, MissingFileError, require_at_least
 from alignkit.escape import to_code, to_markdown
 from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, simplex, table
 from alignkit.evaluation.frontier_page import render
@@ -214,6 +215,21 @@ def _work(argv: Sequence[str], job: FrontierJob) -> None:
     page = job.out / "frontier.html"
     write_generated(page, render(frontier, folders, title=job.title, command=command))
     print(f"\n{text}\ntable: {path}\npage:  {page}")
+
+
+def read_frontier(folder: Path) -> Frontier:
+    """The finished points in the folder of an `alignkit frontier`.
+
+    Raises MissingFileError where it is none, ConfigError for its config, DataError without a finished point.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise MissingFileError(f"'{folder}' is no folder of `alignkit frontier`: config.yaml is missing")
+    problems: list[str] = []
+    job = build(FrontierJob, read_tree([], folder / "config.yaml", problems), problems)
+    frontier, _ = _read(replace(job, out=folder), list(_tasks(job)))
+    if not frontier.points:
+        raise DataError(f"'{folder}' has no finished point; let `alignkit frontier` finish one")
+    return frontier
 
 
 def _read(job: FrontierJob, tasks: Sequence[_Task]) -> tuple[Frontier, dict[str, Path]]:

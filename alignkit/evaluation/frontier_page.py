@@ -23,7 +23,7 @@ _LEVEL_NAMES = dict(zip(LEVELS, ("any run", "half of the runs", "all runs"), str
 def render(frontier: Frontier, folders: Mapping[str, Path], *, title: str, command: str, prompts: int = 4) -> str:
     """The page; `folders` are evaluations by the name `SPACE NAME` of their point, whose images are shown."""
     header = f'<header><p class="eyebrow">alignkit frontier</p><h1>{to_html(title)}</h1></header>'
-    plots = "".join(_plot(frontier, pair) for pair in itertools.combinations(frontier.objectives, 2))
+    plots = "".join(plot(frontier, pair) for pair in itertools.combinations(frontier.objectives, 2))
     lead = "Each point is a mixture, with its gain over the base and intervals. Up and to the right is better."
     strips = "".join(_strip(frontier, space, folders, prompts) for space in frontier.spaces)
     note = "Equal prompts and seeds in every column; weights of the members in this order: " + ", ".join(
@@ -37,20 +37,21 @@ def render(frontier: Frontier, folders: Mapping[str, Path], *, title: str, comma
     return page.document(title, header + "".join(parts))
 
 
-def _plot(frontier: Frontier, axes: tuple[str, str]) -> str:
+def plot(frontier: Frontier, axes: tuple[str, str], marks: Sequence[Dot] = (), lines: Sequence[Series] = ()) -> str:
+    """A panel with all points on two objectives; `marks` and `lines` are drawn beside them."""
     best, dots = frontier.non_dominated(), []
     for point in frontier.points:
         x, y = (point.result.rewards[name].gain for name in axes)
         tone = "good" if point in best else "quiet" if point.space == OTHERS else "tuned"
         dots.append(Dot(f"{point.space} {point.name}", x, y, _SHAPES[point.space], tone))
     bands = {space: frontier.attainment(space) for space in frontier.spaces} if len(frontier.objectives) == 2 else {}
-    lines = [Series(space, _stairs(corners), "quiet") for space, own in bands.items() for corners in own.values()]
+    reached = [Series(space, _stairs(corners), "quiet") for space, own in bands.items() for corners in own.values()]
     spaces = dict.fromkeys(point.space for point in frontier.points)
     shown = "; ".join(f"{_SHAPES[space]}: {space}" for space in spaces)
     shown += ". Green: no other point is better in every objective."
-    if lines:
+    if reached:
         shown += f" Lines: what {', '.join(_LEVEL_NAMES.values())} reach."
-    chart = scatter_chart(dots, lines, alt=f"{axes[1]} against {axes[0]}", names=axes)
+    chart = scatter_chart([*dots, *marks], [*reached, *lines], alt=f"{axes[1]} against {axes[0]}", names=axes)
     return page.panel(f"{axes[1]} against {axes[0]}", shown, chart)
 
 

@@ -1,8 +1,11 @@
-"""The one stylesheet of the report. Deliberately not here: fonts or images from anywhere; the reader's own are used."""
+"""The stylesheet of the report; other pages use its colours and charts alone.
+
+Deliberately not here: fonts or images from anywhere; the reader's own are used.
+"""
 
 from __future__ import annotations
 
-CSS = """
+PALETTE = """
 :root { color-scheme: light dark;
   --paper:#faf9f6; --card:#fff; --ink:#1d2024; --soft:#5a616b; --line:#e4e1d9; --rail:#eeece6;
   --base:#98a1ae; --tuned:#1f6f8b; --good:#2b7a4b; --bad:#b3432f; --quiet:#757c87;
@@ -14,6 +17,41 @@ CSS = """
   --paper:#14161a; --card:#1b1e24; --ink:#e9e7e2; --soft:#a2a9b4; --line:#2d3139; --rail:#262a31;
   --base:#7d8795; --tuned:#62b6d3; --good:#6cc48d; --bad:#ee9079; --quiet:#9aa2ae;
   --good-wash:#1d3326; --bad-wash:#3b2420; --quiet-wash:#262a31; --warn:#e9bd62; --warn-wash:#33290f; } }
+"""
+
+CHARTS = """
+.charts + details { margin-top:18px; }
+.charts { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,310px),1fr)); gap:18px; }
+.charts.wide { grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr)); margin-bottom:16px; }
+.inside > .charts.wide { margin:0; }
+figure { margin:0; }
+.panel { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px 16px 12px;
+  min-width:0; }
+.panel { display:flex; flex-direction:column; } .panel > .chart { margin-top:auto; }
+.panel > figcaption { margin-bottom:8px; } .panel > figcaption b { font-weight:600; display:block; }
+.panel > figcaption span { color:var(--soft); font-size:.86rem; }
+.panel table { font-size:.86rem; }
+.panel th, .panel td { padding:6px 8px; }
+.panel th:first-child { padding-left:0; } .panel table, .panel .tree { margin-bottom:8px; }
+.panel tbody th { font-size:.86rem; }
+.chart { overflow:visible; width:100%; height:auto; display:block; max-width:520px; }
+.chart text { font:12px var(--sans); fill:var(--ink); font-variant-numeric:tabular-nums;
+  paint-order:stroke; stroke:var(--card); stroke-width:4px; stroke-linejoin:round; }
+.chart text.tick { fill:var(--soft); font-size:11px; } .chart text.value { font-size:11.5px; }
+.chart .middle { text-anchor:middle; } .chart .end { text-anchor:end; }
+svg line { stroke-width:1; } svg .grid { stroke:var(--line); } svg .zero { stroke:var(--soft); stroke-dasharray:2 3; }
+svg .rail { stroke:var(--line); } svg .whisker { stroke-width:1.6; stroke-linecap:round; }
+svg .t-base { stroke:var(--base); } svg .t-tuned { stroke:var(--tuned); } svg .t-good { stroke:var(--good); }
+svg .t-bad { stroke:var(--bad); } svg .t-quiet { stroke:var(--quiet); } svg .t-ink { stroke:var(--ink); }
+svg .t-base.fill { fill:var(--base); } svg .t-tuned.fill { fill:var(--tuned); } svg .t-good.fill { fill:var(--good); }
+svg .t-bad.fill { fill:var(--bad); } svg .t-ink.fill { fill:var(--ink); } svg .t-quiet.fill { fill:var(--quiet); }
+svg .fill { stroke:none; }
+svg path { fill:none; stroke-linejoin:round; stroke-linecap:round; } svg .line { stroke-width:2; }
+svg path.t-bad.line { stroke-dasharray:6 4; }
+svg .raw { stroke-width:1; opacity:.3; }
+"""
+
+_TEXT = """
 * { box-sizing:border-box; }
 html { -webkit-text-size-adjust:100%; scroll-behavior:smooth; }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior:auto; } }
@@ -60,34 +98,9 @@ td .fixed { display:inline-block; min-width:3.1em; }
   background:var(--quiet-wash); color:var(--soft); vertical-align:1px; }
 .good-text { color:var(--good); } .bad-text { color:var(--bad); } .quiet-text { color:inherit; }
 .strip { width:90px; height:16px; vertical-align:-3px; margin-right:8px; }
-.charts + details { margin-top:18px; }
-.charts { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,310px),1fr)); gap:18px; }
-.charts.wide { grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr)); margin-bottom:16px; }
-.inside > .charts.wide { margin:0; }
-figure { margin:0; }
-.panel { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px 16px 12px;
-  min-width:0; }
-.panel { display:flex; flex-direction:column; } .panel > .chart { margin-top:auto; }
-.panel > figcaption { margin-bottom:8px; } .panel > figcaption b { font-weight:600; display:block; }
-.panel > figcaption span { color:var(--soft); font-size:.86rem; }
-.panel table { font-size:.86rem; }
-.panel th, .panel td { padding:6px 8px; }
-.panel th:first-child { padding-left:0; } .panel table, .panel .tree { margin-bottom:8px; }
-.panel tbody th { font-size:.86rem; }
-.chart { overflow:visible; width:100%; height:auto; display:block; max-width:520px; }
-.chart text { font:12px var(--sans); fill:var(--ink); font-variant-numeric:tabular-nums;
-  paint-order:stroke; stroke:var(--card); stroke-width:4px; stroke-linejoin:round; }
-.chart text.tick { fill:var(--soft); font-size:11px; } .chart text.value { font-size:11.5px; }
-.chart .middle { text-anchor:middle; } .chart .end { text-anchor:end; }
-svg line { stroke-width:1; } svg .grid { stroke:var(--line); } svg .zero { stroke:var(--soft); stroke-dasharray:2 3; }
-svg .rail { stroke:var(--line); } svg .whisker { stroke-width:1.6; stroke-linecap:round; }
-svg .t-base { stroke:var(--base); } svg .t-tuned { stroke:var(--tuned); } svg .t-good { stroke:var(--good); }
-svg .t-bad { stroke:var(--bad); } svg .t-quiet { stroke:var(--quiet); } svg .t-ink { stroke:var(--ink); }
-svg .t-base.fill { fill:var(--base); } svg .t-tuned.fill { fill:var(--tuned); } svg .t-good.fill { fill:var(--good); }
-svg .t-bad.fill { fill:var(--bad); } svg .t-quiet.fill { fill:var(--quiet); } svg .fill { stroke:none; }
-svg path { fill:none; stroke-linejoin:round; stroke-linecap:round; } svg .line { stroke-width:2; }
-svg path.t-bad.line { stroke-dasharray:6 4; }
-svg .raw { stroke-width:1; opacity:.3; }
+"""
+
+_REST = """
 .legend { display:flex; flex-wrap:wrap; gap:2px 16px; font-size:.84rem; color:var(--soft); margin:0 0 6px; padding:0;
   list-style:none; }
 .legend i { display:inline-block; width:11px; height:11px; border-radius:3px; margin-right:6px; vertical-align:-1px; }
@@ -137,3 +150,5 @@ footer { color:var(--soft); font-size:.86rem; padding:26px 0 60px; border-top:1p
   .panel { padding:12px 12px 10px; } }
 @media print { nav { display:none; } .panel,.pair,details { break-inside:avoid; } }
 """
+
+CSS = PALETTE + _TEXT + CHARTS + _REST

@@ -259,7 +259,7 @@ def _svg(height: float, alt: str, parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """A point of a scatter chart with its intervals; `shape` is circle, square, diamond or triangle."""
+    """A point of a scatter chart with its intervals; `shape` is circle, square, diamond, triangle, ring or cross."""
 
     name: str
     x: Interval
@@ -272,6 +272,8 @@ _SHAPES = {  # outlines around (0, 0); none for a circle
     "square": "M-3.6 -3.6H3.6V3.6H-3.6Z",
     "diamond": "M0 -5L5 0L0 5L-5 0Z",
     "triangle": "M0 -4.8L4.6 3.6H-4.6Z",
+    "ring": "M-9 0a9 9 0 1 0 18 0a9 9 0 1 0 -18 0M-7.2 0a7.2 7.2 0 1 1 14.4 0a7.2 7.2 0 1 1 -14.4 0Z",
+    "cross": "M-1.2 -7.5H1.2V-1.2H7.5V1.2H1.2V7.5H-1.2V1.2H-7.5V-1.2H-1.2Z",
 }
 
 

@@ -150,6 +150,13 @@ class Conditioner(nn.Module):
         self.window, self._is_mixed = window, True
         self._tree.reset()
 
+    def unmix(self) -> None:
+        """Undo `mix`: the pipeline's `encode_prompt` encodes in all steps."""
+        if self._is_mixed:
+            del self._family.pipeline.encode_prompt
+            self.window, self._is_mixed = None, False
+            self._tree.reset()
+
     def _untrained(self, names: Sequence[str] | None) -> dict[str, nn.Module]:
         chosen = list(self.encoders) if names is None else list(names)
         if not chosen:

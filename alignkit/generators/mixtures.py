@@ -62,7 +62,7 @@ def load_mixture(generator: PipelineGenerator, folder: Path, family: str | None 
     variants = []
     for number, (record, weight) in enumerate(zip(mixture.members, mixture.weights, strict=True)):
         member = read_member(record.name if record.name == BASE else str(folder / record.place), base)
-        variants.append(_on(generator, member, weight, number))
+        variants.append(put_member(generator, member, weight, number))
     warn_of_base(generator, mixture, folder)
     return kinds[mixture.space](generator, mixture, variants)
 
@@ -106,7 +106,11 @@ def warn_of_base(generator: PipelineGenerator, mixture: Mixture, folder: Path) -
             )
 
 
-def _on(generator: PipelineGenerator, member: Member, weight: float, number: int) -> Variant:
+def put_member(generator: PipelineGenerator, member: Member, weight: float, number: int) -> Variant:
+    """Load a member beside the base: its LoRAs as the adapter `member{number}`, switched off, and its own components.
+
+    Raises AdapterError for what does not fit the generator.
+    """
     name = f"member{number}" if member.loras else ""
     own = generator.pipeline.components
     for component, stored in member.loras.items():

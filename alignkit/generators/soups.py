@@ -110,14 +110,7 @@ def make_mixture(
     AdapterError for a member that changes anything else, and as `make_soup` does.
     """
     require_weights(weights, any_sum=any_sum)
-    for member in members:
-        for component in member.components:
-            if component.startswith("text_encoder") != (space == "embedding"):
-                wanted = "text encoders" if space == "embedding" else "the denoiser"
-                raise AdapterError(
-                    f"member '{member.name}' changes {component}, and a mixture of {space}s takes members that change "
-                    f"{wanted} alone; mix weights, or give that part of the member"
-                )
+    require_space(members, space)
     _changed(members)
     require_new(out)
     fingerprints = require_one_base(members, base)
@@ -138,6 +131,18 @@ def make_mixture(
     )
     write_mixture(out, mixture)
     return mixture
+
+
+def require_space(members: Sequence[Member], space: Literal["embedding", "prediction"]) -> None:
+    """AdapterError for a member that changes anything but what is mixed in `space`."""
+    for member in members:
+        for component in member.components:
+            if component.startswith("text_encoder") != (space == "embedding"):
+                wanted = "text encoders" if space == "embedding" else "the denoiser"
+                raise AdapterError(
+                    f"member '{member.name}' changes {component}, and a mixture of {space}s takes members that change "
+                    f"{wanted} alone; mix weights, or give that part of the member"
+                )
 
 
 def require_new(out: Path) -> None:

@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from alignkit import cli
 from alignkit.adapters import lora
+from alignkit.commands.frontier import read_frontier
 
 SAMPLING = {"height": 16, "width": 16, "steps": 2}
 
@@ -66,6 +67,9 @@ def test_a_front_in_two_spaces(work, frontier, capsys):
     assert text.count("\n| weights | ") == 4  # one point, its hypervolume, a barrier for each reward
     page = (work / "front" / "frontier.html").read_text(encoding="utf-8")
     assert page.count("<img") == 3 * 4  # prompts x (base, one, the mixture, two)
+    again = read_frontier(work / "front")
+    assert [point.name for point in again.points] == ["one", "two", "0.5-0.5"]
+    assert (again.members, again.objectives) == (["one", "two"], ("red", "dark"))
     files = {file: file.stat().st_mtime_ns for file in points.rglob("*.parquet")}
 
     others = {"joint": {"model": yaml.safe_load((work / "front.yaml").read_text())["base"]["model"]}}

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+from fronts import REWARDS, point
 
-from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, simplex, table
+from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, simplex, table
 from alignkit.evaluation.frontier_page import _stairs
-from alignkit.evaluation.ladder import ArmResult
-from alignkit.evaluation.results import Evaluation
-from alignkit.evaluation.statistics import Bootstrap, combine_runs
-from alignkit.records import Sampling
-
-REWARDS = ("sharp", "warm")
-EVALUATION = Evaluation("base", "tuned", Sampling(), 3, 2, 0, 0.95, ())
-
-
-def point(space, weights, *runs, name=None):
-    """A point whose gains in run r are the two numbers `runs[r]` for every prompt and seed."""
-    gains = {reward: np.array([np.full((3, 2), run[axis]) for run in runs]) for axis, reward in enumerate(REWARDS)}
-    rewards = {reward: combine_runs(gain, Bootstrap(50)) for reward, gain in gains.items()}
-    label = name or "-".join(map(str, weights))
-    result = ArmResult(label, EVALUATION, rewards, {}, tuple(range(len(runs))), gains)
-    return Point(space, tuple(map(float, weights)), result)
+from alignkit.evaluation.frontier_place import place, plots
 
 
 @pytest.fixture
@@ -99,3 +84,21 @@ def test_weights_on_the_simplex():
     assert len(simplex(3, 4)) == 15
     assert all(sum(weights) == pytest.approx(1) for weights in simplex(3, 7))
     assert simplex(3, 1) == [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
+
+
+def test_the_place_of_a_mixture(frontier):
+    """Between (4, 0) at weights (1, 0) and the soup's mean (1.5, 1.5) at (0.5, 0.5), and towards the base at 0."""
+    there = place(frontier, "weights", {"a": 0.75, "b": 0.25})
+    assert there.gains == pytest.approx({"sharp": 2.75, "warm": 0.75})
+    assert place(frontier, "weights", {"a": 0.8, "b": 0.2}).nearest.name == "a"
+    soup = place(frontier, "weights", {"a": 0.45, "b": 0.55})
+    assert (soup.nearest.space, soup.nearest.name) == ("weights", "0.5-0.5")
+    assert place(frontier, "prediction", {"a": 0.5, "b": 0.5}).gains == pytest.approx({"sharp": 3.0, "warm": 3.0})
+    half = place(frontier, "weights", {"a": 0.25, "b": 0.25, "base": 0.5})
+    assert half.gains == pytest.approx({"sharp": 0.75, "warm": 0.75})
+    assert place(frontier, "weights", {"base": 1.0}).gains == pytest.approx({"sharp": 0.0, "warm": 0.0})
+    assert place(frontier, "weights", {"a": 1.4, "base": -0.4}).gains is None  # outside of what was evaluated
+    assert place(frontier, "embedding", {"a": 1.0}) is None
+    drawn = plots(frontier, "weights", {"a": 0.75, "b": 0.25})
+    assert "this mixture, interpolated: 2.750, 0.750" in drawn
+    assert "nearest:" not in plots(frontier, "embedding", {"a": 1.0})
