@@ -16,9 +16,13 @@ def stir(module: nn.Module, size: float = 0.3) -> None:
 
 
 def shake(module: nn.Module, seed: int, size: float = 0.3, only: str = "") -> None:
-    """Add random numbers to the weights of `module` whose names contain `only`."""
+    """Add random numbers to the weights of `module`, or put them in the place of those whose names contain `only`.
+
+    A fresh LoRA has random weights of its own, from the global generator; so they are replaced.
+    """
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if only in name:
-                parameter.add_(size * torch.randn(parameter.shape, generator=rng))
+                kept = 0 if only else parameter
+                parameter.copy_(kept + size * torch.randn(parameter.shape, generator=rng))

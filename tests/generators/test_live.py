@@ -36,7 +36,7 @@ def folders(load, tmp_path_factory):
         generator.add_lora(2 + number, 5.0, None, 0.0)
         if number:
             generator.add_text_lora(2, 3.0, None, 0.0)
-        shake(generator.model, number, only="lora_")
+        shake(generator.model, number, 0.1, only="lora_")  # with larger weights rounding grows along the chain
         generator.save_adapter(made[name])
     generator = load(FAMILY)
     for name, encoder in generator.conditioner.encoders.items():
