@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import base64
 import http.client
-import os
-import shutil
 
 import numpy as np
 import pytest
+from chromium import PATIENCE, launched, needs_chromium
 from fronts import REWARDS, point
 from random_adapters import shake
 
@@ -25,14 +24,8 @@ from alignkit.media import decode_image
 from alignkit.records import Sampling
 
 pytest.importorskip("gradio", reason="Gradio is not installed (pip install alignkit[studio])")
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium, or set CHROMIUM)"),
-]
-PATIENCE = 120_000  # milliseconds until a state that does not come is a failure, also on a busy machine
+pytestmark = needs_chromium
 EDGE = [
     point(MEMBERS, (1, 0), (4, 0), name="one"),
     point(MEMBERS, (0, 1), (0, 4), name="two"),
@@ -79,8 +72,7 @@ def address(session):
 def page(address):
     """The page; at the end nothing was wrong or from elsewhere."""
     faults = []
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
+    with launched() as chromium:
         opened = chromium.new_page(viewport={"width": 1320, "height": 1000})
         opened.set_default_timeout(PATIENCE)
         opened.on("pageerror", lambda error: faults.append(str(error)))
@@ -89,7 +81,6 @@ def page(address):
         own = (address, "data:", "blob:")
         opened.goto(address)
         yield opened
-        chromium.close()
     assert faults == []
 
 
@@ -148,12 +139,12 @@ def test_the_page(page, session):
     page.wait_for_selector("#message [role=alert]", state="detached")
     page.fill("#name input, #name textarea", "half")
     page.click("#export")
-    page.wait_for_selector("#told [role=status]:has-text('alignkit soup --members')")
+    page.wait_for_selector("#exported [role=status]:has-text('alignkit soup --members')")
     written = read_mixture(session.job.out / "half")
     assert written.weights == (0.3, 0.2, 0.5)
     assert written.window.bounds == [0.5, 1.0]
     page.click("#export")
-    page.wait_for_selector("#told [role=alert]:has-text('never overwrites')")
+    page.wait_for_selector("#exported [role=alert]:has-text('never overwrites')")
 
 
 def test_the_server_answers_this_machine_alone(address, session):

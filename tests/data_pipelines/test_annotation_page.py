@@ -6,8 +6,6 @@ Tests wait for states of the page, never for time.
 from __future__ import annotations
 
 import base64
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,27 +14,19 @@ from typing import Any
 import moving_pairs
 import numpy as np
 import pytest
+from chromium import PATIENCE, launched, needs_chromium
 
 from alignkit.media import decode_image
 from data_pipelines.annotation import Annotators, Pairs, Server
 from data_pipelines.dense.votes import read_votes
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium, or set CHROMIUM)"),
-]
-PATIENCE = 120_000  # milliseconds until a state that does not come is a failure, also on a busy machine
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
+    with launched() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

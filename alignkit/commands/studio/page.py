@@ -39,7 +39,7 @@ _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "monospace"]
 _CSS = """
 .gradio-container { max-width:1320px !important; } footer { display:none !important; }
-#message:not(:has(.studio)), #told:not(:has(.studio)) { display:none; }
+#message:not(:has(.studio)), #exported:not(:has(.studio)) { display:none; }
 """
 _ACCENT = "#1f6f8b"
 _COLOURS = {
@@ -91,7 +91,7 @@ class Page:
                             label=f"Export this mix into {job.out}/", placeholder="name", elem_id="name"
                         )
                         export = gr.Button("Export", elem_id="export")
-                    self.told = gr.HTML(**_PLAIN, elem_id="told")
+                    self.exported = gr.HTML(**_PLAIN, elem_id="exported")
                 with gr.Column(scale=5, min_width=420):
                     self.message = gr.HTML(**_PLAIN, elem_id="message")
                     self.stage = gr.HTML(**_PLAIN, elem_id="stage", min_height=300)
@@ -128,7 +128,7 @@ class Page:
             [export.click, self.name.submit],
             self._export,
             [self.name, *mix],
-            self.told,
+            self.exported,
             concurrency_id="session",
             api_visibility="private",
         )

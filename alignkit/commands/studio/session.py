@@ -77,7 +77,7 @@ class Session:
 
     @classmethod
     def open(cls, job: StudioJob, say: Callable[[str], None]) -> Session:
-        """Load all of `job`; `say` is told what is loaded. Raises what wrong models, members, rewards raise."""
+        """Load all of `job`; `say` reports each part. Raises what wrong models, members and rewards raise."""
         base = Base.open(job.base.model, job.base.family)
         members = {name: read_member(path, base) for name, path in job.members.items()}
         frontier = None

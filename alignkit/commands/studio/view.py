@@ -82,14 +82,14 @@ def mixture(recipe: Recipe) -> str:
 
 def stage(shot: Shot, fps: float) -> str:
     """Both images, with the prompt and seed that they share."""
-    told = f'<p class="prompt">{to_html(shot.prompt)} <span class="soft">seed {shot.seed}</span></p>'
+    prompt = f'<p class="prompt">{to_html(shot.prompt)} <span class="soft">seed {shot.seed}</span></p>'
     sides = {"base": ("Base", shot.base), "mix": (f"Mixture: {mixture(shot.recipe)}", shot.mix)}
     figures = []
     for name, (caption, side) in sides.items():
         figures.append(
             f'<figure id="{name}">{_image(side, caption, fps)}<figcaption>{to_html(caption)}</figcaption></figure>'
         )
-    return _framed(f'{told}<div class="pictures">{"".join(figures)}</div>')
+    return _framed(f'{prompt}<div class="pictures">{"".join(figures)}</div>')
 
 
 def _image(side: Side, alt: str, fps: float) -> str:
@@ -113,8 +113,8 @@ def scores(shot: Shot) -> str:
         rows.append(f'<tr data-reward="{to_html(name)}"><th scope="row">{to_html(name)}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{text}</th>' for text in ("Reward", "Base", "Mixture", "Change"))
     reasons = {f"{name}: {text}": None for side in (shot.base, shot.mix) for name, text in side.notes.items()}
-    told = "".join(f'<p class="note">{to_html(text)}</p>' for text in reasons)
-    return _framed(f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{told}')
+    notes = "".join(f'<p class="note">{to_html(text)}</p>' for text in reasons)
+    return _framed(f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{notes}')
 
 
 def frontier(session: Session, recipe: Recipe) -> str:
