@@ -40,7 +40,7 @@ from alignkit.commands.verb import Verb, execute
 from alignkit.config import init_fields, load
 from alignkit.errors import AlignKitError, ConfigError
 from alignkit.escape import to_code, to_markdown
-from alignkit.evaluation.ladder import ArmResult, read_arm, table, write_cost
+from alignkit.evaluation.ladder import ArmResult, mean_minutes, read_arm, table, write_cost
 from alignkit.locks import locked
 from alignkit.provenance import plain, write_resolved
 from alignkit.storage import write_text
@@ -155,15 +155,7 @@ def _work(argv: Sequence[str], job: LadderJob) -> None:
     write_resolved(job.out, job, free)
     for name, arm in job.arms.items():
         claim(job.out / "arms" / name, {"arm": plain(arm), "train": plain(job.train)})
-    shares, made, data = job.shares, dict[tuple[type, Path], TrainingData](), dict[str, TrainingData]()
-    prepared = shares
-    for name in job.arms:
-        own = job.data_job(name)
-        key = type(own), own.out
-        if key not in made:
-            made[key] = own.make_data(shares)
-            prepared = own.prepared(prepared) if own.out == job.shared else prepared
-        data[name] = made[key]
+    prepared, data = _make_data(job)
     runs = [(name, seed) for seed in job.training_seeds for name in job.arms]
     failed = _run_all(job, prepared, data, runs)
     evaluations = {f"Guidance {scale:g}": _results(job, scale) for scale in job.comparisons}
@@ -172,6 +164,27 @@ def _work(argv: Sequence[str], job: LadderJob) -> None:
     print(f"\n{page}\ntable: {job.table}")
     if failed:
         raise AlignKitError(f"{len(failed)} runs failed: {'; '.join(failed)}. The rest is kept: give the command again")
+
+
+def _make_data(job: LadderJob) -> tuple[PromptShares, dict[str, TrainingData]]:
+    """The prompts with what rewards read beside the text, and each arm's training data; arms share what is equal.
+
+    The CPU seconds of new data are recorded. Those of data that were begun before are not known.
+    """
+    shares, made, data = job.shares, dict[tuple[type, Path], TrainingData](), dict[str, TrainingData]()
+    prepared = shares
+    jobs = {name: job.data_job(name) for name in job.arms}
+    is_new = {own.out: not holds_results(own.out) for own in jobs.values()}
+    for name, own in jobs.items():
+        key = type(own), own.out
+        if key not in made:
+            started = time.process_time()
+            made[key] = own.make_data(shares)
+            if is_new[own.out]:
+                write_cost(job.data_cost(name), time.process_time() - started)
+            prepared = own.prepared(prepared) if own.out == job.shared else prepared
+        data[name] = made[key]
+    return prepared, data
 
 
 def _results(job: LadderJob, scale: float) -> list[ArmResult]:
@@ -199,12 +212,20 @@ def _settings(job: LadderJob, data: Mapping[str, TrainingData], argv: Sequence[s
         f"command: {to_code(shlex.join(['alignkit', 'ladder', *argv]))}",
         *candidates,
         f"training, all arms: {to_code(json.dumps(dict(job.train)))}",
-        *(f"arm {to_markdown(name)}: {_words(arm)}, {len(data[name].train())} rows" for name, arm in job.arms.items()),
+        *(
+            f"arm {to_markdown(name)}: {_words(arm)}, {len(data[name].train())} rows{_data_minutes(job, name)}"
+            for name, arm in job.arms.items()
+        ),
         (
             f"evaluation: {judged} held-out prompts x {job.evaluate.seeds_per_prompt} seeds, "
             f"{job.evaluate.sampling.steps} steps, guidance {scales}; training seeds {list(job.training_seeds)}"
         ),
     ]
+
+
+def _data_minutes(job: LadderJob, name: str) -> str:
+    minutes = mean_minutes([job.data_cost(name)])
+    return "" if minutes is None else f" made in {minutes:.1f} CPU min"
 
 
 def _words(arm: ArmConfig) -> str:

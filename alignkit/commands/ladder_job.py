@@ -201,3 +201,7 @@ class LadderJob(PolicyJob):
     def cost(self, arm: str, seed: int) -> Path:
         """The record of what a training cost."""
         return self.folder(arm, seed) / "cost.json"
+
+    def data_cost(self, arm: str) -> Path:
+        """The record of what it cost to make an arm's training data."""
+        return self.data_job(arm).out / f"cost-{find_method(self.arms[arm].method).data}.json"

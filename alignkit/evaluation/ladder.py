@@ -66,9 +66,7 @@ def read_arm(name: str, folders: Sequence[Path], costs: Sequence[Path] = ()) -> 
         groups = np.array([p.metadata["category"] for p in pairs[0].prompts[:: pairs[0].seeds_per_prompt]])
         every = gains[gold.reward]
         categories = {str(group): combine_runs(every[:, groups == group], bootstrap) for group in np.unique(groups)}
-    seconds = [read_json(path)["cpu_seconds"] for path in costs if path.is_file()]
-    minutes = sum(seconds) / len(seconds) / 60 if seconds else None
-    return ArmResult(name, evaluation, rewards, categories, tuple(done), gains, minutes)
+    return ArmResult(name, evaluation, rewards, categories, tuple(done), gains, mean_minutes(costs))
 
 
 def _gains(runs: Sequence[Pairs], reward: str) -> Floats:
@@ -88,8 +86,14 @@ def contrast(first: ArmResult, second: ArmResult) -> Contrast:
 
 
 def write_cost(path: Path, seconds: float) -> None:
-    """Record the CPU seconds of a training."""
+    """Record the CPU seconds of a training, or of making its data."""
     write_json(path, {"cpu_seconds": seconds})
+
+
+def mean_minutes(costs: Sequence[Path]) -> float | None:
+    """The mean CPU minutes in those files of `write_cost` that exist; None where none does."""
+    seconds = [read_json(path)["cpu_seconds"] for path in costs if path.is_file()]
+    return sum(seconds) / len(seconds) / 60 if seconds else None
 
 
 def points(combined: Combined, scale: float = 100.0, digits: int = 1) -> str:

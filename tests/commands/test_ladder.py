@@ -77,6 +77,8 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert {"sft", "shuffled"} <= set(rows)
     assert rows["sft"].count("[") == 2  # gold and red
     assert len(rows["sft"].split(" | ")[2].split(",")) == 2  # one gain a seed
+    made = json.loads((work / "shared" / "cost-ranked.json").read_text())["cpu_seconds"]
+    assert f"rows made in {made / 60:.1f} CPU min" in page
     assert rows["sft"] != rows["shuffled"].replace("shuffled", "sft")
     before = stamps(work / "shared") | stamps(work / "ladder")
     assert len([path for path in before if path.name == "pytorch_lora_weights.safetensors"]) == 4
@@ -96,6 +98,7 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert "arm gradients: reward\\_flow" in second
     assert at_first.split("Differences between arms")[1].count("| gradients - dpo | ") == 1
     assert "broken - dpo" not in second
+    assert json.loads((work / "shared" / "cost-ranked.json").read_text()) == {"cpu_seconds": made}  # not made again
     costs = [json.loads(file.read_text())["cpu_seconds"] for file in (work / "second").rglob("cost.json")]
     assert len(costs) == 2
     assert min(costs) > 0
@@ -117,8 +120,8 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert cli.main(ladder(arms={"shuffled": {"labels": "random"}}, training_seeds=[1])) == 0
     fewer = (work / "ladder.md").read_text(encoding="utf-8")
     assert not cost.exists()  # a finished training is not one of 0 seconds
-    assert "CPU min" in page
-    assert "CPU min" not in fewer
+    assert "| CPU min |" in page
+    assert "| CPU min |" not in fewer
     assert "| sft |" not in fewer
     assert rows["shuffled"].split(" | ")[2].split(",")[1].strip() in fewer
 
