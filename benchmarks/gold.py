@@ -6,6 +6,7 @@ Usage::
     python benchmarks/gold.py generator FOLDER         gold accuracy of a generator, by category
     python benchmarks/gold.py sheet FOLDER SHEET.png   200 generated images with captions and verdicts, for the eye
     python benchmarks/gold.py labels RANKED            how often phi and the rewards prefer what gold accepts
+    python benchmarks/gold.py faults EVALUATION ...    what is wrong with the images before and after a training
     python benchmarks/gold.py clips                    the verifier of clips on rendered clips, by kind and fault
     python benchmarks/gold.py codec FOLDER             the same after a round trip through a generator's VAE; its PSNR
     python benchmarks/gold.py video FOLDER             what it finds in a video generator's clips
@@ -16,10 +17,11 @@ Usage::
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,13 +30,14 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from alignkit.evaluation.results import read_pairs
 from alignkit.generators import load_generator
 from alignkit.generators.pairs import RolloutPairs
 from alignkit.pairs import PairRequest
 from alignkit.records import Prompt, Sampling, texts
 from alignkit.sandbox import film_captions, film_gold, films
 from alignkit.sandbox.captions import bodies, parse, prompts
-from alignkit.sandbox.gold import GoldReward, look, shows
+from alignkit.sandbox.gold import FAULTS, GoldReward, fault, look, shows
 from alignkit.sandbox.scenes import CATEGORIES, compose, contradict, render
 from alignkit.seeds import derive_seed
 from alignkit.segments import LEAST_LABELLED
@@ -206,7 +209,22 @@ def labels(folder: str, count: int) -> dict[str, object]:
     return {"question": "labels against gold", "rows": min(count, len(rows)), "gold": means, "agreement": shares}
 
 
-def sheet(folder: str, target: Path, sampling: Sampling) -> None:
+def faults(folders: Sequence[str]) -> dict[str, object]:
+    """Shares of the images with each fault, before and after, over the evaluation folders of several runs."""
+    shares: dict[str, dict[str, float]] = {}
+    for side in ("base", "tuned"):
+        found: Counter[str | None] = Counter()
+        for folder in folders:
+            pairs = read_pairs(Path(folder))
+            encoded = pairs.media(side, range(len(pairs.prompts)))
+            for row, prompt in enumerate(tqdm(pairs.prompts, desc=f"{side} of {folder}")):
+                image = Image.open(io.BytesIO(encoded[row])).convert("RGB")
+                found[fault(look(np.asarray(image, np.float32) / 255), parse(prompt.text))] += 1
+        shares[side] = {name or "none": round(found[name] / found.total(), 4) for name in (None, *FAULTS)}
+    return {"question": "faults", "evaluations": len(folders), "images": found.total(), **shares}
+
+
+def sheet(folder: str, target: Path, sampling: Sampling) -> dict[str, object]:
     """A contact sheet of 200 images: number, caption, and a green (shows it) or red (does not) frame."""
     asked = prompts(200, seed=78)
     pictures = draw(folder, asked, sampling, None)
@@ -225,10 +243,10 @@ def sheet(folder: str, target: Path, sampling: Sampling) -> None:
         pen.multiline_text((x, y + cell + 4), "\n".join(lines), fill="black", spacing=0, font_size=10)
     target.parent.mkdir(parents=True, exist_ok=True)
     page.save(target, optimize=True)
-    print(json.dumps({"question": "sheet", "model": folder, "accepted": float(verdicts.mean()), "file": str(target)}))
+    return {"question": "sheet", "model": folder, "accepted": float(verdicts.mean()), "file": str(target)}
 
 
-def clip_sheet(folder: str, target: Path, count: int, sampling: Sampling) -> None:
+def clip_sheet(folder: str, target: Path, count: int, sampling: Sampling) -> dict[str, object]:
     """A contact sheet of `count` clips, one a row: two frames of each segment, a green or red line under each segment.
 
     The frame around a row is green where gold accepts the clip.
@@ -250,18 +268,32 @@ def clip_sheet(folder: str, target: Path, count: int, sampling: Sampling) -> Non
             pen.line((left + 2, low, left + 2 * cell - 3, low), fill="green" if is_right else "red", width=4)
     target.parent.mkdir(parents=True, exist_ok=True)
     page.save(target, optimize=True)
-    print(
-        json.dumps({"question": "sheet of clips", "model": folder, "accepted": accepted / count, "file": str(target)})
-    )
+    return {"question": "sheet of clips", "model": folder, "accepted": accepted / count, "file": str(target)}
+
+
+QUESTIONS: dict[str, Callable[[argparse.Namespace, Sampling], Sequence[dict[str, object]]]] = {
+    "renders": lambda chosen, _: [renders(chosen.count)],
+    "generator": lambda chosen, how: [accuracy(chosen.arguments[0], chosen.count, how, chosen.adapter)],
+    "sheet": lambda chosen, how: [sheet(chosen.arguments[0], Path(chosen.arguments[1]), how)],
+    "labels": lambda chosen, _: [labels(chosen.arguments[0], chosen.count)],
+    "faults": lambda chosen, _: [faults(chosen.arguments)],
+    "clips": lambda chosen, _: [clips(chosen.count)],
+    "codec": lambda chosen, _: [codec(chosen.arguments[0], chosen.count)],
+    "video": lambda chosen, how: [video(chosen.arguments[0], chosen.count, replace(how, **CLIP), chosen.adapter)],
+    "clip_sheet": lambda chosen, how: [
+        clip_sheet(chosen.arguments[0], Path(chosen.arguments[1]), min(chosen.count, 60), replace(how, **CLIP))
+    ],
+    "pairs": lambda chosen, how: [
+        video_pairs(chosen.arguments[0], chosen.count, replace(how, **CLIP), eta)
+        for eta in map(float, chosen.arguments[1:] or (0.65, 0.8))
+    ],
+}
 
 
 def main() -> None:
     """Parse the question and answer it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "question",
-        choices=("renders", "generator", "sheet", "labels", "clips", "codec", "video", "clip_sheet", "pairs"),
-    )
+    parser.add_argument("question", choices=QUESTIONS)
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument("--steps", type=int, default=16)
@@ -269,25 +301,8 @@ def main() -> None:
     parser.add_argument("--adapter")
     chosen = parser.parse_args()
     sampling = Sampling(steps=chosen.steps, guidance_scale=chosen.guidance, height=64, width=64)
-    if chosen.question == "renders":
-        print(json.dumps(renders(chosen.count)))
-    elif chosen.question == "generator":
-        print(json.dumps(accuracy(chosen.arguments[0], chosen.count, sampling, chosen.adapter)))
-    elif chosen.question == "clips":
-        print(json.dumps(clips(chosen.count)))
-    elif chosen.question == "codec":
-        print(json.dumps(codec(chosen.arguments[0], chosen.count)))
-    elif chosen.question == "video":
-        print(json.dumps(video(chosen.arguments[0], chosen.count, replace(sampling, **CLIP), chosen.adapter)))
-    elif chosen.question == "clip_sheet":
-        clip_sheet(chosen.arguments[0], Path(chosen.arguments[1]), min(chosen.count, 60), replace(sampling, **CLIP))
-    elif chosen.question == "pairs":
-        for eta in map(float, chosen.arguments[1:] or (0.65, 0.8)):
-            print(json.dumps(video_pairs(chosen.arguments[0], chosen.count, replace(sampling, **CLIP), eta)))
-    elif chosen.question == "labels":
-        print(json.dumps(labels(chosen.arguments[0], chosen.count)))
-    else:
-        sheet(chosen.arguments[0], Path(chosen.arguments[1]), sampling)
+    for answer in QUESTIONS[chosen.question](chosen, sampling):
+        print(json.dumps(answer))
 
 
 if __name__ == "__main__":

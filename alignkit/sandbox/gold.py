@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 SMALLEST_AREA = 14  # pixels; the smallest drawn object covers about 40
 TEMPLATE = 20  # pixels a side of a normalised object mask
 RECOGNISED = 0.70  # least overlap at which a blob counts as a known shape
+FAULTS = (
+    "too many objects",
+    "too few objects",
+    "no known shape",
+    "another shape",
+    "colour of the other object",
+    "another colour",
+    "another position",
+)
 _COLORS = np.array(list(PALETTE.values()), np.float32) / 255
 
 
@@ -111,22 +120,28 @@ def look(image: NDArray[np.float32]) -> list[Seen]:
     return objects
 
 
+def fault(objects: Sequence[Seen], spec: Spec) -> str | None:
+    """The first difference between the objects and `spec`, a value of FAULTS; None where they are exactly those."""
+    if len(objects) != len(spec.kinds):
+        return "too many objects" if len(objects) > len(spec.kinds) else "too few objects"
+    if any(thing.shape is None for thing in objects):
+        return "no known shape"
+    if Counter(thing.shape for thing in objects) != Counter(shape for shape, _ in spec.kinds):
+        return "another shape"
+    asked = dict(spec.kinds)  # in "counting" all objects are of one kind, elsewhere no two share a shape
+    wrong = {thing.color for thing in objects if asked[str(thing.shape)] not in (None, thing.color)}
+    if wrong:
+        return "colour of the other object" if wrong <= {*asked.values()} else "another colour"
+    if spec.relation is not None:
+        first, second = (next(thing for thing in objects if thing.shape == shape) for shape in asked)
+        if not _obeys(first.x - second.x, first.y - second.y, spec.relation, margin=1.0):
+            return "another position"
+    return None
+
+
 def shows(objects: Sequence[Seen], spec: Spec) -> bool:
     """Whether the objects are exactly those of `spec` (no more, no fewer) and their positions obey its relation."""
-    if len(objects) != len(spec.kinds) or any(thing.shape is None for thing in objects):
-        return False
-    if Counter(thing.shape for thing in objects) != Counter(shape for shape, _ in spec.kinds):
-        return False
-    if spec.category == "counting":
-        color = spec.kinds[0][1]
-        return color is None or all(thing.color == color for thing in objects)
-    by_shape = {thing.shape: thing for thing in objects}
-    if any(color is not None and by_shape[shape].color != color for shape, color in spec.kinds):
-        return False
-    if spec.relation is None:
-        return True
-    first, second = (by_shape[shape] for shape, _ in spec.kinds)
-    return _obeys(first.x - second.x, first.y - second.y, spec.relation, margin=1.0)
+    return fault(objects, spec) is None
 
 
 class GoldReward:

@@ -11,7 +11,7 @@ from alignkit.protocols import Reward
 from alignkit.records import Prompt
 from alignkit.sandbox import models
 from alignkit.sandbox.captions import NUMBERS, bodies, captions, parse, prompts, random_caption
-from alignkit.sandbox.gold import GoldReward, look, shows
+from alignkit.sandbox.gold import FAULTS, GoldReward, fault, look, shows
 from alignkit.sandbox.raters import ASPECTS, TASTES, Comparisons, Readings, features, marks
 from alignkit.sandbox.scenes import (
     BACKGROUNDS,
@@ -143,6 +143,27 @@ def test_gold_sees_nothing_in_an_empty_picture_or_noise():
     assert look(np.zeros((SIZE, SIZE, 3), np.float32)) == []
     noise = np.random.default_rng(0).random((SIZE, SIZE, 3)).astype(np.float32)
     assert not shows(look(noise), parse("a circle"))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "asked", "expected"),
+    [
+        ("two circles", "a circle", "too many objects"),
+        ("a circle", "two circles", "too few objects"),
+        ("a circle", "a cross", "another shape"),
+        ("a red circle and a blue cross", "a blue circle and a red cross", "colour of the other object"),
+        ("a red circle and a red cross", "a red circle and a blue cross", "colour of the other object"),
+        ("a red circle and a green cross", "a red circle and a blue cross", "another colour"),
+        ("two red circles", "two blue circles", "another colour"),
+        ("a circle above a cross", "a circle below a cross", "another position"),
+        ("a circle above a cross", "a circle and a cross", None),
+    ],
+)
+def test_gold_names_the_fault(drawn, asked, expected):
+    rng = np.random.default_rng(0)
+    picture = render(compose(parse(drawn), rng), rng)
+    assert fault(look(picture), parse(asked)) == expected
+    assert expected is None or expected in FAULTS
 
 
 def test_gold_reward_scores_row_by_row():
