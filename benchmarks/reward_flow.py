@@ -9,6 +9,7 @@ on the same prompts and noise (mean, least and largest over batches), the cosine
 batches, and the norms. `capped` is the exact chain with the cap of the trainer's default.
 `--memory`: one JSON line for each number of differentiated steps: peak bytes of the tensors that one gradient makes and
 CPU seconds, with each step and the decoding checkpointed and without.
+A critic is `--reward yes_no --weights sandbox:vlm`; each prompt has the questions of its grammar.
 The weights are a LoRA at its start, in float32, so B of the LoRA alone has a gradient.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from agreement import with_questions
 from rankdpo_step import TensorBytes
 from torch import Tensor
 from tqdm import tqdm
@@ -33,6 +35,7 @@ from tqdm import tqdm
 from alignkit.commands.specs import build_reward
 from alignkit.diffusion.estimators import ESTIMATORS, Estimator
 from alignkit.generators import load_generator
+from alignkit.sandbox.aspects import GrammarWriter
 from alignkit.sandbox.captions import prompts
 from alignkit.shipped import model_path
 from alignkit.trainers import reward_flow
@@ -60,7 +63,7 @@ def build(chosen: argparse.Namespace, folder: str) -> reward_flow.RewardTrainer:
     options = {"model": model_path(chosen.weights)} if chosen.weights else {}
     rewards = {"reward": build_reward(chosen.reward, options)}
     generator = load_generator(chosen.model, device=str(arguments.device))
-    rows = prompts(chosen.batches * chosen.batch, seed=11)
+    rows = with_questions(prompts(chosen.batches * chosen.batch, seed=11), GrammarWriter())
     return reward_flow.RewardTrainer(generator, arguments, rows, rewards=rewards)
 
 
