@@ -30,6 +30,7 @@ NEEDS = {
     "flow_clean": ("vae",),
     "flow": ("flow_clean",),
     "vlm": (),
+    "vlm_corrections": ("vlm", "unet", "flow"),
     "film_vae": (),
     "film_clean": ("film_vae",),
     "film": ("film_clean",),
@@ -43,7 +44,8 @@ class SandboxJob:
     name: vae; clip, the CLIP proxy; reader, which matches images and words; careful and showy, the
         preference heads; unet_first to unet_clean, four stages of a generator, and unet, which is made from
         it; flow_clean, a transformer with its text encoders, and flow, which is made from it; vlm, which answers
-        questions about images and videos; film_vae, film_clean and film, the same for the video generator.
+        questions about images and videos, and vlm_corrections, a LoRA on it from generated images; film_vae,
+        film_clean and film, the same for the video generator.
     out: the folder that gets one sub-folder a model; the ones a recipe starts from must be there.
     work: checkpoints and logs, one sub-folder a model.
     """
@@ -59,25 +61,29 @@ class SandboxJob:
 
 def _trainer(job: SandboxJob, result: Path) -> Callable[[], Any]:
     """The recipe of a model, ready to run."""
-    from alignkit.sandbox import film, film_vae, flow, generators, interviews, recipes, vlm
+    from alignkit.sandbox import corrections, film, film_vae, flow, generators, interviews, recipes, vlm
     from rewards.models.patches import Patches
     from rewards.preference import PreferenceConfig, PreferenceModel
 
     work = job.work / job.name
-    alone = {"vae": recipes.train_vae, "clip": recipes.train_clip, "film_vae": film_vae.train_vae}
-    if job.name in alone:
-        return functools.partial(alone[job.name], result, work)
-    if job.name == "vlm":
-        return functools.partial(interviews.train_vlm, Patches(**vlm.CUTTING), result, work)
-    if job.name in recipes.HEADS:
-        return functools.partial(recipes.train_head, job.name, PreferenceModel, job.out / "reader", result, work)
-    if job.name == "reader":
-        classes = (PreferenceModel, PreferenceConfig)
-        return functools.partial(recipes.train_reader, *classes, result, work)
-    made = {"flow_clean": flow.train_flow, "film_clean": film.train_clean, "film": film.train_policy}
-    if job.name in made:
-        return functools.partial(made[job.name], job.out, result, work)
-    return functools.partial(generators.train_generator, job.name, job.out, result, work)
+    cut = Patches(**vlm.CUTTING)
+    models = {name: job.out / name for name in NEEDS[job.name]}
+    heads = (PreferenceModel, PreferenceConfig)
+    recipe: dict[str, Callable[[], Any]] = {
+        "vae": lambda: recipes.train_vae(result, work),
+        "clip": lambda: recipes.train_clip(result, work),
+        "reader": lambda: recipes.train_reader(*heads, result, work),
+        "vlm": lambda: interviews.train_vlm(cut, result, work),
+        "vlm_corrections": lambda: corrections.train_corrections(cut, models, result, work),
+        "flow_clean": lambda: flow.train_flow(job.out, result, work),
+        "film_vae": lambda: film_vae.train_vae(result, work),
+        "film_clean": lambda: film.train_clean(job.out, result, work),
+        "film": lambda: film.train_policy(job.out, result, work),
+    }
+    for name in recipes.HEADS:
+        trained = (name, PreferenceModel, job.out / "reader", result, work)
+        recipe[name] = functools.partial(recipes.train_head, *trained)
+    return recipe.get(job.name) or functools.partial(generators.train_generator, job.name, job.out, result, work)
 
 
 def _plan(job: SandboxJob) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from alignkit.errors import ConfigError, DataError
 from rewards.models.media import check_pixels, precise
 from rewards.models.vision_language import Seen, VisionLanguage, freeze, load
-from rewards.models.weights import content_of, load_whole, torch_dtype
+from rewards.models.weights import content_of, load_whole, torch_dtype, with_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,10 +67,10 @@ class Readout:
 class VlmCritic:
     """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL model that answers questions on media (`alignkit.protocols.Critic`).
 
-    `model`: folder or hub id with weights, tokenizer and preprocessor_config.json. `dtype`: of the weights;
-    logits are at least float32. `rate`: frames per second of clips as they are given. `min_pixels`, `max_pixels`:
-    bounds on a frame that replace the folder's. `checkpointing`: activation checkpointing; results are equal. `owner`:
-    the name in errors.
+    `model`: folder or hub id with weights, tokenizer and preprocessor_config.json. `adapter`: a folder with a LoRA of
+    PEFT, merged into the model. `dtype`: of the weights; logits are at least float32. `rate`: frames per second of
+    clips as they are given. `min_pixels`, `max_pixels`: bounds on a frame that replace the folder's. `checkpointing`:
+    activation checkpointing; results are equal. `owner`: the name in errors.
     """
 
     def __init__(
@@ -84,12 +84,14 @@ class VlmCritic:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         checkpointing: bool = False,
+        adapter: str | None = None,
         owner: str = "critic",
     ) -> None:
         from transformers import AutoModelForImageTextToText
 
         def build(config: Any) -> Any:
-            return load_whole(AutoModelForImageTextToText, model, owner, config=config, dtype=torch_dtype(dtype))
+            whole = load_whole(AutoModelForImageTextToText, model, owner, config=config, dtype=torch_dtype(dtype))
+            return whole if adapter is None else with_adapter(whole, adapter, owner)
 
         whole, tokenizer, patches = load(model, build, owner=owner, bounds=(min_pixels, max_pixels))
         freeze(whole, device, checkpointing=checkpointing)

@@ -116,6 +116,30 @@ def load_whole(kind: Any, model: str, owner: str, *, beside: tuple[str, ...] = (
     return network
 
 
+def with_adapter(network: Any, folder: str, owner: str) -> Any:
+    """`network` with the LoRA of PEFT in `folder` merged into it.
+
+    Raises MissingFileError where the folder has no such LoRA in safetensors, DataError where its weights do not fit.
+    """
+    from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    weights = Path(folder) / "adapter_model.safetensors"
+    if not (weights.parent / "adapter_config.json").is_file():
+        raise MissingFileError(f"{owner}: adapter '{folder}' has no adapter_config.json; name a folder that PEFT wrote")
+    state = read_state(weights, owner=owner, advice="save the adapter with PEFT, as safetensors")
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{owner}: adapter '{folder}' is of the kind {config.peft_type}; only a LoRA can be merged")
+    config.base_model_name_or_path = None  # PEFT warns where the base was trained under another path
+    tuned = get_peft_model(network, config)
+    own = {key: value.shape for key, value in get_peft_model_state_dict(tuned).items()}
+    misshapen = [key for key in own.keys() & state.keys() if own[key] != state[key].shape]
+    where = f"{owner}: adapter '{folder}'"
+    require_same(where, missing=own.keys() - state.keys(), unexpected=state.keys() - own.keys(), misshapen=misshapen)
+    set_peft_model_state_dict(tuned, state)
+    return tuned.merge_and_unload()
+
+
 def content_of(network: nn.Module, settings: Any) -> str:
     """16 hex digits for the exact weights of `network` (names, shapes, dtypes, values) and for JSON `settings`.
 

@@ -1,0 +1,173 @@
+"""A LoRA that corrects the sandbox's vision-language model on generated images.
+
+The model learns from rendered scenes (`interviews.py`). Generated images have what these lack: one object too many,
+objects that touch, blurred edges. Here it sees images of the sandbox's generators too, half of the rows, with the same
+kinds of question. The answers are read from the pixels, as the verifier reads them; whether an image shows its caption
+is never asked, because that is gold's verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, set_seed
+
+from alignkit.generators import load_generator
+from alignkit.records import Sampling, texts
+from alignkit.sandbox import questions
+from alignkit.sandbox.captions import parse, prompts
+from alignkit.sandbox.gold import look
+from alignkit.sandbox.interviews import Interview, Interviews, Patchify, facts, read
+from alignkit.sandbox.questions import COUNTS, Subject, meanings, phrases
+from alignkit.sandbox.recipes import Objective, Recipe, fit
+from alignkit.sandbox.scenes import SHAPES, SIZE, Scene, Thing
+from alignkit.seeds import derive_seed
+from alignkit.storage import write_atomic
+
+RECIPE = Recipe(steps=400, batch=32, learning_rate=5e-4, seed=117)
+RANK = 16
+LAYERS = r".*\.(attn\.qkv|attn\.proj|[qkvo]_proj|(gate|up|down)_proj)"
+QUESTIONS = 10  # most a subject
+BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """`count` images of the generator `name`."""
+
+    name: str
+    count: int
+    steps: int
+    guidance_scale: float
+
+
+SOURCES = (
+    Source("unet", 1600, 8, 1.0),
+    Source("unet", 400, 8, 2.5),
+    Source("flow", 800, 12, 1.0),
+    Source("flow", 400, 12, 2.5),
+)
+
+
+def scene_of(image: np.ndarray, caption: str) -> Scene | None:
+    """The scene that an image [H, W, 3] shows; None where questions about it would have no certain answers.
+
+    That is where an object has no known shape, where there are no or more than five objects, and where every shape is
+    there.
+    """
+    seen = look(image)
+    if not 1 <= len(seen) <= max(COUNTS) or {thing.shape for thing in seen} >= {*SHAPES}:
+        return None
+    things = [
+        Thing(thing.shape, thing.color, thing.x, thing.y, float(np.sqrt(thing.area / np.pi)))
+        for thing in seen
+        if thing.shape is not None
+    ]
+    return Scene(tuple(things), parse(caption).background or "") if len(things) == len(seen) else None
+
+
+def draw(folder: Path, source: Source, seed: int, cache: Path) -> list[tuple[Tensor, Subject]]:
+    """Images [3, H, W] of the generator in `folder` and their subjects; those without a `scene_of` are left out.
+
+    All images are kept in the file `cache`.
+    """
+    asked = prompts(source.count, seed=seed)
+    if not cache.exists():
+        generator = load_generator(str(folder))
+        sampling = Sampling(steps=source.steps, guidance_scale=source.guidance_scale, height=SIZE, width=SIZE)
+        batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
+        made = [
+            generator.generate(texts(batch), [derive_seed("corrections", seed, p.id) for p in batch], sampling)
+            for batch in tqdm(batches, desc=f"images of {source.name}")
+        ]
+        write_atomic(cache, save_tensors({"images": (torch.cat(made).cpu() * 255).round().byte().contiguous()}))
+    images = load_file(cache)["images"].float() / 255
+    scenes = [scene_of(i.permute(1, 2, 0).numpy(), p.text) for i, p in zip(images, asked, strict=True)]
+    return [
+        (image, Subject(scene, prompt.text, is_shown=False, near=0.9))
+        for image, prompt, scene in zip(images, asked, scenes, strict=True)
+        if scene is not None
+    ]
+
+
+class Corrections(Dataset[dict[str, Any]]):
+    """Rows as those of `Interviews`: generated images in turns with rendered scenes, clips and pairs."""
+
+    def __init__(self, size: int, seed: int, generated: Sequence[tuple[Tensor, Subject]]) -> None:
+        self.size, self.seed, self.generated = size, seed, generated
+        self.rendered = Interviews(size, seed, QUESTIONS, near=0.9)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index % 2:
+            return self.rendered[index]
+        rng = np.random.default_rng(derive_seed("correction", self.seed, index))
+        image, about = self.generated[int(rng.integers(len(self.generated)))]
+        asked = [question for question in questions.ask(about, rng, QUESTIONS) if question.kind != "caption"]
+        return {
+            "questions": asked,
+            "media": [image],
+            "interval": 1,
+            "facts": [facts(about.scene)[None]],
+            "meant": [meanings(about.scene)],
+            "shown": [phrases(about.caption, about.scene)],
+        }
+
+
+class Answers(Objective):
+    """Cross-entropy of the answers, averaged over questions."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vlm = model
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        seen = self.vlm.model.visual(batch["patches"], grid_thw=batch["grids"]).pooler_output
+        hidden = read(self.vlm, seen, batch["ids"], batch["groups"], batch["positions"])[-1]
+        valid, weights = batch["targets"] >= 0, batch["weights"]
+        logits = self.vlm.lm_head(hidden[valid]).float()
+        losses = functional.cross_entropy(logits, batch["targets"][valid], reduction="none")
+        return {"loss": (losses * weights[valid]).sum() / weights.sum()}
+
+
+def train_corrections(
+    patchify: Patchify,
+    models: Mapping[str, Path],
+    out: Path,
+    work: Path,
+    *,
+    recipe: Recipe = RECIPE,
+    sources: Sequence[Source] = SOURCES,
+) -> None:
+    """Train the LoRA on the model `models["vlm"]` and save it as PEFT does; `models` has the generators too.
+
+    `patchify` is an argument because this package does not import `rewards`.
+    """
+    generated = [
+        row
+        for number, source in enumerate(sources)
+        for row in draw(models[source.name], source, recipe.seed + number, work / f"images-{number}.safetensors")
+    ]
+    set_seed(recipe.seed)
+    words = AutoTokenizer.from_pretrained(models["vlm"])
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(models["vlm"], dtype=torch.float32)
+    tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS))
+    tuned.peft_config["default"].base_model_name_or_path = "sandbox:vlm"
+    rows = Corrections(recipe.scenes, recipe.seed, generated)
+    fit(Answers(tuned.get_base_model()), rows, recipe, work / "train", Interview(words, model, patchify))
+    tuned.half().save_pretrained(out)
+    (out / "README.md").unlink()  # PEFT's card, which names the model by its path
