@@ -169,5 +169,5 @@ def train_corrections(
     tuned.peft_config["default"].base_model_name_or_path = "sandbox:vlm"
     rows = Corrections(recipe.scenes, recipe.seed, generated)
     fit(Answers(tuned.get_base_model()), rows, recipe, work / "train", Interview(words, model, patchify))
-    tuned.half().save_pretrained(out)
+    tuned.half().save_pretrained(out, save_embedding_layers=False)  # else it looks for the model on the hub
     (out / "README.md").unlink()  # PEFT's card, which names the model by its path

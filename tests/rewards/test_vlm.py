@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_vlm
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -320,3 +321,58 @@ def test_models_that_cannot_be_read(folders, clip_folder):
         VlmCritic(folders["qwen2_vl"], dtype="int8")
     with pytest.raises(ConfigError, match="frames per second"):
         VlmCritic(folders["qwen2_vl"], rate=0)
+
+
+@pytest.fixture(scope="module")
+def adapter(folders, tmp_path_factory):
+    """A LoRA of PEFT with weights that change answers, on the last kind of model; its folder and the merged model's."""
+    kind = tiny_vlm.KINDS[-1]
+    model = AutoModelForImageTextToText.from_pretrained(folders[kind], dtype=torch.float64)
+    tuned = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    source = torch.Generator().manual_seed(0)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            weight.data = torch.randn(weight.shape, generator=source, dtype=weight.dtype)
+    root = tmp_path_factory.mktemp("adapter")
+    tuned.save_pretrained(root / "lora")
+    shutil.copytree(folders[kind], root / "merged")
+    tuned.merge_and_unload().save_pretrained(root / "merged")
+    return folders[kind], root / "lora", root / "merged"
+
+
+def test_an_adapter_is_merged_into_the_critic(adapter):
+    folder, lora, merged = adapter
+    plain, tuned, expected = critic(folder), critic(folder, adapter=str(lora)), critic(str(merged))
+    answers = [one.margins(media(), QUESTIONS) for one in (plain, tuned, expected)]
+    torch.testing.assert_close(answers[1], answers[2])
+    assert (answers[0] - answers[1]).abs().min() > 1e-6
+    assert not any(weight.requires_grad for weight in tuned._whole.parameters())
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapter, tmp_path):
+    folder, lora, _ = adapter
+    with pytest.raises(MissingFileError, match=r"no adapter_config\.json"):
+        critic(folder, adapter=str(tmp_path))
+    shutil.copytree(lora, tmp_path / "lora")
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    first, *others = stored
+    save_file(
+        {name: stored[name] for name in others} | {"odd": stored[first]},
+        tmp_path / "lora" / "adapter_model.safetensors",
+    )
+    with pytest.raises(DataError, match=r"1 missing .*1 unexpected \(odd\)"):
+        critic(folder, adapter=str(tmp_path / "lora"))
+    save_file(stored | {first: stored[first][:, :1].contiguous()}, tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(DataError, match="1 of another shape"):
+        critic(folder, adapter=str(tmp_path / "lora"))
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    with pytest.raises(MissingFileError, match="save the adapter with PEFT, as safetensors"):
+        critic(folder, adapter=str(tmp_path / "lora"))
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (tmp_path / "lora" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"]})
+    )
+    save_file(stored, tmp_path / "lora" / "adapter_model.safetensors")
+    assert config["peft_type"] == "LORA"
+    with pytest.raises(ConfigError, match="only a LoRA can be merged"):
+        critic(folder, adapter=str(tmp_path / "lora"))
