@@ -87,11 +87,10 @@ def draw(folder: Path, source: Source, seed: int, cache: Path) -> list[tuple[Ten
     if not cache.exists():
         generator = load_generator(str(folder))
         sampling = Sampling(steps=source.steps, guidance_scale=source.guidance_scale, height=SIZE, width=SIZE)
-        batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
-        made = [
-            generator.generate(texts(batch), [derive_seed("corrections", seed, p.id) for p in batch], sampling)
-            for batch in tqdm(batches, desc=f"images of {source.name}")
-        ]
+        seeds = [derive_seed("corrections", seed, prompt.id) for prompt in asked]
+        parts = [slice(start, start + BATCH) for start in range(0, len(asked), BATCH)]
+        bar = tqdm(parts, desc=f"images of {source.name}")
+        made = [generator.generate(texts(asked[part]), seeds[part], sampling) for part in bar]
         write_atomic(cache, save_tensors({"images": (torch.cat(made).cpu() * 255).round().byte().contiguous()}))
     images = load_file(cache)["images"].float() / 255
     scenes = [scene_of(i.permute(1, 2, 0).numpy(), p.text) for i, p in zip(images, asked, strict=True)]

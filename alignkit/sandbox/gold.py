@@ -133,7 +133,8 @@ def fault(objects: Sequence[Seen], spec: Spec) -> str | None:
     if wrong:
         return "colour of the other object" if wrong <= {*asked.values()} else "another colour"
     if spec.relation is not None:
-        first, second = (next(thing for thing in objects if thing.shape == shape) for shape in asked)
+        by_shape = {thing.shape: thing for thing in objects}
+        first, second = (by_shape[shape] for shape in asked)
         if not _obeys(first.x - second.x, first.y - second.y, spec.relation, margin=1.0):
             return "another position"
     return None
