@@ -14,8 +14,8 @@ import json
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from alignkit.sandbox.interviews import accuracy
 from alignkit.sandbox.vlm import CUTTING
+from alignkit.sandbox.vlm_accuracy import accuracy
 from rewards.models.patches import Patches
 
 

@@ -19,7 +19,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, set_seed
@@ -29,8 +28,8 @@ from alignkit.records import Sampling, texts
 from alignkit.sandbox import questions
 from alignkit.sandbox.captions import parse, prompts
 from alignkit.sandbox.gold import look
-from alignkit.sandbox.interviews import Interview, Interviews, Patchify, facts, read
-from alignkit.sandbox.questions import COUNTS, Subject, meanings, phrases
+from alignkit.sandbox.interviews import Interview, Interviews, Patchify, answer_loss, image_row, read
+from alignkit.sandbox.questions import COUNTS, Subject
 from alignkit.sandbox.recipes import Objective, Recipe, fit
 from alignkit.sandbox.scenes import SHAPES, SIZE, Scene, Thing
 from alignkit.seeds import derive_seed
@@ -117,14 +116,7 @@ class Corrections(Dataset[dict[str, Any]]):
         rng = np.random.default_rng(derive_seed("correction", self.seed, index))
         image, about = self.generated[int(rng.integers(len(self.generated)))]
         asked = [question for question in questions.ask(about, rng, QUESTIONS) if question.kind != "caption"]
-        return {
-            "questions": asked,
-            "media": [image],
-            "interval": 1,
-            "facts": [facts(about.scene)[None]],
-            "meant": [meanings(about.scene)],
-            "shown": [phrases(about.caption, about.scene)],
-        }
+        return image_row(about, image, asked)
 
 
 class Answers(Objective):
@@ -137,10 +129,7 @@ class Answers(Objective):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         seen = self.vlm.model.visual(batch["patches"], grid_thw=batch["grids"]).pooler_output
         hidden = read(self.vlm, seen, batch["ids"], batch["groups"], batch["positions"])[-1]
-        valid, weights = batch["targets"] >= 0, batch["weights"]
-        logits = self.vlm.lm_head(hidden[valid]).float()
-        losses = functional.cross_entropy(logits, batch["targets"][valid], reduction="none")
-        return {"loss": (losses * weights[valid]).sum() / weights.sum()}
+        return {"loss": answer_loss(self.vlm, hidden, batch["targets"], batch["weights"])}
 
 
 def train_corrections(

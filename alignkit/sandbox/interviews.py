@@ -1,11 +1,10 @@
 """Training of the sandbox's vision-language model: many questions about one scene or clip, packed in one sequence.
 
-Runs under plain `transformers.Trainer`; `alignkit sandbox train vlm` repeats it, `accuracy` measures the result.
+Runs under plain `transformers.Trainer`; `alignkit sandbox train vlm` repeats it, `vlm_accuracy` measures the result.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +88,10 @@ class Interviews(Dataset[dict[str, Any]]):
         if kind < 3:
             return _pair_row(rng)
         about = questions.subject(rng, self.near)
-        return (_clip_row if kind < 7 else _scene_row)(about, rng, self.count)
+        if kind < 7:
+            return _clip_row(about, rng, self.count)
+        asked = questions.ask(about, rng, self.count)  # before the image: both draw from `rng`
+        return image_row(about, with_noise(render(about.scene, rng), rng), asked)
 
 
 def _pair_row(rng: np.random.Generator) -> dict[str, Any]:
@@ -121,10 +123,11 @@ def _clip_row(about: Subject, rng: np.random.Generator, count: int) -> dict[str,
     }
 
 
-def _scene_row(about: Subject, rng: np.random.Generator, count: int) -> dict[str, Any]:
+def image_row(about: Subject, image: Tensor, asked: list[Question]) -> dict[str, Any]:
+    """The row of `image` [3, 64, 64], which shows the scene of `about`, with the questions `asked`."""
     return {
-        "questions": questions.ask(about, rng, count),
-        "media": [with_noise(render(about.scene, rng), rng)],
+        "questions": asked,
+        "media": [image],
         "interval": 1,
         "facts": [facts(about.scene)[None]],
         "meant": [meanings(about.scene)],
@@ -310,12 +313,10 @@ class Answering(nn.Module):
             return {"loss": auxiliary}
         states = read(self.vlm, seen.pooler_output, ids, groups, positions)
         hidden, half = states[-1], states[len(states) // 2]
-        valid = targets >= 0
-        answers = functional.cross_entropy(self.vlm.lm_head(hidden[valid]).float(), targets[valid], reduction="none")
         auxiliary = auxiliary + self._naming(seen.pooler_output, facts[:, 0])
         auxiliary = auxiliary + _cross_entropy(self.meanings(half), meant, MEDIA * list(HEADS.values()))
         auxiliary = auxiliary + _cross_entropy(self.phrases(states[-2]), shown, MEDIA * [2])
-        return {"loss": (answers * weights[valid]).sum() / weights.sum() + 0.3 * auxiliary}
+        return {"loss": answer_loss(self.vlm, hidden, targets, weights) + 0.3 * auxiliary}
 
     def _naming(self, merged: Tensor, objects: Tensor) -> Tensor:
         """Cross-entropy of the object's shape and colour, with word embeddings as weights; merged patches with one."""
@@ -335,6 +336,13 @@ def _cross_entropy(logits: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         if (label >= 0).any()
     ]
     return torch.stack([logits.new_zeros(()), *losses]).sum()
+
+
+def answer_loss(model: Qwen2_5_VLForConditionalGeneration, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of the answers from last states [B, L, width], averaged over questions."""
+    valid = targets >= 0
+    losses = functional.cross_entropy(model.lm_head(hidden[valid]).float(), targets[valid], reduction="none")
+    return (losses * weights[valid]).sum() / weights.sum()
 
 
 def read(
@@ -368,32 +376,3 @@ def train_vlm(
         fit(objective, rows, stage, work / f"stage-{number}", Interview(words, model, patchify, stage.judged))
     save(model, words, out)
     return model
-
-
-@torch.no_grad()
-def accuracy(
-    model: Qwen2_5_VLForConditionalGeneration,
-    words: Qwen2Tokenizer,
-    patchify: Patchify,
-    *,
-    subjects: int = 600,
-    seed: int = 999,
-) -> dict[str, tuple[float, int]]:
-    """(share of right answers, number of questions) per kind of question on held-out scenes and clips, greedy answers.
-
-    An answer is right if each of its tokens is the likeliest one after the right tokens before it. This is equal to
-    greedy generation of the whole answer.
-    """
-    rows, collate = Interviews(subjects, seed, count=10), Interview(words, model, patchify)
-    right: dict[str, list[bool]] = defaultdict(list)
-    for start in range(0, subjects, 50):
-        chosen = [rows[index] for index in range(start, min(start + 50, subjects))]
-        batch = collate(chosen)
-        seen = model.model.visual(batch["patches"], grid_thw=batch["grids"]).pooler_output
-        hidden = read(model, seen, batch["ids"], batch["groups"], batch["positions"])[-1]
-        hits = model.lm_head(hidden).argmax(-1) == batch["targets"]
-        for row, groups, hit, targets in zip(chosen, batch["groups"], hits, batch["targets"], strict=True):
-            for number, question in enumerate(row["questions"], start=1):
-                own = (groups == number) & (targets >= 0)
-                right[question.kind].append(bool(hit[own].all()))
-    return {kind: (sum(hits) / len(hits), len(hits)) for kind, hits in sorted(right.items())}

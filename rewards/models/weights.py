@@ -127,14 +127,20 @@ def with_adapter(network: Any, folder: str, owner: str) -> Any:
     if not (weights.parent / "adapter_config.json").is_file():
         raise MissingFileError(f"{owner}: adapter '{folder}' has no adapter_config.json; name a folder that PEFT wrote")
     state = read_state(weights, owner=owner, advice="save the adapter with PEFT, as safetensors")
-    config = PeftConfig.from_pretrained(folder)
+    where = f"{owner}: adapter '{folder}'"
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:  # what PEFT raises for a file that is no config of its own
+        raise DataError(f"{where}: adapter_config.json is no config of PEFT: {error}") from error
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{owner}: adapter '{folder}' is of the kind {config.peft_type}; only a LoRA can be merged")
+        raise ConfigError(f"{where} is of the kind {config.peft_type}; only a LoRA can be merged")
     config.base_model_name_or_path = None  # PEFT warns where the base was trained under another path
-    tuned = get_peft_model(network, config)
+    try:
+        tuned = get_peft_model(network, config)
+    except ValueError as error:  # its layers are not in this model
+        raise DataError(f"{where} is for another model: {error}") from error
     own = {key: value.shape for key, value in get_peft_model_state_dict(tuned).items()}
     misshapen = [key for key in own.keys() & state.keys() if own[key] != state[key].shape]
-    where = f"{owner}: adapter '{folder}'"
     require_same(where, missing=own.keys() - state.keys(), unexpected=state.keys() - own.keys(), misshapen=misshapen)
     set_peft_model_state_dict(tuned, state)
     return tuned.merge_and_unload()

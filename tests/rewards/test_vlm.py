@@ -368,11 +368,17 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter, tmp_path):
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     with pytest.raises(MissingFileError, match="save the adapter with PEFT, as safetensors"):
         critic(folder, adapter=str(tmp_path / "lora"))
-    config = json.loads((lora / "adapter_config.json").read_text())
     (tmp_path / "lora" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"]})
     )
     save_file(stored, tmp_path / "lora" / "adapter_model.safetensors")
-    assert config["peft_type"] == "LORA"
     with pytest.raises(ConfigError, match="only a LoRA can be merged"):
+        critic(folder, adapter=str(tmp_path / "lora"))
+    for text, message in (("{", "no config of PEFT"), (json.dumps({"peft_type": "odd"}), "no config of PEFT")):
+        (tmp_path / "lora" / "adapter_config.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            critic(folder, adapter=str(tmp_path / "lora"))
+    elsewhere = {"peft_type": "LORA", "target_modules": ["odd"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(elsewhere))
+    with pytest.raises(DataError, match="is for another model"):
         critic(folder, adapter=str(tmp_path / "lora"))

@@ -13,6 +13,7 @@ from alignkit.sandbox import interviews, questions
 from alignkit.sandbox.clips import DIRECTIONS, Motion
 from alignkit.sandbox.scenes import RELATIONS, Scene, Thing
 from alignkit.sandbox.vlm import CUTTING, SPECIAL, tokenizer, vlm
+from alignkit.sandbox.vlm_accuracy import accuracy
 from rewards.models.patches import Patches
 
 PATCHES = Patches(**CUTTING)
@@ -90,11 +91,11 @@ def test_answers_are_learnt_and_counted_right(words):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.3 * first
-    share = [right for right, _ in interviews.accuracy(pupil, words, PATCHES, subjects=4).values()]
+    share = [right for right, _ in accuracy(pupil, words, PATCHES, subjects=4).values()]
     assert sum(share) / len(share) > 0.6  # the same rows, by heart
     with torch.no_grad():
         pupil.lm_head.weight.zero_()
-    assert not any(right for right, _ in interviews.accuracy(pupil, words, PATCHES, subjects=4).values())
+    assert not any(right for right, _ in accuracy(pupil, words, PATCHES, subjects=4).values())
 
 
 def test_facts_stand_in_the_order_of_the_patches(model, words):

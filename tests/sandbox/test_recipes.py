@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from alignkit import cli
+from alignkit.commands.sandbox import NEEDS, SandboxJob, _trainer
 from alignkit.generators import load_generator, wrap
 from alignkit.records import Sampling
 from alignkit.sandbox import flow, generators, recipes
@@ -136,3 +137,40 @@ def test_the_command_keeps_what_is_there(tmp_path, monkeypatch, capsys):
     files = [(tmp_path / name / "clip" / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
     assert not list(mine.iterdir())
+
+
+RECIPES = {
+    "vae": "recipes.train_vae",
+    "reader": "recipes.train_reader",
+    "careful": "recipes.train_head",
+    "showy": "recipes.train_head",
+    "unet_third": "generators.train_generator",
+    "unet": "generators.train_generator",
+    "flow_clean": "flow.train_flow",
+    "flow": "generators.train_generator",
+    "vlm": "interviews.train_vlm",
+    "vlm_corrections": "corrections.train_corrections",
+    "film_vae": "film_vae.train_vae",
+    "film_clean": "film.train_clean",
+    "film": "film.train_policy",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_name_starts_its_own_recipe(name, tmp_path, monkeypatch):
+    called = []
+    for path in {*RECIPES.values()}:
+        monkeypatch.setattr(f"alignkit.sandbox.{path}", lambda *given, path=path: called.append((path, given)))
+    out, work = tmp_path / "out", tmp_path / "work"
+    for needed in NEEDS[name]:
+        (out / needed).mkdir(parents=True)
+    result = work / name / "result"
+    result.mkdir(parents=True)
+    _trainer(SandboxJob(name=name, out=out, work=work), result)()
+    ((path, given),) = called
+    assert path == RECIPES[name]
+    assert given[-2:] == (result, work / name)
+    if path.startswith("generators") or name in ("careful", "showy"):
+        assert given[0] == name
+    if name == "vlm_corrections":
+        assert given[1] == {needed: out / needed for needed in ("vlm", "unet", "flow")}

@@ -17,9 +17,9 @@ from alignkit.sandbox import questions
 from alignkit.sandbox.captions import parse, prompts
 from alignkit.sandbox.clips import FPS, film, move
 from alignkit.sandbox.gold import GoldReward
-from alignkit.sandbox.interviews import accuracy
 from alignkit.sandbox.scenes import compose, contradict, render
 from alignkit.sandbox.vlm import CUTTING
+from alignkit.sandbox.vlm_accuracy import accuracy
 from alignkit.seeds import derive_seed
 from rewards import REWARDS
 from rewards.models.patches import Patches
