@@ -1,7 +1,7 @@
 """A LoRA that corrects the sandbox's vision-language model on generated images.
 
-The model learns from rendered scenes (`interviews.py`). Generated images have what these lack: one object too many,
-objects that touch, blurred edges. Here it sees images of the sandbox's generators too, half of the rows, with the same
+The model learns from rendered scenes (`interviews.py`). Generated images more often have extra objects, objects
+that touch, and blurred edges. Half of the rows here are images of the sandbox's generators, with the same
 kinds of question. The answers are read from the pixels, as the verifier reads them; whether an image shows its caption
 is never asked, because that is gold's verdict.
 """
