@@ -1,7 +1,7 @@
 """How well rewards rank generated images as gold does. One JSON line for each reward.
 
     python benchmarks/agreement.py [--model sandbox:unet] [--adapter FOLDER] [--prompts 150] [--seeds 4]
-        [--steps 8] [--guidance_scale 1] [--extra_weight 1] [--twins] [--whole] [--critic_adapter FOLDER]
+        [--steps 8] [--guidance_scale 1] [--extra_weight 1] [--twins] [--whole] [--number_of_all] [--critic_adapter FOLDER]
 
 The images are the generator's own, of prompts that no other benchmark uses. `auc` is the probability that an image that
 gold accepts scores higher than one which it rejects (ties count half): over all images, by category, and `same_prompt`,
@@ -118,9 +118,15 @@ def main() -> None:
     parser.add_argument("--extra_weight", type=float, default=1.0)
     parser.add_argument("--twins", action="store_true")
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--number_of_all", action="store_true")
     parser.add_argument("--critic_adapter", help="a LoRA on the critic, as sandbox:vlm_corrections")
     chosen = parser.parse_args()
-    writer = GrammarWriter(whole=chosen.whole, twins=chosen.twins, extra_weight=chosen.extra_weight)
+    writer = GrammarWriter(
+        whole=chosen.whole,
+        twins=chosen.twins,
+        number_of_all=chosen.number_of_all,
+        extra_weight=chosen.extra_weight,
+    )
     distinct = with_questions(prompts(chosen.prompts, seed=91), writer)
     asked = [prompt for prompt in distinct for _ in range(chosen.seeds)]
     seeds = [derive_seed("agreement", prompt.id, number) for prompt in distinct for number in range(chosen.seeds)]

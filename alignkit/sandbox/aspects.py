@@ -1,9 +1,9 @@
 """Questions about sandbox captions, from the grammar and in the forms that the sandbox's VLM was trained on.
 
 Gold rejects an image with one object too many, so each caption also gets questions about other objects: the number of
-each shape, and the other shapes, which must be absent. There are no questions about the number of all objects ("Is the
-number of objects two?"), the colour of all counted objects, and objects of other shapes, because the VLM was not
-trained on such questions. The background has none, because gold does not check it.
+each shape, and the other shapes, which must be absent, or the number of all objects, which the VLM answers with its
+corrections alone (`corrections.py`). There are no questions about the colour of all counted objects, because the VLM was
+not trained on such questions. The background has none, because gold does not check it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from alignkit.aspects import Draft, Fact, Question, Rules
 from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt
 from alignkit.sandbox.captions import _plural, parse
-from alignkit.sandbox.questions import COLOR, COUNTS, NUMBER, OBJECT, RELATION, SHOWS
+from alignkit.sandbox.questions import ALL, COLOR, COUNTS, NUMBER, OBJECT, RELATION, SHOWS
 from alignkit.sandbox.scenes import PALETTE, SHAPES, Spec
 
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -28,14 +28,17 @@ class GrammarWriter:
     whole: adds VQAScore's question about the whole caption.
     twins: adds the opposite question where there is one: the other side, one more object, the colour of the other
         object.
-    extra_weight: the weight that all questions about absent shapes have together, and those about absent colours; any
-        other question has 1.
+    number_of_all: asks for the number of all objects in the place of the absent shapes.
+    extra_weight: the weight that all questions about absent shapes have together, that of the number of all objects,
+        and that of all about absent colours; any other question has 1.
     """
 
-    def __init__(self, *, whole: bool = False, twins: bool = False, extra_weight: float = 1.0) -> None:
+    def __init__(
+        self, *, whole: bool = False, twins: bool = False, number_of_all: bool = False, extra_weight: float = 1.0
+    ) -> None:
         if not extra_weight > 0:
             raise ConfigError(f"extra_weight is {extra_weight}; give more than 0")
-        self.whole, self.twins, self.extra_weight = whole, twins, extra_weight
+        self.whole, self.twins, self.number_of_all, self.extra_weight = whole, twins, number_of_all, extra_weight
 
     def write(self, prompts: Sequence[Prompt], rules: Rules, complaints: Sequence[Sequence[str]]) -> list[Draft]:  # noqa: ARG002
         """A draft a prompt; for a text outside the grammar one with a problem."""
@@ -80,9 +83,13 @@ class GrammarWriter:
             yield _question("relation", text, opposite), [fact]
 
     def _about_others(self, spec: Spec) -> Iterator[Entry]:
-        """Shapes that the caption does not name, and other colours of objects that are counted: no is good."""
-        named = {shape for shape, _ in spec.kinds}
-        yield from self._absent([shape for shape in SHAPES if shape not in named], _EXTRA)
+        """Objects that the caption does not name, and other colours of objects that are counted: there no is good."""
+        if self.number_of_all:
+            text = NUMBER.format(ALL, COUNTS[len(spec.kinds)])
+            yield Question(text, self.extra_weight, name="all", aspect="alignment"), [_EXTRA]
+        else:
+            named = {shape for shape, _ in spec.kinds}
+            yield from self._absent([shape for shape in SHAPES if shape not in named], _EXTRA)
         (shape, color), *more = spec.kinds
         if color and (shape, color) in more:
             others = [f"{other} {shape}" for other in PALETTE if other != color]

@@ -1,9 +1,9 @@
 """A LoRA that corrects the sandbox's vision-language model on generated images.
 
 The model learns from rendered scenes (`interviews.py`). Generated images more often have extra objects, objects
-that touch, and blurred edges. Half of the rows here are images of the sandbox's generators, with the same
-kinds of question. The answers are read from the pixels, as the verifier reads them; whether an image shows its caption
-is never asked, because that is gold's verdict.
+that touch, blurred edges, and shapes that are none of the known ones. Half of the rows here are images of the sandbox's
+generators, with the same kinds of question and one more, the number of all objects. The answers are read from the
+pixels, as the verifier reads them; whether an image shows its caption is never asked, because that is gold's verdict.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from alignkit.records import Sampling, texts
 from alignkit.sandbox import questions
 from alignkit.sandbox.captions import parse, prompts
 from alignkit.sandbox.gold import look
-from alignkit.sandbox.interviews import Interview, Interviews, Patchify, answer_loss, image_row, read
-from alignkit.sandbox.questions import COUNTS, Subject
+from alignkit.sandbox.interviews import Interview, Interviews, Patchify, answer_loss, image_row, read, with_noise
+from alignkit.sandbox.questions import COUNTS, Question, Subject, number_of_all
 from alignkit.sandbox.recipes import Objective, Recipe, fit
-from alignkit.sandbox.scenes import SHAPES, SIZE, Scene, Thing
+from alignkit.sandbox.scenes import SHAPES, SIZE, Scene, Thing, render
 from alignkit.seeds import derive_seed
 from alignkit.storage import write_atomic
 
@@ -39,6 +39,7 @@ RECIPE = Recipe(steps=400, batch=32, learning_rate=5e-4, seed=117)
 RANK = 16
 LAYERS = r".*\.(attn\.qkv|attn\.proj|[qkvo]_proj|(gate|up|down)_proj)"
 QUESTIONS = 10  # most a subject
+NEAR = 0.9  # as in `questions.Subject`
 BATCH = 32
 
 
@@ -60,25 +61,43 @@ SOURCES = (
 )
 
 
-def scene_of(image: np.ndarray, caption: str) -> Scene | None:
-    """The scene that an image [H, W, 3] shows; None where questions about it would have no certain answers.
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """An image [3, H, W], what is asked about it, and the number of its objects.
 
-    That is where an object has no known shape, where there are no or more than five objects, and where every shape is
-    there.
+    The subject has the objects of known shape. `is_known`: there are no others, and a shape is absent; else only the
+    number of all objects has a certain answer.
     """
-    seen = look(image)
-    if not 1 <= len(seen) <= max(COUNTS) or {thing.shape for thing in seen} >= {*SHAPES}:
-        return None
-    things = [
-        Thing(thing.shape, thing.color, thing.x, thing.y, float(np.sqrt(thing.area / np.pi)))
-        for thing in seen
-        if thing.shape is not None
-    ]
-    return Scene(tuple(things), parse(caption).background or "") if len(things) == len(seen) else None
+
+    image: Tensor
+    about: Subject
+    number: int
+    is_known: bool
+
+    @classmethod
+    def of(cls, image: Tensor, caption: str) -> Generated | None:
+        """What `image`, made for `caption`, shows; None without objects and with more than five."""
+        seen = look(image.permute(1, 2, 0).numpy())
+        if not 1 <= len(seen) <= max(COUNTS):
+            return None
+        things = tuple(
+            Thing(thing.shape, thing.color, thing.x, thing.y, float(np.sqrt(thing.area / np.pi)))
+            for thing in seen
+            if thing.shape is not None
+        )
+        about = Subject(Scene(things, parse(caption).background or ""), caption, is_shown=False, near=NEAR)
+        is_known = len(things) == len(seen) and not {thing.shape for thing in things} >= {*SHAPES}
+        return cls(image, about, len(seen), is_known)
+
+    def asked(self, rng: np.random.Generator) -> list[Question]:
+        """Questions with certain answers, at most QUESTIONS."""
+        others = questions.ask(self.about, rng, QUESTIONS) if self.is_known else []
+        chosen = [question for question in others if question.kind != "caption"]
+        return [*chosen[: QUESTIONS - 1], number_of_all(self.number, rng)]
 
 
-def draw(folder: Path, source: Source, seed: int, cache: Path) -> list[tuple[Tensor, Subject]]:
-    """Images [3, H, W] of the generator in `folder` and their subjects; those without a `scene_of` are left out.
+def draw(folder: Path, source: Source, seed: int, cache: Path) -> list[Generated]:
+    """Images of the generator in `folder`; those with no or too many objects are left out.
 
     All images are kept in the file `cache`.
     """
@@ -92,31 +111,33 @@ def draw(folder: Path, source: Source, seed: int, cache: Path) -> list[tuple[Ten
         made = [generator.generate(texts(asked[part]), seeds[part], sampling) for part in bar]
         write_atomic(cache, save_tensors({"images": (torch.cat(made).cpu() * 255).round().byte().contiguous()}))
     images = load_file(cache)["images"].float() / 255
-    scenes = [scene_of(i.permute(1, 2, 0).numpy(), p.text) for i, p in zip(images, asked, strict=True)]
-    return [
-        (image, Subject(scene, prompt.text, is_shown=False, near=0.9))
-        for image, prompt, scene in zip(images, asked, scenes, strict=True)
-        if scene is not None
-    ]
+    rows = (Generated.of(image, prompt.text) for image, prompt in zip(images, asked, strict=True))
+    return [row for row in rows if row is not None]
 
 
 class Corrections(Dataset[dict[str, Any]]):
-    """Rows as those of `Interviews`: generated images in turns with rendered scenes, clips and pairs."""
+    """Rows as those of `Interviews`: of four, two generated images, a rendered scene with the number of its objects,
+    and any row of `Interviews`.
+    """
 
-    def __init__(self, size: int, seed: int, generated: Sequence[tuple[Tensor, Subject]]) -> None:
+    def __init__(self, size: int, seed: int, generated: Sequence[Generated]) -> None:
         self.size, self.seed, self.generated = size, seed, generated
-        self.rendered = Interviews(size, seed, QUESTIONS, near=0.9)
+        self.rendered = Interviews(size, seed, QUESTIONS, near=NEAR)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index % 2:
+        if index % 4 == 3:
             return self.rendered[index]
         rng = np.random.default_rng(derive_seed("correction", self.seed, index))
-        image, about = self.generated[int(rng.integers(len(self.generated)))]
-        asked = [question for question in questions.ask(about, rng, QUESTIONS) if question.kind != "caption"]
-        return image_row(about, image, asked)
+        if index % 4 == 1:
+            about = questions.subject(rng, NEAR)
+            asked = questions.ask(about, rng, QUESTIONS - 1)
+            asked.append(number_of_all(len(about.scene.things), rng))
+            return image_row(about, with_noise(render(about.scene, rng), rng), asked)
+        chosen = self.generated[int(rng.integers(len(self.generated)))]
+        return image_row(chosen.about, chosen.image, chosen.asked(rng))
 
 
 class Answers(Objective):

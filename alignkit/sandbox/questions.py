@@ -22,6 +22,7 @@ SHOWS = 'Does this figure show "{}"? Please answer Yes or No.'  # VQAScore's wor
 OBJECT = "Is there a {}?"
 COLOR = "Is the {} {}?"
 NUMBER = "Is the number of {} {}?"
+ALL = "objects"  # in NUMBER; `vlm_corrections` knows this word, `vlm` does not
 RELATION = "Is the {} {} the {}?"
 BETTER = 'Which picture shows "{}" better? Answer first or second.'
 SHARES = dict(zip(CATEGORIES, (0.5, 1.0, 2.0, 0.5, 1.5, 1.5), strict=True))  # more of those with more questions
@@ -135,9 +136,18 @@ def _color(about: Subject, rng: np.random.Generator) -> Question | None:
 def _count(about: Subject, rng: np.random.Generator) -> Question:
     truth, shape = _coin(rng), _thing(about, rng).shape
     count = sum(thing.shape == shape for thing in about.scene.things)
+    return _number(_plural(shape), count, rng, truth=truth)
+
+
+def number_of_all(count: int, rng: np.random.Generator) -> Question:
+    """Whether the number of all objects is `count`, or one more or less, for which the answer is No."""
+    return _number(ALL, count, rng, truth=_coin(rng))
+
+
+def _number(things: str, count: int, rng: np.random.Generator, *, truth: bool) -> Question:
     if not truth:
         count = int(rng.choice([other for other in COUNTS if abs(other - count) == 1]))
-    return Question("count", NUMBER.format(_plural(shape), COUNTS[count]), _yes(truth))
+    return Question("count", NUMBER.format(things, COUNTS[count]), _yes(truth))
 
 
 def _relation(about: Subject, rng: np.random.Generator) -> Question | None:
