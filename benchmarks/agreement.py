@@ -1,7 +1,8 @@
 """How well rewards rank generated images as gold does. One JSON line for each reward.
 
     python benchmarks/agreement.py [--model sandbox:unet] [--adapter FOLDER] [--prompts 150] [--seeds 4]
-        [--steps 8] [--guidance_scale 1] [--extra_weight 1] [--twins] [--whole] [--number_of_all] [--critic_adapter FOLDER]
+        [--steps 8] [--guidance_scale 1] [--extra_weight 1] [--twins] [--whole] [--number_of_all]
+        [--critic_adapter FOLDER]
 
 The images are the generator's own, of prompts that no other benchmark uses. `auc` is the probability that an image that
 gold accepts scores higher than one which it rejects (ties count half): over all images, by category, and `same_prompt`,

@@ -2,8 +2,8 @@
 
 Gold rejects an image with one object too many, so each caption also gets questions about other objects: the number of
 each shape, and the other shapes, which must be absent, or the number of all objects, which the VLM answers with its
-corrections alone (`corrections.py`). There are no questions about the colour of all counted objects, because the VLM was
-not trained on such questions. The background has none, because gold does not check it.
+corrections alone (`corrections.py`). There are no questions about the colour of all counted objects, because the VLM
+was not trained on such questions. The background has none, because gold does not check it.
 """
 
 from __future__ import annotations

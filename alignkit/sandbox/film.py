@@ -55,7 +55,7 @@ class Stage(recipes.Recipe):
 CLIPS = 8_000
 CLEAN = (
     Stage(steps=3_000, batch=48, learning_rate=1e-3, seed=311, warmup=200, latent_frames=2),
-    Stage(steps=7_000, batch=16, learning_rate=8e-4, seed=312, warmup=200),
+    Stage(steps=6_000, batch=16, learning_rate=8e-4, seed=312, warmup=200),
 )
 POLICY_CLIPS = 3_000
 POLICY = recipes.Recipe(steps=800, batch=16, learning_rate=1e-3, seed=313)
