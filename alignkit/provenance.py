@@ -91,22 +91,22 @@ def claim_config(
     ResumeError with the differences when results in the folder were made with another config.
     """
     ways = {f"config.{name}": way for name, way in (advice or {}).items()}
-    new = _new_keys(claimed(folder).get("config", {}), config, "config")
+    new = new_keys(claimed(folder).get("config", {}), config, "config")
     claim(folder, {"config": comparable(config)}, free={*new, *(f"config.{name}" for name in free)}, advice=ways)
 
 
-def _new_keys(known: Any, value: Any, key: str) -> Iterator[str]:
+def new_keys(known: Any, value: Any, key: str) -> Iterator[str]:
     """Dotted keys of configs in `value` that stand at their default and that `known`, an earlier record, lacks."""
     if isinstance(value, list | tuple) and isinstance(known, list):
         for index, pair in enumerate(zip(known, value, strict=False)):
-            yield from _new_keys(*pair, f"{key}[{index}]")
+            yield from new_keys(*pair, f"{key}[{index}]")
     if not isinstance(known, Mapping):
         return
     is_config = is_dataclass(value) and not isinstance(value, type)
     parts = vars_of(value) if is_config else value if isinstance(value, Mapping) else {}
     for name, part in parts.items():
         if name in known:
-            yield from _new_keys(known[name], part, f"{key}.{name}")
+            yield from new_keys(known[name], part, f"{key}.{name}")
         elif is_config:
             field = init_fields(value)[name]
             makes = field.default_factory is not MISSING

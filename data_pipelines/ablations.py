@@ -1,19 +1,37 @@
-"""The same rows seen otherwise, for ablations: labels shuffled, one generator's candidates alone, or fewer rows.
+"""The same rows seen otherwise, for ablations: other rankings, shuffled labels, one generator alone, or fewer rows.
 
 Pure functions of a `datasets.Dataset`; nothing is written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from alignkit.errors import DataError
 from alignkit.seeds import derive_seed
+from data_pipelines import ranking
 
 if TYPE_CHECKING:
     import datasets
+
+
+def ranked_by(rows: datasets.Dataset, rewards: Sequence[str], temperature: float | None) -> datasets.Dataset:
+    """phi by the scores of `rewards` alone, as `ranking.win_rates` counts; rows whose candidates all tie stay.
+
+    Raises DataError naming a reward that did not score the rows.
+    """
+    import torch
+
+    scores, columns = rows["scores"][:], []
+    for name in rewards:
+        if name not in scores[0]:
+            raise DataError(f"ranked_by names '{name}', but the rows were scored by {', '.join(scores[0])}")
+        columns.append(torch.tensor([row[name] for row in scores], dtype=torch.float64))
+    phi_PK = ranking.win_rates(torch.stack(columns), temperature=temperature)
+    return rows.remove_columns("phi").add_column("phi", phi_PK.tolist())
 
 
 def shuffled_labels(rows: datasets.Dataset, seed: int) -> datasets.Dataset:

@@ -42,7 +42,7 @@ from alignkit.errors import AlignKitError, ConfigError
 from alignkit.escape import to_code, to_markdown
 from alignkit.evaluation.ladder import ArmResult, mean_minutes, read_arm, table, write_cost
 from alignkit.locks import locked
-from alignkit.provenance import plain, write_resolved
+from alignkit.provenance import new_keys, plain, write_resolved
 from alignkit.storage import write_text
 
 
@@ -102,7 +102,7 @@ def run_arm(job: LadderJob, shares: PromptShares, data: TrainingData, name: str,
             args,
             data,
             validation=validation,
-            select=functools.partial(_rows, arm=arm, seed=seed, policy=job.policy),
+            select=functools.partial(_rows, job=job, arm=arm, seed=seed),
             sampling=job.evaluate.sampling,
             rewards={key: job.rewards[key] for key in trained_rewards(args)},
         )
@@ -116,12 +116,14 @@ def run_arm(job: LadderJob, shares: PromptShares, data: TrainingData, name: str,
     return f"{name}, seed {seed}"
 
 
-def _rows(rows: Any, *, arm: ArmConfig, seed: int, policy: str) -> Any:
+def _rows(rows: Any, *, job: LadderJob, arm: ArmConfig, seed: int) -> Any:
     """The training rows as the arm sees them."""
-    from data_pipelines.ablations import first_share, own_candidates, shuffled_labels, shuffled_segments
+    from data_pipelines.ablations import first_share, own_candidates, ranked_by, shuffled_labels, shuffled_segments
 
+    if arm.ranked_by:
+        rows = ranked_by(rows, arm.ranked_by, job.rank.temperature)
     if arm.own_samples:
-        rows = own_candidates(rows, policy)
+        rows = own_candidates(rows, job.policy)
     if arm.share < 1:
         rows = first_share(rows, arm.share)
     if arm.labels == "ranked":
@@ -154,7 +156,9 @@ def _work(argv: Sequence[str], job: LadderJob) -> None:
         free |= {*init_fields(LadderJob)} - {*init_fields(SynPicJob)}
     write_resolved(job.out, job, free)
     for name, arm in job.arms.items():
-        claim(job.out / "arms" / name, {"arm": plain(arm), "train": plain(job.train)})
+        folder = job.out / "arms" / name
+        new = {*new_keys(claimed(folder).get("arm", {}), arm, "arm")}
+        claim(folder, {"arm": plain(arm), "train": plain(job.train)}, free=new)
     prepared, data = _make_data(job)
     runs = [(name, seed) for seed in job.training_seeds for name in job.arms]
     failed = _run_all(job, prepared, data, runs)
@@ -232,6 +236,7 @@ def _words(arm: ArmConfig) -> str:
     parts = [to_markdown(arm.method)]
     parts += ["random labels"] if arm.labels == "random" else []
     parts += ["own samples only"] if arm.own_samples else []
+    parts += [f"ranked by {to_markdown(', '.join(arm.ranked_by))}"] if arm.ranked_by else []
     parts += [f"{arm.share:.0%} of the rows"] if arm.share < 1 else []
     parts += [f"questions: {to_code(json.dumps(dict(arm.writer.options)))}"] if arm.writer else []
     parts += [f"pairs: {to_code(json.dumps(dict(arm.pairs)))}"] if arm.pairs else []

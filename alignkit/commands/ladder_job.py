@@ -28,6 +28,7 @@ SET_BY_LADDER = {"out", "output_dir", "cache_dir", "seed", "noise_seed"}  # trai
 OPTION_OF = {  # options of an arm that only some kinds of data have
     "labels": ("ranked", "dense"),
     "own_samples": ("ranked",),
+    "ranked_by": ("ranked",),
     "writer": ("aspects",),
     "pairs": ("dense",),
     "label": ("dense",),
@@ -44,6 +45,7 @@ class ArmConfig:
         clips shuffled among the pairs.
     share: share of the training rows that the arm gets, the same ones for every seed.
     own_samples: learn from the policy's own candidates only.
+    ranked_by: those of `score.rewards` that rank this arm's candidates (default: all).
     writer: what writes the questions of this arm (default: the ladder's writer).
     pairs: keys of `pairs` on top of the ladder's, for pairs of clips of this arm's own.
     label: keys of `label` in place of the ladder's, for labels of this arm's own.
@@ -53,6 +55,7 @@ class ArmConfig:
     method: str = DEFAULT_METHOD
     labels: Literal["ranked", "random"] = "ranked"
     own_samples: bool = False
+    ranked_by: Sequence[str] = ()
     share: float = 1.0
     writer: WriterSpec | None = None
     pairs: Mapping[str, Any] = field(default_factory=dict)
@@ -148,6 +151,9 @@ class LadderJob(PolicyJob):
             if vars(arm)[key] != vars(ArmConfig())[key] and kind not in kinds:
                 meant = " or ".join(DATA[one].meaning for one in kinds)
                 raise ConfigError(f"arms.{name}: {key} is for arms that train on {meant}; '{arm.method}' does not")
+        scored = self.score.rewards if self.score else []
+        if not {*arm.ranked_by} <= {*scored}:
+            raise ConfigError(f"arms.{name}: ranked_by is {list(arm.ranked_by)}; score.rewards has {list(scored)}")
         sections = {key: vars(self)[key] for key in init_fields(made) if key in vars(self)} | {"out": self.shared}
         sections |= {} if arm.label is None else {"label": arm.label}
         missing = [key for key, section in sections.items() if section is None and key != "gold"]

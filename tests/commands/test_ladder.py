@@ -69,6 +69,13 @@ def stamps(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in {".parquet", ".safetensors"}}
 
 
+def forget_key(file, section, key):
+    """Make a record what a version without the key would have written."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    del record[section][key]
+    file.write_text(json.dumps(record), encoding="utf-8")
+
+
 def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert cli.main(ladder()) == 0, capsys.readouterr().err
     page = (work / "ladder.md").read_text(encoding="utf-8")
@@ -112,6 +119,11 @@ def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert (work / "ladder.md").read_text(encoding="utf-8") == page
     assert before.items() <= stamps(work / "ladder").items() | stamps(work / "shared").items()
 
+    forget_key(work / "ladder" / "arms" / "sft" / "run.json", "arm", "ranked_by")
+    changed = {"sft": {"method": "sft"}, "shuffled": {"labels": "random", "ranked_by": ["red"]}}
+    assert cli.main(ladder(arms=changed)) == 2
+    assert "arm.ranked_by" in (said := capsys.readouterr().err)
+    assert "arms/sft" not in said
     changed = {"sft": {"method": "sft", "train": {"learning_rate": 0.2}}, "shuffled": {"labels": "random"}}
     assert cli.main(ladder(arms=changed)) == 2
     assert "arm.train.learning_rate: null -> 0.2" in capsys.readouterr().err
@@ -154,6 +166,7 @@ def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
         ({"arms": {"a": {"pairs": {"kind": "vanilla"}}}}, "pairs is for arms that train on pairs of clips with labels"),
         ({"arms": {"a": {"share": 0}}}, "share is 0.0; it must lie in (0, 1]"),
         ({"contrasts": [["sft", "sfd"]]}, "contrasts: ['sft', 'sfd']; give pairs of arms: sft, shuffled"),
+        ({"arms": {"a": {"ranked_by": ["dark"]}}}, "arms.a: ranked_by is ['dark']; score.rewards has ['red']"),
         ({"score": None}, "arms.sft: method 'sft' needs the sections score"),
         (
             {"arms": {"a": {"method": "reward_flow", "train": {"reward_weights": {"dark": 1}}}}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, DataError
+from data_pipelines.ablations import ranked_by
 from data_pipelines.ranking import agreement, concordance, difference_scale, margin, win_rates
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(2, 5))
@@ -118,3 +120,14 @@ def test_concordance_by_hand() -> None:
 
 def test_margin() -> None:
     assert margin(tensor([[0.2, 0.9, 0.5], [0.3, 0.3, 0.3]])).tolist() == pytest.approx([0.7, 0.0])
+
+
+def test_rows_ranked_by_one_of_their_rewards() -> None:
+    scores = [{"a": [1.0, 2.0, 3.0], "b": [3.0, 2.0, 1.0]}, {"a": [5.0, 4.0, 4.0], "b": [0.0, 0.0, 0.0]}]
+    rows = datasets.Dataset.from_list([{"scores": own, "phi": [0.5, 0.5, 0.5]} for own in scores])
+    assert ranked_by(rows, ["a"], None)["phi"][:] == [[0.0, 0.5, 1.0], [1.0, 0.0, 0.0]]
+    assert ranked_by(rows, ["b"], None)["phi"][:] == [[1.0, 0.5, 0.0], [0.0, 0.0, 0.0]]
+    both = torch.tensor([[own[name] for own in scores] for name in ("a", "b")], dtype=torch.float64)
+    assert ranked_by(rows, ["a", "b"], 1.0)["phi"][:] == win_rates(both, temperature=1.0).tolist()
+    with pytest.raises(DataError, match="ranked_by names 'c', but the rows were scored by a, b"):
+        ranked_by(rows, ["c"], None)
