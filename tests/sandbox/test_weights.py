@@ -33,7 +33,7 @@ PROXIES = {"clip": "clip_score", "careful": "preference", "showy": "preference",
 
 def test_they_fit_into_a_repository():
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
-    talking = [path for path in files if path.is_relative_to(WEIGHTS / "vlm")]
+    talking = [path for path in files if path.relative_to(WEIGHTS).parts[0] in ("vlm", "vlm_corrections")]
     assert sum(path.stat().st_size for path in talking) < 12 * 2**20
     assert sum(path.stat().st_size for path in files) - sum(path.stat().st_size for path in talking) < 30 * 2**20
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
@@ -112,3 +112,18 @@ def test_its_critic_sees_which_way_things_move():
             asked.append([f"Is the {shape} moving {way}?" for way in (motion.direction, opposite)])
     true, false = critic.margins(torch.stack(clips), asked).T
     assert (true > false).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("adapter", "least"), [(None, 0.0), ("vlm_corrections", 0.9)])
+def test_with_its_corrections_it_counts_all_objects(adapter, least):
+    """In the words that `number_of_all` uses; the model without corrections does not know them."""
+    folder = adapter and str(WEIGHTS / adapter)
+    critic = VlmCritic(str(WEIGHTS / "vlm"), readout=Readout(("Yes",), ("No",)), owner="test", adapter=folder)
+    rng = np.random.default_rng(17)
+    scenes = [questions.subject(rng).scene for _ in range(60)]
+    asked = [questions.number_of_all(len(scene.things), rng) for scene in scenes]
+    images = torch.stack([torch.from_numpy(render(scene, rng)).permute(2, 0, 1) for scene in scenes])
+    yes = critic.margins(images, [[question.text] for question in asked])[:, 0] > 0
+    right = torch.tensor([question.answer == "Yes" for question in asked]) == yes
+    assert right.float().mean() > least
+    assert adapter or right.float().mean() < 0.75
