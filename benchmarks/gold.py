@@ -7,6 +7,7 @@ Usage::
     python benchmarks/gold.py sheet FOLDER SHEET.png   200 generated images with captions and verdicts, for the eye
     python benchmarks/gold.py labels RANKED            how often phi and the rewards prefer what gold accepts
     python benchmarks/gold.py faults EVALUATION ...    what is wrong with the images before and after a training
+    python benchmarks/gold.py strip SHEET.png EVALUATION ...   images of the same noise, base and trained, with verdicts
     python benchmarks/gold.py clips                    the verifier of clips on rendered clips, by kind and fault
     python benchmarks/gold.py codec FOLDER             the same after a round trip through a generator's VAE; its PSNR
     python benchmarks/gold.py video FOLDER             what it finds in a video generator's clips
@@ -20,6 +21,7 @@ import argparse
 import io
 import itertools
 import json
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -246,6 +248,34 @@ def sheet(folder: str, target: Path, sampling: Sampling) -> dict[str, object]:
     return {"question": "sheet", "model": folder, "accepted": float(verdicts.mean()), "file": str(target)}
 
 
+def strip(target: Path, folders: Sequence[str], count: int) -> dict[str, object]:
+    """The first image of `count` prompts: of the base, then of each evaluation of a ladder; frames as in `sheet`."""
+    runs = [read_pairs(Path(folder)) for folder in folders]
+    asked, each = runs[0].prompts, runs[0].seeds_per_prompt
+    if any(run.prompts != asked or run.seeds != runs[0].seeds for run in runs):
+        raise SystemExit("the evaluations differ in prompts or seeds")
+    rows = range(0, min(count * each, len(asked)), each)
+    columns = {"base": runs[0].media("base", rows)}
+    columns |= {Path(folder).parts[-3]: run.media("tuned", rows) for folder, run in zip(folders, runs, strict=True)}
+    cell, left, top = 104, 232, 22
+    page = Image.new("RGB", (left + cell * len(columns), top + cell * len(rows)), "white")
+    pen = ImageDraw.Draw(page)
+    for column, (name, encoded) in enumerate(columns.items()):
+        pen.text((left + column * cell + 4, 4), name, fill="black", font_size=13)
+        for line, row in enumerate(rows):
+            image = Image.open(io.BytesIO(encoded[row])).convert("RGB")
+            is_right = shows(look(np.asarray(image, np.float32) / 255), parse(asked[row].text))
+            x, y = left + column * cell, top + line * cell
+            page.paste(image.resize((cell - 8, cell - 8), Image.Resampling.NEAREST), (x + 4, y + 4))
+            pen.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), outline="green" if is_right else "red", width=3)
+    for line, row in enumerate(rows):
+        wrapped = "\n".join(textwrap.wrap(asked[row].text, 30))
+        pen.multiline_text((6, top + line * cell + 34), wrapped, fill="black", font_size=13)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    page.save(target, optimize=True)
+    return {"question": "strip", "columns": [*columns], "rows": len(rows), "file": str(target)}
+
+
 def clip_sheet(folder: str, target: Path, count: int, sampling: Sampling) -> dict[str, object]:
     """A contact sheet of `count` clips, one a row: two frames of each segment, a green or red line under each segment.
 
@@ -277,6 +307,7 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace, Sampling], Sequence[dict[str,
     "sheet": lambda chosen, how: [sheet(chosen.arguments[0], Path(chosen.arguments[1]), how)],
     "labels": lambda chosen, _: [labels(chosen.arguments[0], chosen.count)],
     "faults": lambda chosen, _: [faults(chosen.arguments)],
+    "strip": lambda chosen, _: [strip(Path(chosen.arguments[0]), chosen.arguments[1:], min(chosen.count, 24))],
     "clips": lambda chosen, _: [clips(chosen.count)],
     "codec": lambda chosen, _: [codec(chosen.arguments[0], chosen.count)],
     "video": lambda chosen, how: [video(chosen.arguments[0], chosen.count, replace(how, **CLIP), chosen.adapter)],
