@@ -27,9 +27,10 @@ class YesNo(QuestionReward):
 
     m is the log-odds of yes to `text`, or minus those to `negated`; of a question that has both it is the mean of the
     two, in which a bias to yes that is equal for both cancels. `questions`: for all prompts; `metadata["questions"]` of
-    a prompt (texts, or mappings with text, weight, negated, name, aspect) replaces them. Parts: log sigma(m) by the
-    question's name or number, and `aspect/NAME`, the weighted mean over the questions of an aspect; NaN in the rows of
-    prompts that do not have the question or the aspect. `frames`: the number of frames that are read of each clip,
+    a prompt (texts, or mappings with text, weight, negated, name, aspect) replaces them. `writer`: writes those of
+    prompts that have none ('package.module:attribute' of a `QuestionWriter` without options). Parts: log sigma(m) by
+    the question's name or number, and `aspect/NAME`, the weighted mean over the questions of an aspect; NaN in the rows
+    of prompts that do not have the question or the aspect. `frames`: the number of frames that are read of each clip,
     evenly from the first to the last (default: all); `rate` is then that of these frames. `eight_bit` adds the part
     `eight_bit`: the total for media as 8-bit files, without gradient. `options` go to `VlmCritic` (device, dtype,
     readout, rate).
@@ -43,11 +44,14 @@ class YesNo(QuestionReward):
         *,
         modality: str = "image",
         questions: Sequence[str | Mapping[str, Any]] = (QUESTION,),
+        writer: str | None = None,
         frames: int | None = None,
         eight_bit: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(model, questions, modality=modality, frames=frames, eight_bit=eight_bit, **options)
+        super().__init__(
+            model, questions, modality=modality, writer=writer, frames=frames, eight_bit=eight_bit, **options
+        )
 
     @override
     def _scores(

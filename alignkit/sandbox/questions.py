@@ -24,6 +24,7 @@ COLOR = "Is the {} {}?"
 NUMBER = "Is the number of {} {}?"
 ALL = "objects"  # in NUMBER; `vlm_corrections` knows this word, `vlm` does not
 RELATION = "Is the {} {} the {}?"
+MOVING, WAY = "Is the {} moving?", "Is the {} moving {}?"
 BETTER = 'Which picture shows "{}" better? Answer first or second.'
 SHARES = dict(zip(CATEGORIES, (0.5, 1.0, 2.0, 0.5, 1.5, 1.5), strict=True))  # more of those with more questions
 YES_NO = ("object", "color", "count", "relation", "motion", "caption")
@@ -184,12 +185,12 @@ def _motion(about: Subject, rng: np.random.Generator) -> Question | None:
         motion, shape = mover
         truth = _coin(rng)
         way = motion.direction if truth else _pick(rng, [name for name in DIRECTIONS if name != motion.direction])
-        return Question("motion", f"Is the {shape} moving {way}?", _yes(truth))
+        return Question("motion", WAY.format(shape, way), _yes(truth))
     if not (unique := _unique(about)) or about.motion is None:
         return None
     thing, motion = unique[int(rng.integers(len(unique)))], about.motion
     moves = motion.direction is not None and about.scene.things[motion.thing] is thing
-    return Question("motion", f"Is the {thing.shape} moving?", _yes(moves))
+    return Question("motion", MOVING.format(thing.shape), _yes(moves))
 
 
 def _which_way(about: Subject, rng: np.random.Generator) -> Question | None:  # noqa: ARG001 - as above

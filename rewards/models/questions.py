@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alignkit.aspects import Question, named
+from alignkit.aspects import ASPECTS, Question, QuestionWriter, Rules, named
 from alignkit.errors import ConfigError, DataError, require_at_least
 from alignkit.records import Prompt, Scores
+from alignkit.resolve import construct, resolve
 from rewards.models.media import check_media
 from rewards.models.patches import sample_frames
 from rewards.models.vlm import VlmCritic, known_modality, listed
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class QuestionReward:
     """Scores media by a frozen model's answers; a subclass says what an answer is worth (`_scores`).
 
-    `questions` are asked where a prompt has none of its own. Of each clip `frames` frames are read, evenly from the
+    A prompt without questions of its own is asked those that `writer` writes, 'package.module:attribute' of an
+    `alignkit.aspects.QuestionWriter`, else `questions`. Of each clip `frames` frames are read, evenly from the
     first to the last; None: all. `options` go to `VlmCritic`. Raises ConfigError for `frames` of images or below 1.
     """
 
@@ -41,6 +43,7 @@ class QuestionReward:
         modality: str,
         frames: int | None,
         eight_bit: bool,
+        writer: str | None = None,
         **options: Any,
     ) -> None:
         self.modality = known_modality(modality, self.name)
@@ -49,6 +52,10 @@ class QuestionReward:
             raise ConfigError(f"{self.name}: frames is {frames}, with modality image; it is for video")
         self._frames, self._eight_bit = frames, eight_bit
         self._questions = named(listed(questions, f"{self.name}: questions"))
+        self._writer: QuestionWriter | None = None
+        if writer is not None:
+            self._writer = construct(resolve(writer, {}, kind="writer"), {}, what=f"writer '{writer}'")
+        self._written: dict[str, list[Question]] = {}
         self._critic = VlmCritic(model, owner=self.name, **options)
 
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
@@ -62,13 +69,24 @@ class QuestionReward:
         return Scores(total, parts)
 
     def _of(self, prompt: Prompt) -> list[Question]:
-        """The questions in `prompt.metadata`, else those for all prompts. Raises DataError for what is no list."""
+        """The questions in `prompt.metadata`, else the writer's, else those for all prompts.
+
+        Raises DataError for what is no list, and for a prompt of which the writer makes no questions.
+        """
         given = prompt.metadata.get("questions")
         if given is None:
-            return self._questions
+            return self._questions if self._writer is None else self._by_writer(prompt, self._writer)
         if isinstance(given, str) or not given:
             raise DataError(f"prompt '{prompt.text}': its questions are {given!r}; give a list of texts or mappings")
         return named(given)
+
+    def _by_writer(self, prompt: Prompt, writer: QuestionWriter) -> list[Question]:
+        if prompt.text not in self._written:
+            (draft,) = writer.write([prompt], Rules(ASPECTS, 99), [()])
+            if draft.problems or not draft.questions:
+                raise DataError(f"prompt '{prompt.text}': {'; '.join(draft.problems) or 'the writer has no questions'}")
+            self._written[prompt.text] = named(draft.questions)
+        return self._written[prompt.text]
 
     def _scores(
         self, media: Tensor, prompts: Sequence[Prompt], own: Sequence[list[Question]], *, eight_bit: bool = False
