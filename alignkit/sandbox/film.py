@@ -58,8 +58,8 @@ CLEAN = (
     Stage(steps=6_000, batch=16, learning_rate=8e-4, seed=312, warmup=200),
 )
 POLICY_CLIPS = 3_000
-POLICY = recipes.Recipe(steps=800, batch=16, learning_rate=1e-3, seed=313)
-POLICY_FAULTS = 2.0  # a clip on average
+POLICY = recipes.Recipe(steps=2_400, batch=16, learning_rate=1e-3, seed=313)
+POLICY_FAULTS = 3.0  # a clip on average
 RANK = 16
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
