@@ -34,7 +34,8 @@ def _draft(caption: str) -> Draft:
     except DataError as error:
         return Draft(problems=[str(error)])
     facts = list(dict.fromkeys(fact for _, fact in entries))
-    return Draft(facts, [question for question, _ in entries], [[facts.index(fact)] for _, fact in entries])
+    covers = [[facts.index(fact)] for _, fact in entries]
+    return Draft(facts, [question for question, _ in entries], covers)
 
 
 def _entries(spec: FilmSpec) -> Iterator[Entry]:
