@@ -85,7 +85,7 @@ def scored(reward: Reward, images: torch.Tensor, asked: Sequence[Prompt]) -> dic
 
 
 def by_kind(parts: dict[str, Floats]) -> dict[str, Floats]:
-    """Mean of the parts of one kind of question: object, color, count, relation, no (absent), whole."""
+    """Mean of the parts of one kind of question: object, color, count, all, relation, no (absent), whole."""
     kinds: dict[str, list[Floats]] = defaultdict(list)
     for name, values in parts.items():
         if name and "/" not in name:

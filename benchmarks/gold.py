@@ -7,7 +7,7 @@ Usage::
     python benchmarks/gold.py sheet FOLDER SHEET.png   200 generated images with captions and verdicts, for the eye
     python benchmarks/gold.py labels RANKED            how often phi and the rewards prefer what gold accepts
     python benchmarks/gold.py faults EVALUATION ...    what is wrong with the images before and after a training
-    python benchmarks/gold.py strip SHEET.png EVALUATION ...   images of the same noise, base and trained, with verdicts
+    python benchmarks/gold.py strip SHEET.png EVALUATION ...   images from the same noise: base and trained models
     python benchmarks/gold.py clips                    the verifier of clips on rendered clips, by kind and fault
     python benchmarks/gold.py codec FOLDER             the same after a round trip through a generator's VAE; its PSNR
     python benchmarks/gold.py video FOLDER             what it finds in a video generator's clips
@@ -226,6 +226,13 @@ def faults(folders: Sequence[str]) -> dict[str, object]:
     return {"question": "faults", "evaluations": len(folders), "images": found.total(), **shares}
 
 
+def paste(page: Image.Image, image: Image.Image, place: tuple[int, int], size: int, *, is_right: bool) -> None:
+    """Paste `image` at `place` with `size` pixels a side, in a green (right) or red frame."""
+    (x, y), color = place, "green" if is_right else "red"
+    page.paste(image.resize((size, size), Image.Resampling.NEAREST), place)
+    ImageDraw.Draw(page).rectangle((x - 3, y - 3, x + size + 2, y + size + 2), outline=color, width=3)
+
+
 def sheet(folder: str, target: Path, sampling: Sampling) -> dict[str, object]:
     """A contact sheet of 200 images: number, caption, and a green (shows it) or red (does not) frame."""
     asked = prompts(200, seed=78)
@@ -237,8 +244,7 @@ def sheet(folder: str, target: Path, sampling: Sampling) -> dict[str, object]:
     for index, (prompt, picture, verdict) in enumerate(zip(asked, pictures, verdicts, strict=True)):
         x, y = index % columns * (cell + 12) + 6, index // columns * (cell + caption) + 4
         array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-        page.paste(Image.fromarray(array).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
-        pen.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), outline="green" if verdict else "red", width=3)
+        paste(page, Image.fromarray(array), (x, y), cell, is_right=bool(verdict))
         words, lines = f"{index} {prompt.text}".split(), [""]
         for word in words:
             lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) < 17 else [*lines, word]
@@ -265,9 +271,7 @@ def strip(target: Path, folders: Sequence[str], count: int) -> dict[str, object]
         for line, row in enumerate(rows):
             image = Image.open(io.BytesIO(encoded[row])).convert("RGB")
             is_right = shows(look(np.asarray(image, np.float32) / 255), parse(asked[row].text))
-            x, y = left + column * cell, top + line * cell
-            page.paste(image.resize((cell - 8, cell - 8), Image.Resampling.NEAREST), (x + 4, y + 4))
-            pen.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), outline="green" if is_right else "red", width=3)
+            paste(page, image, (left + column * cell + 4, top + line * cell + 4), cell - 8, is_right=is_right)
     for line, row in enumerate(rows):
         wrapped = "\n".join(textwrap.wrap(asked[row].text, 30))
         pen.multiline_text((6, top + line * cell + 34), wrapped, fill="black", font_size=13)

@@ -27,8 +27,8 @@ class YesNo(QuestionReward):
 
     m is the log-odds of yes to `text`, or minus those to `negated`; of a question that has both it is the mean of the
     two, in which a bias to yes that is equal for both cancels. `questions`: for all prompts; `metadata["questions"]` of
-    a prompt (texts, or mappings with text, weight, negated, name, aspect) replaces them. `writer`: writes those of
-    prompts that have none ('package.module:attribute' of a `QuestionWriter` without options). Parts: log sigma(m) by
+    a prompt (texts, or mappings with text, weight, negated, name, aspect) replaces them. `writer`: writes the questions
+    of prompts without any ('package.module:attribute' of a `QuestionWriter` without options). Parts: log sigma(m) by
     the question's name or number, and `aspect/NAME`, the weighted mean over the questions of an aspect; NaN in the rows
     of prompts that do not have the question or the aspect. `frames`: the number of frames that are read of each clip,
     evenly from the first to the last (default: all); `rate` is then that of these frames. `eight_bit` adds the part

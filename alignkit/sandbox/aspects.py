@@ -83,7 +83,7 @@ class GrammarWriter:
             yield _question("relation", text, opposite), [fact]
 
     def _about_others(self, spec: Spec) -> Iterator[Entry]:
-        """Objects that the caption does not name, and other colours of objects that are counted: there no is good."""
+        """About objects that the caption does not name, and about other colours of counted objects."""
         if self.number_of_all:
             text = NUMBER.format(ALL, COUNTS[len(spec.kinds)])
             yield Question(text, self.extra_weight, name="all", aspect="alignment"), [_EXTRA]

@@ -116,8 +116,10 @@ def draw(folder: Path, source: Source, seed: int, cache: Path) -> list[Generated
 
 
 class Corrections(Dataset[dict[str, Any]]):
-    """Rows as those of `Interviews`: of four, two generated images, a rendered scene with the number of its objects,
-    and any row of `Interviews`.
+    """Rows in the form of `Interviews`.
+
+    Of four rows, two are generated images, one is a rendered scene whose number of objects is asked too, and one is a
+    row of `Interviews`.
     """
 
     def __init__(self, size: int, seed: int, generated: Sequence[Generated]) -> None:

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class QuestionReward:
     """Scores media by a frozen model's answers; a subclass says what an answer is worth (`_scores`).
 
-    A prompt without questions of its own is asked those that `writer` writes, 'package.module:attribute' of an
-    `alignkit.aspects.QuestionWriter`, else `questions`. Of each clip `frames` frames are read, evenly from the
-    first to the last; None: all. `options` go to `VlmCritic`. Raises ConfigError for `frames` of images or below 1.
+    Questions in a prompt's metadata come first. For other prompts `writer` writes them ('package.module:attribute' of
+    an `alignkit.aspects.QuestionWriter`); without a writer `questions` are asked. Of each clip `frames` frames are
+    read, evenly from the first to the last; None: all. `options` go to `VlmCritic`. Raises ConfigError for `frames` of
+    images or below 1.
     """
 
     name: str

@@ -114,8 +114,8 @@ def test_its_critic_sees_which_way_things_move():
     assert (true > false).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("adapter", "least"), [(None, 0.0), ("vlm_corrections", 0.9)])
-def test_with_its_corrections_it_counts_all_objects(adapter, least):
+@pytest.mark.parametrize(("adapter", "least", "most"), [(None, 0.0, 0.75), ("vlm_corrections", 0.9, 1.0)])
+def test_with_its_corrections_it_counts_all_objects(adapter, least, most):
     """In the words that `number_of_all` uses; the model without corrections does not know them."""
     folder = adapter and str(WEIGHTS / adapter)
     critic = VlmCritic(str(WEIGHTS / "vlm"), readout=Readout(("Yes",), ("No",)), owner="test", adapter=folder)
@@ -125,5 +125,4 @@ def test_with_its_corrections_it_counts_all_objects(adapter, least):
     images = torch.stack([torch.from_numpy(render(scene, rng)).permute(2, 0, 1) for scene in scenes])
     yes = critic.margins(images, [[question.text] for question in asked])[:, 0] > 0
     right = torch.tensor([question.answer == "Yes" for question in asked]) == yes
-    assert right.float().mean() > least
-    assert adapter or right.float().mean() < 0.75
+    assert least < right.float().mean() <= most
