@@ -21,6 +21,7 @@ _FORMAT, _PIXELS = "matroska", "bgr0"
 _CONTAINER_OPTIONS = {"fflags": "+bitexact"}
 _CODEC_OPTIONS = {"level": "3", "slicecrc": "1", "flags": "+bitexact"}
 LARGEST_CLIP = 16  # decoded pixels of a clip, in units of PIL's limit for an image: 4 GiB
+_MERGING = "gif"  # FFmpeg's format that, like WebP, stores equal frames as one, with the time for which it is shown
 _LARGEST_DENOMINATOR = 1001  # of a frame rate, as in 30000/1001
 BACKGROUND = "white"  # behind the transparent parts of an image or a frame
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -42,19 +43,29 @@ def encode(frames: np.ndarray, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def decode(source: bytes | str | Path, where: str, *, count: int | None, fps: float | None) -> np.ndarray:
+def decode(
+    source: bytes | str | Path,
+    where: str,
+    *,
+    count: int | None,
+    fps: float | None,
+    each: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
     """uint8 [F, H, W, 3], upright; see `media.decode_clip`."""
     with _opened(source, where) as clip:
         decoded = clip.frames
         if fps is not None:
-            decoded = _nearest(_timed(decoded, where), Fraction(fps))
-        frames = []
+            decoded = _nearest(_timed(clip, where), Fraction(fps))
+        frames, shapes = [], set()
         for frame in itertools.islice(decoded, count):
-            frames.append(_upright(frame, where))
-            _require_bounded(frame, len(frames), where)
+            _require_bounded(frame.height, frame.width, 1, where)
+            picture = _upright(frame, where)
+            shapes.add(picture.shape)
+            frames.append(picture if each is None else each(picture))
+            _require_bounded(*frames[-1].shape[:2], len(frames), where)
     if not frames:
         raise DataError(f"{where}: the clip has no frame; remove or replace it")
-    if len({frame.shape for frame in frames}) > 1:
+    if len(shapes) > 1:
         raise DataError(f"{where}: the clip changes its size on the way; encode it again with one size")
     return np.stack(frames)
 
@@ -69,10 +80,14 @@ def shape(source: bytes | str | Path, where: str) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Clip:
-    """An opened clip: its frames, decoded as they are asked for, or their number without decoding them."""
+    """An opened clip: its frames, decoded as they are asked for, or their number without decoding them.
+
+    lasting: whether equal frames are stored as one, with the time for which it is shown.
+    """
 
     frames: Iterator[Any]
     count: Callable[[], int]
+    lasting: bool
 
 
 @contextlib.contextmanager
@@ -96,14 +111,20 @@ def _video(file: Any, where: str) -> Iterator[_Clip]:
     import av
 
     try:
-        with av.open(file, options={"protocol_whitelist": "none"}) as container:
+        # Names and titles are not used, so they may be in any encoding.
+        with av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="replace") as container:
             if container.format.name.endswith("_pipe"):  # as FFmpeg calls the formats of still images
                 raise _still(where)
             if not container.streams.video:
                 raise DataError(f"{where}: the file holds no video; remove or replace it")
             stream = container.streams.video[0]
-            _require_bounded(stream, 1, where)
-            yield _Clip(container.decode(stream), lambda: sum(1 for packet in container.demux(stream) if packet.size))
+            if stream.codec_context is None:
+                raise _damaged(where, "its codec is not known")
+            _require_bounded(stream.height, stream.width, 1, where)
+            lasting = container.format.name == _MERGING
+            yield _Clip(
+                container.decode(stream), lambda: sum(1 for packet in container.demux(stream) if packet.size), lasting
+            )
     except av.FFmpegError as error:
         raise _damaged(where, error.strerror) from error
 
@@ -122,6 +143,7 @@ class _WebPFrame:
 
     image: Image.Image  # RGBA
     pts: int  # milliseconds
+    duration: int
     time_base: Fraction = Fraction(1, 1000)
     rotation: int = 0
 
@@ -144,7 +166,7 @@ def _webp(file: Any, where: str) -> Iterator[_Clip]:
     try:
         with Image.open(file) as image:
             moving: Any = image
-            _require_bounded(moving, 1, where)
+            _require_bounded(moving.height, moving.width, 1, where)
             if not moving.is_animated:
                 raise _still(where)
 
@@ -152,18 +174,18 @@ def _webp(file: Any, where: str) -> Iterator[_Clip]:
                 for number in range(moving.n_frames):
                     moving.seek(number)
                     moving.load()
-                    yield _WebPFrame(moving.convert("RGBA"), moving.info["timestamp"])
+                    yield _WebPFrame(moving.convert("RGBA"), moving.info["timestamp"], moving.info["duration"])
 
-            yield _Clip(frames(), lambda: int(moving.n_frames))
+            yield _Clip(frames(), lambda: int(moving.n_frames), True)
     except (UnidentifiedImageError, SyntaxError, EOFError, *_BOMBS) as error:
         raise _damaged(where, error) from error
 
 
-def _require_bounded(frame: Any, count: int, where: str) -> None:
+def _require_bounded(height: int, width: int, count: int, where: str) -> None:
     """DataError where `count` frames of this size would take more memory than any sensible clip."""
-    pixels, limit = frame.width * frame.height, Image.MAX_IMAGE_PIXELS
+    pixels, limit = width * height, Image.MAX_IMAGE_PIXELS
     if limit and (pixels > limit or count * pixels > LARGEST_CLIP * limit):
-        facts = f"{count} or more frames of {frame.width} x {frame.height}; the limit is {limit:,} a frame"
+        facts = f"{count} or more frames of {width} x {height}; the limit is {limit:,} a frame"
         raise DataError(
             f"{where}: the clip has too many pixels ({facts} and {LARGEST_CLIP * limit:,} in all); make it smaller or "
             "shorter"
@@ -181,43 +203,54 @@ def _upright(frame: Any, where: str) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
 
 
-def _timed(frames: Iterable[Any], where: str) -> Iterator[tuple[Any, Fraction, Fraction]]:
-    """(frame, seconds since the first frame, seconds of one tick of the clip's clock)."""
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A frame, seconds since the first one, how long it is shown (0: not known), and one tick of the clip's clock."""
+
+    frame: Any
+    time: Fraction
+    duration: Fraction
+    tick: Fraction
+
+
+def _timed(clip: _Clip, where: str) -> Iterator[_Timed]:
+    """The frames with their times; DataError for a clip without."""
     start: Fraction | None = None
     time = Fraction(0)
     count = 0
-    for frame in frames:
+    for frame in clip.frames:
         if frame.pts is None:
             raise DataError(f"{where}: the clip has no presentation times; leave out `fps`, or encode the clip again")
         time = frame.pts * frame.time_base
         start = time if start is None else start
         count += 1
-        yield frame, time - start, frame.time_base
+        duration = (frame.duration or 0) * frame.time_base if clip.lasting else Fraction(0)
+        yield _Timed(frame, time - start, duration, frame.time_base)
     if count > 1 and time == start:
         raise DataError(f"{where}: all frames have the same time; leave out `fps`, or encode the clip again")
 
 
-def _nearest(timed: Iterable[tuple[Any, Fraction, Fraction]], fps: Fraction) -> Iterator[Any]:
+def _nearest(timed: Iterable[_Timed], fps: Fraction) -> Iterator[Any]:
     """The frame nearest in time to 0, 1/fps, 2/fps, ... until the clip ends.
 
-    The last frame lasts as long as the one before it, less two ticks: times are rounded to ticks, and a clip must not
-    get a frame more by that.
+    A frame that says how long it is shown counts as repeated every 1/fps. The last one without lasts as long as the one
+    before it. Two ticks are taken off: times are rounded to ticks, and a clip must not get a frame more by that.
     """
     number, position, gap = 0, -1, Fraction(0)
-    before: tuple[Any, Fraction, Fraction] | None = None
-    for position, (frame, time, tick) in enumerate(timed):
+    before: _Timed | None = None
+    for position, now in enumerate(timed):
         if before is not None:
-            gap = time - before[1]
-            while number / fps < time:
-                wait = time - number / fps
-                is_first = (gap - wait, (position - 1) % 2) < (wait, position % 2)
-                yield before[0] if is_first else frame
+            gap = now.time - before.time
+            last = before.time + max(before.duration - 1 / fps, Fraction(0))
+            while number / fps < now.time:
+                time = number / fps
+                is_first = (max(time - last, 0), (position - 1) % 2) < (now.time - time, position % 2)
+                yield before.frame if is_first else now.frame
                 number += 1
-        before = (frame, time, tick)
+        before = now
     if before is None:
         return
-    frame, time, tick = before
-    end = time + max(gap - 2 * tick, Fraction(0))
-    while number == 0 or number / fps <= time or number / fps < end:
-        yield frame
+    end = before.time + max((before.duration or gap) - 2 * before.tick, Fraction(0))
+    while number == 0 or number / fps <= before.time or number / fps < end:
+        yield before.frame
         number += 1

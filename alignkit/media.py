@@ -269,14 +269,23 @@ def encode_clip(frames: np.ndarray, fps: float) -> bytes:
     return clips.encode(frames, fps)
 
 
-def decode_clip(data: Encoded, where: str, *, count: int | None = None, fps: float | None = None) -> np.ndarray:
+def decode_clip(
+    data: Encoded,
+    where: str,
+    *,
+    count: int | None = None,
+    fps: float | None = None,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
     """The first `count` frames (default: all) of a video -> uint8 RGB [F, H, W, 3].
 
     A rotation by 90, 180 or 270 degrees that the file asks players for is applied. With `fps` the frames are those that
-    are nearest in presentation time to 0, 1/fps, 2/fps, ... seconds; a tie goes to the frame of even number. Raises
-    DataError naming `where`.
+    are nearest in presentation time to 0, 1/fps, 2/fps, ... seconds; a tie goes to the frame of even number. With
+    `size` (height, width) each frame is brought to it by `fit` as it is decoded, so large frames are not held together.
+    Raises DataError naming `where`.
     """
-    return clips.decode(_source(data, where), where, count=count, fps=fps)
+    each = None if size is None else lambda frame: fit(frame[None], size, 1)[0]
+    return clips.decode(_source(data, where), where, count=count, fps=fps, each=each)
 
 
 def clip_shape(data: Encoded, where: str) -> tuple[int, int, int]:
@@ -305,6 +314,23 @@ def clip_preview(frames: np.ndarray, fps: float) -> bytes:
         quality=75,
     )
     return buffer.getvalue()
+
+
+def read_preview(data: bytes, where: str, count: int, fps: float) -> np.ndarray:
+    """The `count` frames at `fps` that a preview of `clip_preview` stands for -> uint8 [F, H, W, 3].
+
+    A frame that it left out is the one before it; equal frames, which the format merges, are apart again. Raises
+    DataError naming `where`, also for a preview of another number of frames.
+    """
+    step = -(-count // PREVIEW_FRAMES)
+    expected = -(-count // step)
+    if is_video(data):
+        frames = decode_clip(data, where, count=expected, fps=1000 / round(1000 * step / fps))
+    else:  # all of them were equal
+        frames = decode_image(data, where)[None].repeat(expected, axis=0)
+    if len(frames) != expected:
+        raise DataError(f"{where}: the preview has {len(frames)} frames, {expected} are expected; make the pairs again")
+    return frames.repeat(step, axis=0)[:count]
 
 
 def encode_medium(array: np.ndarray, fps: float) -> bytes:

@@ -334,6 +334,54 @@ def test_a_preview_plays(size):
             assert np.abs(middle.astype(int) - array[number, 0, 0]).max() <= (0 if size == (16, 24) else 12)
 
 
+@pytest.mark.parametrize("kind", ["WEBP", "GIF"])
+def test_a_clip_that_ends_in_equal_frames_keeps_them(kind):
+    """Both formats store equal frames as one, with the time for which it is shown."""
+    pictures = frames(33)
+    pictures[21:] = pictures[20]
+    images, buffer = [Image.fromarray(picture) for picture in pictures // 64 * 64], io.BytesIO()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    images[0].save(buffer, kind, save_all=True, append_images=images[1:], duration=100, **options)
+    decoded = media.decode_clip(buffer.getvalue(), "here", fps=10)
+    assert len(decoded) == 33
+    assert (decoded[21:] == decoded[20]).all()
+    assert media.decode_clip(buffer.getvalue(), "here").shape[0] == 21
+
+
+def _preview_of(pictures):
+    return media.read_preview(media.clip_preview(pictures, 8), "here", len(pictures), 8)
+
+
+def test_a_preview_gives_the_frames_back():
+    """Lossless at this size; also where it merged frames, all of them in the second case, and left out every second."""
+    still = frames(1).repeat(33, axis=0)
+    moving = np.concatenate([still[:12], frames(9, seed=1), still[:12]])
+    for pictures in (moving, still):
+        assert np.array_equal(_preview_of(pictures), pictures)
+    long = frames(131).repeat(2, axis=0)[:261]
+    assert np.array_equal(_preview_of(long)[::3], long[::3])
+    with pytest.raises(DataError, match="here: the preview has 30 frames, 33 are expected"):
+        media.read_preview(media.clip_preview(frames(30), 8), "here", 33, 8)
+
+
+def test_frames_are_brought_to_a_size_one_by_one():
+    data, size = media.encode_clip(frames(5, 40, 60), 8), (16, 16)
+    whole = media.fit(media.decode_clip(data, "here"), size, 1)
+    assert np.array_equal(media.decode_clip(data, "here", size=size), whole)
+
+
+def test_names_in_another_encoding_do_not_matter():
+    data = media.encode_clip(frames(2), 8)
+    assert b"DURATION" in data
+    assert np.array_equal(media.decode_clip(data.replace(b"DURATION", b"DURATI\xe9N"), "here"), frames(2))
+
+
+def test_an_unknown_codec_is_named():
+    data = media.encode_clip(frames(2), 8).replace(b"V_FFV1", b"V_FFVX")
+    with pytest.raises(DataError, match="here: the clip cannot be decoded"):
+        media.decode_clip(data, "here")
+
+
 def test_these_modules_load_neither_torch_nor_pyav():
     import subprocess
     import sys

@@ -7,8 +7,9 @@ mask with that of the shape drawn at the same centre and with the same area, so 
 A frame is faulty if it has another number of objects than the caption, or an object of the caption is not there: no
 object of its colour overlaps with its shape by FAULTY, or another shape fits better by CLEARLY. It is right above
 RIGHT; in between it is what the frame before was. A fault lasts at least LEAST_FAULT frames; shorter ones do not
-count, since one frame is within the noise of a video codec. Motion is judged on the whole clip. Not judged: the ground,
-sizes, and the places of still objects.
+count, since one frame is within the noise of a video codec. Motion is judged on the whole clip, by the object's colour
+alone: otherwise a training that improves shapes would seem to add motion. Not judged: the ground, sizes, and the places
+of still objects.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Reading:
 
     `overlap` [K, F]: of each wanted object with its shape, 0 where no object has its colour. `scores` [F]: graded
     share of wanted objects that are there, 1 is best; more objects than wanted lower it. `is_faulty` [F].
-    `shifts` [K, 2]: pixels (x, y) from the first frame to the last along a fitted line; NaN if mostly not seen.
+    `shifts` [K, 2]: pixels (x, y) from the first frame to the last along a line fitted to the places of each wanted
+    object's colour; NaN if it is mostly not seen.
     """
 
     spec: FilmSpec
@@ -211,7 +213,6 @@ def read(frames: NDArray[np.float32], spec: FilmSpec) -> Reading:
         excess[index, seen.frame[rows]] = seen.overlap[rows].max(1) - seen.overlap[rows, own]
         track = np.full((len(frames), 2), np.nan, np.float32)
         track[seen.frame[rows]] = np.stack([seen.x[rows], seen.y[rows]], axis=1)
-        track[overlap[index] < FAULTY] = np.nan
         shifts[index] = _shift(track)
     scores = overlap.sum(0) / np.maximum(count, wanted)
     is_counted = count == wanted

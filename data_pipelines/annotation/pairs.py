@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from alignkit.errors import DataError
-from alignkit.media import decode_clip, encode_image
+from alignkit.media import encode_image, read_preview
 from alignkit.storage import read_schema, recorded_parts
 from data_pipelines.dense.index import IndexedPair, read_index
 from data_pipelines.dense.pairs import PREVIEWS, STAGE
@@ -62,9 +62,11 @@ class Pairs:
         row = self.rows[number]
         if not self._previews:
             return self._reader.read(self._index.media(row), row.where).clips
-        clips = np.stack([decode_clip(file, f"'{file}'") for file in self._previews[number]])
-        # The preview of a long clip leaves out frames evenly.
-        return clips.repeat(-(-row.segments[-1][1] // clips.shape[1]), axis=1)
+        count = row.segments[-1][1]
+        both = [read_preview(file.read_bytes(), f"'{file}'", count, row.fps) for file in self._previews[number]]
+        if both[0].shape != both[1].shape:
+            raise DataError(f"{row.where}: its previews differ in size; make the pairs again")
+        return np.stack(both)
 
 
 def packed(frames: np.ndarray) -> bytes:

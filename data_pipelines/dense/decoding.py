@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from alignkit.errors import DataError
-from alignkit.media import decode_clip, fit
+from alignkit.media import decode_clip
 from alignkit.records import Sampling
 from alignkit.storage import checksum
 from data_pipelines.dense.clips import Clip, Clips
@@ -38,14 +38,15 @@ def decoded(data: bytes | Path, where: str, sampling: Sampling) -> Decoded:
     Frames are chosen by their presentation time, so a variable frame rate is supported. Raises DataError naming
     `where` for a clip that cannot be decoded or is too short.
     """
-    frames = decode_clip(data, where, count=sampling.num_frames, fps=sampling.fps)
+    size = (sampling.height, sampling.width)
+    frames = decode_clip(data, where, count=sampling.num_frames, fps=sampling.fps, size=size)
     if len(frames) < sampling.num_frames:
         raise DataError(
             f"{where}: the clip has {len(frames)} frames at {sampling.fps:g} frames a second, {sampling.num_frames} "
             "are asked for; lower num_frames or raise fps, or remove the clip"
         )
     digest = checksum(data) if isinstance(data, Path) else hashlib.sha256(data).hexdigest()
-    return Decoded(fit(frames, (sampling.height, sampling.width), 1), digest)
+    return Decoded(frames, digest)
 
 
 def decode_listed(clips: Clips, clip: Clip, sampling: Sampling) -> Decoded | DataError:

@@ -185,3 +185,14 @@ def test_motion_is_that_of_the_wanted_object():
     assert (other.has_direction, other.rests_are_still) == (False, False)
     empty = film_gold.read(np.zeros_like(frames), spec)
     assert (empty.pixels, empty.has_direction, empty.scores.max()) == (0, False, 0)
+
+
+def test_motion_does_not_depend_on_the_shape():
+    """An object of another shape than the caption's moves as well; the clip is no less wrong."""
+    rng = np.random.default_rng(9)
+    film = films.compose(parse("a red square moves left quickly"), rng)
+    reading = film_gold.read(films.render(film, rng), parse("a red ring moves left quickly"))
+    assert reading.is_faulty.all()
+    assert not reading.is_right
+    assert (reading.has_direction, reading.has_speed) == (True, True)
+    assert reading.pixels > film_gold.FAST
