@@ -93,6 +93,7 @@ class PairMaker(ClipDecoder, Protocol):
     """A video generator with settings of sampling, as the stage uses it."""
 
     name: str
+    weights: str  # fingerprint of all weights that the latents depend on beside the VAE's: denoiser, adapters, encoders
 
     def make(self, request: PairRequest, clip: np.ndarray | None) -> Pair:
         """The pair of one request; `clip` is uint8 [F, H, W, 3], None where both copies are full generations.

@@ -85,6 +85,9 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+FAILED = "failed"  # reason of a verdict whose requests got no reply
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Which of two media a judge prefers: 1 the first, -1 the second, 0 neither; None where it gave no usable answer.

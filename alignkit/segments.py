@@ -121,12 +121,14 @@ def read_labels(rows: Dataset, where: str = "") -> tuple[list[list[int]], list[S
     are not in order, or end after `num_frames`.
     """
     has = {SEGMENTS, "num_frames"} & set(rows.column_names)
-    labels = [values or [] for values in column(rows, LABELS).to_pylist()]
+    labels = [[] if values is None else values for values in column(rows, LABELS).to_pylist()]
     cells = column(rows, SEGMENTS).to_pylist() if SEGMENTS in has else None
     frames = column(rows, "num_frames").to_pylist() if "num_frames" in has else [None] * len(rows)
     segments: list[Segments] = []
     for row, own in enumerate(labels):
         place = f"{where}, row {row}" if where else f"row {row}"
+        if not isinstance(own, list):
+            raise DataError(f"{place}: labels are {own!r:.80}; give a list of 1, 0 and -1, one for each segment")
         for number, label in enumerate(own):
             if label not in (1, 0, -1):
                 raise DataError(f"{place}: label {number} is {label}; labels are 1 (the first clip), 0 (tie) and -1")
@@ -139,8 +141,11 @@ def read_labels(rows: Dataset, where: str = "") -> tuple[list[list[int]], list[S
 
 def checked_segments(cell: Any, num_frames: int | None, place: str) -> Segments:
     """The segments in a cell of a row. Raises DataError naming `place`, as `read_labels` does."""
-    if not cell or any(segment is None or len(segment) != 2 or None in segment for segment in cell):
-        raise DataError(f"{place}: segments are {cell}; give [start, end) in frames for each")
+    if num_frames is not None and type(num_frames) is not int:
+        raise DataError(f"{place}: num_frames is {num_frames!r:.80}; give an integer")
+    pairs = cell if isinstance(cell, list | tuple) else []
+    if not pairs or not all(isinstance(pair, list | tuple) and [*map(type, pair)] == [int, int] for pair in pairs):
+        raise DataError(f"{place}: segments are {cell!r:.200}; give [start, end) in frames, two integers, for each")
     edges = [0, *(edge for segment in cell for edge in segment), math.inf if num_frames is None else num_frames]
     gaps = [edges[i + 1] - edges[i] for i in range(0, len(edges), 2)]
     lengths = [edges[i + 1] - edges[i] for i in range(1, len(edges) - 1, 2)]

@@ -36,6 +36,12 @@ def fingerprint(*modules: nn.Module | None, dtype: torch.dtype | None = None) ->
     return fingerprint_of(states, dtype)
 
 
+def weights_of(*modules: nn.Module) -> str:
+    """16 hex digits for all tensors of `modules`, their adapters too, each in its own precision."""
+    whole = nn.ModuleList(modules).state_dict()
+    return fingerprint_of([{key: value for key, value in whole.items() if isinstance(value, Tensor)}])
+
+
 def fingerprint_of(states: Sequence[Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> str:
     """`fingerprint` of modules that have these state dicts; each tensor is asked for once."""
     digest = hashlib.sha256()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.adapters.fingerprint import base_of
+from alignkit.adapters.fingerprint import base_of, weights_of
 from alignkit.diffusion.solvers import Grid
 from alignkit.errors import ConfigError, NumericsError
 from alignkit.generators.pipeline import PipelineGenerator
@@ -40,6 +40,7 @@ class RolloutPairs:
         generator.model.eval()
         self.generator, self.sampling, self.name = generator, sampling, generator.name
         self.codec = base_of(generator.pipeline.vae)
+        self.weights = weights_of(generator.model, *generator.conditioner.encoders.values())
         self._shape = generator.latent_shape(sampling.height, sampling.width, sampling.num_frames)
 
     @torch.no_grad()

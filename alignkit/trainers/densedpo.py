@@ -15,6 +15,7 @@ and traps, `alignkit.losses.dense` the equations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -172,6 +173,9 @@ class DenseDPOTrainer(OfflineTrainer):
             if own != count:
                 raise DataError(f"row {row}: num_frames is {own}, and its latents are of {count} frames")
         rates = column(rows, "fps").to_pylist() if fps is not None else [1.0] * len(rows)
+        for row, rate in enumerate(rates):
+            if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+                raise DataError(f"row {row}: fps is {rate!r:.80}; give the frames a second of the clip, above 0")
         return [places_of(count, rate, fps) for count, rate in zip(counts, rates, strict=True)]
 
     def _leave_out(self, dataset: LatentDataset, labels: Sequence[Sequence[int]], least: float) -> None:

@@ -119,7 +119,12 @@ class Annotators:
         if name not in self._known:
             if len(self._known) >= MOST_ANNOTATORS:
                 raise DataError(f"{MOST_ANNOTATORS} annotators have begun; start `alignkit annotate` again")
-            votes = [vote for vote in read_votes(self.folder, name) if vote.pair in self.pairs.numbers]
+            known = read_votes(self.folder, name, withdrawn=True)
+            if any(LEFT not in vote.details for vote in known):
+                raise DataError(
+                    f"'{name}' has votes that were not given on this page, such as a judge's; take another name"
+                )
+            votes = [vote for vote in known if vote.pair in self.pairs.numbers]
             labels = {vote.place: vote.label for vote in votes if vote.label is not None}
             self._known[name] = _Annotator(labels, [(place, None) for place in labels])
         return self._known[name]

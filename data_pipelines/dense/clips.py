@@ -10,6 +10,7 @@ the file of one. One bad video, caption or row does not stop the stage: it becom
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ ENDINGS = (*VIDEO_ENDINGS, ".gif", ".webp")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 VIDEO_COLUMNS = ("video", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+_ROWS_WITHOUT = 100  # rows at the start of a table that may all lack a column, as single faults
 
 Fault = dict[str, Any]  # source_id and reason
 
@@ -95,7 +97,7 @@ def read_clips(
 
     Columns are `video` or `file_name`, and `caption`, `text` or `prompt`, unless they are named. Of data with several
     splits the first one is read, "train" where there is one. Raises MissingFileError where nothing is at `path`,
-    DataError without any clip, for missing columns, and for files that cannot be read at all.
+    DataError without any clip, for columns that no row has, and for files that cannot be read at all.
     """
     path = Path(path)
     if not path.exists():
@@ -164,18 +166,26 @@ def _from_folder(folder: Path) -> tuple[_Found, Callable[[Any, str], bytes | Pat
 def _from_table(
     table: Path, bounds: Bounds, columns: Sequence[Sequence[str]]
 ) -> tuple[_Found, Callable[[Any, str], bytes | Path]]:
-    found = _Found()
-    for place, row in read_rows(table):
+    found, missing = _Found(), 0
+    for number, (place, row) in enumerate(read_rows(table), start=1):
         where = f"'{table}', {place}"
-        video, caption = (_present(row, names, where) for names in columns)
+        try:
+            video, caption = (_present(row, names, where) for names in columns)
+        except DataError as error:
+            missing += 1
+            if missing == number > _ROWS_WITHOUT:
+                raise
+            found.leave_out(place, error)
+            continue
         name = row[video]["path"] if isinstance(row[video], dict) and "path" in row[video] else row[video]
         if isinstance(name, str) and name:
             found.add(name, f"{where}, '{name}'", name, row[caption])
         else:
             found.leave_out(place, f"{where}, {video}: expected the name of a file, not {type(name).__name__}")
     others = table.parent.rglob("*") if table.name in METADATA else ()
+    named = {posixpath.normpath(name) for name in found.names}
     for file in sorted(filter(_is_video, others)):
-        if (other := file.relative_to(table.parent).as_posix()) not in found.names:
+        if (other := file.relative_to(table.parent).as_posix()) not in named:
             found.leave_out(other, f"'{file}': a video without a row in {table.name}")
     return found, bounds.file
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import DataError
 from alignkit.segments import LABELS, Segments, checked_segments
 from alignkit.storage import Part, read_row, read_schema, read_table
+from data_pipelines.dense.rows import WEIGHTS
 from data_pipelines.dense.shown import MEDIA
 from data_pipelines.dense.votes import IDENTITY, pair_id
 
@@ -41,6 +43,14 @@ class Index:
     pairs: dict[str, IndexedPair]
     has_truth: bool
 
+    @cached_property
+    def by_file(self) -> Mapping[str, Sequence[IndexedPair]]:
+        """The pairs of each file, in order."""
+        found: dict[str, list[IndexedPair]] = {}
+        for pair in self.pairs.values():
+            found.setdefault(pair.path, []).append(pair)
+        return found
+
     def batches(self, pairs: Sequence[IndexedPair], size: int) -> Iterator[list[IndexedPair]]:
         """At most `size` of `pairs` at a time, each batch from one file."""
         for _, own in itertools.groupby(pairs, lambda pair: pair.path):
@@ -68,7 +78,7 @@ def read_index(folder: Path, parts: Sequence[Part], truth: str | None) -> Index:
         if missing:
             raise DataError(f"'{folder / path}' lacks the columns {', '.join(missing)}; make the pairs again")
         has_truth |= truth in names
-        wanted = {*IDENTITY, *NEEDED, *({truth} if truth else ())} & set(names)
+        wanted = {*IDENTITY, WEIGHTS, *NEEDED, *({truth} if truth else ())} & set(names)
         for number, row in enumerate(read_table(folder / path, columns=sorted(wanted)).to_pylist()):
             pair = _indexed(row, path, number, f"'{folder / path}', row {number}", truth)
             if pair.id in pairs:

@@ -23,7 +23,7 @@ from alignkit.errors import ConfigError, DataError, NumericsError, ServerError, 
 from alignkit.escape import get_logger
 from alignkit.locks import locked
 from alignkit.pairs import Labeller, ShownPair
-from alignkit.records import Verdict
+from alignkit.records import FAILED, Verdict
 from alignkit.segments import LABELS, LEAST_LABELLED, is_labelled
 from alignkit.storage import (
     STAGE_FILES,
@@ -184,10 +184,14 @@ class _Asker:
         missing = {}
         for name in self.builders:
             require_labeller(name)
-            votes = read_votes(self.folder, name, withdrawn=not self.config.retry)
-            done = Counter(vote.pair for vote in votes)
+            votes = read_votes(self.folder, name, withdrawn=True)
+            done = Counter(vote.pair for vote in votes if vote.label is not None or self._is_settled(vote))
             missing[name] = {pair.id for pair in self.index.pairs.values() if done[pair.id] < len(pair.segments)}
         return missing
+
+    def _is_settled(self, vote: Vote) -> bool:
+        """Whether a vote without a label stays. Requests that failed are repeated: the server was down."""
+        return not self.config.retry and vote.details.get(REASON) != FAILED
 
     def _show(self, batch: Sequence[IndexedPair]) -> dict[str, ShownPair | str]:
         """The clips of each pair, or what is wrong with them."""
@@ -274,7 +278,7 @@ class _Writer:
         """A part of the pairs with its labels; unchanged where the labels are as before."""
         import pyarrow as pa
 
-        own = [pair for pair in self.index.pairs.values() if pair.path in part.files]
+        own = [pair for path in part.files for pair in self.index.by_file.get(path, ())]
         rows = [
             (pair.id in kept, self.labelled.labels.get(pair.id, []), self.labelled.sources.get(pair.id, ""))
             for pair in own

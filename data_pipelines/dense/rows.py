@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
+WEIGHTS = "weights"  # column: fingerprint of the generator's weights beside the VAE
 LATENTS = "latents"  # column, and the name of the tensor in each cell's safetensors bytes
 _SEEDS = 2.0**63  # every seed is below it
 
@@ -44,14 +45,19 @@ def request_of(row: Mapping[str, Any]) -> PairRequest:
 def rebuild_pair(row: Mapping[str, Any], data: bytes | Path | None, maker: PairMaker) -> Pair:
     """The pair of `row` made again from its video `data`; None for a vanilla pair.
 
-    `maker` has the row's sampling and the weights that the run's record names. On the same machine, thread count and
+    `maker` has the row's sampling. On the same machine, thread count and
     library versions the latents are equal to the last bit before they are stored (`latents_dtype`). Raises DataError
-    where the video or the VAE is another one.
+    where the video, the VAE or the weights are others.
     """
     where = f"source_id '{row['source_id']}'"
     if maker.codec != row["codec"]:
         raise DataError(
             f"{where}: made with the VAE {row['codec']}, and here is {maker.codec}; load the model of the row"
+        )
+    if row.get(WEIGHTS) and maker.weights != row[WEIGHTS]:
+        raise DataError(
+            f"{where}: made with the weights {row[WEIGHTS]}, and here are {maker.weights}; load the model, the "
+            "adapters and the precision of the row"
         )
     if data is None:
         return maker.make(request_of(row), None)
@@ -67,7 +73,7 @@ def sampling_of(row: Mapping[str, Any]) -> Sampling:
 
 
 def pair_row(clip: Clip, request: PairRequest, pair: Pair, config: PairsConfig, sampling: Sampling) -> dict[str, Any]:
-    """The columns of one pair, without those that come from the maker (`generator`, `codec`, `videos`) and the file.
+    """The columns of one pair, without those from the maker (`generator`, `weights`, `codec`, `videos`) and the file.
 
     `eta` and `sigma_start` are null where the copies differ in them.
     """
@@ -119,6 +125,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], *, videos: bool) -> pa.Table:
         "eta_meaning",
         "sampling",
         "generator",
+        WEIGHTS,
         "codec",
     )
     named: dict[str, Any] = {**dict.fromkeys(texts, text), LATENTS: medium}

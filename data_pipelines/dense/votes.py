@@ -25,6 +25,7 @@ from typing import Any
 from alignkit.errors import ConfigError, DataError, StorageError
 from alignkit.escape import get_logger
 from alignkit.storage import sync, write_atomic
+from data_pipelines.dense.rows import WEIGHTS
 
 logger = get_logger(__name__)
 
@@ -45,7 +46,6 @@ IDENTITY = (
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PAIR = re.compile(r"[0-9a-f]{16}")
 _MOST_LINE = 64 << 10  # bytes of a line
-_MOST_FILE = 256 << 20  # bytes of a file, about two million votes
 _MOST_SEGMENTS = 100_000  # of a pair
 
 Place = tuple[str, int]  # pair and segment
@@ -98,10 +98,13 @@ def require_labeller(name: Any) -> None:
 def pair_id(row: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that stand for the two clips of a row and their segments.
 
-    The first of the SHA-256 of the columns `IDENTITY` as JSON, absent ones null. Labels, latents and videos do not
-    count, so that the id of a row stays when it is labelled; a pair made again with another seed has another one.
+    The first of the SHA-256 of the columns `IDENTITY` as JSON, absent ones null, and of `weights`. Labels, latents and
+    videos do not count, so that the id of a row stays when it is labelled; a pair made again with another seed or by
+    other weights has another one.
     """
     known = {name: row.get(name) for name in IDENTITY}
+    if row.get(WEIGHTS):  # pairs of earlier versions have none, and keep their ids
+        known[WEIGHTS] = row[WEIGHTS]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -159,7 +162,7 @@ def read_votes(folder: Path, labeller: str | None = None, *, withdrawn: bool = F
 
     `withdrawn`: also those with the label None, withdrawn or never given. Empty where there are none. A half line at
     the end, which a killed process left, is left out. Raises DataError naming file and line of what is no vote, of a
-    vote of another labeller than the file's, and of a file over 256 MiB.
+    vote of another labeller than the file's.
     """
     names = f"{labeller}.jsonl" if labeller is not None else "*.jsonl"
     if labeller is not None:
@@ -175,7 +178,8 @@ def read_votes(folder: Path, labeller: str | None = None, *, withdrawn: bool = F
 def import_votes(source: Path, folder: Path, taken: Collection[str]) -> None:
     """Copy the votes in `source/votes` to `folder/votes`, file by file, in place of earlier copies.
 
-    Raises DataError where there is none, or for a file that is not one of votes; ConfigError for a labeller in `taken`.
+    Raises DataError where there is none, or for a file that is not one of votes; ConfigError for a labeller in `taken`,
+    and where the earlier copy has votes that the source lacks.
     """
     files = sorted((source / VOTES).glob("*.jsonl"))
     if not files or source.resolve() == folder.resolve():
@@ -186,14 +190,17 @@ def import_votes(source: Path, folder: Path, taken: Collection[str]) -> None:
                 f"'{path}' has votes of '{path.stem}', which is also a labeller here; rename the labeller"
             )
         read_votes(source, path.stem)  # before anything is copied
-        write_atomic(folder / VOTES / path.name, path.read_bytes())
+        copy, votes = folder / VOTES / path.name, path.read_bytes()
+        if copy.is_file() and not votes.startswith(copy.read_bytes()):
+            raise ConfigError(
+                f"'{copy}' has votes that '{path}' lacks; add them to '{path}', or leave '{source}' out of `votes`"
+            )
+        write_atomic(copy, votes)
 
 
 def _read_file(path: Path) -> list[Vote]:
     found: dict[Place, Vote] = {}
     try:
-        if path.stat().st_size > _MOST_FILE:
-            raise DataError(f"'{path}' has over {_MOST_FILE >> 20} MiB; it is no file of votes, remove it")
         with path.open("rb") as handle:
             for number, line in enumerate(iter(lambda: handle.readline(_MOST_LINE + 1), b""), 1):
                 vote = _parsed(line, f"'{path}', line {number}", path.stem)

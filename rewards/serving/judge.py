@@ -17,7 +17,7 @@ import yaml
 
 from alignkit.errors import ConfigError
 from alignkit.protocols import Reward, as_scores, require_independent
-from alignkit.records import Prompt, Verdict
+from alignkit.records import FAILED, Prompt, Verdict
 from alignkit.resolve import construct, resolve
 from rewards import REWARDS
 from rewards.models.media import check_media
@@ -201,7 +201,7 @@ class ServedJudge(ServedBase):
 
     def _verdict(self, forward: Reply | None, backward: Reply | None) -> Verdict:
         if forward is None or backward is None:
-            return Verdict(None, "failed")
+            return Verdict(None, FAILED)
         if self.question.within and (forward.is_cut_off or backward.is_cut_off):
             return Verdict(None, "cut off")
         verdict = self.question.verdict(forward.text, backward.text)

@@ -235,6 +235,15 @@ def test_other_methods_and_names(running, pairs, tmp_path):
         Annotators(pairs, tmp_path, only="a/b")
 
 
+def test_nobody_takes_the_name_of_a_judge(running, pairs, tmp_path):
+    append_votes(tmp_path, "vlm", [Vote(pairs.rows[0].id, 0, 1, "vlm", {"answers": ["first", "second"]})])
+    body = {"annotator": "vlm", "pair": pairs.rows[0].id, "segment": 0, "choice": "tie"}
+    status, reply = request(running, "/api/vote", body)
+    assert status == 422
+    assert b"'vlm' has votes that were not given on this page" in reply
+    assert len(read_votes(tmp_path, "vlm")) == 1
+
+
 def test_annotators_in_memory_are_bounded(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipelines.annotation.annotators.MOST_ANNOTATORS", 2)
     known = Annotators(pairs, tmp_path)

@@ -64,13 +64,18 @@ def test_a_folder_with_a_metadata_file(tmp_path):
         {"file_name": "a.mp4", "caption": "the same cat"},
         {"file_name": "b.mp4", "caption": None},
         {"file_name": 7, "caption": "seven"},
+        {"file_name": "b.mp4"},
+        {"file_name": "./d.mp4", "caption": "a fish"},
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    found = read_clips(fill(tmp_path, {"a.mp4": VIDEO, "b.mp4": VIDEO, "c.mp4": VIDEO, "metadata.jsonl": text}))
-    assert [clip.id for clip in found.items] == ["a.mp4", "gone.mp4", "../a.mp4", "a.mp4#2"]
-    assert [fault["source_id"] for fault in found.faults] == ["b.mp4", "line 6", "c.mp4"]
+    found = read_clips(
+        fill(tmp_path, {**dict.fromkeys(["a.mp4", "b.mp4", "c.mp4", "d.mp4"], VIDEO), "metadata.jsonl": text})
+    )
+    assert [clip.id for clip in found.items] == ["a.mp4", "gone.mp4", "../a.mp4", "a.mp4#2", "./d.mp4"]
+    assert [fault["source_id"] for fault in found.faults] == ["b.mp4", "line 6", "line 7", "c.mp4"]
+    assert "line 7: none of the columns caption, text, prompt; it has file_name" in found.faults[2]["reason"]
     results = [decode_listed(found, clip, SAMPLING) for clip in found.items]
-    assert [type(result) for result in results] == [Decoded, DataError, DataError, Decoded]
+    assert [type(result) for result in results] == [Decoded, DataError, DataError, Decoded, Decoded]
     assert "line 2, 'gone.mp4': the file" in str(results[1])
     assert "without '..'" in str(results[2])
 

@@ -35,6 +35,7 @@ class Formula:
 
     name: str = "formula"
     codec: str = "float32:abc"
+    weights: str = "abc"
     last: int = 10**9
     seen: list = field(default_factory=list)
 
@@ -195,7 +196,7 @@ def test_a_stopped_stage_continues_to_the_same_bytes(folder, tmp_path):
 
 
 def test_every_pair_can_be_built_again_from_its_row(folder, tmp_path, world):
-    """Bit for bit, from the row, its video and the maker; another video or VAE is refused."""
+    """Bit for bit, from the row, its video and the maker; another video, VAE or other weights are refused."""
     run(folder, tmp_path / "out")
     for row in rows_of(tmp_path / "out"):
         data = (folder / row["source_id"]).read_bytes()
@@ -204,6 +205,8 @@ def test_every_pair_can_be_built_again_from_its_row(folder, tmp_path, world):
         rebuild_pair(row, (folder / "1.mkv").read_bytes(), Formula())
     with pytest.raises(DataError, match="made with the VAE float32:abc, and here is float32:other"):
         rebuild_pair(row, data, Formula(codec="float32:other"))
+    with pytest.raises(DataError, match="made with the weights abc, and here are other; load the model"):
+        rebuild_pair(row, data, Formula(weights="other"))
     run(folder, tmp_path / "vanilla", replace(CONFIG, kind="vanilla"))
     row = rows_of(tmp_path / "vanilla")[2]
     assert torch.equal(rebuild_pair(row, None, Formula()).latents, stored(row))

@@ -15,7 +15,7 @@ import torch
 from alignkit.errors import ConfigError, DataError, MissingFileError, ResumeError, ServerError
 from alignkit.media import encode_clip
 from alignkit.pairs import Pair, PairRequest
-from alignkit.records import Prompt, Sampling, Verdict
+from alignkit.records import FAILED, Prompt, Sampling, Verdict
 from alignkit.segments import read_labels
 from alignkit.storage import checksum, finish_run, write_json, write_part
 from data_pipelines.dense.clips import Clip
@@ -39,7 +39,7 @@ def row_of(number: int, levels, *, videos: bool) -> dict:
         latents[0, :, start:end] = 0.5 + 0.2 * level
         latents[1, :, start:end] = 0.5
     row = pair_row(clip, request, Pair(latents, (0.7, 0.7)), PAIRS, SAMPLING)
-    row |= {"source_sha256": "", "generator": "formula", "codec": CODEC}
+    row |= {"source_sha256": "", "generator": "formula", "weights": "abc", "codec": CODEC}
     if videos:
         shown = Formula().decode(latents)
         row["videos"] = [{"bytes": encode_clip(one, 4), "path": None} for one in shown]
@@ -98,11 +98,14 @@ class Brighter:
         return Verdict(int(np.sign(difference)), "" if difference else "tie", {"difference": difference})
 
 
+@dataclass
 class Garbage(Brighter):
     """No usable answer on dark segments."""
 
+    reason: str = "malformed"
+
     def verdict(self, clips):
-        return Verdict(None, "malformed") if clips[0].mean() < 100 else super().verdict(clips)
+        return Verdict(None, self.reason) if clips[0].mean() < 100 else super().verdict(clips)
 
 
 def run(pairs, out, labeller=None, config=CONFIG, decoder=None, **options):
@@ -205,6 +208,26 @@ def test_garbage_is_counted_and_not_asked_again(tmp_path):
     run(pairs, tmp_path / "out", again, LabelConfig(retry=True))
     assert again.seen == [["caption 0", "caption 1"]]
     assert rows_of(tmp_path / "out")["labels"][:] == [[1, -1], [-1, -1]]
+
+
+def test_failed_requests_are_repeated(tmp_path):
+    """A server that is down fails some requests before it counts as down."""
+    pairs = write_pairs(tmp_path / "pairs", [[1, -1], [-1, -1]])
+    run(pairs, tmp_path / "out", Garbage(reason=FAILED))
+    again = Brighter()
+    run(pairs, tmp_path / "out", again)
+    assert again.seen == [["caption 0", "caption 1"]]
+    assert rows_of(tmp_path / "out")["labels"][:] == [[1, -1], [-1, -1]]
+
+
+def test_imported_votes_do_not_replace_newer_ones(pairs, tmp_path):
+    append_votes(tmp_path / "people", "anna", [Vote(pair, 0, 1, "anna") for pair in ids_of(pairs)])
+    given = {"build_labellers": {}, "votes_dirs": [tmp_path / "people"]}
+    run(pairs, tmp_path / "out", **given)
+    append_votes(tmp_path / "out", "anna", [Vote(ids_of(pairs)[0], 1, -1, "anna")])
+    with pytest.raises(ConfigError, match=r"anna\.jsonl' has votes that '.*people.*' lacks"):
+        run(pairs, tmp_path / "out", **given)
+    assert len(read_votes(tmp_path / "out", "anna")) == len(ids_of(pairs)) + 1
 
 
 def test_a_pair_that_fails_does_not_stop_the_others(tmp_path):

@@ -90,13 +90,28 @@ def rows(*changes):
         ({"segments": [[4, 9], [0, 4]]}, "in order, without overlap"),
         ({"segments": [[0, 4], [4, 4]]}, "in order, without overlap"),
         ({"segments": [[-1, 4], [4, 9]]}, "in order, without overlap"),
-        ({"segments": [[0, 4], [4]]}, r"row 1: segments are .*; give \[start, end\) in frames for each"),
+        ({"segments": [[0, 4], [4]]}, r"row 1: segments are .*; give \[start, end\) in frames, two integers, for each"),
         ({"segments": []}, r"row 1: segments are \[\]"),
     ],
 )
 def test_rows_that_are_refused(change, message):
     with pytest.raises(DataError, match=message):
         read_labels(rows({}, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"segments": [["0", "4"], ["4", "9"]]}, r"row 0: segments are .*'0'.*; give .*, two integers, for each"),
+        ({"segments": [[0, 4.5], [4.5, 9]]}, "two integers, for each"),
+        ({"segments": [0, 9]}, "two integers, for each"),
+        ({"labels": 1}, "row 0: labels are 1; give a list"),
+        ({"num_frames": "9"}, "row 0: num_frames is '9'; give an integer"),
+    ],
+)
+def test_values_of_another_type_are_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        read_labels(rows(change))
 
 
 def test_rows_without_labels_yet():

@@ -73,6 +73,7 @@ def test_a_pair_keeps_its_id_when_it_is_labelled_and_loses_it_with_other_clips()
     row = {"prompt": "a car", "source_id": "a.mp4", "seeds": [1, 2], "segments": [[0, 4], [4, 8]], "labels": []}
     assert pair_id(row | {"labels": [1, 0], "label_source": "anna"}) == pair_id(row)
     assert len({pair_id(row), pair_id(row | {"seeds": [1, 3]}), pair_id(row | {"segments": [[0, 8]]})}) == 3
+    assert len({pair_id(row), *(pair_id(row | {"weights": name}) for name in ("a", "b"))}) == 3  # of a tuned model
     Vote(pair_id(row), 0, 1, "anna")  # an id is accepted as one
 
 
