@@ -232,6 +232,22 @@ def test_reward_gradients_at_full_size_are_measured_beside_the_doctor(benchmarks
     assert all(0.8 < ratio < 1.25 for ratio in line["doctor_over_measured"].values())
 
 
+def test_steps_at_full_size_are_measured_beside_the_doctor(benchmarks, monkeypatch, capsys):
+    """At their tiniest: images twice, without and with precomputed reference, clips once."""
+    script = importlib.import_module("full_size_step")
+    words = ["--tiny", "--steps", "1", "--models", "sd35_medium", "wan21_1_3b"]
+    monkeypatch.setattr(sys, "argv", ["full_size_step.py", *words])
+    script.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [(line["model"], line["precomputed_reference"]) for line in lines] == [
+        ("sd35_medium", False),
+        ("sd35_medium", True),
+        ("wan21_1_3b", False),
+    ]
+    assert lines[2]["clips_per_s"] > 0 < lines[2]["doctor_gb"]
+    assert lines[2]["paper_clips_per_s"] == 0.139
+
+
 def test_rounded_products_are_those_of_bfloat16_inputs(benchmarks):
     """Values and gradients of a convolution and a product under autocast: of rounded inputs, in float32, rounded."""
     rounded = importlib.import_module("rounded_bf16").RoundedBf16
