@@ -9,7 +9,7 @@ pairs: the stage `dense-pairs` (files decoded ahead in threads, encoding, noisin
     sampler (the VAE's encoder, and the denoiser twice a step, for guidance, on both copies); in turns, medians.
 memory: peak resident bytes of the stage for two numbers of clips, each in a process of its own, with a maker that
     computes nothing: what grows is the stage.
-Without `--model`: the sandbox's video generator with random weights.
+Without `--model`: the sandbox's video generator with random weights. A GPU is used where there is one.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from data_pipelines.dense.pairs import make_pairs
 from data_pipelines.dense.rows import stored_latents
 
 FPS = 8.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random_model(folder: Path) -> Path:
@@ -85,7 +86,7 @@ def step(model: Path, chosen: argparse.Namespace, work: Path) -> dict[str, Any]:
         save_strategy="no",
         disable_tqdm=True,
     )
-    generator = load_generator(model, device="cpu")
+    generator = load_generator(model, device=DEVICE)
     trainer = DenseDPOTrainer(generator, arguments, rows(generator, chosen))
     trainer.remove_callback(PrinterCallback)
     turns = Turns(lambda: {"bare": bare_step(trainer)})
@@ -127,6 +128,13 @@ def clips(count: int, read: Callable[[Any, str], bytes]) -> Clips:
     return Clips(items, [], read)
 
 
+def _clock() -> float:
+    """Seconds, once the device has done what it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @dataclass
 class Timed:
     """A `PairMaker` whose pairs alternate with the bare sampler's calls; `taken` has the seconds of both."""
@@ -134,18 +142,18 @@ class Timed:
     maker: RolloutPairs
 
     def __post_init__(self) -> None:
-        self.name, self.codec = self.maker.name, self.maker.codec
+        self.name, self.weights, self.codec = self.maker.name, self.maker.weights, self.maker.codec
         self.taken: dict[str, list[float]] = {"stage": [], "bare": []}
         self._since = 0.0
 
     def make(self, request: PairRequest, clip: np.ndarray | None) -> Pair:
         """A pair; the time of the stage counts from the end of the earlier bare calls to the end of this pair."""
         pair = self.maker.make(request, clip)
+        start = _clock()
         if self._since:
-            self.taken["stage"].append(time.perf_counter() - self._since)
-        start = time.perf_counter()
+            self.taken["stage"].append(start - self._since)
         self._bare(request, clip, pair.latents)
-        self._since = time.perf_counter()
+        self._since = _clock()
         self.taken["bare"].append(self._since - start)
         return pair
 
@@ -168,7 +176,7 @@ class Timed:
 def pairs(model: Path, chosen: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Seconds a pair of the stage and of the bare sampler, and their ratio."""
     sampling = Sampling(chosen.steps, 3.0, chosen.side, chosen.side, chosen.frames, fps=FPS)
-    timed = Timed(RolloutPairs(load_generator(model, device="cpu"), sampling))
+    timed = Timed(RolloutPairs(load_generator(model, device=DEVICE), sampling))
     files = [film(number, chosen.frames, chosen.side) for number in range(chosen.repeats + WARM_UP)]
     config = PairsConfig(eta=(0.7, 0.7), part_size=4)
     make_pairs(
@@ -181,7 +189,7 @@ def pairs(model: Path, chosen: argparse.Namespace, work: Path) -> dict[str, Any]
 class Idle:
     """A `PairMaker` that computes nothing."""
 
-    name, codec = "idle", "none"
+    name, weights, codec = "idle", "none", "none"
 
     def make(self, request: PairRequest, clip: np.ndarray | None) -> Pair:  # noqa: ARG002
         """Zeros."""

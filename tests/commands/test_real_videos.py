@@ -16,7 +16,9 @@ CAPTIONS = {
     "bigbuckbunny": "A large rabbit comes out of its burrow.",
     "carphone_pristine": "A man talks in a driving car.",
 }
-WORDS = "--sampling.steps 2 --sampling.guidance_scale 1 --sampling.height 16 --sampling.width 24 --sampling.num_frames 9"
+WORDS = (
+    "--sampling.steps 2 --sampling.guidance_scale 1 --sampling.height 16 --sampling.width 24 --sampling.num_frames 9"
+)
 
 
 @pytest.fixture
