@@ -9,7 +9,7 @@ Usage::
     python benchmarks/gold.py faults EVALUATION ...    what is wrong with the images before and after a training
     python benchmarks/gold.py strip SHEET.png EVALUATION ...   images from the same noise: base and trained models
     python benchmarks/gold.py clips                    the verifier of clips on rendered clips, by kind and fault
-    python benchmarks/gold.py codec FOLDER             the same after a round trip through a generator's VAE; its PSNR
+    python benchmarks/gold.py codec FOLDER             the same after a round trip through a VAE or a generator's; its PSNR
     python benchmarks/gold.py video FOLDER             what it finds in a video generator's clips
     python benchmarks/gold.py clip_sheet FOLDER SHEET.png   generated clips with verdicts of segments, for the eye
     python benchmarks/gold.py pairs FOLDER [ETA ...]   labels of pairs that start from rendered clips (default .65, .8)
@@ -29,15 +29,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from alignkit.evaluation.results import read_pairs
-from alignkit.generators import load_generator
+from alignkit.generators import load_generator, wrap
 from alignkit.generators.pairs import RolloutPairs
 from alignkit.pairs import PairRequest
 from alignkit.records import Prompt, Sampling, texts
-from alignkit.sandbox import film_captions, film_gold, films
+from alignkit.sandbox import film_captions, film_gold, film_models, films
 from alignkit.sandbox.captions import bodies, parse, prompts
 from alignkit.sandbox.gold import FAULTS, GoldReward, fault, look, shows
 from alignkit.sandbox.scenes import CATEGORIES, compose, contradict, render
@@ -104,7 +105,11 @@ def clips(count: int) -> dict[str, object]:
 
 def codec(folder: str, count: int) -> dict[str, object]:
     """PSNR of rendered clips after encoding and decoding, and what gold then says of clips that show their caption."""
-    generator = load_generator(folder, dtype=torch.float32)
+    if (Path(folder) / "model_index.json").is_file():
+        generator = load_generator(folder, dtype=torch.float32)
+    else:  # the autoencoder alone
+        vae = AutoencoderKLWan.from_pretrained(folder, dtype=torch.float32)
+        generator = wrap(film_models.pipeline(vae), name="film")
     psnr, found = [], defaultdict(list)
     for category in film_captions.CATEGORIES:
         for spec, film, rng in _shown(category, count // len(film_captions.CATEGORIES)):
