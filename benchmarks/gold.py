@@ -9,7 +9,7 @@ Usage::
     python benchmarks/gold.py faults EVALUATION ...    what is wrong with the images before and after a training
     python benchmarks/gold.py strip SHEET.png EVALUATION ...   images from the same noise: base and trained models
     python benchmarks/gold.py clips                    the verifier of clips on rendered clips, by kind and fault
-    python benchmarks/gold.py codec FOLDER             the same after a round trip through a VAE or a generator's; its PSNR
+    python benchmarks/gold.py codec FOLDER             the same after a round trip through a VAE; its PSNR
     python benchmarks/gold.py video FOLDER             what it finds in a video generator's clips
     python benchmarks/gold.py clip_sheet FOLDER SHEET.png   generated clips with verdicts of segments, for the eye
     python benchmarks/gold.py pairs FOLDER [ETA ...]   labels of pairs that start from rendered clips (default .65, .8)
