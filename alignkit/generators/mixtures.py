@@ -3,6 +3,7 @@
     embedding     sum_i w_i T_i(p): the pipeline's own `encode_prompt`, once with each member's text encoders
     prediction    sum_i w_i eps_i(x_t, t, c): the network, once with each member's weights (Diffusion Blend, 2505.18547)
 
+The base has the rest of the weights to 1, as in mixtures of weights: one member at 0.5 acts with half its strength.
 Outside of the window the base acts. The chain stays the vanilla pipeline's, with its scheduler. Embeddings are switched
 as those of tuned text encoders are (`alignkit.generators.switching`). Guidance is linear, so predictions may be mixed
 before it.
@@ -10,6 +11,7 @@ before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from typing_extensions import override
 
 from alignkit.adapters import lora, lora_files
 from alignkit.adapters.fingerprint import base_of, is_other_base
+from alignkit.adapters.merging import CLOSE
 from alignkit.adapters.mixture import BASE, Mixture, read_mixture
 from alignkit.errors import AdapterError
 from alignkit.escape import get_logger
@@ -135,7 +138,10 @@ class MixedGenerator:
 
     def __init__(self, generator: PipelineGenerator, mixture: Mixture, variants: Sequence[Variant]) -> None:
         self.generator, self.mixture, self.name = generator, mixture, generator.name
+        rest = 1 - math.fsum(variant.weight for variant in variants)
         self._variants = [variant for variant in variants if variant.weight != 0]
+        if abs(rest) > CLOSE:
+            self._variants.append(Variant(rest))
         self._weights = [variant.weight for variant in self._variants]
 
     def require_sampling(self, sampling: Sampling) -> None:
@@ -227,7 +233,7 @@ class PredictionMixture(MixedGenerator):
 def mixed(values: Sequence[Any], weights: Sequence[float]) -> Any:
     """sum_i w_i values_i of tensors, in nested lists and tuples; what is equal in all (masks, positions) stays.
 
-    Raises AdapterError for tensors of different shapes, and for integers that differ: other tokens.
+    `weights` sum to 1. Raises AdapterError for tensors of different shapes, and for integers that differ: other tokens.
     """
     first = values[0]
     if isinstance(first, list | tuple):
