@@ -33,6 +33,7 @@ from alignkit.storage import checksum, read_json, to_json, write_json
 FILE, KIND = "alignkit.json", "mixture"
 SPACES = ("weights", "embedding", "prediction")
 BASE = "base"  # the name of the base model among the members of a mixture
+HERE = "."  # the place of tuned text encoders, which are the folder itself (`alignkit.generators.tuned_encoders`)
 _ADVICE = "make the mixture again with `alignkit soup`"
 
 

@@ -28,7 +28,7 @@ from alignkit.adapters.merging import CLOSE
 from alignkit.adapters.mixture import BASE, Mixture, read_mixture
 from alignkit.errors import AdapterError
 from alignkit.escape import get_logger
-from alignkit.generators.components import component_class, load_network, require_weights
+from alignkit.generators.components import component_class, load_network, require_finite, require_weights
 from alignkit.generators.members import MIXABLE, Base, Member, read_member
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.generators.switching import counted_steps, replaced
@@ -73,7 +73,8 @@ def load_mixture(generator: PipelineGenerator, folder: Path, family: str | None 
 def load_weights(generator: PipelineGenerator, folder: Path) -> None:
     """Put the result of a soup, an adapter or whole components, on a freshly loaded generator.
 
-    Raises DataError for a folder that is no sound mixture, AdapterError for one that acts at sampling time.
+    Raises DataError for a folder that is no sound mixture, AdapterError for one that acts at sampling time, and for one
+    with a text encoder that the generator has tuned already.
     """
     mixture = read_mixture(folder)
     if mixture.space != "weights":
@@ -88,6 +89,11 @@ def load_weights(generator: PipelineGenerator, folder: Path) -> None:
     for component in [name for name in own if name.startswith(MIXABLE) and (folder / name).is_dir()]:
         if own[component] is None:
             raise AdapterError(f"'{folder}' has a {component}, which '{generator.name}' was loaded without")
+        if component in generator.conditioner.trained:
+            raise AdapterError(
+                f"'{folder}' has a {component}, and so has `encoder`, which it would replace: leave out one of "
+                "them, or mix both by `alignkit soup`"
+            )
     warn_of_base(generator, mixture, folder)
     for component in [name for name in own if name.startswith(MIXABLE) and (folder / name).is_dir()]:
         module = _loaded(folder / component, own[component])
@@ -129,6 +135,7 @@ def _loaded(folder: Path, own: Any) -> nn.Module:
     """The network in `folder` with the class, precision and device of the pipeline's own, frozen."""
     library = type(own).__module__.partition(".")[0]
     stored = require_weights(folder, library)
+    require_finite(stored)
     module = load_network(folder, component_class(library, type(own).__name__), stored, own.dtype)
     return module.to(own.device).requires_grad_(False).eval()
 

@@ -117,10 +117,11 @@ def test_embeddings_are_the_weighted_sum_of_the_members(load, members, mixture):
         assert (tensor - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(("family", "space"), [("flow", "embedding"), ("unet", "prediction")])
+@pytest.mark.parametrize("kind", [("flow", "embedding"), ("unet", "prediction")])
 @pytest.mark.parametrize("weights", [[0.5], [1.5], [0.25, 0.25], [0.0]])
-def test_the_base_has_the_rest_to_one(family, space, weights, load, members, model_folders, tmp_path):
+def test_the_base_has_the_rest_to_one(kind, weights, load, members, model_folders, tmp_path):
     """As in mixtures of weights: one member at 0.5 is half of it and half of the base, and so is twice 0.25."""
+    family, space = kind
     base = Base.open(str(model_folders[family]))
     chosen = [read_member(str(members(family, space)[0]), base) for _ in weights]
     made = make_mixture(base, chosen, weights, tmp_path / "short", space=space, any_sum=True)
