@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -42,7 +42,7 @@ from alignkit.evaluation.ladder import read_arm
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.locks import locked
 from alignkit.paths import require_plain_names
-from alignkit.provenance import write_resolved
+from alignkit.provenance import claim_config, write_config
 from alignkit.records import Prompt
 from alignkit.storage import write_text
 
@@ -160,27 +160,23 @@ def _name(weights: Sequence[float]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One evaluation: where it is, and the tuned side, made when it is needed."""
+    """One evaluation: a mixture of one training seed, or one of `others`."""
 
     space: str
     name: str
     weights: tuple[float, ...]
     seed: int
-    tuned: Callable[[], GeneratorSpec]
 
 
 def _tasks(job: FrontierJob) -> Iterator[_Task]:
-    rows, mixer = [tuple(map(float, row)) for row in np.eye(len(job.members))], _Mixer(job)
+    rows = [tuple(map(float, row)) for row in np.eye(len(job.members))]
     points = [(MEMBERS, name, row) for name, row in zip(job.members, rows, strict=True)]
     for space in job.spaces:
         ends = [] if job.steps(space) == ALL_STEPS else rows  # a member that acts in some steps is another image source
         points += [(space, _name(weights), weights) for weights in (*ends, *job.weights)]
     for seed in job.seeds:
-        for space, name, weights in points:
-            tuned = functools.partial(mixer.mixed, space, weights, seed, job.folder(space, name, seed) / "mixture")
-            yield _Task(space, name, weights, seed, tuned)
-    for name, spec in job.others.items():
-        yield _Task(OTHERS, name, (0.0,) * len(rows), 0, functools.partial(replace, spec))
+        yield from (_Task(*point, seed) for point in points)
+    yield from (_Task(OTHERS, name, (0.0,) * len(rows), 0) for name in job.others)
 
 
 @dataclass(frozen=True)
@@ -207,40 +203,50 @@ class _Mixer:
 
         return read
 
-    def mixed(self, space: str, weights: tuple[float, ...], seed: int, out: Path) -> GeneratorSpec:
-        """The base with the mixture, which is made where it is missing. A member alone, in all steps, is a soup of one.
+    def _parts(self, task: _Task) -> tuple[list[tuple[Member, dict[str, str]]], list[float]]:
+        """The members with a weight, and their weights."""
+        used = [number for number, weight in enumerate(task.weights) if weight != 0]
+        folders = [own[task.seed] for own in self.job.members.values()]
+        return [self._read(folders[number]) for number in used], [task.weights[number] for number in used]
 
-        Raises ResumeError for a mixture in `out` that was made of other members, with other weights or for other steps.
-        """
+    def _folder(self, task: _Task) -> Path:
+        return self.job.folder(task.space, task.name, task.seed) / "mixture"
+
+    def require_same(self, task: _Task) -> None:
+        """ResumeError for a mixture that was made before of other members, with other weights or for other steps."""
         from alignkit.adapters.mixture import is_mixture, read_mixture
+
+        out = self._folder(task)
+        if task.space == OTHERS or not is_mixture(out):
+            return
+        made, (members, weights) = read_mixture(out), self._parts(task)
+        files = [record.files for record in made.members]
+        found = {"members": files, "weights": list(made.weights), "window": made.window}
+        checksums = [own for _, own in members]
+        wanted = {"members": checksums, "weights": weights, "window": self.job.steps(task.space)}
+        different = [key for key in wanted if found[key] != wanted[key]]
+        if different:
+            raise ResumeError(
+                f"'{out}' was made with other {' and '.join(different)} than this config asks for. Give the old "
+                "members in the old order, or another `out`; to make this point of members that were trained again, "
+                f"remove '{out.parent}'"
+            )
+
+    def mixed(self, task: _Task) -> GeneratorSpec:
+        """The base with the mixture, made where it is missing. A member alone, in all steps, is a soup of one."""
+        from alignkit.adapters.mixture import is_mixture
         from alignkit.generators.soups import make_mixture, make_soup
 
-        used, window = [number for number, weight in enumerate(weights) if weight != 0], self.job.steps(space)
-        folders = [own[seed] for own in self.job.members.values()]
-        members, wanted = zip(*(self._read(folders[number]) for number in used), strict=True)
-        shares = [weights[number] for number in used]
-        if is_mixture(out):  # its record is written last
-            made = read_mixture(out)
-            found = {"members": [record.files for record in made.members], "weights": list(made.weights)}
-            given = {"members": list(wanted), "weights": shares, "window": window}
-            _require_same({**found, "window": made.window}, given, out)
-            return replace(self.job.base, adapter=out)
-        shutil.rmtree(out, ignore_errors=True)
-        if space in ("embedding", "prediction"):
-            make_mixture(self._base, members, shares, out, space=space, window=window, any_sum=True)
-        else:
-            make_soup(self._base, members, shares, out, any_sum=True)
+        out = self._folder(task)
+        if not is_mixture(out):  # its record is written last
+            shutil.rmtree(out, ignore_errors=True)
+            members, weights = self._parts(task)
+            parts = (self._base, [member for member, _ in members], weights, out)
+            if task.space in ("embedding", "prediction"):
+                make_mixture(*parts, space=task.space, window=self.job.steps(task.space), any_sum=True)
+            else:
+                make_soup(*parts, any_sum=True)
         return replace(self.job.base, adapter=out)
-
-
-def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], out: Path) -> None:
-    different = [key for key in wanted if found[key] != wanted[key]]
-    if different:
-        raise ResumeError(
-            f"'{out}' was made with other {' and '.join(different)} than this config asks for. Give the old members in "
-            f"the old order, or another `out`; to make this point of members that were trained again, remove "
-            f"'{out.parent}'"
-        )
 
 
 def _plan(job: FrontierJob) -> list[str]:
@@ -258,14 +264,20 @@ def _plan(job: FrontierJob) -> list[str]:
 def _work(argv: Sequence[str], job: FrontierJob) -> None:
     # What a point depends on is in its own folder; the rest may change.
     free = {"members", "spaces", "grid", "points", "any_sum", "others", "objectives", "table", "title"}
-    write_resolved(job.out, job, free)
-    prompts, tasks = job.asked(), list(_tasks(job))
+    claim_config(job.out, job, free)
+    prompts, tasks, mixer = job.asked(), list(_tasks(job)), _Mixer(job)
+    for task in tasks:
+        mixer.require_same(task)
+    write_config(job.out, job)  # which says what the points are of, also to the studio
     bar = tqdm(tasks, unit="point")
     for task in bar:
         bar.set_postfix_str(f"{task.space} {task.name}, seed {task.seed}")
         folder = job.folder(task.space, task.name, task.seed)
         with locked(folder):
-            sides = {"base": job.base, "tuned": task.tuned()}
+            sides = {
+                "base": job.base,
+                "tuned": job.others[task.name] if task.space == OTHERS else mixer.mixed(task),
+            }
             out = folder / "evaluation"
             compare(
                 *(sides, prompts, job.evaluate, out),

@@ -9,13 +9,17 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
+from random_adapters import shake
 
 from alignkit import cli
 from alignkit.adapters import lora
 from alignkit.adapters.mixture import read_mixture
 from alignkit.commands.frontier import read_frontier
+from alignkit.commands.specs import GeneratorSpec, build_generator
 from alignkit.diffusion.tuned_steps import TunedSteps
 from alignkit.evaluation.frontier import MEMBERS
+from alignkit.generators.tuned_encoders import save_tuned
+from alignkit.records import Sampling
 
 SAMPLING = {"height": 16, "width": 16, "steps": 2}
 
@@ -103,6 +107,31 @@ def test_members_alone_act_in_the_window_too(work, frontier, capsys):
     assert abs(whole - windowed).max() > 1e-6
 
 
+def test_whole_text_encoders_as_weights_and_as_embeddings(work, load, frontier, capsys):
+    """One training seed of tuned encoders that act in the last half of the steps; half of each is a mixture of both."""
+    for seed, name in enumerate(("one", "two")):
+        generator = load("unet")
+        generator.conditioner.unfreeze()
+        shake(generator.conditioner.encoders["text_encoder"], seed, 0.1)
+        generator.conditioner.window = TunedSteps(0.5, 1.0)
+        save_tuned(generator, work / name)
+    told = frontier(members={"one": ["one"], "two": ["two"]}, spaces=["weights", "embedding"], window=[0.5, 1.0])
+    assert cli.main(told) == 0, capsys.readouterr().err
+    again = read_frontier(work / "front")
+    assert [one.name for one in again.of("weights")] == ["one", "two", "0.5-0.5"]
+    assert [one.name for one in again.of("embedding")] == ["1-0", "0-1", "0.5-0.5"]
+    gains = {(one.space, one.name): one.gains(("red", "dark")) for one in again.points}
+    assert all(abs(gain).max() > 0 for gain in gains.values())
+    assert abs(gains["embedding", "1-0"] - gains[MEMBERS, "one"]).max() > 0
+    tuned = build_generator("one", GeneratorSpec(model=str(load("unet").pipeline.name_or_path), encoder=work / "one"))
+    spec = GeneratorSpec(model=tuned.pipeline.name_or_path, adapter=work / "front/points/embedding/1-0/seed-0/mixture")
+    images = [
+        one.generate(["a cat"], [1], Sampling(guidance_scale=5.0, **SAMPLING))
+        for one in (tuned, build_generator("one", spec))
+    ]
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+
+
 def test_what_a_killed_process_left_of_a_mixture_is_made_again(work, frontier, capsys):
     left = work / "front" / "points" / "weights" / "0.5-0.5" / "seed-0" / "mixture"
     left.mkdir(parents=True)
@@ -117,6 +146,7 @@ def test_a_mixture_of_other_members_is_not_used(work, frontier, members, capsys)
     swapped = {"two": members["two"], "one": members["one"]}
     assert cli.main(frontier(points=[[0.75, 0.25]], members=swapped)) == 2
     assert "0.5-0.5/seed-0/mixture' was made with other members than this config" in capsys.readouterr().err
+    assert list(read_frontier(work / "front").members) == ["one", "two"]
     shutil.rmtree(members["two"][0])
     shutil.copytree(members["two"][1], members["two"][0])
     assert cli.main(frontier(points=[[0.75, 0.25]])) == 2
