@@ -205,9 +205,10 @@ class _Mixer:
 
     def _parts(self, task: _Task) -> tuple[list[tuple[Member, dict[str, str]]], list[float]]:
         """The members with a weight, and their weights."""
-        used = [number for number, weight in enumerate(task.weights) if weight != 0]
-        folders = [own[task.seed] for own in self.job.members.values()]
-        return [self._read(folders[number]) for number in used], [task.weights[number] for number in used]
+        given = zip(self.job.members.values(), task.weights, strict=True)
+        used = [(self._read(folders[task.seed]), weight) for folders, weight in given if weight != 0]
+        members, weights = zip(*used, strict=True)
+        return list(members), list(weights)
 
     def _folder(self, task: _Task) -> Path:
         return self.job.folder(task.space, task.name, task.seed) / "mixture"
