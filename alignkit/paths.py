@@ -6,10 +6,22 @@ folder that the user gave. Not here: archives, whose extraction has rules of its
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+def require_plain_names(names: Iterable[str], key: str) -> None:
+    """ConfigError for a name in the section `key` of a config that cannot be the name of a folder."""
+    for name in names:
+        if not _PLAIN.fullmatch(name):
+            allowed = "letters, digits, '_', '-' and '.', at most 64"
+            raise ConfigError(f"{key}: the name {name!r} becomes a folder; use {allowed}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,12 +89,14 @@ def export(
 
     `keys` are the family's own for its network; CLIP text encoders have the same in all families.
     `bases` are the fingerprints of the base weights for the file's header. None, without a file, where ComfyUI has no
-    keys for a part or a layer; for a layer of a known family a warning too.
+    keys for a part or a layer; for a text encoder and for a layer of a known family a warning too.
     """
     state: dict[str, Tensor] = {}
     for name, part in parts.items():
         own = keys.get(name) or _text_encoder_keys(name, part)
         if own is None:
+            if name.startswith("text_encoder"):
+                logger.warning("no file for ComfyUI: its keys of %s, a %s, are not known", name, type(part).__name__)
             return None
         layers = layer_weights(part, adapter)
         unknown = [path for path in layers if not re.fullmatch(own.known, path)]

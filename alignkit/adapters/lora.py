@@ -315,13 +315,13 @@ def _stored_config(ranks: Mapping[str, int], config: Mapping[str, Any]) -> LoraC
     alphas |= config.get("alpha_pattern") or {}
     guess = {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks)}
     if set(ranks.values()) != {rank}:
-        guess["rank_pattern"] = _longest_first(ranks)
+        guess["rank_pattern"] = longest_first(ranks)
     known = {field.name for field in fields(LoraConfig) if field.init}
     values = {key: value for key, value in config.items() if key in known and value is not None}
-    return LoraConfig(**{**guess, **values, "alpha_pattern": _longest_first(alphas)})
+    return LoraConfig(**{**guess, **values, "alpha_pattern": longest_first(alphas)})
 
 
-def _longest_first(pattern: Mapping[str, Any]) -> dict[str, Any]:
+def longest_first(pattern: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT takes the first pattern that is an end of a layer's name, so longer ones must come first."""
     return {path: pattern[path] for path in sorted(pattern, key=lambda path: (-len(path), path))}
 

@@ -8,15 +8,17 @@ weights 0.5 and 0.5 give twice the adapter. With rsLoRA its result is too large 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from alignkit.adapters.lora import DOWN, UP
+from alignkit.adapters.lora import DOWN, UP, longest_first
 from alignkit.adapters.low_rank import Lost, factorised, product, truncated
 from alignkit.adapters.merging import CLOSE, Merge, Method, combine
 from alignkit.adapters.plain import DORA_ENDS, require_plain
@@ -27,6 +29,9 @@ from alignkit.escape import get_logger
 logger = get_logger(__name__)
 ALPHA = ".alpha"
 _LAYOUTS = ((DOWN, UP), (".lora_down.weight", ".lora_up.weight"))  # PEFT's and diffusers', kohya's
+
+# Of adapters in other layouts, or of other kinds: LoHa, LoKr, OFT, IA3. They must not count as full weights.
+_ADAPTER_KEYS = re.compile(r"(^|[._])(lora[._]|hada_|lokr_|b?oft_|ia3_)", re.IGNORECASE)
 
 State = Mapping[str, Tensor]
 
@@ -54,7 +59,8 @@ def soup(
 
     Weights are used as they are. `method`, `density` and `seed` are those of `merging.Merge`; TIES and DARE need `rank`
     for LoRAs and `base` for full weights. Raises AdapterError naming the member and the key for DoRA, for LoRA mixed
-    with full weights, and for shapes or names that do not fit; ConfigError for what the method cannot take.
+    with full weights, for shapes or names that do not fit, and for a LoRA that shares no layer with another;
+    ConfigError for what the method cannot take.
     """
     if not state_dicts or len(state_dicts) != len(weights):
         raise AdapterError(f"soup: {len(state_dicts)} state dicts and {len(weights)} weights; give one weight for each")
@@ -72,23 +78,30 @@ def soup(
         mixed = WeightSoup(members, weights, merge, base)
         return {name: mixed.weight(name) for name in mixed.names}
     members_of_lora = [Lora.of(state, layouts[0]) for state in state_dicts]
+    for number, member in enumerate(members_of_lora):
+        others = [other.layers for other in members_of_lora if other is not member]
+        if others and not any(member.layers.keys() & layers.keys() for layers in others):
+            raise AdapterError(
+                f"soup: member {number} shares no layer with another ('{min(member.layers)}', '{min(others[0])}'); "
+                "give all members the same names of layers, with the same prefix"
+            )
     return soup_of_loras(members_of_lora, weights, merge, rank, ends=layouts[0])[0]
 
 
 def with_alphas(state: State, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """A LoRA state dict under PEFT names with `PATH.alpha` for every layer, from PEFT's LoraConfig values.
 
-    rsLoRA's scale alpha / sqrt(rank) is written as the alpha that gives it. Raises AdapterError for DoRA and other
+    Patterns of alpha match as in `lora.load`: by PEFT's function, longer ones first. rsLoRA's scale alpha / sqrt(rank)
+    is written as the alpha that gives it. Raises AdapterError for DoRA and other
     configs that are no plain LoRA.
     """
     require_plain(config, "soup: an adapter's config", "Train or export a plain LoRA")
-    pattern = config.get("alpha_pattern") or {}
+    pattern = longest_first(config.get("alpha_pattern") or {})
     result = dict(state)
     for key, down in state.items():
         if key.endswith(DOWN):
             path, rank = key.removesuffix(DOWN), len(down)
-            ends = [name for name in pattern if path == name or path.endswith(f".{name}")]
-            alpha = pattern[ends[0]] if ends else config.get("lora_alpha", rank)
+            alpha = pattern.get(get_pattern_key(list(pattern), path), config.get("lora_alpha", rank))
             result[path + ALPHA] = torch.tensor(float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0))
     return result
 
@@ -96,7 +109,7 @@ def with_alphas(state: State, config: Mapping[str, Any]) -> dict[str, Tensor]:
 def lora_ends(state: State, label: str) -> tuple[str, str] | None:
     """The ends of the names of down and up weights; None for full weights.
 
-    Raises AdapterError naming the member `label` for DoRA and other weights that are no plain LoRA.
+    Raises AdapterError naming the member `label` for DoRA and other adapters that are no plain LoRA in these layouts.
     """
     if not state:
         raise AdapterError(f"soup: {label} is empty")
@@ -112,6 +125,12 @@ def lora_ends(state: State, label: str) -> tuple[str, str] | None:
                 problem = min((state.keys() - known) | (required - state.keys()))
                 raise AdapterError(f"soup: '{problem}' of {label} does not belong to a plain LoRA")
             return down, up
+    for key in state:
+        if _ADAPTER_KEYS.search(key):
+            raise AdapterError(
+                f"soup: '{key}' of {label} is an adapter's, in a layout that is not known; give a plain LoRA with the "
+                f"names {' and '.join(_LAYOUTS[0])} (peft.get_peft_model_state_dict), or kohya's"
+            )
     return None
 
 

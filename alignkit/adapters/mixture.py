@@ -5,7 +5,7 @@
                       sampling time
     base, base_fingerprint   the model, and the fingerprints of its weights by component
     members           name, SHA-256 of each of its files; for the latter two spaces their place below the folder
-    weights           one number a member, in the same order
+    weights           one number a member, in the same order; the base has the rest to 1
     method, density, seed, rank_error   of a soup; see `alignkit.adapters.merging`
     window            [start, stop): in which steps the mixture acts; the base acts in the others. null: in all
     null              whether text encoders act on the null condition of guidance too
@@ -33,6 +33,7 @@ from alignkit.storage import checksum, read_json, to_json, write_json
 FILE, KIND = "alignkit.json", "mixture"
 SPACES = ("weights", "embedding", "prediction")
 BASE = "base"  # the name of the base model among the members of a mixture
+HERE = "."  # the place of tuned text encoders, which are the folder itself (`alignkit.generators.tuned_encoders`)
 _ADVICE = "make the mixture again with `alignkit soup`"
 
 

@@ -10,9 +10,10 @@ from alignkit.commands.specs import GeneratorSpec, JudgeSpec, PromptsConfig, Rew
 from alignkit.commands.stages import compare, judge_evaluation
 from alignkit.commands.verb import Tree, Verb, execute
 from alignkit.errors import ConfigError
-from alignkit.evaluation.judged import judged_lines, require_plain_names
+from alignkit.evaluation.judged import judged_lines
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.terminal import before_after
+from alignkit.paths import require_plain_names
 from alignkit.provenance import write_resolved
 
 
@@ -42,7 +43,7 @@ class EvaluateJob:
     def __post_init__(self) -> None:
         if self.gold is not None:
             require_names([self.gold], self.rewards, kind="reward", key="gold")
-        require_plain_names(self.judges)
+        require_plain_names(self.judges, "judges")
         if self.tuned == self.base:
             raise ConfigError("base and tuned are the same; give tuned.adapter or another tuned.model")
         for side in (self.base, self.tuned):

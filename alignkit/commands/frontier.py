@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -31,8 +32,8 @@ from alignkit.commands.specs import (
 from alignkit.commands.stages import compare
 from alignkit.commands.verb import Verb, execute
 from alignkit.config import build, read_tree
-from alignkit.diffusion.tuned_steps import TunedSteps
-from alignkit.errors import ConfigError, DataError, MissingFileError, require_at_least
+from alignkit.diffusion.tuned_steps import ALL_STEPS, TunedSteps
+from alignkit.errors import ConfigError, DataError, MissingFileError, ResumeError, require_at_least
 from alignkit.escape import to_code, to_markdown
 from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, simplex, table
 from alignkit.evaluation.frontier_page import render
@@ -40,9 +41,13 @@ from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.ladder import read_arm
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.locks import locked
-from alignkit.provenance import write_resolved
+from alignkit.paths import require_plain_names
+from alignkit.provenance import claim_config, write_config
 from alignkit.records import Prompt
 from alignkit.storage import write_text
+
+if TYPE_CHECKING:
+    from alignkit.generators.members import Base, Member
 
 Space = Literal["weights", "embedding", "prediction"]
 
@@ -58,7 +63,9 @@ class FrontierJob:
     spaces: what is mixed: weights, embedding (of text encoders), prediction (of denoisers).
     grid: weights are the multiples of 1 / grid that sum to 1; for two members and 4 these are 1, 0.75, 0.5, 0.25, 0.
     points: further weights, each one number a member.
-    window: the steps in which embedding and prediction mixtures act, as in `alignkit soup`.
+    any_sum: allow points whose weights do not sum to 1.
+    window: the steps in which embedding and prediction mixtures act, as in `alignkit soup`. Members alone are then
+        evaluated in these steps too, as the end points of such a space.
     null: whether embedding mixtures also replace the null condition of guidance.
     others: other generators on the same axes, by a name of your choice, e.g. a joint training.
     prompts: where prompts come from; the held-out share is used (all with held_out: 0).
@@ -77,6 +84,7 @@ class FrontierJob:
     spaces: Sequence[Space] = ("weights",)
     grid: int = 4
     points: Sequence[Sequence[float]] = ()
+    any_sum: bool = False
     window: Sequence[float] | None = None
     null: bool = True
     others: Mapping[str, GeneratorSpec] = field(default_factory=dict)
@@ -90,6 +98,10 @@ class FrontierJob:
 
     def __post_init__(self) -> None:
         require_at_least(1, {"grid": self.grid, "evaluate_prompts": self.evaluate_prompts})
+        if self.base.is_own or self.base.adapter is not None or self.base.encoder is not None:
+            raise ConfigError("base: give a diffusers model without adapter and encoder; those are members")
+        require_plain_names(self.members, "members")
+        require_plain_names(self.others, "others")
         require_names(self.objectives, self.rewards, kind="reward", key="objectives")
         require_names([self.gold] if self.gold else [], self.rewards, kind="reward", key="gold")
         if len(self.members) < 2:
@@ -99,10 +111,18 @@ class FrontierJob:
             raise ConfigError(f"members have {counts} trainings; give equally many, one for each training seed")
         if len(set(self.objectives)) < max(2, len(self.objectives)):
             raise ConfigError(f"objectives: {list(self.objectives)}; give at least two rewards, each once")
+        self._check_points()
+        TunedSteps.between(self.window).on(self.evaluate.sampling.steps)
+
+    def _check_points(self) -> None:
+        from alignkit.adapters.merging import require_weights
+
         for weights in self.points:
             if len(weights) != len(self.members):
                 raise ConfigError(f"points: {list(weights)} has {len(weights)} weights for {len(self.members)} members")
-        TunedSteps.between(self.window)
+            if not any(weights):
+                raise ConfigError(f"points: {list(weights)} is the base itself, whose gains are 0; leave it out")
+            require_weights(weights, any_sum=self.any_sum)
 
     @property
     def seeds(self) -> range:
@@ -111,10 +131,17 @@ class FrontierJob:
 
     @property
     def weights(self) -> list[tuple[float, ...]]:
-        """The weights of all mixtures, without those of a single member."""
+        """The weights of all mixtures, without those of a single member; of those with equal names, the first."""
         given = [*simplex(len(self.members), self.grid), *(tuple(map(float, one)) for one in self.points)]
-        ends = set(simplex(len(self.members), 1))
-        return [one for one in dict.fromkeys(given) if one not in ends]
+        known = {_name(one): one for one in reversed(given)}
+        ends = set(map(_name, simplex(len(self.members), 1)))
+        return [known[name] for name in dict.fromkeys(map(_name, given)) if name not in ends]
+
+    def steps(self, space: str) -> TunedSteps:
+        """Where a mixture of `space` acts."""
+        if space not in ("embedding", "prediction"):
+            return ALL_STEPS
+        return TunedSteps.between(self.window, null=self.null or space != "embedding")
 
     def asked(self) -> Sequence[Prompt]:
         """The prompts that base and mixtures are compared on. Raises what the prompts' source raises."""
@@ -126,47 +153,101 @@ class FrontierJob:
         return self.out / "points" / space / name / f"seed-{seed}"
 
 
+def _name(weights: Sequence[float]) -> str:
+    """Of a mixture, in tables and as a folder."""
+    return "-".join(map("{:g}".format, weights))
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One evaluation: where it is, and the tuned side, made when it is needed."""
+    """One evaluation: a mixture of one training seed, or one of `others`."""
 
     space: str
     name: str
     weights: tuple[float, ...]
     seed: int
-    tuned: Callable[[], GeneratorSpec]
 
 
 def _tasks(job: FrontierJob) -> Iterator[_Task]:
-    names, count = list(job.members), len(job.members)
-    ends = [(MEMBERS, name, tuple(map(float, row))) for name, row in zip(names, np.eye(count), strict=True)]
-    mixed = [(space, "-".join(map("{:g}".format, weights)), weights) for space in job.spaces for weights in job.weights]
+    rows = [tuple(map(float, row)) for row in np.eye(len(job.members))]
+    points = [(MEMBERS, name, row) for name, row in zip(job.members, rows, strict=True)]
+    for space in job.spaces:
+        ends = [] if job.steps(space) == ALL_STEPS else rows  # a member that acts in some steps is another image source
+        points += [(space, _name(weights), weights) for weights in (*ends, *job.weights)]
     for seed in job.seeds:
-        for space, name, weights in [*ends, *mixed]:
-            tuned = functools.partial(_mixed, job, space, weights, seed, job.folder(space, name, seed) / "mixture")
-            yield _Task(space, name, weights, seed, tuned)
-    for name, spec in job.others.items():
-        yield _Task(OTHERS, name, (0.0,) * count, 0, functools.partial(replace, spec))
+        yield from (_Task(*point, seed) for point in points)
+    yield from (_Task(OTHERS, name, (0.0,) * len(rows), 0) for name in job.others)
 
 
-def _mixed(job: FrontierJob, space: str, weights: tuple[float, ...], seed: int, out: Path) -> GeneratorSpec:
-    """The base with the mixture, which is made where it is missing. A member alone is a soup of one."""
-    from alignkit.adapters.mixture import is_mixture
-    from alignkit.generators.members import Base, read_member
-    from alignkit.generators.soups import make_mixture, make_soup
+@dataclass(frozen=True)
+class _Mixer:
+    """Makes the mixtures of a frontier; the members of one training seed are read once."""
 
-    if not is_mixture(out):  # its record is written last
-        base = Base.open(job.base.model, job.base.family)
-        used = [number for number, weight in enumerate(weights) if weight != 0]
-        folders = [own[seed] for own in job.members.values()]
-        members = [read_member(folders[number], base) for number in used]
-        shares = [weights[number] for number in used]
-        if space in ("embedding", "prediction"):
-            window = TunedSteps.between(job.window, null=job.null or space != "embedding")
-            make_mixture(base, members, shares, out, space=space, window=window, any_sum=True)
-        else:
-            make_soup(base, members, shares, out, any_sum=True)
-    return replace(job.base, adapter=out)
+    job: FrontierJob
+
+    @functools.cached_property
+    def _base(self) -> Base:
+        from alignkit.generators.members import Base
+
+        return Base.open(self.job.base.model, self.job.base.family)
+
+    @functools.cached_property
+    def _read(self) -> Callable[[str], tuple[Member, dict[str, str]]]:
+        """A member and the checksums of its files."""
+        from alignkit.generators.members import read_member
+
+        @functools.lru_cache(len(self.job.members))
+        def read(folder: str) -> tuple[Member, dict[str, str]]:
+            member = read_member(folder, self._base)
+            return member, member.checksums()
+
+        return read
+
+    def _parts(self, task: _Task) -> tuple[list[tuple[Member, dict[str, str]]], list[float]]:
+        """The members with a weight, and their weights."""
+        given = zip(self.job.members.values(), task.weights, strict=True)
+        used = [(self._read(folders[task.seed]), weight) for folders, weight in given if weight != 0]
+        members, weights = zip(*used, strict=True)
+        return list(members), list(weights)
+
+    def _folder(self, task: _Task) -> Path:
+        return self.job.folder(task.space, task.name, task.seed) / "mixture"
+
+    def require_same(self, task: _Task) -> None:
+        """ResumeError for a mixture that was made before of other members, with other weights or for other steps."""
+        from alignkit.adapters.mixture import is_mixture, read_mixture
+
+        out = self._folder(task)
+        if task.space == OTHERS or not is_mixture(out):
+            return
+        made, (members, weights) = read_mixture(out), self._parts(task)
+        files = [record.files for record in made.members]
+        found = {"members": files, "weights": list(made.weights), "window": made.window}
+        checksums = [own for _, own in members]
+        wanted = {"members": checksums, "weights": weights, "window": self.job.steps(task.space)}
+        different = [key for key in wanted if found[key] != wanted[key]]
+        if different:
+            raise ResumeError(
+                f"'{out}' was made with other {' and '.join(different)} than this config asks for. Give the old "
+                "members in the old order, or another `out`; to make this point of members that were trained again, "
+                f"remove '{out.parent}'"
+            )
+
+    def mixed(self, task: _Task) -> GeneratorSpec:
+        """The base with the mixture, made where it is missing. A member alone, in all steps, is a soup of one."""
+        from alignkit.adapters.mixture import is_mixture
+        from alignkit.generators.soups import make_mixture, make_soup
+
+        out = self._folder(task)
+        if not is_mixture(out):  # its record is written last
+            shutil.rmtree(out, ignore_errors=True)
+            members, weights = self._parts(task)
+            parts = (self._base, [member for member, _ in members], weights, out)
+            if task.space in ("embedding", "prediction"):
+                make_mixture(*parts, space=task.space, window=self.job.steps(task.space), any_sum=True)
+            else:
+                make_soup(*parts, any_sum=True)
+        return replace(self.job.base, adapter=out)
 
 
 def _plan(job: FrontierJob) -> list[str]:
@@ -183,15 +264,21 @@ def _plan(job: FrontierJob) -> list[str]:
 
 def _work(argv: Sequence[str], job: FrontierJob) -> None:
     # What a point depends on is in its own folder; the rest may change.
-    free = {"members", "spaces", "grid", "points", "others", "objectives", "table", "title"}
-    write_resolved(job.out, job, free)
-    prompts, tasks = job.asked(), list(_tasks(job))
+    free = {"members", "spaces", "grid", "points", "any_sum", "others", "objectives", "table", "title"}
+    claim_config(job.out, job, free)
+    prompts, tasks, mixer = job.asked(), list(_tasks(job)), _Mixer(job)
+    for task in tasks:
+        mixer.require_same(task)
+    write_config(job.out, job)  # which says what the points are of, also to the studio
     bar = tqdm(tasks, unit="point")
     for task in bar:
         bar.set_postfix_str(f"{task.space} {task.name}, seed {task.seed}")
         folder = job.folder(task.space, task.name, task.seed)
         with locked(folder):
-            sides = {"base": job.base, "tuned": task.tuned()}
+            sides = {
+                "base": job.base,
+                "tuned": job.others[task.name] if task.space == OTHERS else mixer.mixed(task),
+            }
             out = folder / "evaluation"
             compare(
                 *(sides, prompts, job.evaluate, out),

@@ -19,6 +19,7 @@ from alignkit.commands.writers import WriterSpec
 from alignkit.config import init_fields, load
 from alignkit.errors import ConfigError, require_at_least
 from alignkit.evaluation.paired import EvaluateConfig
+from alignkit.paths import require_plain_names
 from alignkit.provenance import plain
 from alignkit.records import Prompt
 from data_pipelines.aspects import AspectsConfig
@@ -120,6 +121,7 @@ class LadderJob(PolicyJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_plain_names(self.arms, "arms")
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
         for name, arm in self.arms.items():
             taken = sorted(SET_BY_LADDER & {*self.train, *arm.train})

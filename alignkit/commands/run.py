@@ -37,11 +37,12 @@ from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outlin
 from alignkit.config import Located, coerce
 from alignkit.errors import ConfigError, require_at_least
 from alignkit.evaluation.card import CardInputs, write_card
-from alignkit.evaluation.judged import judged_lines, require_plain_names
+from alignkit.evaluation.judged import judged_lines
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.report import write_report
 from alignkit.evaluation.terminal import before_after
 from alignkit.locks import locked
+from alignkit.paths import require_plain_names
 from alignkit.provenance import claim_config, plain, write_config
 
 
@@ -84,7 +85,7 @@ class RunJob(PolicyJob):
         self.check_judges("validation.rewards", self.validation.rewards if self.validation else [])
         self.check_judges("train.reward_weights", trained_rewards(self.train))
         require_guard(self.train, self.validation)
-        require_plain_names(self.judges)
+        require_plain_names(self.judges, "judges")
         self.aligned.require_frames(self.evaluate.sampling.num_frames, "evaluate.sampling.num_frames")
         self.aligned.require_frames(trained_frames(self.train), "train.num_frames")
         if self.validation is not None:

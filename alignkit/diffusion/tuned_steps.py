@@ -50,6 +50,10 @@ class TunedSteps:
                 "chain, at most 1, or whole numbers of steps"
             )
 
+    def __str__(self) -> str:
+        steps = "all steps" if self.bounds is None else f"the steps [{self.start:g}, {self.stop:g})"
+        return steps if self.null else f"{steps} without the null condition"
+
     @classmethod
     def between(cls, bounds: Sequence[float] | None, *, null: bool = True) -> TunedSteps:
         """Those of two bounds; None for all steps. Raises ConfigError for another number of bounds."""

@@ -6,7 +6,8 @@ single mixture reaches has the intervals of the ladder. Sets of points are measu
     non-dominated    no other point is at least as good in all objectives and better in one
     hypervolume      of the region between a reference point and the points of one space, members included
     attainment       the region that a share of the runs reaches (Grunert da Fonseca, Fonseca and Hall 2001)
-    barrier          max over the edge between two members of sum_i w_i gain_i - gain(mixture), Frankle et al. 2020
+    barrier          max over the edge between two members (w_i >= 0, sum 1) of sum_i w_i gain_i - gain(mixture),
+                     Frankle et al. 2020
 
 Deliberately not here: making mixtures.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +28,7 @@ from alignkit.escape import to_markdown
 from alignkit.evaluation.ladder import ArmResult, points
 from alignkit.evaluation.statistics import Bootstrap, Combined, Floats, combine_runs
 
-MEMBERS = "members"  # the space of the end points, which all spaces share
+MEMBERS = "members"  # the space of the members alone in all steps: the end points of spaces without a window
 OTHERS = "others"  # of generators that are no mixture of the members
 LEVELS = (0.0, 50.0, 100.0)  # percentiles of the attainment: what any, half, and all runs reach
 
@@ -79,8 +81,13 @@ class Frontier:
         return [space for space in found if space not in (MEMBERS, OTHERS)]
 
     def of(self, space: str) -> list[Point]:
-        """The points of a space, with the end points, which belong to every space."""
-        return [point for point in self.points if point.space in (space, MEMBERS)]
+        """The points of a space, with the members alone where it has no end points of its own."""
+        own = {point.weights for point in self.points if point.space == space}
+        return [
+            point
+            for point in self.points
+            if point.space == space or (point.space == MEMBERS and point.weights not in own)
+        ]
 
     def non_dominated(self) -> list[Point]:
         """The points that no other beats, by their mean gains; the base, with gains of 0, is one of the others."""
@@ -124,10 +131,15 @@ class Frontier:
         return [barrier for space, ends in pairs for barrier in self._barriers_between(space, ends)]
 
     def _barriers_between(self, space: str, ends: tuple[int, int]) -> list[Barrier]:
-        points = {tuple(np.flatnonzero(point.weights)): point for point in self.points if point.space == MEMBERS}
-        outer = [points.get((end,)) for end in ends]
-        between = [point for point in self.of(space) if tuple(np.flatnonzero(point.weights)) == ends]
-        first, second = outer
+        points = {point.weights: point for point in self.of(space)}
+        first, second = (points.get(tuple(row)) for row in np.eye(len(self.members))[list(ends)])
+        between = [
+            point
+            for point in points.values()
+            if tuple(np.flatnonzero(point.weights)) == ends
+            and min(point.weights) >= 0
+            and math.isclose(sum(point.weights), 1, abs_tol=1e-6)
+        ]
         if first is None or second is None or not between:
             return []
         names, found = (self.members[ends[0]], self.members[ends[1]]), []

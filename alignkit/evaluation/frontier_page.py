@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from alignkit.escape import to_html
@@ -17,6 +18,8 @@ from alignkit.evaluation.svg import Dot, Series, compact, scatter_chart
 from alignkit.media import clip_preview, decode_clip
 
 _SHAPES = {"weights": "circle", "embedding": "square", "prediction": "triangle", MEMBERS: "diamond", OTHERS: "square"}
+_DASHES = {"weights": "solid", "embedding": "dotted", "prediction": "dashed"}
+_LEVEL_DASHES = dict(zip(LEVELS, ("dotted", "solid", "dashed"), strict=True))
 _LEVEL_NAMES = dict(zip(LEVELS, ("any run", "half of the runs", "all runs"), strict=True))
 
 
@@ -44,15 +47,30 @@ def plot(frontier: Frontier, axes: tuple[str, str], marks: Sequence[Dot] = (), l
         x, y = (point.result.rewards[name].gain for name in axes)
         tone = "good" if point in best else "quiet" if point.space == OTHERS else "tuned"
         dots.append(Dot(f"{point.space} {point.name}", x, y, _SHAPES[point.space], tone))
-    bands = {space: frontier.attainment(space) for space in frontier.spaces} if len(frontier.objectives) == 2 else {}
-    reached = [Series(space, _stairs(corners), "quiet") for space, own in bands.items() for corners in own.values()]
+    reached, meaning = _reached(replace(frontier, objectives=axes))
     spaces = dict.fromkeys(point.space for point in frontier.points)
     shown = "; ".join(f"{_SHAPES[space]}: {space}" for space in spaces)
-    shown += ". Green: no other point is better in every objective."
-    if reached:
-        shown += f" Lines: what {', '.join(_LEVEL_NAMES.values())} reach."
+    shown += f". Green: no other point is better in every objective.{meaning}"
     chart = scatter_chart([*dots, *marks], [*reached, *lines], alt=f"{axes[1]} against {axes[0]}", names=axes)
     return page.panel(f"{axes[1]} against {axes[0]}", shown, chart)
+
+
+def _reached(frontier: Frontier) -> tuple[list[Series], str]:
+    """What the runs reach on the two objectives, as lines, and what the lines mean; of several spaces half of the runs.
+
+    All levels of several spaces would be too many lines to tell apart.
+    """
+    levels = LEVELS if len(frontier.spaces) == 1 else (50.0,)
+    lines, meaning = [], {}
+    for space in frontier.spaces:
+        for level, corners in frontier.attainment(space).items():
+            if level in levels:
+                name, dash = (_LEVEL_NAMES[level], _LEVEL_DASHES[level]) if len(levels) > 1 else (space, _DASHES[space])
+                lines.append(Series(f"{space}, {_LEVEL_NAMES[level]}", _stairs(corners), "quiet", dash))
+                meaning[dash] = name
+    what = "the runs" if len(levels) > 1 else "half of the runs"
+    told = ", ".join(f"{dash}: {name}" for dash, name in meaning.items())
+    return lines, f" Lines: what {what} reach ({told})." if lines else ""
 
 
 def _stairs(corners: Floats) -> list[tuple[float, float]]:

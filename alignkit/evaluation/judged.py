@@ -10,8 +10,7 @@ A batch is written whole: run again, only missing batches are judged. Deliberate
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,19 +18,19 @@ import numpy as np
 from tqdm import tqdm
 
 from alignkit.claims import holds_results
-from alignkit.errors import ConfigError, DataError, ResumeError
+from alignkit.errors import DataError, ResumeError
 from alignkit.escape import to_html, to_line
 from alignkit.evaluation import page
 from alignkit.evaluation.paired import EvaluateConfig
 from alignkit.evaluation.results import Pairs, read_pairs
 from alignkit.evaluation.statistics import Bootstrap, compare
 from alignkit.media import decode_clip, decode_image, to_pixels
+from alignkit.paths import require_plain_names
 from alignkit.protocols import Judge
 from alignkit.seeds import derive_seed
 from alignkit.storage import read_json, write_json
 
 FOLDER = "judged"
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +50,13 @@ class Judged:
     high: float | None
 
 
-def require_plain_names(names: Iterable[str]) -> None:
-    """ConfigError for a judge's name that cannot be the name of a folder."""
-    for name in names:
-        if not _PLAIN.fullmatch(name):
-            raise ConfigError(f"judges: the name '{name}' becomes a folder; use letters, digits, '_', '-' and '.'")
-
-
 def judge_pairs(folder: Path, name: str, judge: Judge, *, identity: str, config: EvaluateConfig) -> Judged:
     """Verdicts of `judge` on every pair that the evaluation in `folder` stored; resumable.
 
     `identity` must change with the judge's options and weights. Raises ResumeError over the verdicts of another judge
     of this name, DataError for verdicts that are not one of 1, 0, -1 for each pair, and what the judge raises.
     """
-    require_plain_names([name])
+    require_plain_names([name], "judges")
     pairs, target = read_pairs(folder), folder / FOLDER / name
     _claim(target, identity)
     write_json(target / "judge.json", {"identity": identity})
@@ -85,7 +77,7 @@ def judge_pairs(folder: Path, name: str, judge: Judge, *, identity: str, config:
 
 def read_judged(folder: Path, name: str, identity: str) -> Judged | None:
     """The stored result of judge `name`, or None where it is not finished. Raises ResumeError for another judge's."""
-    require_plain_names([name])
+    require_plain_names([name], "judges")
     target = folder / FOLDER / name
     _claim(target, identity)
     stored = target / "result.json"

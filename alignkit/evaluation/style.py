@@ -48,7 +48,8 @@ svg .t-bad.fill { fill:var(--bad); } svg .t-ink.fill { fill:var(--ink); } svg .t
 svg .fill { stroke:none; }
 svg path { fill:none; stroke-linejoin:round; stroke-linecap:round; } svg .line { stroke-width:2; }
 svg path.t-bad.line { stroke-dasharray:6 4; }
-svg .raw { stroke-width:1; opacity:.3; }
+svg .raw { stroke-width:1; opacity:.3; } svg .thin { stroke-width:1; opacity:.5; }
+svg .reach { stroke-width:1.3; opacity:.8; } svg .dashed { stroke-dasharray:6 3; } svg .dotted { stroke-dasharray:1 3; }
 """
 
 _TEXT = """

@@ -24,11 +24,12 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: finite (x, y) points in order of x, and the tone it is drawn in."""
+    """One line: finite (x, y) points in order of x, its tone, and solid, dashed or dotted ("": faint)."""
 
     name: str
     points: Sequence[Point]
     tone: str = "tuned"
+    dash: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,15 +291,18 @@ def scatter_chart(
     parts.append(_line((_LEFT, y_axis.at(0)), (_RIGHT, y_axis.at(0)), "zero"))
     parts.append(_text(_RIGHT, height - 4, f"{names[0]} \N{RIGHTWARDS ARROW}", "tick end"))
     parts.append(_text(4, 12, f"{names[1]} \N{UPWARDS ARROW}", "tick"))
-    parts += [_path(line.points, x_axis, y_axis, f"t-{line.tone} raw") for line in lines]
+    for line in lines:
+        style = f"reach {line.dash}" if line.dash else "raw"
+        parts.append(f"<g><title>{to_html(line.name)}</title>")
+        parts.append(_path(line.points, x_axis, y_axis, f"t-{line.tone} {style}") + "</g>")
     return _svg(height, alt, [*parts, *(_dot(dot, x_axis, y_axis) for dot in dots)])
 
 
 def _dot(dot: Dot, x_axis: _Axis, y_axis: _Axis) -> str:
     x, y = x_axis.at(dot.x.mean), y_axis.at(dot.y.mean)
-    whiskers = _whisker(x_axis, y, dot.x, dot.tone)
+    whiskers = _whisker(x_axis, y, dot.x, f"{dot.tone} thin")
     if _low(dot.y) != _high(dot.y):
-        whiskers += _line((x, y_axis.at(_low(dot.y))), (x, y_axis.at(_high(dot.y))), f"t-{dot.tone} whisker")
+        whiskers += _line((x, y_axis.at(_low(dot.y))), (x, y_axis.at(_high(dot.y))), f"t-{dot.tone} thin whisker")
     shape = f'<circle class="t-{dot.tone} fill" cx="{x:.1f}" cy="{y:.1f}" r="4.2"/>'
     if dot.shape in _SHAPES:
         shape = f'<path class="t-{dot.tone} fill" transform="translate({x:.1f} {y:.1f})" d="{_SHAPES[dot.shape]}"/>'

@@ -185,6 +185,11 @@ class Conditioner(nn.Module):
         """Whether chains use the base encoders in some steps, or for the null condition."""
         return self.has_reference and not self._is_reference and self.window not in (None, ALL_STEPS)
 
+    def require_steps(self, count: int) -> None:
+        """ConfigError for a chain of `count` steps of which `window` holds none."""
+        if self.window is not None:
+            self.window.on(count)
+
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Within it prompts are encoded by the base encoders: adapters off, frozen copies in place of tuned encoders.

@@ -14,15 +14,17 @@ from alignkit.adapters import lora, lora_files
 from alignkit.adapters.fingerprint import fingerprint_of
 from alignkit.adapters.lora_files import Stored
 from alignkit.adapters.mixing import Lora, lora_ends, with_alphas
-from alignkit.adapters.mixture import BASE
+from alignkit.adapters.mixture import BASE, HERE, is_mixture, read_mixture
 from alignkit.adapters.plain import require_loadable
 from alignkit.adapters.tensor_files import StoredTensors
+from alignkit.diffusion.tuned_steps import TunedSteps
 from alignkit.errors import AdapterError, MissingFileError
 from alignkit.generators.components import (
     component_class,
     is_computed,
     load_network,
     load_shapes,
+    require_finite,
     require_weights,
     stored_dtype,
 )
@@ -118,17 +120,25 @@ class Member:
     name: as the user gave it; `base` is the base itself, which has neither LoRAs nor weights.
     loras: by component. weights: folders of whole components, by component.
     files: those that it was read from, by their path within it.
+    bases: by component the fingerprint of the weights that it was trained from, where its files say so.
+    window: the steps that it was trained for; None where its files do not say so.
     """
 
     name: str
     loras: Mapping[str, Stored] = field(default_factory=dict)
     weights: Mapping[str, Path] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
+    bases: Mapping[str, str] = field(default_factory=dict)
+    window: TunedSteps | None = None
 
     @property
     def components(self) -> list[str]:
         """The components that it changes."""
         return [*self.loras, *self.weights]
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of its files, by their path within it; reads them."""
+        return {name: checksum(file) for name, file in self.files.items()}
 
     def lora(self, component: str) -> Lora:
         """Its LoRA of a component, empty where it has none."""
@@ -141,25 +151,37 @@ class Member:
 def read_member(name: str, base: Base) -> Member:
     """The member at `name`: a LoRA file or folder, a component's folder, a folder of components, or the word `base`.
 
-    Raises MissingFileError where nothing is there; AdapterError naming the member for weights that are no plain LoRA,
-    not finite, or of another family, shape or tokenizer than the base.
+    Its `alignkit.json`, where it has one, says what it was trained from. Raises MissingFileError where nothing is
+    there; DataError for files that are damaged, not finite or changed; AdapterError naming the member for weights that
+    are no plain LoRA, not finite, or of another family, shape or tokenizer than the base, and for a mixture that acts
+    while sampling.
     """
     if name == BASE:
         return Member(name=name)
     path = Path(model_path(name))
     if not path.exists():
         raise MissingFileError(f"member '{name}' does not exist; give a LoRA, a folder of weights, or '{BASE}'")
+    beside = path.parent if (path / "config.json").is_file() else path
+    record = read_mixture(beside) if is_mixture(beside) else None
+    acts_while_sampling = record is not None and record.space != "weights"
+    if acts_while_sampling and [one.place for one in record.members] != [HERE]:
+        raise AdapterError(f"member '{name}' is a mixture that acts while sampling; give the members of it")
     adapters = _adapter_files(path, base)
     if adapters:
-        return Member(name=name, loras=_loras(path, base), files=adapters)
+        loras = _loras(path, base)
+        bases = {component: stored.base for component, stored in loras.items()}
+        return Member(name=name, loras=loras, files=adapters, bases=bases)
     folders = _components(path, base)
-    for component, folder in folders.items():
-        _require_same_component(name, component, folder, base)
     files: dict[str, Path] = {}
     for component, folder in folders.items():
-        read = [*sorted(folder.glob("*.json")), *require_weights(folder, base.index[component][0]).files]
+        _require_same_component(name, component, folder, base)
+        stored = require_weights(folder, base.index[component][0])
+        require_finite(stored)
+        read = [*sorted(folder.glob("*.json")), *stored.files]
         files |= {f"{component}/{file.name}": file for file in read}
-    return Member(name=name, weights=folders, files=files)
+    bases = {} if record is None else {part: record.base_fingerprint.get(part, "") for part in folders}
+    window = record.window if record is not None and acts_while_sampling else None
+    return Member(name=name, weights=folders, files=files, bases=bases, window=window)
 
 
 # --- LoRAs ----------------------------------------------------------------------------------------------------------
@@ -211,7 +233,7 @@ def require_one_base(members: Sequence[Member], base: Base) -> dict[str, str]:
     """
     fingerprints = {}
     for component in dict.fromkeys(part for member in members for part in member.components):
-        given = {member.name: member.loras[component].base for member in members if component in member.loras}
+        given = {member.name: member.bases[component] for member in members if component in member.bases}
         precisions = {name: vars(torch).get(whole.partition(":")[0]) for name, whole in given.items()}
         known = {name: dtype for name, dtype in precisions.items() if isinstance(dtype, torch.dtype)}
         own = {dtype: base.fingerprint(component, dtype) for dtype in set(known.values())}

@@ -3,6 +3,7 @@
     embedding     sum_i w_i T_i(p): the pipeline's own `encode_prompt`, once with each member's text encoders
     prediction    sum_i w_i eps_i(x_t, t, c): the network, once with each member's weights (Diffusion Blend, 2505.18547)
 
+The base has the rest of the weights to 1, as in mixtures of weights: one member at 0.5 acts with half its strength.
 Outside of the window the base acts. The chain stays the vanilla pipeline's, with its scheduler. Embeddings are switched
 as those of tuned text encoders are (`alignkit.generators.switching`). Guidance is linear, so predictions may be mixed
 before it.
@@ -10,6 +11,7 @@ before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,10 +24,11 @@ from typing_extensions import override
 
 from alignkit.adapters import lora, lora_files
 from alignkit.adapters.fingerprint import base_of, is_other_base
+from alignkit.adapters.merging import CLOSE
 from alignkit.adapters.mixture import BASE, Mixture, read_mixture
 from alignkit.errors import AdapterError
 from alignkit.escape import get_logger
-from alignkit.generators.components import component_class, load_network, require_weights
+from alignkit.generators.components import component_class, load_network, require_finite, require_weights
 from alignkit.generators.members import MIXABLE, Base, Member, read_member
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.generators.switching import counted_steps, replaced
@@ -70,7 +73,8 @@ def load_mixture(generator: PipelineGenerator, folder: Path, family: str | None 
 def load_weights(generator: PipelineGenerator, folder: Path) -> None:
     """Put the result of a soup, an adapter or whole components, on a freshly loaded generator.
 
-    Raises DataError for a folder that is no sound mixture, AdapterError for one that acts at sampling time.
+    Raises DataError for a folder that is no sound mixture, AdapterError for one that acts at sampling time, and for one
+    with a text encoder that the generator has tuned already.
     """
     mixture = read_mixture(folder)
     if mixture.space != "weights":
@@ -85,6 +89,11 @@ def load_weights(generator: PipelineGenerator, folder: Path) -> None:
     for component in [name for name in own if name.startswith(MIXABLE) and (folder / name).is_dir()]:
         if own[component] is None:
             raise AdapterError(f"'{folder}' has a {component}, which '{generator.name}' was loaded without")
+        if component in generator.conditioner.trained:
+            raise AdapterError(
+                f"'{folder}' has a {component}, and so has `encoder`, which it would replace: leave out one of "
+                "them, or mix both by `alignkit soup`"
+            )
     warn_of_base(generator, mixture, folder)
     for component in [name for name in own if name.startswith(MIXABLE) and (folder / name).is_dir()]:
         module = _loaded(folder / component, own[component])
@@ -126,6 +135,7 @@ def _loaded(folder: Path, own: Any) -> nn.Module:
     """The network in `folder` with the class, precision and device of the pipeline's own, frozen."""
     library = type(own).__module__.partition(".")[0]
     stored = require_weights(folder, library)
+    require_finite(stored)
     module = load_network(folder, component_class(library, type(own).__name__), stored, own.dtype)
     return module.to(own.device).requires_grad_(False).eval()
 
@@ -135,7 +145,10 @@ class MixedGenerator:
 
     def __init__(self, generator: PipelineGenerator, mixture: Mixture, variants: Sequence[Variant]) -> None:
         self.generator, self.mixture, self.name = generator, mixture, generator.name
+        rest = 1 - math.fsum(variant.weight for variant in variants)
         self._variants = [variant for variant in variants if variant.weight != 0]
+        if abs(rest) > CLOSE:
+            self._variants.append(Variant(rest))
         self._weights = [variant.weight for variant in self._variants]
 
     def require_sampling(self, sampling: Sampling) -> None:
@@ -227,7 +240,7 @@ class PredictionMixture(MixedGenerator):
 def mixed(values: Sequence[Any], weights: Sequence[float]) -> Any:
     """sum_i w_i values_i of tensors, in nested lists and tuples; what is equal in all (masks, positions) stays.
 
-    Raises AdapterError for tensors of different shapes, and for integers that differ: other tokens.
+    `weights` sum to 1. Raises AdapterError for tensors of different shapes, and for integers that differ: other tokens.
     """
     first = values[0]
     if isinstance(first, list | tuple):

@@ -115,21 +115,21 @@ class PipelineGenerator(FamilyDescription, Codec):
     # --- the same for all ---
 
     def require_sampling(self, sampling: Sampling) -> None:
-        """ConfigError for keywords in `extra` that the pipeline's call lacks, and for sizes that it would change."""
+        """ConfigError for keywords that the pipeline's call lacks, sizes that it would change, and an empty window."""
         self.require_frames(sampling.num_frames, "sampling: num_frames")
+        self.conditioner.require_steps(sampling.steps)
         reserved = ("self", "prompt", "generator", "output_type")
         known = [name for name in inspect.signature(type(self.pipeline).__call__).parameters if name not in reserved]
         for name in sampling.extra:
             if name not in known:
                 kind = type(self.pipeline).__name__
                 raise ConfigError(f"sampling.extra: '{name}' is no keyword of a {kind}.{nearest(name, known)}")
+        multiple = self.pixel_multiple
         for name, side in (("height", sampling.height), ("width", sampling.width)):
-            below = side - side % self.pixel_multiple
+            below = side - side % multiple
             if below != side:
-                sides = " or ".join(str(size) for size in (below, below + self.pixel_multiple) if size)
-                raise ConfigError(
-                    f"sampling: {name} is {side}; {self.name} takes multiples of {self.pixel_multiple}: {sides}"
-                )
+                sides = " or ".join(str(size) for size in (below, below + multiple) if size)
+                raise ConfigError(f"sampling: {name} is {side}; {self.name} takes multiples of {multiple}: {sides}")
 
     def require_frames(self, frames: int, key: str) -> None:
         """ConfigError naming `key` for a number of frames that the model does not make; see `generators.frames`."""

@@ -7,7 +7,8 @@ memory of a few of their weights.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,15 +21,18 @@ from alignkit.adapters import exports, lora
 from alignkit.adapters.exports import file_metadata
 from alignkit.adapters.merging import Merge, require_weights
 from alignkit.adapters.mixing import Full, Lora, WeightSoup, soup_of_loras
-from alignkit.adapters.mixture import BASE, MemberRecord, Mixture, write_mixture
+from alignkit.adapters.mixture import BASE, FILE, MemberRecord, Mixture, write_mixture
 from alignkit.adapters.tensor_files import Layout, write_stream
 from alignkit.diffusion.tuned_steps import ALL_STEPS, TunedSteps
 from alignkit.errors import AdapterError, StorageError
+from alignkit.escape import get_logger
 from alignkit.generators.members import Base, Member, renamed_layers, require_one_base, weights_of
 from alignkit.locks import LOCK
 from alignkit.storage import checksum
 
 Output = Literal["auto", "adapter", "components", "model"]
+logger = get_logger(__name__)
+PARTIAL = ".partial"  # where a mixture is written until it is whole, in its folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +65,38 @@ def make_soup(
     any_sum: weights may sum to another number than 1.
 
     The precision of written components is that of the base's files, or a member's wider one with all weights; float32
-    for 8 bits. Raises StorageError where
-    `out` holds something, AdapterError for members of another base and for an output that cannot hold the result.
+    for 8 bits. After an error nothing is left of it. Logs a warning for members that were trained for some steps.
+    Raises StorageError where `out` holds something, AdapterError for members of another base and for an output that
+    cannot hold the result.
     """
     mix = Mix(base, members, weights, merge or Merge())
     mix.merge.check(weights, any_sum=any_sum)
     changed, kind = _changed(members), kind_of_result(base, members, output, rank)
     require_new(out)
     fingerprints = require_one_base(members, base)
-    error = 0.0
-    if kind == "adapter":
-        error = _write_adapter(mix, rank, out, fingerprints)
-    else:
-        if kind == "model":
-            _copy_rest(base, changed, out)
-        for component in changed:
-            _write_component(mix, component, out / component)
-    written = {str(file.relative_to(out)): checksum(file) for file in sorted(out.rglob("*.safetensors"))}
-    mixture = Mixture(
-        space="weights",
-        base=base.model,
-        base_fingerprint=fingerprints,
-        members=tuple(map(_record, members)),
-        weights=tuple(map(float, weights)),
-        method=mix.merge.method,
-        density=mix.merge.density,
-        seed=mix.merge.seed,
-        rank_error=error,
-        files=written,
-    )
-    write_mixture(out, mixture)
+    _warn_of_windows(members, ALL_STEPS)
+    with _whole(out) as folder:
+        error = 0.0
+        if kind == "adapter":
+            error = _write_adapter(mix, rank, folder, fingerprints)
+        elif kind == "model":
+            _copy_rest(base, changed, folder)
+        for component in changed if kind != "adapter" else ():
+            _write_component(mix, component, folder / component)
+        written = {str(file.relative_to(folder)): checksum(file) for file in sorted(folder.rglob("*.safetensors"))}
+        mixture = Mixture(
+            space="weights",
+            base=base.model,
+            base_fingerprint=fingerprints,
+            members=tuple(map(_record, members)),
+            weights=tuple(map(float, weights)),
+            method=mix.merge.method,
+            density=mix.merge.density,
+            seed=mix.merge.seed,
+            rank_error=error,
+            files=written,
+        )
+        write_mixture(folder, mixture)
     return mixture
 
 
@@ -114,23 +120,53 @@ def make_mixture(
     _changed(members)
     require_new(out)
     fingerprints = require_one_base(members, base)
-    records = []
-    for number, member in enumerate(members):
-        place = "" if member.name == BASE else f"members/{number}"
-        for name, file in member.files.items():
-            (out / place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / place / name)
-        records.append(_record(member, place))
-    mixture = Mixture(
-        space=space,
-        base=base.model,
-        base_fingerprint=fingerprints,
-        members=tuple(records),
-        weights=tuple(map(float, weights)),
-        window=window,
-    )
-    write_mixture(out, mixture)
+    _warn_of_windows(members, window)
+    with _whole(out) as folder:
+        records = []
+        for number, member in enumerate(members):
+            place = "" if member.name == BASE else f"members/{number}"
+            for name, file in member.files.items():
+                (folder / place / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / place / name)
+            records.append(_record(member, place))
+        mixture = Mixture(
+            space=space,
+            base=base.model,
+            base_fingerprint=fingerprints,
+            members=tuple(records),
+            weights=tuple(map(float, weights)),
+            window=window,
+        )
+        write_mixture(folder, mixture)
     return mixture
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder whose entries move into `out` when the block ends without an error, the record last; else they are gone.
+
+    What a killed process left is removed first.
+    """
+    folder = out / PARTIAL
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == FILE):
+            entry.rename(out / entry.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # not empty: it holds the mixture, or the lock
+            out.rmdir()
+
+
+def _warn_of_windows(members: Sequence[Member], window: TunedSteps) -> None:
+    for member in members:
+        if member.window not in (None, window):
+            logger.warning(
+                "member '%s' was trained for %s, this mixture acts in %s: give it the same window, or judge the result",
+                *(member.name, member.window, window),
+            )
 
 
 def require_space(members: Sequence[Member], space: Literal["embedding", "prediction"]) -> None:
@@ -146,8 +182,8 @@ def require_space(members: Sequence[Member], space: Literal["embedding", "predic
 
 
 def require_new(out: Path) -> None:
-    """StorageError where `out` holds anything but this command's lock: a mixture never overwrites."""
-    if out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
+    """StorageError where `out` holds anything but this command's lock, or half a mixture: nothing is overwritten."""
+    if out.exists() and (not out.is_dir() or any(entry.name not in (LOCK, PARTIAL) for entry in out.iterdir())):
         raise StorageError(f"'{out}' exists and is not empty; a mixture never overwrites, give another folder")
 
 
@@ -178,8 +214,7 @@ def kind_of_result(base: Base, members: Sequence[Member], output: Output, rank: 
 
 
 def _record(member: Member, place: str = "") -> MemberRecord:
-    files = {name: checksum(file) for name, file in member.files.items()}
-    return MemberRecord(name=member.name, files=files, place=place)
+    return MemberRecord(name=member.name, files=member.checksums(), place=place)
 
 
 # --- one LoRA -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.adapters import comfyui, exports, lora
 from alignkit.adapters.fingerprint import base_of, is_other_base
-from alignkit.adapters.mixture import FILE, MemberRecord, Mixture, is_mixture, read_mixture, write_mixture
+from alignkit.adapters.mixture import FILE, HERE, MemberRecord, Mixture, is_mixture, read_mixture, write_mixture
 from alignkit.diffusion.tuned_steps import ALL_STEPS
 from alignkit.errors import AdapterError, ConfigError, MissingFileError, UnknownNameError, nearest
 from alignkit.escape import get_logger
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from alignkit.generators.pipeline import PipelineGenerator
 
 logger = get_logger(__name__)
-_HERE = "."  # the member's place
 
 
 def save_tuned(generator: PipelineGenerator, folder: Path) -> None:
     """Write the trained encoders of `generator` into `folder`, adapters merged, with the window of its conditioner.
 
     Where the encoders carry an adapter that the pipeline's LoRA loader knows, it is in `folder/lora` too, and in
-    `folder/comfyui` if ComfyUI has its keys; such a file acts in all steps. Raises AdapterError if none is trained.
+    `folder/comfyui` if ComfyUI has its keys; such a file acts in all steps. Logs a warning for an encoder whose adapter
+    no such file can hold. Raises AdapterError if none is trained.
     """
     conditioner = generator.conditioner
     written = conditioner.save(folder)
@@ -39,12 +39,23 @@ def save_tuned(generator: PipelineGenerator, folder: Path) -> None:
         space="embedding",
         base=str(generator.pipeline.name_or_path),
         base_fingerprint=bases,
-        members=(MemberRecord(name="tuned", files=files, place=_HERE),),
+        members=(MemberRecord(name="tuned", files=files, place=HERE),),
         weights=(1.0,),
         window=conditioner.window or ALL_STEPS,
     )
     write_mixture(folder, record)
-    adapted = {name: part for name, part in generator.lora_encoders.items() if lora.lora_layers(part)}
+    adapted: dict[str, Any] = {}
+    for name in [name for name, part in conditioner.trained.items() if lora.lora_layers(part)]:
+        if conditioner.base(name) is not conditioner.encoders[name]:
+            reason = "its LoRA is a change of the encoder that was given, not of the model's own"
+        elif name not in generator.lora_encoders:
+            reason = f"the LoRA loader of a {type(generator.pipeline).__name__} does not read a LoRA of it"
+        else:
+            adapted[name] = conditioner.encoders[name]
+            continue
+        logger.warning(
+            "no file in '%s' or 'comfyui' holds %s: %s; use '%s'", folder / "lora", name, reason, folder / name
+        )
     if adapted:
         exports.export_diffusers(adapted, folder / "lora", bases=bases)
         comfyui.export(adapted, folder / "comfyui" / f"{Path(generator.name).name}.safetensors", {}, bases=bases)
@@ -60,7 +71,7 @@ def load_tuned(generator: PipelineGenerator, folder: Path) -> None:
     if not is_mixture(folder):
         raise MissingFileError(f"'{folder}' holds no tuned text encoders: {FILE} is missing")
     record, present = read_mixture(folder), generator.conditioner.encoders
-    if record.space != "embedding" or [member.place for member in record.members] != [_HERE]:
+    if record.space != "embedding" or [member.place for member in record.members] != [HERE]:
         raise AdapterError(f"'{folder}' is a mixture of {len(record.members)} members; give it as `adapter`")
     parts: dict[str, Any] = {}
     for name, base in record.base_fingerprint.items():

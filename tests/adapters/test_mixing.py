@@ -102,6 +102,9 @@ def test_alphas_of_a_config():
     alphas = with_alphas(state, config)
     assert (float(alphas["a.to_q.alpha"]), float(alphas["b.to_k.alpha"])) == (12.0, 20.0)
     assert float(with_alphas(state, {"lora_alpha": 6})["a.to_q.alpha"]) == 6.0
+    patterns = {"to_k": 1, "b.to_k": 8, r"c\..*": 5}  # the longest that fits; a pattern may be a regular expression
+    alphas = with_alphas(state, {"lora_alpha": 6, "alpha_pattern": patterns})
+    assert [float(alphas[f"{path}.alpha"]) for path in SHAPES] == [6.0, 8.0, 5.0]
     with pytest.raises(AdapterError, match="use_dora"):
         with_alphas(state, {"use_dora": True})
 
@@ -123,6 +126,32 @@ def test_what_does_not_mix_is_named():
         soup([one, other], [0.5, 0.5])
     with pytest.raises(AdapterError, match="member 0 and member 1 differ in the names or shapes of 'y'"):
         soup([{"x": torch.ones(2)}, {"x": torch.ones(2), "y": torch.ones(2)}], [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("a.lora_A.default.weight", "a_lora.down.weight", "a.lora_embedding_A", "lora_unet_a.hada_w1_a"),
+        *("lora_unet_a.lokr_w1", "a.oft_R.weight", "a.boft_s", "a.ia3_l"),
+    ],
+)
+def test_adapters_of_other_layouts_are_no_full_weights(key):
+    state = {key: torch.ones(2, 2)}
+    with pytest.raises(AdapterError, match=f"'{key}' of member 0 is an adapter's, in a layout that is not known"):
+        soup([state, state], [0.5, 0.5])
+
+
+def test_full_weights_with_such_words_in_their_names_mix():
+    state = {"flora.soft_gate.weight": torch.ones(2, 2)}
+    assert torch.equal(soup([state, state], [0.5, 0.5])["flora.soft_gate.weight"], torch.ones(2, 2))
+
+
+def test_members_without_a_common_layer_are_refused():
+    one, two = member(1, 2), member(2, 2)
+    with pytest.raises(AdapterError, match=r"member 0 shares no layer with another \('a.to_q', 'unet.a.to_q'\)"):
+        soup([one, {f"unet.{key}": value for key, value in two.items()}], [0.5, 0.5])
+    with pytest.raises(AdapterError, match="member 2 shares no layer with another"):
+        soup([one, two, {f"unet.{key}": value for key, value in two.items()}], [0.5, 0.3, 0.2])
 
 
 def test_the_package_loads_no_torch():

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from peft import LoraConfig
+from random_adapters import shake
 
 from alignkit import cli
 from alignkit.adapters import lora
+from alignkit.adapters.mixture import read_mixture
 from alignkit.commands.frontier import read_frontier
+from alignkit.commands.specs import GeneratorSpec, build_generator
+from alignkit.diffusion.tuned_steps import TunedSteps
+from alignkit.evaluation.frontier import MEMBERS
+from alignkit.generators.tuned_encoders import save_tuned
+from alignkit.records import Sampling
 
 SAMPLING = {"height": 16, "width": 16, "steps": 2}
 
@@ -51,7 +59,7 @@ def frontier(work, model_folders, members):
             "rewards": {name: {"reward": f"mine_for_commands:{name.title()}"} for name in ("red", "dark")},
             "evaluate": {"seeds_per_prompt": 1, "sampling": SAMPLING},
         }
-        (work / "front.yaml").write_text(yaml.safe_dump(config | changes), encoding="utf-8")
+        (work / "front.yaml").write_text(yaml.safe_dump(config | changes, sort_keys=False), encoding="utf-8")
         return ["frontier", "--config", "front.yaml"]
 
     return write
@@ -83,6 +91,68 @@ def test_a_front_in_two_spaces(work, frontier, capsys):
     assert "evaluate.seeds_per_prompt: 1 -> 2" in capsys.readouterr().err
 
 
+def test_members_alone_act_in_the_window_too(work, frontier, capsys):
+    """The end points of a space with a window are evaluated in it; those of all steps are their own space."""
+    told = frontier(spaces=["prediction"], window=[0.5, 1.0], points=[[0.5, 0.2]], any_sum=True)
+    assert cli.main(told) == 0, capsys.readouterr().err
+    again = read_frontier(work / "front")
+    names = [(one.space, one.name) for one in again.points]
+    expected = [(MEMBERS, "one"), (MEMBERS, "two")]
+    expected += [("prediction", name) for name in ("1-0", "0-1", "0.5-0.5", "0.5-0.2")]
+    assert names == expected
+    record = read_mixture(work / "front/points/prediction/1-0/seed-0/mixture")
+    assert (record.space, record.weights, record.window) == ("prediction", (1.0,), TunedSteps(0.5, 1.0))
+    assert [one.name for one in again.of("prediction")] == ["1-0", "0-1", "0.5-0.5", "0.5-0.2"]
+    whole, windowed = again.points[0].gains(("red",)), again.points[2].gains(("red",))
+    assert abs(whole - windowed).max() > 1e-6
+
+
+def test_whole_text_encoders_as_weights_and_as_embeddings(work, load, frontier, capsys):
+    """One training seed of tuned encoders that act in the last half of the steps; half of each is a mixture of both."""
+    for seed, name in enumerate(("one", "two")):
+        generator = load("unet")
+        generator.conditioner.unfreeze()
+        shake(generator.conditioner.encoders["text_encoder"], seed, 0.1)
+        generator.conditioner.window = TunedSteps(0.5, 1.0)
+        save_tuned(generator, work / name)
+    told = frontier(members={"one": ["one"], "two": ["two"]}, spaces=["weights", "embedding"], window=[0.5, 1.0])
+    assert cli.main(told) == 0, capsys.readouterr().err
+    again = read_frontier(work / "front")
+    assert [one.name for one in again.of("weights")] == ["one", "two", "0.5-0.5"]
+    assert [one.name for one in again.of("embedding")] == ["1-0", "0-1", "0.5-0.5"]
+    gains = {(one.space, one.name): one.gains(("red", "dark")) for one in again.points}
+    assert all(abs(gain).max() > 0 for gain in gains.values())
+    assert abs(gains["embedding", "1-0"] - gains[MEMBERS, "one"]).max() > 0
+    tuned = build_generator("one", GeneratorSpec(model=str(load("unet").pipeline.name_or_path), encoder=work / "one"))
+    spec = GeneratorSpec(model=tuned.pipeline.name_or_path, adapter=work / "front/points/embedding/1-0/seed-0/mixture")
+    images = [
+        one.generate(["a cat"], [1], Sampling(guidance_scale=5.0, **SAMPLING))
+        for one in (tuned, build_generator("one", spec))
+    ]
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_killed_process_left_of_a_mixture_is_made_again(work, frontier, capsys):
+    left = work / "front" / "points" / "weights" / "0.5-0.5" / "seed-0" / "mixture"
+    left.mkdir(parents=True)
+    (left / "pytorch_lora_weights.safetensors").write_bytes(b"half")
+    assert cli.main(frontier()) == 0, capsys.readouterr().err
+    assert read_mixture(left).weights == (0.5, 0.5)
+
+
+def test_a_mixture_of_other_members_is_not_used(work, frontier, members, capsys):
+    """Members in another order, and a member that was trained again."""
+    assert cli.main(frontier(points=[[0.75, 0.25]])) == 0, capsys.readouterr().err
+    swapped = {"two": members["two"], "one": members["one"]}
+    assert cli.main(frontier(points=[[0.75, 0.25]], members=swapped)) == 2
+    assert "0.5-0.5/seed-0/mixture' was made with other members than this config" in capsys.readouterr().err
+    assert list(read_frontier(work / "front").members) == ["one", "two"]
+    shutil.rmtree(members["two"][0])
+    shutil.copytree(members["two"][1], members["two"][0])
+    assert cli.main(frontier(points=[[0.75, 0.25]])) == 2
+    assert "points/members/two/seed-0/mixture' was made with other members" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -91,6 +161,13 @@ def test_a_front_in_two_spaces(work, frontier, capsys):
         ({"members": {"one": ["a"]}}, "members: one; a frontier mixes at least two"),
         ({"members": {"one": ["a"], "two": ["b", "c"]}}, "members have {'one': 1, 'two': 2} trainings"),
         ({"points": [[0.5, 0.3, 0.2]]}, "points: [0.5, 0.3, 0.2] has 3 weights for 2 members"),
+        ({"points": [[0.5, 0.25]]}, "the weights [0.5, 0.25] sum to 0.75, not to 1"),
+        ({"points": [[0, 0]], "any_sum": True}, "points: [0.0, 0.0] is the base itself"),
+        ({"window": [0.5, 0.55], "spaces": ["prediction"]}, "window [0.5, 0.55) holds none of the 2 steps"),
+        ({"base": {"model": "m", "adapter": "a"}}, "base: give a diffusers model without adapter and encoder"),
+        ({"base": {"model": "m", "encoder": "a"}}, "base: give a diffusers model without adapter and encoder"),
+        ({"members": {"one": ["a"], "../../../evil": ["b"]}}, "members: the name '../../../evil' becomes a folder"),
+        ({"others": {"a/b": {"model": "m"}}}, "others: the name 'a/b' becomes a folder"),
         ({"spaces": ["noise"]}, "spaces"),
         ({"grid": 0}, "grid is 0"),
     ],

@@ -164,6 +164,7 @@ def test_a_wrong_key_in_an_arm_stops_before_any_work(work, ladder, capsys):
         ),
         ({"arms": {"a": {"writer": {"writer": "sandbox"}}}}, "writer is for arms that train on prompts with questions"),
         ({"arms": {"a": {"pairs": {"kind": "vanilla"}}}}, "pairs is for arms that train on pairs of clips with labels"),
+        ({"arms": {"../../evil": {}}}, "arms: the name '../../evil' becomes a folder"),
         ({"arms": {"a": {"share": 0}}}, "share is 0.0; it must lie in (0, 1]"),
         ({"contrasts": [["sft", "sfd"]]}, "contrasts: ['sft', 'sfd']; give pairs of arms: sft, shuffled"),
         ({"arms": {"a": {"ranked_by": ["dark"]}}}, "arms.a: ranked_by is ['dark']; score.rewards has ['red']"),

@@ -136,7 +136,7 @@ def test_help_and_dry_run_of_an_own_method(own, capsys):
         (["run", "--config=run.yaml", "--method=sftt"], "unknown method 'sftt'. Did you mean 'sft'?"),
         (["run", "--config=run.yaml", "--generators.mine.family=Fluxx"], "unknown generator family 'Fluxx'"),
         (["run", "--config=run.yaml", "--judges.mine.judge=servd"], "unknown judge 'servd'. Did you mean 'served'?"),
-        (["run", "--config=run.yaml", "--judges={../x: {judge: served}}"], "the name '../x' becomes a folder"),
+        (["run", "--config=run.yaml", "--judges={../x: {judge: served}}"], "judges: the name '../x' becomes a folder"),
     ],
 )
 def test_wrong_names_are_reported_before_any_work(own, words, message, capsys):

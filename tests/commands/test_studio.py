@@ -140,8 +140,8 @@ def test_scores_are_of_the_shown_images(session, monkeypatch):
         (lambda s: s.shot(recipe(s), PROMPT, float("inf"), quiet), "the seed is inf"),
         (lambda s: s.shot(recipe(s), PROMPT, -1, quiet), "the seed is -1"),
         (lambda s: s.shot(recipe(s), PROMPT, 0.5, quiet), "the seed is 0.5"),
-        (lambda s: s.export(recipe(s, one=1.0), "../x"), "the name is '../x'"),
-        (lambda s: s.export(recipe(s, one=1.0), ""), "the name is ''"),
+        (lambda s: s.export(recipe(s, one=1.0), "../x"), "export: the name '../x'"),
+        (lambda s: s.export(recipe(s, one=1.0), ""), "export: the name ''"),
         (lambda s: s.export(recipe(s), "x"), "there is nothing to export"),
     ],
 )

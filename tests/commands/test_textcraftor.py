@@ -8,13 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pyarrow.parquet as pq
 import torch
+import yaml
 from PIL import Image
+from random_adapters import shake
 
 from alignkit import cli
 from alignkit.commands.doctor import memory
 from alignkit.commands.doctor.main import DoctorJob, planned_model, setup_of
 from alignkit.commands.specs import GeneratorSpec, build_generator, load_policy, tuned_spec
+from alignkit.diffusion.tuned_steps import TunedSteps
+from alignkit.generators.tuned_encoders import save_tuned
 from alignkit.records import Sampling
 
 SIZE = ["--height=16", "--width=16", "--sampling_steps=5", "--guidance_scale=2", "--max_steps=1", "--bf16=false"]
@@ -47,6 +53,32 @@ def test_trained_and_evaluated_with_its_window(work, model_folders, capsys):
     assert not torch.equal(*images)
     mixed = build_generator("a", replace(base, adapter=result))  # the record is that of a mixture
     torch.testing.assert_close(mixed.generate(["a cat"], [1], sampling), images[0], rtol=1e-4, atol=1e-5)
+
+
+def test_candidates_are_drawn_with_tuned_encoders(work, model_folders, load, capsys):
+    """`encoder` in `generate`: beside the base, with the same seeds, candidates differ, in the window's steps alone."""
+    generator, model = load("unet"), str(model_folders["unet"])
+    generator.conditioner.unfreeze()
+    shake(generator.conditioner.encoders["text_encoder"], 1, 0.1)
+    generator.conditioner.window = TunedSteps(0.5, 1.0)
+    save_tuned(generator, work / "encoder")
+    sampling = {"height": 16, "width": 16, "steps": 2, "guidance_scale": 2.0}
+    sources = [{"name": name, "seeds_per_prompt": 1, "sampling": sampling} for name in ("plain", "tuned")]
+    config = {
+        "out": "drawn",
+        "prompts": {"file": "prompts.txt", "count": 1},
+        "generators": {"plain": {"model": model}, "tuned": {"model": model, "encoder": "encoder"}},
+        "generate": {"sources": sources},
+    }
+    (work / "drawn.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert cli.main(["generate", "--config", "drawn.yaml"]) == 0, capsys.readouterr().err
+    (row,) = pq.read_table(next((work / "drawn").rglob("*.parquet"))).to_pylist()
+    told = Sampling(height=16, width=16, steps=2, guidance_scale=2.0)
+    for number, source in enumerate((load("unet"), load("unet", encoder=work / "encoder"))):
+        expected = source.generate([row["prompt"]], [row["seeds"][number]], told)[0]
+        pixels = np.array(Image.open(io.BytesIO(row["images"][number]["bytes"])))
+        found = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+        assert (found - expected).abs().max() <= 1 / 255
 
 
 def test_the_direct_variant_takes_a_dataset(work, model_folders, capsys):

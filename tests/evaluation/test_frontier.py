@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from fronts import REWARDS, point
+from fronts import NAMES, REWARDS, point
 
 from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, simplex, table
-from alignkit.evaluation.frontier_page import _stairs
+from alignkit.evaluation.frontier_page import _reached, _stairs, plot
 from alignkit.evaluation.frontier_place import place, plots
 
 
@@ -57,6 +59,23 @@ def test_attainment_of_the_runs(frontier):
     assert one_run.attainment("weights") == {}
 
 
+def test_panels_show_what_runs_reach_on_their_two_axes(frontier):
+    """One space: all levels; several: half of the runs. With three objectives, those of the panel alone."""
+    two = plot(frontier, REWARDS)
+    assert two.count('class="t-quiet reach') == 2
+    assert "Lines: what half of the runs reach (solid: weights, dashed: prediction)." in two
+    one = plot(Frontier(["a", "b"], REWARDS, frontier.points[:3]), REWARDS)
+    assert one.count('class="t-quiet reach') == 3
+    assert "Lines: what the runs reach (dotted: any run, solid: half of the runs, dashed: all runs)." in one
+    ends = [point(MEMBERS, (1, 0), (4, 0, 9), (4, 0, 9)), point(MEMBERS, (0, 1), (0, 4, 0), (0, 4, 0))]
+    three = Frontier(["a", "b"], NAMES, [*ends, point("weights", (0.5, 0.5), (2, 2, 8), (1, 1, 8))])
+    reached = {line.name: line.points for line in _reached(replace(three, objectives=("sharp", "warm")))[0]}
+    assert reached["weights, all runs"] == _stairs(frontier.attainment("weights")[100.0])
+    assert plot(three, ("sharp", "deep")).count('class="t-quiet reach') == 3
+    alone = Frontier(["a", "b"], REWARDS, [point(MEMBERS, (1, 0), (4, 0)), point("weights", (0.5, 0.5), (2, 2))])
+    assert "Lines" not in plot(alone, REWARDS)
+
+
 def test_barriers_to_the_straight_line(frontier):
     """At (0.5, 0.5) the line is at (2, 2): the soup is 0 and 1 below it in the two runs, predictions 1 above it."""
     found = {(one.space, one.reward): one for one in frontier.barriers()}
@@ -68,6 +87,25 @@ def test_barriers_to_the_straight_line(frontier):
     lopsided = Frontier(["a", "b"], REWARDS, [*frontier.points[:2], point("weights", (0.25, 0.75), (1, 2), (1, 2))])
     heights = {one.reward: one.height.gain.mean for one in lopsided.barriers()}
     assert heights == pytest.approx({"sharp": 0.0, "warm": 1.0})
+
+
+def test_a_barrier_counts_mixtures_between_the_ends_alone(frontier):
+    """Half of both members, and more of one than there is, lie far below the line but not between the ends."""
+    outside = [point("weights", (0.25, 0.25), (-9, -9), (-9, -9)), point("weights", (1.5, -0.5), (-9, -9), (-9, -9))]
+    wider = Frontier(["a", "b"], REWARDS, [*frontier.points, *outside])
+    heights = {(one.space, one.reward): one.height.gain.mean for one in wider.barriers()}
+    assert heights == {(one.space, one.reward): one.height.gain.mean for one in frontier.barriers()}
+
+
+def test_the_end_points_of_a_space_with_a_window_are_its_own(frontier):
+    """In a window the members gain half as much, so the line from (2, 0) to (0, 2) is at (1, 1)."""
+    ends = [point("prediction", (1, 0), (2, 0), (2, 0)), point("prediction", (0, 1), (0, 2), (0, 2))]
+    windowed = Frontier(["a", "b"], REWARDS, [*frontier.points, *ends])
+    assert windowed.of("prediction") == [frontier.points[3], *ends]
+    assert windowed.of("weights") == frontier.of("weights")
+    assert windowed.of(MEMBERS) == list(frontier.points[:2])
+    heights = {one.space: one.height.gain.mean for one in windowed.barriers() if one.reward == "warm"}
+    assert heights == pytest.approx({"weights": 0.5, "prediction": 1.0 - 3.0})
 
 
 def test_the_page_of_numbers(frontier):

@@ -117,6 +117,25 @@ def test_embeddings_are_the_weighted_sum_of_the_members(load, members, mixture):
         assert (tensor - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("kind", [("flow", "embedding"), ("unet", "prediction")])
+@pytest.mark.parametrize("weights", [[0.5], [1.5], [0.25, 0.25], [0.0]])
+def test_the_base_has_the_rest_to_one(kind, weights, load, members, model_folders, tmp_path):
+    """As in mixtures of weights: one member at 0.5 is half of it and half of the base, and so is twice 0.25."""
+    family, space = kind
+    base = Base.open(str(model_folders[family]))
+    chosen = [read_member(str(members(family, space)[0]), base) for _ in weights]
+    made = make_mixture(base, chosen, weights, tmp_path / "short", space=space, any_sum=True)
+    assert made.weights == tuple(weights)
+    whole = [read_member(name, base) for name in (str(members(family, space)[0]), "base")]
+    make_mixture(base, whole, [sum(weights), 1 - sum(weights)], tmp_path / "whole", space=space)
+    short, expected = (
+        load_mixture(load(family), tmp_path / name).generate(*job(family)) for name in ("short", "whole")
+    )
+    assert (short - expected).abs().max() <= CLOSE
+    full = member_alone(load, members, family, space, 0).generate(*job(family))
+    assert (short - full).abs().max() > 20 * CLOSE
+
+
 # --- windows: the pipeline and our chain ----------------------------------------------------------------------------
 
 
@@ -239,6 +258,27 @@ def test_what_is_mixed_in_nested_results():
         mixed([one, torch.ones(3)], [0.5, 0.5])
     with pytest.raises(AdapterError, match="other tokens"):
         mixed([mask, 1 - mask], [0.5, 0.5])
+
+
+WEIGHTS = st.lists(st.floats(-2, 2), min_size=1, max_size=4).map(lambda given: [*given, 1 - sum(given)])
+
+
+@settings(max_examples=30, deadline=None)
+@given(weights=WEIGHTS, seed=st.integers(0, 99), factor=st.floats(-2, 2))
+def test_properties_of_mixed_tensors(weights, seed, factor):
+    """Equal members, the order of members, linearity in the members, and linearity in the weights."""
+    rng = torch.Generator().manual_seed(seed)
+    one, two = ([torch.randn(3, generator=rng, dtype=torch.float64) for _ in weights] for _ in range(2))
+    assert torch.equal(mixed([one[0].clone() for _ in weights], weights), one[0])
+    found = mixed(one, weights)
+    torch.testing.assert_close(mixed(one[::-1], weights[::-1]), found)
+    torch.testing.assert_close(
+        mixed([first + factor * second for first, second in zip(one, two, strict=True)], weights),
+        found + factor * mixed(two, weights),
+    )
+    first = [1.0, *[0.0] * (len(weights) - 1)]
+    shares = [factor * weight + (1 - factor) * other for weight, other in zip(weights, first, strict=True)]
+    torch.testing.assert_close(mixed(one, shares), factor * found + (1 - factor) * one[0])
 
 
 # --- the record -----------------------------------------------------------------------------------------------------

@@ -242,6 +242,32 @@ def test_bad_encoders_are_refused_by_name(refused, load, model_folders, tmp_path
     assert "2 components of that class" in refused("flow", members=[tmp_path / "unnamed"], weights=[1])
 
 
+def test_a_member_with_nan_weights_leaves_nothing_behind(refused, load, model_folders, tmp_path):
+    """In all spaces, by the file's name; a command that failed can be given again."""
+    pipeline, bad = load("flow").pipeline, tmp_path / "bad" / "text_encoder"
+    pipeline.text_encoder.save_pretrained(bad)
+    state = load_file(bad / "model.safetensors")
+    save_file({**state, (key := max(state)): state[key] * float("nan")}, bad / "model.safetensors", {"format": "pt"})
+    for words in (("--output", "model"), ("--space", "embedding")):
+        said = refused("flow", *words, members=[bad.parent, "base"], weights=[0.5, 0.5])
+        assert "text_encoder/model.safetensors' has NaN or infinite weights in 1 tensors" in said
+        assert not (tmp_path / "refused").exists()
+
+
+def test_a_soup_that_fails_or_is_killed_can_be_made_again(adapters, model_folders, tmp_path, monkeypatch):
+    one, _ = adapters("flow")
+    told = ("--members", one, "base", "--weights", 0.5, 0.5, "--output", "model", "--base", model_folders["flow"])
+    with monkeypatch.context() as broken:
+        broken.setattr("alignkit.generators.soups._write_component", lambda *_: load_file("nowhere"))
+        with pytest.raises(FileNotFoundError):
+            soup(*told, "--traceback", "--out", tmp_path / "mix")
+    assert not (tmp_path / "mix").exists()
+    (tmp_path / "mix" / ".partial" / "vae").mkdir(parents=True)
+    assert soup(*told, "--out", tmp_path / "mix") == 0
+    assert not (tmp_path / "mix" / ".partial").exists()
+    assert (tmp_path / "mix" / "model_index.json").is_file()
+
+
 def test_nothing_is_overwritten_and_a_dry_run_writes_nothing(refused, adapters, model_folders, tmp_path, capsys):
     one, _ = adapters("flow")
     told = ("--members", one, "base", "--weights", 0.5, 0.5, "--base", model_folders["flow"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from alignkit.generators.soups import make_mixture, make_soup, require_new
 from alignkit.generators.switching import counted_steps
 from alignkit.locks import locked
 from alignkit.media import checked_pixels, quantise, to_pixels
+from alignkit.paths import require_plain_names
 from alignkit.protocols import as_scores, require_independent, require_modality
 from alignkit.records import Prompt
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from alignkit.protocols import Reward
 
 Tell = Callable[[float, str], None]  # how far the work is, in [0, 1], and what is done
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEPT = 8  # images of the base
 
 
@@ -184,8 +183,7 @@ class Session:
         Raises ConfigError for a name that is no plain one, StorageError where the folder holds something, AdapterError
         for the base alone.
         """
-        if not _NAME.fullmatch(name):
-            raise ConfigError(f"the name is {name!r}; give letters, digits, '.', '-' and '_', at most 64")
+        require_plain_names([name], "export")
         out = self.job.out / name
         used = {member: weight for member, weight in recipe.weights.items() if weight != 0}
         parts = (self.live.base, [self.live.members[member] for member in used], list(used.values()), out)
