@@ -81,12 +81,14 @@ class Draft:
 
     covers: for each question the indices of the facts that it is about.
     problems: why there is no usable draft (no reply, a prompt that the writer cannot read); empty otherwise.
+    is_failed: whether that is a failure of the server that may pass.
     """
 
     facts: Sequence[Fact] = ()
     questions: Sequence[Question] = ()
     covers: Sequence[Sequence[int]] = ()
     problems: Sequence[str] = ()
+    is_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,5 +54,5 @@ def test_what_is_no_question_is_named_with_its_prompt(given, message):
 def test_questions_are_a_list():
     assert questions_of(Prompt.from_text("a ring")) == []
     for given in ("Is it?", {"text": ["Is it?"]}, 3):
-        with pytest.raises(DataError, match="prompt 'a ring': its questions are .*; give a list"):
+        with pytest.raises(DataError, match=r"prompt 'a ring': its questions are .*; give a list"):
             questions_of(Prompt.from_text("a ring", questions=given))

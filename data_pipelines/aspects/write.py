@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from alignkit.aspects import ASPECTS, Draft, QuestionWriter, Rules
+from alignkit.aspects import ASPECTS, Draft, Question, QuestionWriter, Rules
 from alignkit.claims import claim
-from alignkit.errors import ConfigError, DataError, require_at_least
+from alignkit.errors import ConfigError, DataError, ServerError, require_at_least
 from alignkit.locks import locked
 from alignkit.records import Prompt
 from alignkit.storage import (
@@ -48,6 +49,9 @@ class AspectsConfig:
 
     aspects: each prompt gets at least one question of each: alignment, physics, quality.
     max_questions: the most questions of one prompt.
+    weights: what each aspect weighs in a prompt's score, 1 where none is given: the sum of the weights of its
+        questions, which keep their proportions. Default: each question has the weight that the writer gives it, so
+        an aspect with more questions weighs more.
     attempts: drafts of one prompt before it is left out.
     part_size: prompts of one file, which the writer gets at once.
     quarantine_limit: the stage stops once more than this share of all prompts is left out.
@@ -55,6 +59,7 @@ class AspectsConfig:
 
     aspects: Sequence[str] = ("alignment",)
     max_questions: int = 16
+    weights: Mapping[str, float] | None = None
     attempts: int = 3
     part_size: int = 256
     quarantine_limit: float = 0.05
@@ -65,6 +70,9 @@ class AspectsConfig:
         wrong = [name for name in self.aspects if name not in ASPECTS]
         if wrong or not self.aspects or len(set(self.aspects)) < len(self.aspects):
             raise ConfigError(f"aspects: {list(self.aspects)}; give some of {', '.join(ASPECTS)}, each once")
+        for name, weight in (self.weights or {}).items():
+            if name not in self.aspects or not 0 < weight < math.inf:
+                raise ConfigError(f"weights.{name} is {weight}; give a number above 0 of one of {list(self.aspects)}")
         if not 0 <= self.quarantine_limit <= 1:
             raise ConfigError(f"quarantine_limit is {self.quarantine_limit}; it is a share and must be within 0 and 1")
 
@@ -72,6 +80,16 @@ class AspectsConfig:
     def rules(self) -> Rules:
         """What a writer and the checks need of this."""
         return Rules(tuple(self.aspects), self.max_questions)
+
+    def weighted(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions of one prompt with the weights of their aspects."""
+        if self.weights is None:
+            return list(questions)
+        sums: Counter[str] = Counter()
+        for question in questions:
+            sums[question.aspect] += question.weight  # type: ignore[assignment]  # a Counter adds any numbers
+        weights = {aspect: self.weights.get(aspect, 1.0) / total for aspect, total in sums.items()}
+        return [replace(question, weight=question.weight * weights[question.aspect]) for question in questions]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +102,11 @@ class Checked:
 
 
 def checked_drafts(prompts: Sequence[Prompt], config: AspectsConfig, writer: QuestionWriter) -> list[Checked]:
-    """A checked draft for every prompt, in order; one with problems is written again, up to `config.attempts` times."""
+    """A checked draft for every prompt, in order; one with problems is written again, up to `config.attempts` times.
+
+    Those without problems have the weights of the config. Raises ServerError naming the first prompt whose last draft
+    `is_failed`: another time the same request may succeed.
+    """
     results = [Checked(Draft(), (), 0)] * len(prompts)
     waiting = list(range(len(prompts)))
     for attempt in range(1, config.attempts + 1):
@@ -93,8 +115,18 @@ def checked_drafts(prompts: Sequence[Prompt], config: AspectsConfig, writer: Que
         complaints = [results[index].problems for index in waiting]
         drafts = writer.write([prompts[index] for index in waiting], config.rules, complaints)
         for index, draft in zip(waiting, drafts, strict=True):
-            results[index] = Checked(draft, problems_of(draft, config.rules), attempt)
+            problems = problems_of(draft, config.rules)
+            kept = draft if problems else replace(draft, questions=config.weighted(draft.questions))
+            results[index] = Checked(kept, problems, attempt)
         waiting = [index for index in waiting if results[index].problems]
+    failed = [index for index in waiting if results[index].draft.is_failed]
+    if failed:
+        first = results[failed[0]]
+        raise ServerError(
+            f"{len(failed)} of {len(prompts)} prompts got no questions in {config.attempts} attempts, the first one "
+            f"'{prompts[failed[0]].text}': {'; '.join(first.problems)}. Nothing of these {len(prompts)} prompts is "
+            "stored but what the writer keeps in its cache; once the server works, run the same command again"
+        )
     return results
 
 
@@ -114,7 +146,8 @@ def write_aspects(
     template, its model; where it differs from that of an earlier run in `out_dir`, the run is refused. The writer is
     built only when a part is missing.
 
-    Raises DataError without prompts, or over the quarantine limit; ResumeError, StorageError; what the writer raises.
+    Raises DataError without prompts, or over the quarantine limit, which may differ from that of an earlier run;
+    ServerError, ResumeError, StorageError; what the writer raises.
     """
     folder = Path(out_dir)
     unique, duplicates = drop_duplicates(prompts)
@@ -123,7 +156,8 @@ def write_aspects(
     digest = hashlib.sha256("".join(f"{p.id}\x1f{_metadata(p)}\x1e" for p in unique).encode())
     inputs = {"prompts": len(unique), "prompts_sha256": digest.hexdigest(), "writer": identity}
     with locked(folder):
-        claim(folder, {"stage": "aspects", "config": asdict(config), "inputs": inputs}, writes=STAGE_FILES)
+        record = {"stage": "aspects", "config": asdict(config), "inputs": inputs}
+        claim(folder, record, free=("config.quarantine_limit",), writes=STAGE_FILES)
         writer, parts = functools.cache(build_writer), []
         with tqdm(total=len(unique), desc="aspects", unit="prompt") as bar:
             for index in range(-(-len(unique) // config.part_size)):
@@ -181,7 +215,8 @@ def _require_within_limit(folder: Path, parts: Sequence[Part], config: AspectsCo
         raise DataError(
             f"{len(bad)} of {rows} prompts have no usable questions, over quarantine_limit "
             f"{config.quarantine_limit:.0%}; the first one, '{bad[0]['prompt']}': {bad[0]['reason']}. See '{path}'; "
-            "change the prompts, the writer or its template, and write into another folder, or raise quarantine_limit"
+            "change the prompts, the writer or its template, and write into another folder, or raise quarantine_limit "
+            "and run again"
         )
 
 

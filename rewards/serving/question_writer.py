@@ -21,6 +21,8 @@ from rewards.serving.messages import text_part, user
 from rewards.serving.reply_cache import Reply
 
 _PLACES = ("{prompt}", "{aspects}", "{max_questions}")
+_FAILED = "the server gave no reply"
+_REFUSED = "the server refuses this prompt for good, because of a content filter or its length; see the log"
 _REJECTED = "Your last answer for this prompt was rejected:\n{problems}\nWrite a better one."
 
 
@@ -46,13 +48,16 @@ class ServedWriter:
     def write(self, prompts: Sequence[Prompt], rules: Rules, complaints: Sequence[Sequence[str]]) -> list[Draft]:
         """A draft a prompt; one with a problem for a reply that failed or is not of the schema.
 
-        Complaints are added to the request, so it differs from the one before and from its cached reply. Raises
-        ServerError if the server cannot be used (`ChatClient.ask`).
+        Complaints about a reply are added to the request, so it differs from the one before and from its cached reply.
+        Raises ServerError if the server cannot be used (`ChatClient.ask`).
         """
         pairs = zip(prompts, complaints, strict=True)
         requests = [self._request(prompt, rules, problems) for prompt, problems in pairs]
-        replies = self.client.ask(requests, label="aspects")
-        return [_draft(reply) for reply in replies]
+        refused: set[int] = set()
+        replies = self.client.ask(requests, label="aspects", refused=refused)
+        return [
+            Draft(problems=[_REFUSED]) if place in refused else _draft(reply) for place, reply in enumerate(replies)
+        ]
 
     def report(self) -> Report:
         """Cost so far."""
@@ -61,8 +66,9 @@ class ServedWriter:
     def _request(self, prompt: Prompt, rules: Rules, complaints: Sequence[str]) -> dict[str, Any]:
         text = self._template.replace("{aspects}", ", ".join(rules.aspects))
         text = text.replace("{max_questions}", str(rules.max_questions)).replace("{prompt}", prompt.text)
-        if complaints:
-            listed = "\n".join(f"- {problem}" for problem in complaints)
+        rejected = [problem for problem in complaints if problem not in (_FAILED, _REFUSED)]  # the model said nothing
+        if rejected:
+            listed = "\n".join(f"- {problem}" for problem in rejected)
             text = f"{text}\n\n{_REJECTED.format(problems=listed)}"
         schema = {"name": "questions", "strict": True, "schema": reply_schema(rules)}
         form = {"type": "json_schema", "json_schema": schema}
@@ -114,7 +120,7 @@ def _closed(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 def _draft(reply: Reply | None) -> Draft:
     if reply is None:
-        return Draft(problems=["the server gave no reply"])
+        return Draft(problems=[_FAILED], is_failed=True)
     if reply.is_cut_off:
         return Draft(problems=["the reply was cut off at max_tokens; write fewer or shorter questions"])
     try:

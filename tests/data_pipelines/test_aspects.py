@@ -11,7 +11,7 @@ import pytest
 
 from alignkit.aspects import Draft, Fact, Question, Rules
 from alignkit.commands.training_data import TrainingData
-from alignkit.errors import ConfigError, DataError, ResumeError
+from alignkit.errors import ConfigError, DataError, ResumeError, ServerError
 from alignkit.records import Prompt
 from data_pipelines.aspects import AspectsConfig, checked_drafts, problems_of, write_aspects
 
@@ -165,6 +165,40 @@ def test_too_much_quarantine_stops_the_stage(tmp_path):
     assert (tmp_path / "a" / "quarantine.jsonl").is_file()
     with pytest.raises(DataError, match="no prompts to write questions for"):
         write_aspects([], CONFIG, tmp_path / "b", build_writer=Writer)
+    assert write_aspects(PROMPTS, CONFIG, tmp_path / "a", build_writer=Writer).rows == 3  # a higher limit continues it
+
+
+def test_aspects_weigh_what_the_config_says(tmp_path):
+    """Whatever the number of an aspect's questions, whose own weights keep their proportions."""
+    config = replace(CONFIG, weights={"alignment": 3})
+    double = replace(GOOD, questions=(replace(GOOD.questions[0], weight=2.0), *GOOD.questions[1:]))
+
+    class Fixed(Writer):
+        def write(self, prompts, rules, complaints):
+            return [double] * len(prompts)
+
+    write_aspects(PROMPTS[:1], config, tmp_path / "a", build_writer=Fixed)
+    (row,) = TrainingData(kind="aspects", path=tmp_path / "a").train()
+    assert [question["weight"] for question in row["questions"]] == [2.0, 1.0, 1.0]  # 3 of 4 is alignment
+    (plain,) = checked_drafts(PROMPTS[:1], CONFIG, Fixed())
+    assert [question.weight for question in plain.draft.questions] == [2.0, 1.0, 2.0]
+
+
+def test_prompts_that_a_server_failed_are_not_left_out(tmp_path):
+    """The stage stops without the part, and the next run asks for it again."""
+
+    class Down(Writer):
+        def write(self, prompts, rules, complaints):
+            drafts = super().write(prompts, rules, complaints)
+            failed = Draft(problems=["the server gave no reply"], is_failed=True)
+            return [
+                failed if prompt.text == "two dogs" else draft for prompt, draft in zip(prompts, drafts, strict=True)
+            ]
+
+    with pytest.raises(ServerError, match="1 of 2 prompts got no questions in 2 attempts, the first one 'two dogs'"):
+        write_aspects(PROMPTS, CONFIG, tmp_path / "a", build_writer=Down)
+    assert [file.name for file in (tmp_path / "a" / "data").iterdir()] == ["part-00000.parquet"]
+    assert write_aspects(PROMPTS, CONFIG, tmp_path / "a", build_writer=Writer).rows == 3
 
 
 @pytest.mark.parametrize(
@@ -173,6 +207,8 @@ def test_too_much_quarantine_stops_the_stage(tmp_path):
         ({"aspects": ("beauty",)}, "give some of alignment, physics, quality"),
         ({"aspects": ()}, "give some of"),
         ({"aspects": ("quality", "quality")}, "each once"),
+        ({"weights": {"physics": 1.0}}, "weights.physics is 1.0; give a number above 0 of one of"),
+        ({"weights": {"alignment": 0.0}}, "weights.alignment is 0.0"),
         ({"attempts": 0}, "attempts is 0"),
         ({"quarantine_limit": 1.5}, "quarantine_limit is 1.5"),
     ],
