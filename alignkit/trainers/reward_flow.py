@@ -149,7 +149,7 @@ class RewardConfig(WatchConfig, DataLossConfig):
         return FreshNoise(self.eta, self.flow_sde)
 
     @property
-    def decoding(self) -> Decoding | None:
+    def decoding(self) -> Decoding:
         """How the result of a chain is decoded: with activation checkpoints."""
         return Decoding(self.decode_frames, cache_on_cpu=self.decode_cache_on_cpu, tiles=self.decode_tiles)
 
@@ -262,7 +262,13 @@ class RewardTrainer(GuardedTrainer):
         """`SelfCheck`, for the first prompt."""
         args, autocast = self.args, self.accelerator.autocast
         check = SelfCheck(
-            self.generator, args.sampling, args.device, autocast, self._own_precision, half=bool(args.bf16 or args.fp16)
+            self.generator,
+            args.sampling,
+            args.device,
+            autocast,
+            self._own_precision,
+            half=bool(args.bf16 or args.fp16),
+            decoding=args.decoding,
         )
         check.run(batch["prompts"][0], self._rewards.rewards if self._recomputes_rewards else {})
 
