@@ -72,6 +72,60 @@ def test_what_is_wrong_with_a_draft_is_said(draft, problem):
     assert any(problem in said for said in problems), problems
 
 
+def covering(kind, fact, *texts, negated=""):
+    """What is said of a draft in which questions cover one fact."""
+    questions = [Question(text, 1.0, "", f"q{number}", "alignment") for number, text in enumerate(texts)]
+    questions += [Question("", 1.0, negated, "no", "alignment")] if negated else []
+    draft = Draft((Fact(kind, fact),), questions, ((0,),) * len(questions))
+    return problems_of(draft, Rules(("alignment",), 9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fact", "texts"),
+    [
+        ("count", "two dogs", ["Is the number of dogs 2?"]),
+        ("count", "a single dog", ["Is there exactly one dog?"]),
+        ("count", "three boxes", ["Is there a box?", "Are there three of them?"]),
+        ("relation", "cat left of dog", ["Is the cat to the left of the dog?"]),
+        ("relation", "boy\u2019s hat on table", ["Is the boy's hat on the table?"]),
+        ("attribute", "dirty dishes", ["Is every dish dirty?"]),
+        ("attribute", "ripe berries", ["Is the berry ripe?"]),
+        ("attribute", "two old knives", ["Is the knife old?", "Are there two?"]),
+        ("object", "leather armchair", ["Is there an armchair?"]),
+    ],
+)
+def test_questions_that_have_the_words_of_a_fact_cover_it(kind, fact, texts):
+    assert covering(kind, fact, *texts) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "fact", "text", "lacking"),
+    [
+        ("count", "two dogs", "Is there a dog?", "2"),
+        ("count", "one dog", "Is there a dog?", "1"),
+        ("relation", "cat left of dog", "Is the cat present?", "left, dog"),
+        ("relation", "cup on table", "Is the cup under the table?", "on"),
+        ("attribute", "red ball", "Is there a ball?", "red"),
+    ],
+)
+def test_one_shared_word_does_not_cover_a_count_an_attribute_or_a_relation(kind, fact, text, lacking):
+    assert covering(kind, fact, text) == [
+        f"no question that covers the {kind} '{fact}' has its words {lacking}; use them"
+    ]
+    assert covering(kind, fact, negated=f"Is the {fact.split()[-1]} absent?") == []  # the opposite, in other words
+
+
+def test_quotes_of_any_kind_are_no_negation_and_apostrophes_hide_none():
+    for text in (
+        "Does the sign say 'no entry'?",
+        "Does it say \u2018don\u2019t walk\u2019?",
+        "Is \u201cno\u201d on it?",
+    ):
+        assert problems_of(asked(text), RULES) == problems_of(asked("Does the sign say hello?"), RULES)
+    for text in ("Is there a dog that isn\u2019t red?", "Is the dogs' bowl not the cats' bowl?"):
+        assert any("is a negation" in said for said in problems_of(asked(text), RULES))
+
+
 def test_too_many_questions_are_refused():
     assert problems_of(GOOD, Rules(RULES.aspects, 2)) == ["there are 3 questions; write at most 2"]
 
