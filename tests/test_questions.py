@@ -51,6 +51,22 @@ def test_what_is_no_question_is_named_with_its_prompt(given, message):
         questions_of(Prompt.from_text("a ring", questions=[given]))
 
 
+def test_held_out_prompts_get_the_questions_of_the_dataset(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": text, "questions": [f"Is there {text}?"]} for text in ("a ring", "a cross")]
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    prompts = [Prompt.from_text("a  ring", mark=1), Prompt.from_text("a cross", questions=["own"])]
+    data = TrainingData(kind="aspects", path=path)
+    found = data.with_questions(prompts)
+    assert found[0].metadata == {"mark": 1, "questions": ["Is there a ring?"]}
+    assert found[1].metadata == {"questions": ["own"]}
+    assert not caplog.records
+    assert data.with_questions([*prompts, other := Prompt.from_text("a star")])[2] == other
+    assert "1 of 3 prompts of validation or evaluation have no questions" in caplog.text
+    assert "the first one 'a star': a critic asks them what its options" in caplog.text
+    assert TrainingData(kind="captions", path=path).with_questions([other]) == [other]
+
+
 def test_questions_are_a_list():
     assert questions_of(Prompt.from_text("a ring")) == []
     for given in ("Is it?", {"text": ["Is it?"]}, 3):

@@ -42,6 +42,8 @@ from data_pipelines.prompts import drop_duplicates
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_MEDIA = ("image", "video")  # columns of prompts: kept as columns, for rewards and losses that read them
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AspectsConfig:
@@ -141,7 +143,8 @@ def write_aspects(
     """Questions for every prompt into `out_dir/data/part-*.parquet`, one row a prompt, with manifest and dataset card.
 
     Columns: prompt_id, prompt, metadata (JSON), questions [{name, aspect, text, negated, weight, answer}] (as the
-    rewards `yes_no` and `explanation` take them), facts [{kind, text}] that the writer found. Opened by
+    rewards `yes_no` and `explanation` take them), facts [{kind, text}] that the writer found, and `image` and `video`
+    with the bytes of the prompts' media, where any prompt has one (a path, bytes, or {bytes, path}). Opened by
     `datasets.load_dataset(out_dir)`. `identity` says what the questions depend on beside the config: the writer, its
     template, its model; where it differs from that of an earlier run in `out_dir`, the run is refused. The writer is
     built only when a part is missing.
@@ -150,10 +153,11 @@ def write_aspects(
     ServerError, ResumeError, StorageError; what the writer raises.
     """
     folder = Path(out_dir)
+    media = [name for name in _MEDIA if any(prompt.metadata.get(name) for prompt in prompts)]
     unique, duplicates = drop_duplicates(prompts)
     if not unique:
         raise DataError("no prompts to write questions for; give at least one")
-    digest = hashlib.sha256("".join(f"{p.id}\x1f{_metadata(p)}\x1e" for p in unique).encode())
+    digest = hashlib.sha256("".join(f"{p.id}\x1f{_metadata(p)}{_names(p, media)}\x1e" for p in unique).encode())
     inputs = {"prompts": len(unique), "prompts_sha256": digest.hexdigest(), "writer": identity}
     with locked(folder):
         record = {"stage": "aspects", "config": asdict(config), "inputs": inputs}
@@ -163,14 +167,21 @@ def write_aspects(
             for index in range(-(-len(unique) // config.part_size)):
                 rows = unique[index * config.part_size :][: config.part_size]
                 name = part_name(index)
-                parts.append(finished_part(folder, name) or _write(folder, name, rows, config, writer()))
+                parts.append(finished_part(folder, name) or _write((folder, name), rows, config, writer(), media))
                 bar.update(len(rows))
                 _require_within_limit(folder, parts, config, len(unique))
         return _finish(folder, config, parts, duplicates)
 
 
-def _write(folder: Path, name: str, rows: Sequence[Prompt], config: AspectsConfig, writer: QuestionWriter) -> Part:
-    """One finished part: the good drafts as rows, counts and quarantine as notes."""
+def _write(
+    place: tuple[Path, str],
+    rows: Sequence[Prompt],
+    config: AspectsConfig,
+    writer: QuestionWriter,
+    media: Sequence[str],
+) -> Part:
+    """One finished part, (folder, name): the good drafts as rows, counts and quarantine as notes."""
+    folder, name = place
     kept, quarantined = [], []
     counts: Counter[str] = Counter()
     for prompt, result in zip(rows, checked_drafts(rows, config, writer), strict=True):
@@ -182,26 +193,53 @@ def _write(folder: Path, name: str, rows: Sequence[Prompt], config: AspectsConfi
             quarantined.append({**named, "reason": reason, "attempts": result.attempts, "questions": questions})
             continue
         facts = list(map(asdict, draft.facts))
-        kept.append({**named, "metadata": _metadata(prompt), "questions": questions, "facts": facts})
+        own = {column: _medium(prompt, column) for column in media}
+        kept.append({**named, "metadata": _metadata(prompt), "questions": questions, "facts": facts, **own})
         counts.update(f"questions_{question.aspect}" for question in draft.questions)
         counts.update(f"facts_{fact.kind}" for fact in draft.facts)
     notes = {"rows": len(kept), "counts": dict(counts), "quarantined": quarantined}
-    return write_part(folder, name, {f"data/{name}.parquet": _table(kept)}, notes=notes)
+    return write_part(folder, name, {f"data/{name}.parquet": _table(kept, media)}, notes=notes)
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def _table(rows: list[dict[str, Any]], media: Sequence[str]) -> pa.Table:
     import pyarrow as pa
-    from datasets import Features, List, Value
+    from datasets import Features, Image, List, Value, Video
 
     text = Value("string")
     texts = dict.fromkeys(("name", "aspect", "text", "negated", "answer"), text)
     named: dict[str, Any] = dict.fromkeys(("prompt_id", "prompt", "metadata"), text)
     named |= {"questions": List({**texts, "weight": Value("float64")}), "facts": List({"kind": text, "text": text})}
+    named |= {name: Image(decode=False) if name == "image" else Video(decode=False) for name in media}
     return pa.Table.from_pylist(rows, schema=Features(named).arrow_schema)
 
 
 def _metadata(prompt: Prompt) -> str:
-    return json.dumps(dict(prompt.metadata), sort_keys=True, default=str)
+    """The other columns of the prompt as JSON, less its media."""
+    plain = {name: value for name, value in prompt.metadata.items() if name not in _MEDIA}
+    return json.dumps(plain, sort_keys=True, default=str)
+
+
+def _medium(prompt: Prompt, name: str) -> dict[str, Any] | None:
+    """The medium in this column of the prompt with its bytes, as `datasets` has it; None where there is none."""
+    medium = prompt.metadata.get(name)
+    if isinstance(medium, Mapping):
+        medium = medium.get("bytes") or medium.get("path")
+    where = f"prompt '{prompt.text}', {name}"
+    if isinstance(medium, str | Path) and medium:
+        try:
+            medium = Path(medium).read_bytes()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{where}: '{medium}' cannot be read ({error}); give a path from this folder") from error
+    if medium and not isinstance(medium, bytes):
+        raise DataError(f"{where}: it is a {type(medium).__name__}; give a path or the bytes of a file")
+    return {"bytes": medium, "path": None} if medium else None
+
+
+def _names(prompt: Prompt, media: Sequence[str]) -> str:
+    """What tells the media of the prompt from others: their paths, or digests of their bytes."""
+    found = [prompt.metadata.get(name) for name in media]
+    plain = [(one.get("bytes") or one.get("path")) if isinstance(one, Mapping) else one for one in found]
+    return "".join(hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else f"{one}" for one in plain)
 
 
 def _quarantined(parts: Sequence[Part]) -> list[dict[str, Any]]:

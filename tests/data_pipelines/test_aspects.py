@@ -13,6 +13,7 @@ from alignkit.aspects import Draft, Fact, Question, Rules
 from alignkit.commands.training_data import TrainingData
 from alignkit.errors import ConfigError, DataError, ResumeError, ServerError
 from alignkit.records import Prompt
+from alignkit.trainers.data import PromptData
 from data_pipelines.aspects import AspectsConfig, checked_drafts, problems_of, write_aspects
 
 RULES = Rules(("alignment", "quality"), 3)
@@ -210,6 +211,21 @@ def test_the_rows_are_what_a_training_reads(tmp_path):
     card = (tmp_path / "a" / "README.md").read_text("utf-8")
     assert "3 prompts, each with yes/no questions" in card
     assert "- alignment, weight 1: `Is there a dog?` against `Is the picture empty?`" in card
+
+
+def test_the_columns_of_prompts_reach_a_training(tmp_path):
+    """Media with their bytes, so that the folder is whole; the rest as it was."""
+    (tmp_path / "ring.png").write_bytes(b"one")
+    media = [str(tmp_path / "ring.png"), {"bytes": b"two", "path": "x"}, None]
+    prompts = [Prompt.from_text(f"dogs of {n}", mark=n, image=medium) for n, medium in zip("abc", media, strict=True)]
+    write_aspects(prompts, CONFIG, tmp_path / "a", build_writer=Writer)
+    rows = TrainingData(kind="aspects", path=tmp_path / "a").train()
+    found = [prompt.metadata for prompt in PromptData(rows, 0).prompts]
+    assert [metadata["mark"] for metadata in found] == ["a", "b", "c"]
+    assert [metadata["image"] and metadata["image"]["bytes"] for metadata in found] == [b"one", b"two", None]
+    absent = [Prompt.from_text("dogs", image="nowhere.png")]
+    with pytest.raises(DataError, match=r"prompt 'dogs', image: 'nowhere\.png' cannot be read"):
+        write_aspects(absent, CONFIG, tmp_path / "b", build_writer=Writer)
 
 
 def test_too_much_quarantine_stops_the_stage(tmp_path):
