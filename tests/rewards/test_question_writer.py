@@ -59,6 +59,17 @@ def test_the_request_has_the_prompt_the_rules_and_the_schema():
     assert schema["schema"]["properties"]["facts"]["items"]["properties"]["kind"]["enum"] == list(FACTS)
 
 
+def test_answers_are_asked_for_where_they_are_wished():
+    entries = [{**entry, "answer": "Two dogs."} for entry in REPLY["questions"]]
+    with ChatServer(lambda *_: said(json.dumps(REPLY | {"questions": entries}))) as server:
+        (draft,) = writer(server, answers=True).write([PROMPT], RULES, [()])
+    assert [question.answer for question in draft.questions] == ["Two dogs.", "Two dogs."]
+    (request,) = server.requests
+    assert 'Give every question an "answer" too' in request["messages"][0]["content"][0]["text"]
+    question = request["response_format"]["json_schema"]["schema"]["properties"]["questions"]["items"]
+    assert question["required"][-1] == "answer"
+
+
 def changed(**changes):
     return said(json.dumps(REPLY | changes))
 

@@ -82,7 +82,7 @@ def test_a_vae_that_computes_otherwise_again_is_refused(make, wrap, said):
 
 
 def counting(forward):
-    """A decoder whose results grow from frame to frame of a clip: right in every decoding from the first frame on."""
+    """A decoder that weighs its input by the number of the frame: right in every decoding from the first frame on."""
     frames = []
 
     @functools.wraps(forward)
@@ -90,7 +90,7 @@ def counting(forward):
         if all(cached is None for cached in feat_cache):
             frames.clear()
         frames.append(1)
-        return forward(x, feat_cache=feat_cache, **options) * (1 + 0.5 * len(frames))
+        return forward(x * (1 + 0.5 * len(frames)), feat_cache=feat_cache, **options)
 
     return call
 
