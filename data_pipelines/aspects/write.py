@@ -153,12 +153,11 @@ def write_aspects(
     ServerError, ResumeError, StorageError; what the writer raises.
     """
     folder = Path(out_dir)
-    media = [name for name in _MEDIA if any(prompt.metadata.get(name) for prompt in prompts)]
+    media = sorted({name for prompt in prompts for name in _MEDIA if prompt.metadata.get(name)})
     unique, duplicates = drop_duplicates(prompts)
     if not unique:
         raise DataError("no prompts to write questions for; give at least one")
-    digest = hashlib.sha256("".join(f"{p.id}\x1f{_metadata(p)}{_names(p, media)}\x1e" for p in unique).encode())
-    inputs = {"prompts": len(unique), "prompts_sha256": digest.hexdigest(), "writer": identity}
+    inputs = {"prompts": len(unique), "prompts_sha256": _digest(unique, media), "writer": identity}
     with locked(folder):
         record = {"stage": "aspects", "config": asdict(config), "inputs": inputs}
         claim(folder, record, free=("config.quarantine_limit",), writes=STAGE_FILES)
@@ -235,11 +234,18 @@ def _medium(prompt: Prompt, name: str) -> dict[str, Any] | None:
     return {"bytes": medium, "path": None} if medium else None
 
 
-def _names(prompt: Prompt, media: Sequence[str]) -> str:
-    """What tells the media of the prompt from others: their paths, or digests of their bytes."""
-    found = [prompt.metadata.get(name) for name in media]
-    plain = [(one.get("bytes") or one.get("path")) if isinstance(one, Mapping) else one for one in found]
-    return "".join(hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else f"{one}" for one in plain)
+def _digest(prompts: Sequence[Prompt], media: Sequence[str]) -> str:
+    """Of the prompts with their columns; of media in files the paths count."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.id}\x1f{_metadata(prompt)}".encode())
+        for name in media:
+            medium = prompt.metadata.get(name)
+            if isinstance(medium, Mapping):
+                medium = medium.get("bytes") or medium.get("path")
+            digest.update(medium if isinstance(medium, bytes) else f"{medium}".encode())
+        digest.update(b"\x1e")
+    return digest.hexdigest()
 
 
 def _quarantined(parts: Sequence[Part]) -> list[dict[str, Any]]:
