@@ -7,11 +7,12 @@ questions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt
 
 ASPECTS = ("alignment", "physics", "quality")
@@ -36,19 +37,29 @@ class Question:
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | Question) -> Question:
-        """From a text, or from a mapping with the fields' names; ConfigError for other keys or a weight not above 0."""
-        if isinstance(given, str | Question):
-            question = cls(given) if isinstance(given, str) else given
-        else:
+        """From a text, or from a mapping with the fields' names, of which those with null count as left out.
+
+        Raises ConfigError for other keys, values of other types, no text, or a weight not above 0.
+        """
+        if not isinstance(given, str | Mapping | Question):
+            raise ConfigError(f"question {given!r}: it is a text or has {', '.join(_KEYS)}")
+        if isinstance(given, Mapping):
             unknown = set(given) - set(_KEYS)
-            if unknown or not (given.get("text") or given.get("negated")):
-                raise ConfigError(
-                    f"question {dict(given)}: it has {', '.join(_KEYS)}, and at least text or negated is not empty; "
-                    f"{unknown or 'none'} is unknown"
-                )
-            question = cls(**{key: value for key, value in given.items() if key != "answer" or value})
-        if not question.weight > 0:
-            raise ConfigError(f"question '{question.text}': its weight is {question.weight}; give more than 0")
+            if unknown:
+                raise ConfigError(f"question {dict(given)}: it has {', '.join(_KEYS)}; {unknown} is unknown")
+            # datasets fills the keys that some questions of a file lack with null
+            question = cls(**{key: value for key, value in given.items() if value is not None})
+        else:
+            question = cls(given) if isinstance(given, str) else given
+        for key in (key for key in _KEYS if key != "weight"):
+            value = asdict(question)[key]
+            if not isinstance(value, str):
+                raise ConfigError(f"question '{question.text}': its {key} is {value!r}; give a text")
+        weight: Any = question.weight
+        if not (isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf):
+            raise ConfigError(f"question '{question.text}': its weight is {weight!r}; give a number above 0")
+        if not (question.text or question.negated):
+            raise ConfigError(f"question {given!r}: at least text or negated is not empty")
         return question
 
     def asked(self, prompt: str) -> list[str]:
@@ -70,12 +81,14 @@ class Draft:
 
     covers: for each question the indices of the facts that it is about.
     problems: why there is no usable draft (no reply, a prompt that the writer cannot read); empty otherwise.
+    is_failed: whether that is a failure of the server that may pass.
     """
 
     facts: Sequence[Fact] = ()
     questions: Sequence[Question] = ()
     covers: Sequence[Sequence[int]] = ()
     problems: Sequence[str] = ()
+    is_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +118,19 @@ def named(given: Sequence[str | Mapping[str, Any] | Question]) -> list[Question]
     if len({q.name for q in questions}) != len(questions):
         raise ConfigError(f"two questions have the same name: {', '.join(q.name for q in questions)}")
     return questions
+
+
+def questions_of(prompt: Prompt) -> list[Question]:
+    """Those in the prompt's metadata, with distinct names; none where it brings none.
+
+    Raises DataError naming the prompt for what is no list of questions.
+    """
+    given = prompt.metadata.get("questions")
+    if given is None:
+        return []
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise DataError(f"prompt '{prompt.text}': its questions are {given!r}; give a list of texts or mappings")
+    try:
+        return named(given)
+    except ConfigError as error:
+        raise DataError(f"prompt '{prompt.text}': {error}") from error

@@ -8,7 +8,8 @@
 on the same prompts and noise (mean, least and largest over batches), the cosine between the gradients of different
 batches, and the norms. `capped` is the exact chain with the cap of the trainer's default.
 `--memory`: one JSON line for each number of differentiated steps: peak bytes of the tensors that one gradient makes and
-CPU seconds, with each step and the decoding checkpointed and without.
+CPU seconds, with each step and the decoding checkpointed, with each step alone, and with none; `time_over_steps_alone`
+is the CPU time of the first over that of the second.
 A critic is `--reward yes_no --weights sandbox:vlm`; each prompt has the questions of its grammar.
 The weights are a LoRA at its start, in float32, so B of the LoRA alone has a gradient.
 """
@@ -121,6 +122,13 @@ def estimators(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -
 
 
 @contextmanager
+def plain_decoding() -> Iterator[None]:
+    """Within it the decoding is not checkpointed."""
+    with mock.patch.object(reward_flow.RewardConfig, "decoding", None):
+        yield
+
+
+@contextmanager
 def kept_activations() -> Iterator[None]:
     """Within it no step and no decoding is checkpointed."""
 
@@ -128,10 +136,7 @@ def kept_activations() -> Iterator[None]:
         return real(*inputs, checkpointed=False, **options)
 
     real = reward_flow.rollout
-    with (
-        mock.patch.object(reward_flow.RewardConfig, "decoding", None),
-        mock.patch.object(reward_flow, "rollout", rollout),
-    ):
+    with plain_decoding(), mock.patch.object(reward_flow, "rollout", rollout):
         yield
 
 
@@ -142,6 +147,9 @@ def memory(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> It
         settle(trainer, replace(ESTIMATORS["draft"], steps=f"last {count}"), 0)
         line: dict[str, Any] = {"differentiated_steps": count}
         line["checkpointed_bytes"], line["checkpointed_cpu_s"] = _peak(trainer, batch)
+        with plain_decoding():
+            line["steps_alone_bytes"], line["steps_alone_cpu_s"] = _peak(trainer, batch)
+        line["time_over_steps_alone"] = round(line["checkpointed_cpu_s"] / line["steps_alone_cpu_s"], 3)
         with kept_activations():
             line["plain_bytes"], line["plain_cpu_s"] = _peak(trainer, batch)
         yield line

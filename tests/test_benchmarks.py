@@ -300,3 +300,29 @@ def test_dense_steps_and_pairs_are_measured_beside_bare_calls(benchmarks, monkey
     lines = {line["case"]: line for line in map(json.loads, capsys.readouterr().out.splitlines()[-2:])}
     assert min(lines[name]["ratio"] for name in ("step", "pairs")) > 0
     assert script.peak_of_stage(2, 16) > 0
+
+
+def test_estimators_and_memory_of_reward_gradients_are_measured(benchmarks, monkeypatch, capsys):
+    """At their tiniest: the exact gradient first, and less memory with checkpoints than without."""
+    script = importlib.import_module("reward_flow")
+    words = ["--estimators", "--memory", "--batches", "1", "--batch", "1", "--sampling_steps", "4", "--side", "32"]
+    monkeypatch.setattr(sys, "argv", ["reward_flow.py", *words])
+    script.main()
+    lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    first, *_ = estimators = [line for line in lines if "estimator" in line]
+    assert (first["estimator"], first["cosine_to_exact"]) == ("exact", [1.0, 1.0, 1.0])
+    assert all(abs(line["cosine_to_exact"][0]) <= 1.001 for line in estimators)
+    memory = [line for line in lines if "differentiated_steps" in line]
+    assert [line["differentiated_steps"] for line in memory] == [1, 2, 4]
+    assert memory[-1]["checkpointed_bytes"] <= memory[-1]["steps_alone_bytes"] < memory[-1]["plain_bytes"]
+    assert memory[-1]["time_over_steps_alone"] > 0
+
+
+def test_agreement_with_gold_is_measured(benchmarks, monkeypatch, capsys):
+    script = importlib.import_module("agreement")
+    monkeypatch.setattr(sys, "argv", ["agreement.py", "--prompts", "2", "--seeds", "1", "--steps", "1"])
+    script.main()
+    lines = {line["reward"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert {"aspects", "aspects/object", "vqa", "clip", "careful"} <= set(lines)
+    assert lines["vqa"]["images"] == 2
+    assert script.auc(np.array([0.1, 0.9]), np.array([0.0, 1.0])) == 1.0

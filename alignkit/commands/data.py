@@ -22,7 +22,6 @@ from alignkit.config import init_fields
 from alignkit.errors import ConfigError
 from alignkit.records import Prompt
 from data_pipelines.aspects import AspectsConfig, write_aspects
-from data_pipelines.rows import load_rows
 from data_pipelines.synpic import GenerateConfig, RankConfig, ScoreConfig, generate_and_score, rank_candidates
 
 
@@ -109,21 +108,19 @@ class QuestionsJob(PolicyJob):
         A prompt whose questions failed the checks has none.
         """
         path = self._write([*shares.validation, *shares.evaluation], "aspects_heldout")
-        rows = load_rows(path, "train", held_out=0.0, columns=(("prompt",), ("questions",)))
-        questions = dict(zip(rows["prompt_id"], rows["questions"], strict=True))
-
-        def asked(share: Sequence[Prompt]) -> list[Prompt]:
-            found = [{"questions": questions[prompt.id]} if prompt.id in questions else {} for prompt in share]
-            pairs = zip(share, found, strict=True)
-            return [replace(prompt, metadata={**prompt.metadata, **own}) for prompt, own in pairs]
-
-        return replace(shares, validation=asked(shares.validation), evaluation=asked(shares.evaluation))
+        return _asked(shares, TrainingData(kind="aspects", path=path))
 
     def _write(self, prompts: Sequence[Prompt], name: str) -> Path:
         path, identity = self.out / name, self.writer.identity
         result = write_aspects(prompts, self.aspects, path, build_writer=self.writer.builder(), identity=identity)
         print(f"      {counts_line(result.counts)}")
         return path
+
+
+def _asked(shares: PromptShares, data: TrainingData) -> PromptShares:
+    """The held-out prompts with the questions of `data`."""
+    validation, evaluation = map(data.with_questions, (shares.validation, shares.evaluation))
+    return replace(shares, validation=validation, evaluation=evaluation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,6 +171,10 @@ class DatasetJob(PolicyJob):
         return TrainingData(
             kind=kind, path=self.data.path, root=self.data.root, held_out=self.data.held_out, excluded=excluded
         )
+
+    def prepared(self, shares: PromptShares) -> PromptShares:
+        """The held-out prompts with the questions that the dataset has about them."""
+        return _asked(shares, self.make_data(shares))
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ _STAGES = (
 
 def _free(out: Path) -> set[str]:
     """Sections that may still change: nothing has been made with them. Each stage compares what it was made with."""
-    free = {"report", "judges"}
+    free = {"report", "judges", "aspects.quarantine_limit"}
     has = {stage: holds_results(out / stage) for stage in _STAGES}
     sections = {
         "candidates": {"generate"},

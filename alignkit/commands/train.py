@@ -208,13 +208,13 @@ def _plan(method: str, job: Any) -> list[str]:
 def _work(method: str, job: Any) -> None:
     folder = Path(job.train.output_dir)
     write_resolved(folder, job, free=RESUMABLE)
-    validation = None
+    data, validation = job.training_data(method), None
     if job.validation is not None:
-        held_out = job.prompts.split()[1]
+        held_out = data.with_questions(job.prompts.split()[1])
         validation = functools.partial(job.validation.build, held_out, job.rewards)
     policy = (Path(model_path(job.model)).name, job.policy)
     rewards = {name: job.rewards[name] for name in trained_rewards(job.train)}
-    result = fit(method, policy, job.train, job.training_data(method), validation=validation, rewards=rewards)
+    result = fit(method, policy, job.train, data, validation=validation, rewards=rewards)
     print(f"result: {result}")
     print(f"next: alignkit evaluate --base.model {job.model} --tuned.{job.train.result_name} {result} ...")
 

@@ -9,20 +9,24 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import ConfigError, DataError
+from alignkit.escape import get_logger
 from alignkit.provenance import fingerprint, fingerprint_files
 from alignkit.records import Prompt
 from data_pipelines.importers import load_ranked
-from data_pipelines.opening import files_beside
+from data_pipelines.opening import files_beside, open_dataset
+from data_pipelines.prompts import to_prompt
 from data_pipelines.rows import load_rows, without_prompts
 from data_pipelines.segments import load_dense
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = get_logger(__name__)
 
 # (path, split, held_out=..., root=...) -> rows of "train" or "heldout", with the columns of the kind checked.
 LOADERS: dict[str, Callable[..., Dataset]] = {
@@ -81,6 +85,32 @@ class TrainingData:
         if self.path is not None:
             return self._load(self.path, "heldout") if self.held_out > 0 else None
         return self.prompts[1] or None
+
+    def with_questions(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts of a validation or evaluation with the questions that the dataset has about them, by their text.
+
+        Warns of prompts without any, which a critic asks what it asks of every prompt. Other data has no questions.
+        """
+        if self.path is None or self.kind != "aspects":
+            return list(prompts)
+        known: dict[str, Any] = {}
+        for name, rows in open_dataset(self.path, root=self.root, say=logger.debug, values=("questions",)).items():
+            if {"prompt", "questions"} <= set(rows.column_names):
+                for row in rows.select_columns(["prompt", "questions"]):
+                    known[to_prompt(row["prompt"], f"'{self.path}', split {name}").id] = row["questions"]
+        own = [{"questions": known[prompt.id]} if known.get(prompt.id) else {} for prompt in prompts]
+        found = [replace(prompt, metadata=asked | prompt.metadata) for prompt, asked in zip(prompts, own, strict=True)]
+        lacking = [prompt.text for prompt in found if not prompt.metadata.get("questions")]
+        if lacking:
+            logger.warning(
+                "%d of %d prompts of validation or evaluation have no questions in '%s', the first one '%s': a critic "
+                "asks them what its options `questions` or `writer` say. Add rows about them, or give it a `writer`",
+                len(lacking),
+                len(found),
+                self.path,
+                lacking[0],
+            )
+        return found
 
     def _load(self, path: Path, split: str) -> Dataset:
         if self.kind not in LOADERS:

@@ -26,7 +26,7 @@ class WriterSpec:
 
     writer: sandbox (the sandbox's caption grammar, no model), served (a served language model), or
         'package.module:attribute' of your own.
-    options: keywords for its constructor (served: base_url, model, template, cache; sandbox: whole, twins,
+    options: keywords for its constructor (served: base_url, model, template, answers, cache; sandbox: whole, twins,
         number_of_all, extra_weight).
     """
 

@@ -49,7 +49,7 @@ def _entries(spec: FilmSpec) -> Iterator[Entry]:
             text, fact = MOVING.format(shape), Fact("attribute", f"{shape} still")
             yield _question(f"still_{shape}", negated=text), fact
         else:
-            fact = Fact("attribute", f"{shape} moves {spec.direction}")
+            fact = Fact("attribute", f"{shape} moving {spec.direction}")
             yield _question(f"moves_{shape}", MOVING.format(shape)), fact
             yield _question(f"way_{shape}", WAY.format(shape, spec.direction)), fact
     absent = [shape for shape in SHAPES if shape not in dict(spec.kinds)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignkit.aspects import Question, named
+from alignkit.aspects import Question, questions_of
 from alignkit.errors import ConfigError, nearest
 from alignkit.protocols import Asking, Reward, as_scores
 from alignkit.records import Prompt, Scores
@@ -39,10 +39,9 @@ class Window:
 
         A prompt that brings no questions belongs to the default window.
         """
-        given = prompt.metadata.get("questions")
-        if not given:
+        questions = questions_of(prompt)
+        if not questions:
             return prompt, float(self.is_default)
-        questions = named(given)
         own = [question for question in questions if self.has(question.aspect)]
         weight = sum(question.weight for question in own)
         share = weight / sum(question.weight for question in questions)
@@ -70,8 +69,8 @@ def used(
     asking = [name for name, reward in rewards.items() if asks(reward)]
     if not asking:
         raise ConfigError(f"aspect_steps: none of the rewards {', '.join(rewards)} asks the questions of prompts")
-    questions = [Question.of(one) for prompt in prompts for one in prompt.metadata.get("questions") or [""]]
-    present = {question.aspect for question in questions}
+    asked = [question for prompt in prompts for question in questions_of(prompt) or [Question()]]
+    present = {question.aspect for question in asked}
     for aspect in sorted(windows[0].aspects - present):
         raise ConfigError(f"aspect_steps.{aspect}: no question has this aspect.{nearest(aspect, present - {''})}")
     needs_default = penalised or len(asking) < len(rewards) or any(map(windows[0].has, present))

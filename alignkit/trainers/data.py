@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -55,7 +57,10 @@ class PromptData(EpochData):
 
 
 def _prompt(row: Prompt | str | Mapping[str, Any]) -> Prompt:
-    """A row as a Prompt; the other columns of a mapping become its metadata."""
+    """A row as a Prompt; the other columns of a mapping become its metadata.
+
+    A column `metadata` with a JSON object, as the aspects stage writes it, stands for its members.
+    """
     if isinstance(row, Prompt):
         return row
     if isinstance(row, str):
@@ -63,6 +68,11 @@ def _prompt(row: Prompt | str | Mapping[str, Any]) -> Prompt:
     if "prompt" not in row:
         raise DataError(f"training data lacks the column prompt; its columns are {list(row)}")
     metadata = {name: value for name, value in row.items() if name != "prompt"}
+    if isinstance(packed := metadata.get("metadata"), str):
+        with contextlib.suppress(ValueError):
+            inner = json.loads(packed)
+            if isinstance(inner, dict):
+                metadata = inner | {name: value for name, value in metadata.items() if name != "metadata"}
     return replace(Prompt.from_text(row["prompt"]), metadata=metadata)
 
 

@@ -21,7 +21,7 @@ from alignkit.trainers.buckets import Sizes
 from alignkit.trainers.config import AlignConfig
 from alignkit.trainers.data import PromptData
 from alignkit.trainers.draws import DrawPlan
-from alignkit.trainers.latents import LatentDataset, encode_rows
+from alignkit.trainers.latents import COLUMNS, LATENTS, LatentDataset, encode_rows
 from alignkit.trainers.native_error import mean_square, residuals
 from alignkit.trainers.ranges import NOT_NEGATIVE, Range, require_in_range
 from alignkit.trainers.sharding import Ranks
@@ -67,10 +67,16 @@ class OneSize(Sizes):
 
 
 class PromptsWithMedia(PromptData):
-    """Prompts with the cached latents of their rows' media: an item of each, the latents' under `data.NAME`."""
+    """Prompts with the cached latents of their rows' media: an item of each, the latents' under `data.NAME`.
 
-    def __init__(self, rows: datasets.Dataset, noise_seed: int, latents: LatentDataset) -> None:
-        super().__init__(rows, noise_seed)
+    `keeps_media`: whether the metadata of the prompts has the encoded media too, all of them in memory.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, noise_seed: int, latents: LatentDataset, *, keeps_media: bool = False
+    ) -> None:
+        names = {LATENTS, *(name for both in COLUMNS.values() for name in both)}
+        super().__init__(rows if keeps_media else rows.remove_columns(sorted(names & {*rows.column_names})), noise_seed)
         self.latents = latents
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -79,7 +85,13 @@ class PromptsWithMedia(PromptData):
 
 
 def with_media(
-    generator: PipelineGenerator, rows: Any, args: DataLossConfig, sizes: Sizes, ranks: Ranks
+    generator: PipelineGenerator,
+    rows: Any,
+    args: DataLossConfig,
+    sizes: Sizes,
+    ranks: Ranks,
+    *,
+    keeps_media: bool = False,
 ) -> PromptsWithMedia:
     """The rows as prompts, with their media encoded or read from the cache. All processes call it together.
 
@@ -92,7 +104,7 @@ def with_media(
         )
     plan = DrawPlan(generator.noise_schedule.sample_t, args.noise_seed, args.data_dropout)
     latents = encode_rows(generator, rows, plan, args.cache_folder, sizes=sizes, targets=lambda *_: {}, ranks=ranks)
-    return PromptsWithMedia(rows, args.noise_seed, latents)
+    return PromptsWithMedia(rows, args.noise_seed, latents, keeps_media=keeps_media)
 
 
 def data_errors(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from alignkit.aspects import questions_of
 from alignkit.diffusion.steps import Steps
 from alignkit.errors import ConfigError, DataError
 from alignkit.generators.rollout import StepHook, keyed_sources
@@ -95,7 +96,7 @@ class DRFTrainer(RewardTrainer):
     def prepare_data(self, rows: Any, args: Any) -> EpochData | None:
         data = super().prepare_data(rows, args)
         for prompt in data.prompts if isinstance(data, PromptData) else ():
-            if not prompt.metadata.get("questions"):
+            if not questions_of(prompt):
                 raise DataError(
                     f"prompt '{prompt.text}' has no questions; give each row a column `questions`, a list of texts or "
                     "of mappings with a text"

@@ -149,7 +149,7 @@ class RewardConfig(WatchConfig, DataLossConfig):
         return FreshNoise(self.eta, self.flow_sde)
 
     @property
-    def decoding(self) -> Decoding | None:
+    def decoding(self) -> Decoding:
         """How the result of a chain is decoded: with activation checkpoints."""
         return Decoding(self.decode_frames, cache_on_cpu=self.decode_cache_on_cpu, tiles=self.decode_tiles)
 
@@ -233,12 +233,16 @@ class RewardTrainer(GuardedTrainer):
 
     @override
     def prepare_data(self, rows: Any, args: Any) -> EpochData | None:
-        """As in AlignTrainer; with `data_weight` the rows' media are encoded too."""
+        """As in AlignTrainer; with `data_weight` the rows' media are encoded too.
+
+        The prompts then have the media themselves only where a reward is `Preparing`.
+        """
         if not args.needs_media or rows is None or isinstance(rows, EpochData):
             return super().prepare_data(rows, args)
         frames = (args.num_frames or 1) if self.generator.modality == "video" else None
         sizes = OneSize(num_frames=frames, height=args.height, width=args.width)
-        return with_media(self.generator, rows, args, sizes, self.ranks)
+        keeps_media = any(isinstance(reward, Preparing) for reward in self._rewards.rewards.values())
+        return with_media(self.generator, rows, args, sizes, self.ranks, keeps_media=keeps_media)
 
     def _try_rewards(self) -> None:
         """Prepare the rewards for all prompts; call each once, on decoded noise for the first, at the training size."""
@@ -261,9 +265,8 @@ class RewardTrainer(GuardedTrainer):
     def check_gradients(self, batch: Mapping[str, Any]) -> None:
         """`SelfCheck`, for the first prompt."""
         args, autocast = self.args, self.accelerator.autocast
-        check = SelfCheck(
-            self.generator, args.sampling, args.device, autocast, self._own_precision, half=bool(args.bf16 or args.fp16)
-        )
+        options: dict[str, Any] = {"half": bool(args.bf16 or args.fp16), "decoding": args.decoding}
+        check = SelfCheck(self.generator, args.sampling, args.device, autocast, self._own_precision, **options)
         check.run(batch["prompts"][0], self._rewards.rewards if self._recomputes_rewards else {})
 
     @override

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from alignkit.aspects import Question
+from alignkit.aspects import questions_of
 from alignkit.escape import get_logger
 from alignkit.records import Prompt
 
@@ -23,7 +23,7 @@ def logged_parts(parts: Iterable[str], prompts: Iterable[Prompt]) -> tuple[str, 
     `parts`, if they are few.
     """
     parts = tuple(parts)
-    asked = [Question.of(one) for prompt in prompts for one in prompt.metadata.get("questions") or ()]
+    asked = [question for prompt in prompts for question in questions_of(prompt)]
     aspects = tuple(dict.fromkeys(f"aspect/{question.aspect}" for question in asked if question.aspect))
     names = tuple(dict.fromkeys(question.name for question in asked if question.name))
     if set(parts) & {*aspects, *names}:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from alignkit.errors import ConfigError
 from alignkit.generators.codec import at_least_float32
+from alignkit.generators.decoding import Decoding
 from alignkit.generators.pipeline import PipelineGenerator
 from alignkit.generators.rollout import rollout
 from alignkit.protocols import Reward, as_scores
@@ -38,6 +39,7 @@ class SelfCheck:
         device: where the policy is.
         autocast: makes the precision of the denoiser; `own_precision` that of VAE and rewards.
         half: whether `autocast` computes in 16 bits.
+        decoding: how the training decodes; a choice of frames is left out, because the clip is cut.
     """
 
     generator: PipelineGenerator
@@ -46,6 +48,7 @@ class SelfCheck:
     autocast: Callable[[], AbstractContextManager[None]]
     own_precision: Callable[[], AbstractContextManager[None]]
     half: bool
+    decoding: Decoding
 
     def run(self, prompt: Prompt, rewards: Mapping[str, Reward]) -> None:
         """Check denoiser and VAE, and those of `rewards` that a training recomputes, at the training's own size.
@@ -96,9 +99,16 @@ class SelfCheck:
 
     def _vae(self, latents: Tensor, *, checkpointed: bool) -> Sequence[Tensor]:
         latents = latents.detach().requires_grad_(True)
-        decode = self.generator.decode
-        with self.own_precision():
-            media = checkpoint(decode, latents, use_reentrant=False) if checkpointed else decode(latents)
+        vae, decoding = self.generator.pipeline.vae, replace(self.decoding, frames=None)
+        own = vars(vae).get("use_tiling")
+        if decoding.tiles:  # of the plain decoding too, because tiles change pixels
+            vae.use_tiling = True
+        try:
+            with self.own_precision():
+                media = self.generator.decode(latents, decoding if checkpointed else None)
+        finally:
+            if decoding.tiles:
+                vae.use_tiling = own
         return torch.autograd.grad(media.float().square().sum(), [latents])
 
     def _reward(self, name: str, reward: Reward, prompt: Prompt, *, checkpointed: bool) -> Sequence[Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import FunctionType, MethodType, ModuleType
+from contextlib import suppress
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -51,5 +52,16 @@ def _weights(owner: Any) -> Iterator[Tensor]:
             todo += item.values()
         elif isinstance(item, list | tuple | set):
             todo += item
-        elif type(item).__dictoffset__:
-            todo += vars(item).values()
+        else:
+            todo += _attributes(item)
+
+
+def _attributes(item: Any) -> Iterator[Any]:
+    """Values of the attributes of `item`, those in slots too."""
+    if type(item).__dictoffset__:
+        yield from vars(item).values()
+    for kind in type(item).__mro__:
+        for slot in vars(kind).values():
+            if isinstance(slot, MemberDescriptorType):
+                with suppress(AttributeError):  # a slot without a value
+                    yield slot.__get__(item)

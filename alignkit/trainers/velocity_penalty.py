@@ -69,11 +69,14 @@ class VelocityPenalty:
 
 
 def both(gradients: StateGradients, penalty: VelocityPenalty | None) -> StepHook:
-    """A hook of `rollout` that calls first the one, then the other."""
+    """A hook of `rollout` that calls first the one, then the other, and notes the penalty's own gradients."""
 
     def on_step(index: int, state: Tensor, prediction: Tensor) -> None:
         gradients(index, state, prediction)
         if penalty is not None:
+            if prediction.requires_grad:
+                prediction = prediction.view_as(prediction)  # a branch of its own: its gradient is the penalty's alone
+                prediction.register_hook(functools.partial(gradients.note_penalty, index))
             penalty(index, state, prediction)
 
     return on_step

@@ -38,6 +38,7 @@ aspects = load_dataset("path/to/this/folder", split="train")
 | `prompt_id`, `prompt`, `metadata` | hash of the text, the text, other columns of the prompts' file (JSON) |
 | `questions` [{{name, aspect, text, negated, weight, answer}}] | `text`: yes is good; `negated`: no; one may be empty |
 | `facts` [{{kind, text}}] | what the writer found in the prompt; every one is covered by a question |
+| `image`, `video` | media of the prompts' file, where it has any |
 
 {examples}
 ## How it was made

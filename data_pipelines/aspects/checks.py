@@ -10,15 +10,38 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from alignkit.aspects import FACTS, Draft, Question, Rules
+from alignkit.aspects import FACTS, Draft, Fact, Question, Rules
 
-_QUOTED = re.compile(r'"[^"]*"')
+_PLAIN = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")  # curly quotes and apostrophes
+_QUOTED = re.compile(r"""\"[^"]*"|(?<!\w)'(?:[^']|(?<=\w)'(?=\w))*'(?!\w)""")
 _FIRST = re.compile(r"(is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b", re.IGNORECASE)
 _NEGATION = re.compile(
     r"\b(no|not|never|none|nobody|nothing|nowhere|neither|nor|without|lacks?|lacking|absent|missing|\w+n't)\b"
 )
 _SUFFIX = re.compile(r"\?\s*(?:(?:please )?answer (?:with )?yes or no\.?)?$", re.IGNORECASE)
-_STOP = {"the", "and", "with", "that", "this", "has", "have", "are", "its", "one", "there", "exactly"}
+_ARTICLES = ("a", "an", "the")
+_STOP = {
+    "and",
+    "with",
+    "that",
+    "this",
+    "has",
+    "have",
+    "is",
+    "are",
+    "be",
+    "of",
+    "to",
+    "it",
+    "its",
+    "1",
+    "there",
+    "exactly",
+}
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_SAME = {word: str(number) for number, word in enumerate(_NUMBERS, 1)} | {"single": "1", "pair": "2", "couple": "2"}
+_SAME |= {"men": "man", "women": "woman", "people": "person", "children": "child", "feet": "foot", "teeth": "tooth"}
+_EXACT = ("attribute", "count", "relation")  # facts of which every word matters
 
 
 def problems_of(draft: Draft, rules: Rules) -> list[str]:
@@ -26,7 +49,8 @@ def problems_of(draft: Draft, rules: Rules) -> list[str]:
 
     Checked: each question can be answered with yes or no, is phrased positively (its negated twin is the opposite),
     and is asked once; there are at most `rules.max_questions`; every aspect of `rules.aspects` has one; every fact is
-    covered by a question that shares a word with it ("extra" facts have no words of the prompt).
+    covered by questions that have its words: all of an attribute, a count or a relation, one of an object or where
+    only the opposite is asked ("extra" facts have no words of the prompt).
     """
     if draft.problems:
         return list(draft.problems)
@@ -81,14 +105,14 @@ def _form_problems(text: str) -> Iterator[str]:
 
 def _bare(text: str) -> str:
     """A question without what it quotes, and without "Answer yes or no." after it."""
-    return _SUFFIX.sub("?", _QUOTED.sub('""', text).strip())
+    return _SUFFIX.sub("?", _QUOTED.sub('""', text.translate(_PLAIN)).strip())
 
 
 def _repeated(questions: Sequence[Question]) -> Iterator[str]:
     texts = [text for question in questions for text in (question.text, question.negated) if text]
     first: dict[str, str] = {}
     for text in texts:
-        key = " ".join(_words(text))
+        key = " ".join(map(_stem, _words(text)))
         if key in first:
             yield f"'{text}' repeats '{first[key]}'; ask it once"
         first.setdefault(key, text)
@@ -110,13 +134,33 @@ def _uncovered(draft: Draft) -> Iterator[str]:
         if not about:
             yield f"no question covers the {fact.kind} '{fact.text}'; ask about it"
             continue
-        own = {word for word in _words(fact.text) if len(word) > 2 and word not in _STOP}
-        used = _words(" ".join(f"{question.text} {question.negated}" for question in about))
-        if fact.kind != "extra" and own and own.isdisjoint(used):  # facts of short words alone are not compared
-            yield f"no question that covers the {fact.kind} '{fact.text}' uses any of its words; use the prompt's words"
+        yield from _unlike(fact, about)
+
+
+def _unlike(fact: Fact, about: Sequence[Question]) -> Iterator[str]:
+    """Words of the fact that the questions about it lack."""
+    stop = _STOP - {"1"} if fact.kind == "count" else _STOP
+    own = {_stem(word): word for word in _words(fact.text) if word not in stop}
+    used = set(map(_stem, _words(" ".join(f"{question.text} {question.negated}" for question in about))))
+    lacking = [word for stem, word in own.items() if stem not in used]
+    if fact.kind in _EXACT and all(question.text for question in about):
+        if lacking:
+            yield f"no question that covers the {fact.kind} '{fact.text}' has its words {', '.join(lacking)}; use them"
+    elif fact.kind != "extra" and own and len(lacking) == len(own):
+        yield f"no question that covers the {fact.kind} '{fact.text}' uses any of its words; use the prompt's words"
 
 
 def _words(text: str) -> list[str]:
-    """Words in lower case without articles, and without a plural's ending."""
-    words = re.findall(r"[\w'-]+", text.casefold())
-    return [re.sub(r"(?<=s)es$|(?<=[^s])s$", "", word) for word in words if word not in ("a", "an", "the")]
+    """Words in lower case without articles and quotes; numbers as digits."""
+    words = re.findall(r"\w+(?:'\w+)*", text.translate(_PLAIN).casefold())
+    return [_SAME.get(word, word) for word in words if word not in _ARTICLES]
+
+
+def _stem(word: str) -> str:
+    """The same for the singular and the plural of an English word; not always a word."""
+    word = word.removesuffix("'s")
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    if len(word) > 3:
+        word = word.removesuffix("e")
+    return re.sub(r"v$", "f", re.sub(r"i$", "y", word))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from alignkit.aspects import ASPECTS, Question, QuestionWriter, Rules, named
+from alignkit.aspects import ASPECTS, Question, QuestionWriter, Rules, named, questions_of
 from alignkit.errors import ConfigError, DataError, require_at_least
 from alignkit.records import Prompt, Scores
 from alignkit.resolve import construct, resolve
@@ -77,9 +77,10 @@ class QuestionReward:
         given = prompt.metadata.get("questions")
         if given is None:
             return self._questions if self._writer is None else self._by_writer(prompt, self._writer)
-        if isinstance(given, str) or not given:
+        questions = questions_of(prompt)
+        if not questions:
             raise DataError(f"prompt '{prompt.text}': its questions are {given!r}; give a list of texts or mappings")
-        return named(given)
+        return questions
 
     def _by_writer(self, prompt: Prompt, writer: QuestionWriter) -> list[Question]:
         if prompt.text not in self._written:

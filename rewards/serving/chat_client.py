@@ -116,12 +116,19 @@ class ChatClient:
         self._failed_in_a_row = 0
 
     def ask(
-        self, requests: Sequence[Mapping[str, Any]], *, label: str = "requests", allow_cut_off: bool = False
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        *,
+        label: str = "requests",
+        allow_cut_off: bool = False,
+        refused: set[int] | None = None,
     ) -> list[Reply | None]:
         """Replies of chat requests (`messages` and sampling parameters), in order; equal ones are sent once.
 
         allow_cut_off: a reply that ends at `max_tokens` is as good as one that the model ended, such as a first token.
         Otherwise it is returned (`Reply.is_cut_off`) and not cached.
+        refused: gets the places of the failed requests that would fail again (a content filter, a text that is too
+        long).
 
         None stands for a request that failed every attempt; each is logged. Raises ServerError naming the URL and what
         to do where the server cannot be reached, refuses the key or the model, gives no log-probabilities at all that
@@ -140,12 +147,14 @@ class ChatClient:
                     pool.submit(self._reply, key, body, call, allow_cut_off=allow_cut_off): key
                     for key, body in distinct.items()
                 }
-                replies = self._gather(futures, call, label)
+                replies, lost = self._gather(futures, call, label)
             finally:  # also when an error or Ctrl-C ends the call: requests that wait are not sent
                 pool.shutdown(wait=False, cancel_futures=True)
                 call.end()
                 self._count(requests=len(requests))
                 self._seconds += time.monotonic() - start
+        if refused is not None:
+            refused.update(place for place, key in enumerate(keys) if key in lost)
         return [replies[key] for key in keys]
 
     def report(self, abstentions: Mapping[str, int] | None = None) -> Report:
@@ -166,8 +175,12 @@ class ChatClient:
             f"are {'stored in ' + repr(str(self.cache.folder)) if self.cache else 'not stored: give a cache folder'}"
         )
 
-    def _gather(self, futures: Mapping[Future[Reply], str], call: Call, label: str) -> dict[str, Reply | None]:
+    def _gather(
+        self, futures: Mapping[Future[Reply], str], call: Call, label: str
+    ) -> tuple[dict[str, Reply | None], set[str]]:
+        """The replies by the request's key, and the keys of those that would fail again."""
         replies: dict[str, Reply | None] = {}
+        lost: set[str] = set()
         shown = {"desc": to_line(label), "unit": "request", "delay": _BAR_AFTER, "leave": False}
         bar = tqdm(as_completed(futures), total=len(futures), **shown)
         for future in bar:
@@ -177,8 +190,10 @@ class ChatClient:
                 if call.cause:
                     raise self.failure(str(call.cause)) from call.cause
                 replies[futures[future]] = None
+                if not error.again:
+                    lost.add(futures[future])
                 _LOG.warning("%s: a request failed every attempt: %s", self.url, error)
-        return replies
+        return replies, lost
 
     def _reply(self, key: str, body: Mapping[str, Any], call: Call, *, allow_cut_off: bool) -> Reply:
         """The reply from the cache or the server. An error that ends the run ends the call here, in its own thread."""

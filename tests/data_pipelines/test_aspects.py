@@ -11,8 +11,9 @@ import pytest
 
 from alignkit.aspects import Draft, Fact, Question, Rules
 from alignkit.commands.training_data import TrainingData
-from alignkit.errors import ConfigError, DataError, ResumeError
+from alignkit.errors import ConfigError, DataError, ResumeError, ServerError
 from alignkit.records import Prompt
+from alignkit.trainers.data import PromptData
 from data_pipelines.aspects import AspectsConfig, checked_drafts, problems_of, write_aspects
 
 RULES = Rules(("alignment", "quality"), 3)
@@ -70,6 +71,60 @@ def test_a_good_draft_has_no_problem():
 def test_what_is_wrong_with_a_draft_is_said(draft, problem):
     problems = problems_of(draft, RULES)
     assert any(problem in said for said in problems), problems
+
+
+def covering(kind, fact, *texts, negated=""):
+    """What is said of a draft in which questions cover one fact."""
+    questions = [Question(text, 1.0, "", f"q{number}", "alignment") for number, text in enumerate(texts)]
+    questions += [Question("", 1.0, negated, "no", "alignment")] if negated else []
+    draft = Draft((Fact(kind, fact),), questions, ((0,),) * len(questions))
+    return problems_of(draft, Rules(("alignment",), 9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fact", "texts"),
+    [
+        ("count", "two dogs", ["Is the number of dogs 2?"]),
+        ("count", "a single dog", ["Is there exactly one dog?"]),
+        ("count", "three boxes", ["Is there a box?", "Are there three of them?"]),
+        ("relation", "cat left of dog", ["Is the cat to the left of the dog?"]),
+        ("relation", "boy\u2019s hat on table", ["Is the boy's hat on the table?"]),
+        ("attribute", "dirty dishes", ["Is every dish dirty?"]),
+        ("attribute", "ripe berries", ["Is the berry ripe?"]),
+        ("attribute", "two old knives", ["Is the knife old?", "Are there two?"]),
+        ("object", "leather armchair", ["Is there an armchair?"]),
+    ],
+)
+def test_questions_that_have_the_words_of_a_fact_cover_it(kind, fact, texts):
+    assert covering(kind, fact, *texts) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "fact", "text", "lacking"),
+    [
+        ("count", "two dogs", "Is there a dog?", "2"),
+        ("count", "one dog", "Is there a dog?", "1"),
+        ("relation", "cat left of dog", "Is the cat present?", "left, dog"),
+        ("relation", "cup on table", "Is the cup under the table?", "on"),
+        ("attribute", "red ball", "Is there a ball?", "red"),
+    ],
+)
+def test_one_shared_word_does_not_cover_a_count_an_attribute_or_a_relation(kind, fact, text, lacking):
+    assert covering(kind, fact, text) == [
+        f"no question that covers the {kind} '{fact}' has its words {lacking}; use them"
+    ]
+    assert covering(kind, fact, negated=f"Is the {fact.split()[-1]} absent?") == []  # the opposite, in other words
+
+
+def test_quotes_of_any_kind_are_no_negation_and_apostrophes_hide_none():
+    for text in (
+        "Does the sign say 'no entry'?",
+        "Does it say \u2018don\u2019t walk\u2019?",
+        "Is \u201cno\u201d on it?",
+    ):
+        assert problems_of(asked(text), RULES) == problems_of(asked("Does the sign say hello?"), RULES)
+    for text in ("Is there a dog that isn\u2019t red?", "Is the dogs' bowl not the cats' bowl?"):
+        assert any("is a negation" in said for said in problems_of(asked(text), RULES))
 
 
 def test_too_many_questions_are_refused():
@@ -158,6 +213,21 @@ def test_the_rows_are_what_a_training_reads(tmp_path):
     assert "- alignment, weight 1: `Is there a dog?` against `Is the picture empty?`" in card
 
 
+def test_the_columns_of_prompts_reach_a_training(tmp_path):
+    """Media with their bytes, so that the folder is whole; the rest as it was."""
+    (tmp_path / "ring.png").write_bytes(b"one")
+    media = [str(tmp_path / "ring.png"), {"bytes": b"two", "path": "x"}, None]
+    prompts = [Prompt.from_text(f"dogs of {n}", mark=n, image=medium) for n, medium in zip("abc", media, strict=True)]
+    write_aspects(prompts, CONFIG, tmp_path / "a", build_writer=Writer)
+    rows = TrainingData(kind="aspects", path=tmp_path / "a").train()
+    found = [prompt.metadata for prompt in PromptData(rows, 0).prompts]
+    assert [metadata["mark"] for metadata in found] == ["a", "b", "c"]
+    assert [metadata["image"] and metadata["image"]["bytes"] for metadata in found] == [b"one", b"two", None]
+    absent = [Prompt.from_text("dogs", image="nowhere.png")]
+    with pytest.raises(DataError, match=r"prompt 'dogs', image: 'nowhere\.png' cannot be read"):
+        write_aspects(absent, CONFIG, tmp_path / "b", build_writer=Writer)
+
+
 def test_too_much_quarantine_stops_the_stage(tmp_path):
     strict = replace(CONFIG, quarantine_limit=0.2)
     with pytest.raises(DataError, match=r"1 of 4 prompts have no usable questions.*'dogs 9'.*quarantine\.jsonl"):
@@ -165,6 +235,40 @@ def test_too_much_quarantine_stops_the_stage(tmp_path):
     assert (tmp_path / "a" / "quarantine.jsonl").is_file()
     with pytest.raises(DataError, match="no prompts to write questions for"):
         write_aspects([], CONFIG, tmp_path / "b", build_writer=Writer)
+    assert write_aspects(PROMPTS, CONFIG, tmp_path / "a", build_writer=Writer).rows == 3  # a higher limit continues it
+
+
+def test_aspects_weigh_what_the_config_says(tmp_path):
+    """Whatever the number of an aspect's questions, whose own weights keep their proportions."""
+    config = replace(CONFIG, weights={"alignment": 3})
+    double = replace(GOOD, questions=(replace(GOOD.questions[0], weight=2.0), *GOOD.questions[1:]))
+
+    class Fixed(Writer):
+        def write(self, prompts, rules, complaints):
+            return [double] * len(prompts)
+
+    write_aspects(PROMPTS[:1], config, tmp_path / "a", build_writer=Fixed)
+    (row,) = TrainingData(kind="aspects", path=tmp_path / "a").train()
+    assert [question["weight"] for question in row["questions"]] == [2.0, 1.0, 1.0]  # 3 of 4 is alignment
+    (plain,) = checked_drafts(PROMPTS[:1], CONFIG, Fixed())
+    assert [question.weight for question in plain.draft.questions] == [2.0, 1.0, 2.0]
+
+
+def test_prompts_that_a_server_failed_are_not_left_out(tmp_path):
+    """The stage stops without the part, and the next run asks for it again."""
+
+    class Down(Writer):
+        def write(self, prompts, rules, complaints):
+            drafts = super().write(prompts, rules, complaints)
+            failed = Draft(problems=["the server gave no reply"], is_failed=True)
+            return [
+                failed if prompt.text == "two dogs" else draft for prompt, draft in zip(prompts, drafts, strict=True)
+            ]
+
+    with pytest.raises(ServerError, match="1 of 2 prompts got no questions in 2 attempts, the first one 'two dogs'"):
+        write_aspects(PROMPTS, CONFIG, tmp_path / "a", build_writer=Down)
+    assert [file.name for file in (tmp_path / "a" / "data").iterdir()] == ["part-00000.parquet"]
+    assert write_aspects(PROMPTS, CONFIG, tmp_path / "a", build_writer=Writer).rows == 3
 
 
 @pytest.mark.parametrize(
@@ -173,6 +277,8 @@ def test_too_much_quarantine_stops_the_stage(tmp_path):
         ({"aspects": ("beauty",)}, "give some of alignment, physics, quality"),
         ({"aspects": ()}, "give some of"),
         ({"aspects": ("quality", "quality")}, "each once"),
+        ({"weights": {"physics": 1.0}}, "weights.physics is 1.0; give a number above 0 of one of"),
+        ({"weights": {"alignment": 0.0}}, "weights.alignment is 0.0"),
         ({"attempts": 0}, "attempts is 0"),
         ({"quarantine_limit": 1.5}, "quarantine_limit is 1.5"),
     ],

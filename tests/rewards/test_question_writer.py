@@ -59,6 +59,17 @@ def test_the_request_has_the_prompt_the_rules_and_the_schema():
     assert schema["schema"]["properties"]["facts"]["items"]["properties"]["kind"]["enum"] == list(FACTS)
 
 
+def test_answers_are_asked_for_where_they_are_wished():
+    entries = [{**entry, "answer": "Two dogs."} for entry in REPLY["questions"]]
+    with ChatServer(lambda *_: said(json.dumps(REPLY | {"questions": entries}))) as server:
+        (draft,) = writer(server, answers=True).write([PROMPT], RULES, [()])
+    assert [question.answer for question in draft.questions] == ["Two dogs.", "Two dogs."]
+    (request,) = server.requests
+    assert 'Give every question an "answer" too' in request["messages"][0]["content"][0]["text"]
+    question = request["response_format"]["json_schema"]["schema"]["properties"]["questions"]["items"]
+    assert question["required"][-1] == "answer"
+
+
 def changed(**changes):
     return said(json.dumps(REPLY | changes))
 
@@ -67,6 +78,8 @@ def changed(**changes):
     ("answer", "problem"),
     [
         (failed(500), "the server gave no reply"),
+        (failed(400), "the server refuses this prompt for good"),
+        (said("", finish="content_filter"), "the server refuses this prompt for good"),
         (said("{", finish="length"), "cut off at max_tokens"),
         (said("Here are some questions"), "not of the schema"),
         (said('["a"]'), "'facts' is missing or no list"),
@@ -80,6 +93,7 @@ def test_a_reply_that_is_no_draft_is_a_problem(answer, problem):
     with ChatServer(lambda *_: answer) as server:
         (draft,) = writer(server).write([PROMPT], RULES, [()])
     assert draft.questions == () if problem is None else problem in draft.problems[0]
+    assert draft.is_failed == (problem == "the server gave no reply")
 
 
 def test_a_rejected_draft_is_asked_for_again_and_both_replies_are_cached(tmp_path):
@@ -98,6 +112,20 @@ def test_a_rejected_draft_is_asked_for_again_and_both_replies_are_cached(tmp_pat
     assert len(server.requests) == 2
     told = server.requests[1]["messages"][0]["content"][0]["text"]
     assert "- 'How many dogs are there?': it must begin with a word such as Is" in told
+
+
+@pytest.mark.parametrize("status", [503, 400])
+def test_a_request_that_failed_is_sent_again_as_it_was(status):
+    """The model said nothing that could be rejected. A failure that may pass ends the stage; a refusal does not."""
+    with ChatServer(lambda *_: failed(status)) as server:
+        if status == 503:
+            with pytest.raises(ServerError, match="1 of 1 prompts got no questions in 2 attempts"):
+                checked_drafts([PROMPT], AspectsConfig(attempts=2), writer(server))
+        else:
+            (result,) = checked_drafts([PROMPT], AspectsConfig(attempts=2), writer(server))
+            assert "refuses this prompt" in result.problems[0]
+    assert len(server.requests) == 2
+    assert server.requests[0] == server.requests[1]
 
 
 def test_what_cannot_work_is_said(tmp_path):

@@ -30,9 +30,9 @@ def rows(random_png):
 def make(load, tmp_path):
     from alignkit.trainers.reward_flow import RewardConfig, RewardTrainer
 
-    def build(rows, **keys):
+    def build(rows, *, rewards=None, **keys):
         args = RewardConfig(**{**TRAINING, **CHAIN, "output_dir": str(tmp_path / "run"), **keys})
-        return RewardTrainer(load("unet"), args, rows, rewards={"red": Red()})
+        return RewardTrainer(load("unet"), args, rows, rewards=rewards or {"red": Red()})
 
     return build
 
@@ -69,6 +69,22 @@ def test_media_of_any_size_are_brought_to_that_of_the_chains(make, rows):
     assert batch["data.latents"].shape[1:] == (1, *trainer.generator.latent_shape(16, 16))
     trainer.train()
     assert trainer.state.log_history[0]["health/data_error"] > 0
+
+
+class Reads(Red):
+    """Reads the media of rows."""
+
+    def prepare(self, prompts):
+        self.read = [prompt.metadata["image"] for prompt in prompts]
+
+
+def test_encoded_media_stay_in_memory_only_for_a_reward_that_reads_them(make, rows):
+    given = rows((16, 16), (16, 16)).add_column("mark", [0, 1])
+    trainer = make(given, data_weight=1.0)
+    assert [prompt.metadata for prompt in trainer.prompts] == [{"mark": 0}, {"mark": 1}]
+    reward = Reads()
+    make(given, data_weight=1.0, rewards={"red": reward})
+    assert [medium["bytes"] for medium in reward.read] == [row["image"]["bytes"] for row in given]
 
 
 def test_it_trains_on_the_data(make, rows):

@@ -17,6 +17,7 @@ from alignkit.trainers.guard import FALLEN, Guard
 from alignkit.trainers.shared_weights import shared_weights
 from alignkit.trainers.validation import Validation
 from rewards import REWARDS
+from rewards.composite import Composite, Member
 
 SMALL = Sampling(2, 1.0, 16, 16)
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "sampling_steps": 2, "guidance_scale": 1.0}
@@ -148,6 +149,8 @@ def test_the_preference_rewards_of_the_sandbox_are_related():
     }
     assert shared_weights(loaded["careful"], loaded["showy"]) == 1
     assert shared_weights(loaded["careful"], loaded["clip"]) == 0
+    within = Composite({"one": Member(loaded["careful"]), "two": Red()})
+    assert shared_weights(within, loaded["careful"]) == shared_weights(loaded["careful"], loaded["careful"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ from red_reward import PROMPTS, SETTINGS, Red
 from transformers import TrainerCallback
 
 from alignkit.errors import ConfigError, NumericsError
-from alignkit.records import Prompt, Scores
+from alignkit.generators.decoding import Decoding
+from alignkit.records import Prompt, Sampling, Scores
 from alignkit.trainers.checkpoint import find_checkpoint
 from alignkit.trainers.means import WeightedMeans
 from alignkit.trainers.reward_watch import MOST_PARTS, ConstantWatch, logged_parts
+from alignkit.trainers.self_check import SelfCheck
 
 QUICK = {"sampling_steps": 2, "guidance_scale": 1.0, "guard": None}
 
@@ -56,9 +60,9 @@ def growing(function):
     """`function`, whose batch has a further row in every call, as with a cache that keeps state."""
     calls = []
 
-    def call(latents):
+    def call(latents, *rest):
         calls.append(1)
-        return function(torch.cat([latents] * len(calls)))[:1]
+        return function(torch.cat([latents] * len(calls)), *rest)[:1]
 
     return call
 
@@ -71,9 +75,36 @@ def train(trainer):
 @pytest.mark.parametrize(("wrap", "said"), [(restless, r"by 0\.\d+ of its norm"), (growing, "different metadata")])
 def test_a_vae_that_computes_otherwise_again_is_refused(make, wrap, said):
     trainer = make()
-    trainer.generator.decode = wrap(trainer.generator.decode)
+    decoder = trainer.generator.pipeline.vae.decoder
+    decoder.forward = wrap(decoder.forward)
     with pytest.raises(ConfigError, match=rf"^VAE: its gradient with recomputed activations differs.*{said}"):
         train(trainer)
+
+
+def counting(forward):
+    """A decoder that weighs its input by the number of the frame: right in every decoding from the first frame on."""
+    frames = []
+
+    @functools.wraps(forward)
+    def call(x, feat_cache=None, **options):
+        if all(cached is None for cached in feat_cache):
+            frames.clear()
+        frames.append(1)
+        return forward(x * (1 + 0.5 * len(frames)), feat_cache=feat_cache, **options)
+
+    return call
+
+
+def test_a_clip_is_decoded_as_in_the_training(load):
+    """With a checkpoint for each latent frame: repeating the whole decoding would not see this fault."""
+    generator, options = load("wan"), {"half": False, "decoding": Decoding(frames=2)}
+    plain = Sampling(2, 1.0, 16, 16, num_frames=9), torch.device("cpu"), nullcontext, nullcontext
+    check = SelfCheck(generator, *plain, **options)
+    check.run(Prompt.from_text("a ring"), {})
+    decoder = generator.pipeline.vae.decoder
+    decoder.forward = counting(decoder.forward)
+    with pytest.raises(ConfigError, match=r"^VAE: its gradient with recomputed activations differs"):
+        check.run(Prompt.from_text("a ring"), {})
 
 
 def test_the_denoiser_and_rewards_are_named_too(make):

@@ -163,6 +163,23 @@ def test_the_cap_scales_what_comes_before_it(make):
     assert trainer._gradients.norms[0] == pytest.approx(norms[0].item())  # what is logged is before the cap
 
 
+class Satisfied(Red):
+    """Almost 0, with almost no gradient."""
+
+    def __call__(self, media, prompts):
+        return Scores(torch.nn.functional.logsigmoid(18 + media.mean((1, 2, 3))))
+
+
+def test_the_penalty_of_a_satisfied_reward_is_no_explosion(make):
+    """The state's gradient is compared with those that begin in the penalty too, and the cap does not remove these."""
+    trainer = make(rewards={"red": Satisfied()}, kl_weight=50.0, gradient_steps="all", max_steps=3)
+    trainer.train()
+    growth, norms = trainer._gradients.growth(), trainer._gradients.norms
+    assert norms[0].max() > 1e3 * norms[STEPS - 1].max()
+    assert growth[0] < 1e2
+    assert growth[STEPS - 1] == 1.0
+
+
 def test_a_fixed_batch_rises(make):
     """Held-out prompts are the training prompts; several rewards, a hinge, and what is logged."""
     rewards = {"red": Red(), "other": Red(), "unused": Fixed()}
