@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from alignkit.errors import ConfigError, DataError
@@ -52,7 +52,7 @@ class Question:
         else:
             question = cls(given) if isinstance(given, str) else given
         for key in (key for key in _KEYS if key != "weight"):
-            value = asdict(question)[key]
+            value = getattr(question, key)
             if not isinstance(value, str):
                 raise ConfigError(f"question '{question.text}': its {key} is {value!r}; give a text")
         weight: Any = question.weight
