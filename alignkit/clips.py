@@ -62,7 +62,8 @@ def decode(
             picture = _upright(frame, where)
             shapes.add(picture.shape)
             frames.append(picture if each is None else each(picture))
-            _require_bounded(*frames[-1].shape[:2], len(frames), where)
+            height, width = frames[-1].shape[:2]
+            _require_bounded(height, width, len(frames), where)
     if not frames:
         raise DataError(f"{where}: the clip has no frame; remove or replace it")
     if len(shapes) > 1:

@@ -293,7 +293,8 @@ def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -
         "tiny": chosen.tiny,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "precomputed_reference": ready,
-        **_rate(per_s, is_video=is_video),
+        ("clips_per_s" if is_video else "images_per_s"): round(per_s, 3),
+        **({"paper_clips_per_s": round(PAPER_CLIPS_PER_S, 3)} if is_video else {}),
         "peak_gb": measured and round(measured / memory.GB, 3),
         **encoded,
         "doctor_encoding_gb": round(encoding_bytes(model, memory.run_of(setup)) / memory.GB, 3),
@@ -303,12 +304,6 @@ def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -
         "share_of_matrix_peak": peak and round(rate / peak, 4),
         "settings": {key: value for key, value in vars(chosen).items() if key not in ("models", "tiny")},
     }
-
-
-def _rate(per_s: float, *, is_video: bool) -> dict[str, float]:
-    if not is_video:
-        return {"images_per_s": round(per_s, 3)}
-    return {"clips_per_s": round(per_s, 3), "paper_clips_per_s": round(PAPER_CLIPS_PER_S, 3)}
 
 
 def main() -> None:

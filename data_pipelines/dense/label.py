@@ -185,13 +185,12 @@ class _Asker:
         for name in self.builders:
             require_labeller(name)
             votes = read_votes(self.folder, name, withdrawn=True)
-            done = Counter(vote.pair for vote in votes if vote.label is not None or self._is_settled(vote))
+            if self.config.retry:
+                votes = [vote for vote in votes if vote.label is not None]
+            # Requests that failed are repeated in any case: the server was down.
+            done = Counter(vote.pair for vote in votes if vote.details.get(REASON) != FAILED)
             missing[name] = {pair.id for pair in self.index.pairs.values() if done[pair.id] < len(pair.segments)}
         return missing
-
-    def _is_settled(self, vote: Vote) -> bool:
-        """Whether a vote without a label stays. Requests that failed are repeated: the server was down."""
-        return not self.config.retry and vote.details.get(REASON) != FAILED
 
     def _show(self, batch: Sequence[IndexedPair]) -> dict[str, ShownPair | str]:
         """The clips of each pair, or what is wrong with them."""
