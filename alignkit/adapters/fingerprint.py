@@ -82,20 +82,20 @@ def base_of(net: nn.Module) -> str:
     return f"{precision}:{fingerprint(net, dtype=vars(torch)[precision])}"
 
 
-def is_other_base(net: nn.Module, base: str) -> bool:
-    """Whether `net` certainly has other base weights than those that `base` (of `base_of`) names.
+def is_other_base(net: nn.Module, base: str) -> bool | None:
+    """Whether `net` has other base weights than those that `base` (of `base_of`) names.
 
     The weights are compared in the precision of `base`. Where they cannot be (a quantised side, or a network in a lower
-    precision than `base`) the answer is False.
+    precision than `base`) the answer is None.
     """
     precision, _, expected = base.partition(":")
     present = {parameter.dtype for name, parameter in net.named_parameters() if "lora_" not in name}
     stored = vars(torch).get(precision)
     if not expected or not isinstance(stored, torch.dtype) or not present:
-        return False
+        return None
     are_plain = all(type(parameter.data) in (Tensor, DTensor) for parameter in net.parameters())
     holds = all(dtype.is_floating_point and torch.promote_types(dtype, stored) == dtype for dtype in present)
-    return are_plain and holds and fingerprint(net, dtype=stored) != expected
+    return fingerprint(net, dtype=stored) != expected if are_plain and holds else None
 
 
 def save_canonical(state: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:

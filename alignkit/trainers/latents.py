@@ -23,6 +23,7 @@ from torch import Tensor
 from alignkit.adapters.fingerprint import base_of, is_other_base
 from alignkit.columns import column, once_each, stored_places
 from alignkit.errors import DataError
+from alignkit.escape import get_logger
 from alignkit.media import decode_clip, decode_image, fit, has_transparency, to_pixels
 from alignkit.records import Conditioning, Prompt, Texts
 from alignkit.segments import CODEC
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     import datasets
 
     from alignkit.generators.pipeline import PipelineGenerator
+
+logger = get_logger(__name__)
 
 COND = "cond."  # prefix of conditioning columns and batch keys
 PROMPT = "prompt"  # column and batch key of the text itself
@@ -244,10 +247,19 @@ def _safetensors(cell: Mapping[str, Any], where: str) -> Tensor:
 def require_own_latents(generator: PipelineGenerator, rows: datasets.Dataset) -> None:
     """DataError where the column `codec` says that latents were made by another VAE than the generator's.
 
-    Where the two cannot be compared (see `is_other_base`) there is no error.
+    Where the two cannot be compared (see `is_other_base`) there is a warning.
     """
     for base in column(rows, CODEC).unique().to_pylist():
-        if not base or is_other_base(generator.pipeline.vae, base):
+        is_other = is_other_base(generator.pipeline.vae, base or "")
+        if base and is_other is None:
+            logger.warning(
+                "the latents' VAE %s and that of '%s', %s, cannot be compared; make sure that they are the same, or "
+                "load the model in the precision of the latents' VAE",
+                base,
+                generator.name,
+                base_of(generator.pipeline.vae),
+            )
+        if not base or is_other:
             raise DataError(
                 f"latents made with the VAE {base or 'of no name'}; that of '{generator.name}' is "
                 f"{base_of(generator.pipeline.vae)}. Train the model that made them, or give rows with videos"

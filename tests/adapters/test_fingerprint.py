@@ -57,13 +57,13 @@ def test_precisions_are_compared_in_the_lower_one():
     assert base_of(full).startswith("float32:")
     assert base_of(half).startswith("bfloat16:")
     assert fingerprint(full) != fingerprint(half)
-    assert not is_other_base(full, base_of(half))
-    assert not is_other_base(half, base_of(full))
-    assert not is_other_base(full, "")
+    assert is_other_base(full, base_of(half)) is False
+    assert is_other_base(half, base_of(full)) is None
+    assert is_other_base(full, "") is None
     with torch.no_grad():
         full[0].weight[0, 0] += 0.1
-    assert is_other_base(full, base_of(half))
-    assert not is_other_base(half, base_of(full))
+    assert is_other_base(full, base_of(half)) is True
+    assert is_other_base(half, base_of(full)) is None
 
 
 def test_quantised_weights_have_a_fingerprint_but_are_no_base_to_compare():
@@ -73,7 +73,7 @@ def test_quantised_weights_have_a_fingerprint_but_are_no_base_to_compare():
     torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
     assert base_of(net) == "quantized"
     assert len(fingerprint(net)) == 16
-    assert not is_other_base(net, plain)
+    assert is_other_base(net, plain) is None
 
 
 def test_equal_contents_give_equal_files(tmp_path):

@@ -308,6 +308,15 @@ def test_latents_of_another_vae_are_refused(make, latent_rows, load):
         make(latent_rows(), generator=generator)
 
 
+def test_a_vae_that_cannot_be_compared_is_named(make, latent_rows, load, caplog):
+    """The latents' VAE is known in float32; the model is loaded in bfloat16."""
+    generator = load("wan")
+    generator.pipeline.vae.to(torch.bfloat16)
+    make(latent_rows(), generator=generator)
+    assert "the latents' VAE float32:" in caplog.text
+    assert "cannot be compared" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "columns", "message"),
     [
