@@ -248,6 +248,20 @@ def test_steps_at_full_size_are_measured_beside_the_doctor(benchmarks, monkeypat
     assert lines[2]["paper_clips_per_s"] == 0.139
 
 
+def test_a_step_of_text_encoders_runs_the_chain_once_in_bounded_memory(benchmarks, monkeypatch, capsys):
+    """Whatever the number of rewards, and of steps with gradients."""
+    script = importlib.import_module("textcraftor_step")
+    words = ["--only", "rewards", "memory", "--prompts", "1", "--steps", "3", "--repeats", "1", "--window", "2"]
+    monkeypatch.setattr(sys, "argv", ["textcraftor_step.py", *words])
+    script.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    one, three = (line for line in lines if line["question"] == "rewards")
+    assert (one["rewards"], three["rewards"]) == (1, 3)
+    assert one["denoiser_calls"] == three["denoiser_calls"] == 2 * 3 + 2  # with guidance; the window runs again
+    assert one["encoder_calls"] == three["encoder_calls"]
+    assert max(line["over_one"] for line in lines if line["question"] == "memory") < 1.05
+
+
 def test_rounded_products_are_those_of_bfloat16_inputs(benchmarks):
     """Values and gradients of a convolution and a product under autocast: of rounded inputs, in float32, rounded."""
     rounded = importlib.import_module("rounded_bf16").RoundedBf16
