@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from alignkit.errors import ConfigError, DataError
@@ -51,9 +51,8 @@ class Question:
             question = cls(**{key: value for key, value in given.items() if value is not None})
         else:
             question = cls(given) if isinstance(given, str) else given
-        for key in (key for key in _KEYS if key != "weight"):
-            value = getattr(question, key)
-            if not isinstance(value, str):
+        for key, value in asdict(question).items():
+            if key != "weight" and not isinstance(value, str):
                 raise ConfigError(f"question '{question.text}': its {key} is {value!r}; give a text")
         weight: Any = question.weight
         if not (isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf):
