@@ -83,12 +83,12 @@ def shape(source: bytes | str | Path, where: str) -> tuple[int, int, int]:
 class _Clip:
     """An opened clip: its frames, decoded as they are asked for, or their number without decoding them.
 
-    lasting: whether equal frames are stored as one, with the time for which it is shown.
+    has_durations: whether equal frames are stored as one, with the time for which it is shown.
     """
 
     frames: Iterator[Any]
     count: Callable[[], int]
-    lasting: bool
+    has_durations: bool
 
 
 @contextlib.contextmanager
@@ -122,9 +122,11 @@ def _video(file: Any, where: str) -> Iterator[_Clip]:
             if stream.codec_context is None:
                 raise _damaged(where, "its codec is not known")
             _require_bounded(stream.height, stream.width, 1, where)
-            lasting = container.format.name == _MERGING
+            has_durations = container.format.name == _MERGING
             yield _Clip(
-                container.decode(stream), lambda: sum(1 for packet in container.demux(stream) if packet.size), lasting
+                container.decode(stream),
+                lambda: sum(1 for packet in container.demux(stream) if packet.size),
+                has_durations,
             )
     except av.FFmpegError as error:
         raise _damaged(where, error.strerror) from error
@@ -225,7 +227,7 @@ def _timed(clip: _Clip, where: str) -> Iterator[_Timed]:
         time = frame.pts * frame.time_base
         start = time if start is None else start
         count += 1
-        duration = (frame.duration or 0) * frame.time_base if clip.lasting else Fraction(0)
+        duration = (frame.duration or 0) * frame.time_base if clip.has_durations else Fraction(0)
         yield _Timed(frame, time - start, duration, frame.time_base)
     if count > 1 and time == start:
         raise DataError(f"{where}: all frames have the same time; leave out `fps`, or encode the clip again")

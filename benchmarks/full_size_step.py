@@ -236,6 +236,26 @@ class Clock(TrainerCallback):
         return statistics.median(later - earlier for earlier, later in itertools.pairwise(marks))
 
 
+def planned(arguments: Any, generator: Any, size: Size, candidates: int, *, ready: bool) -> memory.Setup:
+    """The training as the doctor takes it."""
+    height, width, frames = size
+    return memory.Setup(
+        height=height,
+        width=width,
+        frames=frames,
+        batch=arguments.per_device_train_batch_size,
+        candidates=candidates,
+        lora_rank=arguments.lora_rank,
+        lora_targets=tuple(generator.lora_targets),
+        full_finetune=False,
+        needs_reference=True,
+        dtype="bfloat16",
+        bf16=True,
+        precompute_reference=ready,
+        activation_checkpointing=arguments.activation_checkpointing,
+    )
+
+
 def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -> dict[str, Any]:
     """One case: the step's figures, and the doctor's."""
     case, cuda = CASES[name], torch.cuda.is_available()
@@ -269,21 +289,7 @@ def measure(name: str, chosen: argparse.Namespace, work: Path, *, ready: bool) -
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     measured = torch.cuda.max_memory_allocated() if cuda else None
-    setup = memory.Setup(
-        height=size[0],
-        width=size[1],
-        frames=size[2],
-        batch=chosen.prompts,
-        candidates=candidates,
-        lora_rank=arguments.lora_rank,
-        lora_targets=tuple(generator.lora_targets),
-        full_finetune=False,
-        needs_reference=True,
-        dtype="bfloat16",
-        bf16=True,
-        precompute_reference=ready,
-        activation_checkpointing=chosen.checkpointing,
-    )
+    setup = planned(arguments, generator, size, candidates, ready=ready)
     estimate = memory.total(model, setup)
     per_s = chosen.prompts * candidates / clock.median()
     rate = per_s * sum(memory.operations(model, setup).values())

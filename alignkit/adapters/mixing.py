@@ -92,8 +92,7 @@ def with_alphas(state: State, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """A LoRA state dict under PEFT names with `PATH.alpha` for every layer, from PEFT's LoraConfig values.
 
     Patterns of alpha match as in `lora.load`: by PEFT's function, longer ones first. rsLoRA's scale alpha / sqrt(rank)
-    is written as the alpha that gives it. Raises AdapterError for DoRA and other
-    configs that are no plain LoRA.
+    is written as the alpha that gives it. Raises AdapterError for DoRA and other configs that are no plain LoRA.
     """
     require_plain(config, "soup: an adapter's config", "Train or export a plain LoRA")
     pattern = longest_first(config.get("alpha_pattern") or {})

@@ -172,7 +172,7 @@ def _tasks(job: FrontierJob) -> Iterator[_Task]:
     rows = [tuple(map(float, row)) for row in np.eye(len(job.members))]
     points = [(MEMBERS, name, row) for name, row in zip(job.members, rows, strict=True)]
     for space in job.spaces:
-        ends = [] if job.steps(space) == ALL_STEPS else rows  # a member that acts in some steps is another image source
+        ends = [] if job.steps(space) == ALL_STEPS else rows  # a member in some steps gives other images than in all
         points += [(space, _name(weights), weights) for weights in (*ends, *job.weights)]
     for seed in job.seeds:
         yield from (_Task(*point, seed) for point in points)

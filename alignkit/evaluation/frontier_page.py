@@ -69,8 +69,8 @@ def _reached(frontier: Frontier) -> tuple[list[Series], str]:
                 lines.append(Series(f"{space}, {_LEVEL_NAMES[level]}", _stairs(corners), "quiet", dash))
                 meaning[dash] = name
     what = "the runs" if len(levels) > 1 else "half of the runs"
-    told = ", ".join(f"{dash}: {name}" for dash, name in meaning.items())
-    return lines, f" Lines: what {what} reach ({told})." if lines else ""
+    legend = ", ".join(f"{dash}: {name}" for dash, name in meaning.items())
+    return lines, f" Lines: what {what} reach ({legend})." if lines else ""
 
 
 def _stairs(corners: Floats) -> list[tuple[float, float]]:

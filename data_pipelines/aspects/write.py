@@ -22,6 +22,7 @@ from alignkit.aspects import ASPECTS, Draft, Question, QuestionWriter, Rules
 from alignkit.claims import claim
 from alignkit.errors import ConfigError, DataError, ServerError, require_at_least
 from alignkit.locks import locked
+from alignkit.paths import Bounds
 from alignkit.records import Prompt
 from alignkit.storage import (
     STAGE_FILES,
@@ -127,7 +128,7 @@ def checked_drafts(prompts: Sequence[Prompt], config: AspectsConfig, writer: Que
         raise ServerError(
             f"{len(failed)} of {len(prompts)} prompts got no questions in {config.attempts} attempts, the first one "
             f"'{prompts[failed[0]].text}': {'; '.join(first.problems)}. Nothing of these {len(prompts)} prompts is "
-            "stored but what the writer keeps in its cache; once the server works, run the same command again"
+            "stored; answers in the writer's cache are kept. Once the server works, run the same command again"
         )
     return results
 
@@ -144,7 +145,8 @@ def write_aspects(
 
     Columns: prompt_id, prompt, metadata (JSON), questions [{name, aspect, text, negated, weight, answer}] (as the
     rewards `yes_no` and `explanation` take them), facts [{kind, text}] that the writer found, and `image` and `video`
-    with the bytes of the prompts' media, where any prompt has one (a path, bytes, or {bytes, path}). Opened by
+    with the bytes of the prompts' media, where any prompt has one (bytes, {bytes, path}, or a path below the current
+    folder: bytes of other files must not get into a dataset that is passed on). Opened by
     `datasets.load_dataset(out_dir)`. `identity` says what the questions depend on beside the config: the writer, its
     template, its model; where it differs from that of an earlier run in `out_dir`, the run is refused. The writer is
     built only when a part is missing.
@@ -226,9 +228,9 @@ def _medium(prompt: Prompt, name: str) -> dict[str, Any] | None:
     where = f"prompt '{prompt.text}', {name}"
     if isinstance(medium, str | Path) and medium:
         try:
-            medium = Path(medium).read_bytes()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{where}: '{medium}' cannot be read ({error}); give a path from this folder") from error
+            medium = Bounds(Path.cwd()).file(str(medium), where).read_bytes()
+        except OSError as error:
+            raise DataError(f"{where}: '{medium}' cannot be read: {error.strerror}; check its permissions") from error
     if medium and not isinstance(medium, bytes):
         raise DataError(f"{where}: it is a {type(medium).__name__}; give a path or the bytes of a file")
     return {"bytes": medium, "path": None} if medium else None

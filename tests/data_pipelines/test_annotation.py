@@ -235,7 +235,7 @@ def test_other_methods_and_names(running, pairs, tmp_path):
         Annotators(pairs, tmp_path, only="a/b")
 
 
-def test_nobody_takes_the_name_of_a_judge(running, pairs, tmp_path):
+def test_the_name_of_a_judge_is_refused(running, pairs, tmp_path):
     append_votes(tmp_path, "vlm", [Vote(pairs.rows[0].id, 0, 1, "vlm", {"answers": ["first", "second"]})])
     body = {"annotator": "vlm", "pair": pairs.rows[0].id, "segment": 0, "choice": "tie"}
     status, reply = request(running, "/api/vote", body)

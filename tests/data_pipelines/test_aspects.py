@@ -213,8 +213,9 @@ def test_the_rows_are_what_a_training_reads(tmp_path):
     assert "- alignment, weight 1: `Is there a dog?` against `Is the picture empty?`" in card
 
 
-def test_the_columns_of_prompts_reach_a_training(tmp_path):
-    """Media with their bytes, so that the folder is whole; the rest as it was."""
+def test_the_columns_of_prompts_reach_a_training(tmp_path, monkeypatch):
+    """Media with their bytes, so that the folder is whole; the rest as it was. Files lie below the current folder."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "ring.png").write_bytes(b"one")
     media = [str(tmp_path / "ring.png"), {"bytes": b"two", "path": "x"}, None]
     prompts = [Prompt.from_text(f"dogs of {n}", mark=n, image=medium) for n, medium in zip("abc", media, strict=True)]
@@ -223,9 +224,11 @@ def test_the_columns_of_prompts_reach_a_training(tmp_path):
     found = [prompt.metadata for prompt in PromptData(rows, 0).prompts]
     assert [metadata["mark"] for metadata in found] == ["a", "b", "c"]
     assert [metadata["image"] and metadata["image"]["bytes"] for metadata in found] == [b"one", b"two", None]
-    absent = [Prompt.from_text("dogs", image="nowhere.png")]
-    with pytest.raises(DataError, match=r"prompt 'dogs', image: 'nowhere\.png' cannot be read"):
-        write_aspects(absent, CONFIG, tmp_path / "b", build_writer=Writer)
+    refused = {"nowhere.png": "does not exist", "/etc/hostname": "outside", "../x.png": r"without '\.\.'"}
+    for name, message in refused.items():
+        asked = [Prompt.from_text("dogs", image=name)]
+        with pytest.raises(DataError, match=f"prompt 'dogs', image: .*{message}"):
+            write_aspects(asked, CONFIG, tmp_path / "b", build_writer=Writer)
 
 
 def test_too_much_quarantine_stops_the_stage(tmp_path):
