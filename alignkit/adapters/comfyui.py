@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ def kohya_keys(prefix: str) -> Keys:
     return Keys(prefix, ends=(".lora_down.weight", ".lora_up.weight"), is_flat=True)
 
 
+def _shortened(before: str) -> Callable[[Layers, nn.Module], Layers]:
+    """Module paths without `before`."""
+    return lambda layers, _: {path.removeprefix(before): layer for path, layer in layers.items()}
+
+
 def renamed(layers: Layers, new: Mapping[str, str]) -> Layers:
     """`layers` with parts of their paths under other names."""
     result = {}
@@ -75,6 +80,20 @@ _JOINT = rf"({ATTENTION}|add_[qkv]_proj|to_add_out)"
 JOINT_LAYERS = rf"transformer_blocks\.\d+\.(attn2?\.{_JOINT}|ff(_context)?\.{FEED_FORWARD}|norm1(_context)?\.linear)"
 _CLIP = {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
 _CLIP_LAYERS = r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+# Other encoders, by their class in transformers: "text_encoders.", ComfyUI's name of the encoder, and the path in it,
+# which is transformers' own for T5 and `model.layers...` for language models.
+_T5_LAYERS = r"encoder\.block\.\d+\.layer\.[01]\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_[01])?)"
+_DECODER_LAYERS = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+_ENCODERS = {
+    "T5EncoderModel": Keys("text_encoders.t5xxl.transformer.", _T5_LAYERS),
+    "UMT5EncoderModel": Keys("text_encoders.umt5xxl.transformer.", _T5_LAYERS),
+    "Gemma2Model": Keys("text_encoders.gemma2_2b.transformer.model.", _DECODER_LAYERS),
+    "Qwen2_5_VLForConditionalGeneration": Keys(
+        "text_encoders.qwen25_7b.transformer.model.",
+        rf"model\.language_model\.{_DECODER_LAYERS}",
+        rename=_shortened("model.language_model."),
+    ),
+}
 
 
 def export(
@@ -87,7 +106,7 @@ def export(
 ) -> Path | None:
     """Write one adapter of `parts`, by the pipeline's name for them, as one file for ComfyUI's folder `models/loras`.
 
-    `keys` are the family's own for its network; CLIP text encoders have the same in all families.
+    `keys` are the family's own for its network; text encoders have the same in all families.
     `bases` are the fingerprints of the base weights for the file's header. None, without a file, where ComfyUI has no
     keys for a part or a layer; for a text encoder and for a layer of a known family a warning too.
     """
@@ -109,15 +128,10 @@ def export(
 
 
 def _text_encoder_keys(name: str, part: nn.Module) -> Keys | None:
-    """CLIP text encoders have the keys of kohya's scripts in all families."""
+    """CLIP text encoders have the keys of kohya's scripts."""
     if name not in _CLIP or not type(part).__name__.startswith("CLIPText"):
-        return None
-    keys = kohya_keys(_CLIP[name])
-    return Keys(keys.prefix, _CLIP_LAYERS, keys.ends, keys.is_flat, _without_level)
-
-
-def _without_level(layers: Layers, _: nn.Module) -> Layers:
-    return {path.removeprefix("text_model."): layer for path, layer in layers.items()}
+        return _ENCODERS.get(type(part).__name__)
+    return replace(kohya_keys(_CLIP[name]), known=_CLIP_LAYERS, rename=_shortened("text_model."))
 
 
 def _written(layers: Layers, keys: Keys) -> dict[str, Tensor]:

@@ -27,9 +27,9 @@ logger = get_logger(__name__)
 def save_tuned(generator: PipelineGenerator, folder: Path) -> None:
     """Write the trained encoders of `generator` into `folder`, adapters merged, with the window of its conditioner.
 
-    Where the encoders carry an adapter that the pipeline's LoRA loader knows, it is in `folder/lora` too, and in
-    `folder/comfyui` if ComfyUI has its keys; such a file acts in all steps. Logs a warning for an encoder whose adapter
-    no such file can hold. Raises AdapterError if none is trained.
+    Where the encoders carry adapters, those that the pipeline's LoRA loader reads are in `folder/lora` too, and all of
+    them in `folder/comfyui` if ComfyUI has keys for them; such a file acts in all steps. Logs a warning for an encoder
+    whose adapter such a file cannot hold. Raises AdapterError if none is trained.
     """
     conditioner = generator.conditioner
     written = conditioner.save(folder)
@@ -44,20 +44,33 @@ def save_tuned(generator: PipelineGenerator, folder: Path) -> None:
         window=conditioner.window or ALL_STEPS,
     )
     write_mixture(folder, record)
+    _save_adapters(generator, folder, bases)
+
+
+def _save_adapters(generator: PipelineGenerator, folder: Path, bases: dict[str, str]) -> None:
+    """The encoders' adapters for other programs; a warning for each encoder whose adapter these cannot read."""
+    conditioner = generator.conditioner
     adapted: dict[str, Any] = {}
-    for name in [name for name, part in conditioner.trained.items() if lora.lora_layers(part)]:
-        if conditioner.base(name) is not conditioner.encoders[name]:
-            reason = "its LoRA is a change of the encoder that was given, not of the model's own"
-        elif name not in generator.lora_encoders:
-            reason = f"the LoRA loader of a {type(generator.pipeline).__name__} does not read a LoRA of it"
-        else:
-            adapted[name] = conditioner.encoders[name]
+    readable: dict[str, Any] = {}  # by the pipeline's LoRA loader
+    for name, part in conditioner.trained.items():
+        if not lora.lora_layers(part):
             continue
-        logger.warning(
-            "no file in '%s' or 'comfyui' holds %s: %s; use '%s'", folder / "lora", name, reason, folder / name
-        )
-    if adapted:
-        exports.export_diffusers(adapted, folder / "lora", bases=bases)
+        if conditioner.base(name) is not part:
+            place, reason = (
+                "'lora' or 'comfyui'",
+                "its LoRA is a change of the encoder that was given, not of the model's own",
+            )
+        elif name in generator.lora_encoders:
+            adapted[name] = readable[name] = part
+            continue
+        else:
+            adapted[name] = part
+            loader = type(generator.pipeline).__name__
+            place, reason = "'lora'", f"the LoRA loader of a {loader} does not read a LoRA of it"
+        logger.warning("no file in %s of '%s' holds %s: %s; use '%s'", place, folder, name, reason, folder / name)
+    if readable:
+        exports.export_diffusers(readable, folder / "lora", bases=bases)
+    if adapted and generator.comfyui:
         comfyui.export(adapted, folder / "comfyui" / f"{Path(generator.name).name}.safetensors", {}, bases=bases)
 
 

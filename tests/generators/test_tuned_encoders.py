@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from random_adapters import shake
+from safetensors.torch import load_file
 from tiny_families import FAMILIES
 
 from alignkit import cli
@@ -54,10 +55,10 @@ def warnings(caplog):
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize(("family", "name"), [("flow", "text_encoder_3"), ("wan", "text_encoder")])
 def test_encoders_without_a_lora_loader_are_read_back(family, name, full, load, tmp_path, warnings):
-    """T5 of SD3 and UMT5 of Wan. Their LoRA is in the merged folder alone, which is said."""
+    """T5 of SD3 and UMT5 of Wan. Their LoRA is in the merged folder and in ComfyUI's file alone, which is said."""
     generator, folder = tune(load(family), [name], full=full), tmp_path / "out"
     save_tuned(generator, folder)
-    assert files(folder) == [f"{name}/model.safetensors"]
+    assert files(folder) == [*([] if full else [f"comfyui/{family}.safetensors"]), f"{name}/model.safetensors"]
     said = [line for line in warnings() if "no file in" in line]
     assert len(said) == (not full)
     assert all(f"holds {name}: the LoRA loader of a " in line for line in said)
@@ -91,6 +92,43 @@ def test_an_encoder_without_keys_for_comfyui_is_named(load, tmp_path, warnings, 
     save_tuned(tune(load("unet"), ["text_encoder"], full=False), tmp_path / "out")
     assert "no file for ComfyUI: its keys of text_encoder, a CLIPTextModel, are not known" in warnings()[-1]
     assert not (tmp_path / "out" / "comfyui").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "prefix", "own"),
+    [
+        ("flow", "text_encoder_3", "text_encoders.t5xxl.transformer.", ""),
+        ("flux", "text_encoder_2", "text_encoders.t5xxl.transformer.", ""),
+        ("pixart", "text_encoder", "text_encoders.t5xxl.transformer.", ""),
+        ("wan", "text_encoder", "text_encoders.umt5xxl.transformer.", ""),
+        ("lumina2", "text_encoder", "text_encoders.gemma2_2b.transformer.model.", ""),
+        ("qwen_image", "text_encoder", "text_encoders.qwen25_7b.transformer.model.", "model.language_model."),
+    ],
+)
+def test_comfyui_reads_the_other_encoders(family, name, prefix, own, load, tmp_path):
+    """By its generic keys: what its loader adds to the weights of these names gives the merged encoder."""
+    generator, folder = tune(load(family), [name], full=False), tmp_path / "out"
+    save_tuned(generator, folder)
+    merged = load(family, encoder=folder).conditioner.encoders[name].state_dict()
+    state, plain = load_file(folder / "comfyui" / f"{family}.safetensors"), load(family).conditioner.encoders[name]
+    layers = {key.removesuffix(".alpha") for key in state if key.endswith(".alpha")}
+    assert len(state) == 3 * len(layers) > 0
+    changed = plain.state_dict()
+    for layer in layers:
+        assert layer.startswith(prefix)
+        up, down, alpha = (state[layer + end] for end in (".lora_B.weight", ".lora_A.weight", ".alpha"))
+        change = up @ down * (alpha / len(down))
+        assert change.abs().max() > 0
+        changed[own + layer.removeprefix(prefix) + ".weight"] += change
+    assert changed.keys() == merged.keys()
+    for key, value in merged.items():
+        torch.testing.assert_close(changed[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_sana_has_no_file_for_comfyui(load, tmp_path):
+    """ComfyUI does not run it."""
+    save_tuned(tune(load("sana"), ["text_encoder"], full=False), tmp_path / "out")
+    assert files(tmp_path / "out") == ["text_encoder/model.safetensors"]
 
 
 # --- as members of mixtures -----------------------------------------------------------------------------------------
