@@ -94,6 +94,7 @@ class PairMaker(ClipDecoder, Protocol):
 
     name: str
     weights: str  # fingerprint of all weights that the latents depend on beside the VAE's: denoiser, adapters, encoders
+    schedule: str  # fingerprint of the noise schedule's steps
 
     def make(self, request: PairRequest, clip: np.ndarray | None) -> Pair:
         """The pair of one request; `clip` is uint8 [F, H, W, 3], None where both copies are full generations.

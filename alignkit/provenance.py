@@ -9,6 +9,7 @@ import enum
 import hashlib
 import operator
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, is_dataclass
 from pathlib import Path
@@ -166,19 +167,23 @@ def content(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-_WHOLE, _SAMPLES, _SAMPLE = 1 << 20, 16, 1 << 16
+_WHOLE, _SAMPLES, _SAMPLE, _COLUMN = 1 << 20, 16, 1 << 16, 1 << 26  # bytes, stretches, bytes, bytes
+_TEXT_TABLES = (".jsonl", ".csv")
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, without: Collection[str] = ()) -> str:
     """16 hex digits that change when a file, or any file below a folder, is another one: names, sizes and bytes.
 
     Of files over 1 MiB sixteen evenly spaced stretches of 64 KiB are read, so large models cost milliseconds; trained
-    weights differ everywhere, but an edit of a few bytes between the stretches goes unseen. Cards (README.md and what
-    is in `examples`) do not count: they are written again when more is known.
+    weights differ everywhere, but an edit of a few bytes between the stretches goes unseen. Not so in tables: JSON
+    lines and CSV files are read whole, and so is every column of a parquet file, such as labels, of at most 64 MiB.
+    Cards (README.md and what is in `examples`) do not count: they are written again when more is known. Neither do the
+    folders `without`.
     """
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     names = {file: file.relative_to(path) for file in files}
-    cards = {file for file in files if file.name == "README.md" or "examples" in names[file].parts}
+    left_out = {"examples", *without}
+    cards = {file for file in files if file.name == "README.md" or left_out & set(names[file].parts)}
     return fingerprint_files({str(name): file for file, name in names.items() if file not in cards})
 
 
@@ -199,8 +204,35 @@ def _pieces(file: Path, name: str) -> Iterator[bytes]:
     size = file.stat().st_size
     yield f"{name}\0{size}\0".encode()
     with file.open("rb") as stream:
-        if size <= _WHOLE:
-            yield stream.read()
-        for index in range(_SAMPLES if size > _WHOLE else 0):
-            stream.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
-            yield stream.read(_SAMPLE)
+        for start, length in _stretches(file, size):
+            stream.seek(start)
+            while length > 0 and (piece := stream.read(min(length, _WHOLE))):
+                yield piece
+                length -= len(piece)  # noqa: PLW2901
+
+
+def _stretches(file: Path, size: int) -> list[tuple[int, int]]:
+    """Start and length of the parts of a file that are read for its fingerprint."""
+    if size <= _WHOLE or file.suffix.lower() in _TEXT_TABLES:
+        return [(0, size)]
+    samples = [(index * (size - _SAMPLE) // (_SAMPLES - 1), _SAMPLE) for index in range(_SAMPLES)]
+    return samples + (_small_columns(file) if file.suffix.lower() == ".parquet" else [])
+
+
+def _small_columns(file: Path) -> list[tuple[int, int]]:
+    """Where the columns of a parquet file lie that have at most `_COLUMN` bytes; none in a damaged file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_metadata(file)
+    except pa.ArrowException:
+        return []  # what loads it says so
+    chunks, sizes = [], Counter[str]()
+    for number in range(rows.num_row_groups):
+        group = rows.row_group(number)
+        for column in (group.column(index) for index in range(group.num_columns)):
+            start = column.dictionary_page_offset or column.data_page_offset
+            chunks.append((column.path_in_schema, start, column.total_compressed_size))
+            sizes[column.path_in_schema] += column.total_compressed_size
+    return [(start, length) for name, start, length in chunks if sizes[name] <= _COLUMN]

@@ -6,8 +6,11 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
+from pyarrow import parquet
 
 from alignkit.errors import ResumeError
 from alignkit.provenance import dump, fingerprint, without_defaults, write_resolved
@@ -104,6 +107,32 @@ def test_a_trainers_defaults_are_left_out_and_the_state_of_a_training_stays(tmp_
 
 def test_secrets_are_never_written():
     assert "token" not in dump(Job(train=Section(hub_token="hf_secret")))
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_fingerprint_sees_every_label_of_a_large_table(tmp_path, ending):
+    """One label of one row among others of 400 kB; the file keeps its size."""
+    source = np.random.default_rng(0)
+    rows = [{"prompt": str(row), "media": source.bytes(200_000).hex(), "labels": [1, -1]} for row in range(12)]
+    found = []
+    for row in (None, 3, 7):
+        told = [{**own, "labels": [-1, 1] if number == row else [1, -1]} for number, own in enumerate(rows)]
+        if ending == "jsonl":
+            (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, told)), encoding="utf-8")
+        else:
+            table = pa.Table.from_pylist(told)
+            parquet.write_table(table, tmp_path / "rows.parquet", compression="none", row_group_size=1)
+        found.append(((tmp_path / f"rows.{ending}").stat().st_size, fingerprint(tmp_path)))
+    sizes, prints = zip(*found, strict=True)
+    assert len(set(sizes)) == 1 < sizes[0] / 2**20
+    assert len(set(prints)) == 3
+
+
+def test_a_damaged_table_has_a_fingerprint(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1" + bytes(2**21))
+    first = fingerprint(tmp_path)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1" + bytes(2**21 - 1) + b"1")
+    assert fingerprint(tmp_path) != first
 
 
 def test_a_fingerprint_leaves_out_the_card(tmp_path):

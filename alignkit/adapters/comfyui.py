@@ -78,8 +78,11 @@ ATTENTION = r"to_[qkv]|to_out\.0"
 FEED_FORWARD = r"net\.(0\.proj|2)"
 _JOINT = rf"({ATTENTION}|add_[qkv]_proj|to_add_out)"
 JOINT_LAYERS = rf"transformer_blocks\.\d+\.(attn2?\.{_JOINT}|ff(_context)?\.{FEED_FORWARD}|norm1(_context)?\.linear)"
-_CLIP = {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
 _CLIP_LAYERS = r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+_CLIP = {
+    name: replace(kohya_keys(prefix), known=_CLIP_LAYERS, rename=_shortened("text_model."))
+    for name, prefix in {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}.items()
+}
 # Other encoders, by their class in transformers: "text_encoders.", ComfyUI's name of the encoder, and the path in it,
 # which is transformers' own for T5 and `model.layers...` for language models.
 _T5_LAYERS = r"encoder\.block\.\d+\.layer\.[01]\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_[01])?)"
@@ -112,26 +115,21 @@ def export(
     """
     state: dict[str, Tensor] = {}
     for name, part in parts.items():
-        own = keys.get(name) or _text_encoder_keys(name, part)
+        class_name = type(part).__name__
+        encoders = _CLIP.get(name) if class_name.startswith("CLIPText") else _ENCODERS.get(class_name)
+        own = keys.get(name) or encoders
         if own is None:
             if name.startswith("text_encoder"):
-                logger.warning("no file for ComfyUI: its keys of %s, a %s, are not known", name, type(part).__name__)
+                logger.warning("no file for ComfyUI: its keys of %s, a %s, are not known", name, class_name)
             return None
         layers = layer_weights(part, adapter)
         unknown = [path for path in layers if not re.fullmatch(own.known, path)]
         if unknown:
-            logger.warning("no file for ComfyUI: it has no key for '%s' of %s", unknown[0], type(part).__name__)
+            logger.warning("no file for ComfyUI: it has no key for '%s' of %s", unknown[0], class_name)
             return None
         state |= _written(own.rename(layers, part), own)
     save_canonical(state, file, file_metadata(bases))
     return file
-
-
-def _text_encoder_keys(name: str, part: nn.Module) -> Keys | None:
-    """CLIP text encoders have the keys of kohya's scripts."""
-    if name not in _CLIP or not type(part).__name__.startswith("CLIPText"):
-        return _ENCODERS.get(type(part).__name__)
-    return replace(kohya_keys(_CLIP[name]), known=_CLIP_LAYERS, rename=_shortened("text_model."))
 
 
 def _written(layers: Layers, keys: Keys) -> dict[str, Tensor]:

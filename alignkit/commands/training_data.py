@@ -17,6 +17,7 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.escape import get_logger
 from alignkit.provenance import fingerprint, fingerprint_files
 from alignkit.records import Prompt
+from data_pipelines.dense.votes import VOTES
 from data_pipelines.importers import load_ranked
 from data_pipelines.opening import files_beside, open_dataset
 from data_pipelines.prompts import to_prompt
@@ -35,6 +36,8 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
     "aspects": functools.partial(load_rows, columns=(("prompt",), ("questions",))),
     "captions": functools.partial(load_rows, columns=(("prompt",),), optional=("image", "video")),
 }
+# Folders of a dataset that no training reads: failed requests are asked again, and their votes added to the old ones.
+LEFT_OUT = {"dense": (VOTES,)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +67,7 @@ class TrainingData:
         """
         if self.path is not None:
             named = files_beside(self.path, self.root)
-            own = fingerprint(self.path)
+            own = fingerprint(self.path, LEFT_OUT.get(self.kind, ()))
             return f"{own} {fingerprint_files(named)}" if named else own
         return hashlib.sha256("\n".join(prompt.text for prompt in self.prompts[0]).encode()).hexdigest()[:16]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.adapters.fingerprint import base_of, weights_of
+from alignkit.adapters.fingerprint import base_of, fingerprint_of, weights_of
 from alignkit.diffusion.solvers import Grid
 from alignkit.errors import ConfigError, NumericsError
 from alignkit.generators.pipeline import PipelineGenerator
@@ -40,8 +40,12 @@ class RolloutPairs:
         generator.model.eval()
         self.generator, self.sampling, self.name = generator, sampling, generator.name
         self.codec = base_of(generator.pipeline.vae)
-        self.weights = weights_of(generator.model, *generator.conditioner.encoders.values())
+        networks = [part for name, part in generator.pipeline.components.items() if name.startswith("transformer")]
+        experts = [part for part in networks if part not in (None, generator.net)]  # the chain runs through them too
+        self.weights = weights_of(generator.model, *generator.conditioner.encoders.values(), *experts)
         self._shape = generator.latent_shape(sampling.height, sampling.width, sampling.num_frames)
+        grid = generator.grid(sampling.steps, self._shape)
+        self.schedule = fingerprint_of([{"alpha": grid.alpha, "sigma": grid.sigma, "t": grid.t}])
 
     @torch.no_grad()
     def make(self, request: PairRequest, clip: np.ndarray | None) -> Pair:

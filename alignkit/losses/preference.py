@@ -244,10 +244,12 @@ def loser_scale(residual_PKD: Tensor, mu: float) -> Tensor:
 
     and the pair's logit passes lambda_ij times j's gradient; i's gradient and all forward values stay as they are.
     `residual_PKD` is prediction minus target, flattened (g up to the common factor 2/D); mu in [0, 1), larger protects
-    more (the authors use 0.9 for SD1.5, 0.6 for SDXL).
+    more (the authors use 0.9 for SD1.5, 0.6 for SDXL). Sums are float32 at least, under autocast too: those of a video
+    frame overflow in float16.
     """
-    with torch.no_grad():
-        gram_PKK = residual_PKD @ residual_PKD.transpose(-1, -2)
+    with torch.no_grad(), torch.autocast(residual_PKD.device.type, enabled=False):
+        precise_PKD = residual_PKD.to(torch.promote_types(residual_PKD.dtype, torch.float32))
+        gram_PKK = precise_PKD @ precise_PKD.transpose(-1, -2)
         own_PK1 = torch.diagonal(gram_PKK, dim1=-2, dim2=-1).unsqueeze(-1)
         share = (1 - mu) * own_PK1 / gram_PKK.clamp(min=torch.finfo(gram_PKK.dtype).tiny)
         return torch.where(gram_PKK > 0, share.clamp(max=1.0), torch.ones_like(share))

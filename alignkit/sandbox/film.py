@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import set_seed
 
+from alignkit.adapters.fingerprint import base_of
 from alignkit.diffusion.schedules import FlowSchedule
 from alignkit.generators import load_generator, wrap
 from alignkit.generators.pipeline import PipelineGenerator
@@ -55,10 +56,10 @@ class Stage(recipes.Recipe):
 CLIPS = 8_000
 CLEAN = (
     Stage(steps=3_000, batch=48, learning_rate=1e-3, seed=311, warmup=200, latent_frames=2),
-    Stage(steps=6_000, batch=16, learning_rate=8e-4, seed=312, warmup=200),
+    Stage(steps=5_000, batch=16, learning_rate=8e-4, seed=312, warmup=200),
 )
 POLICY_CLIPS = 3_000
-POLICY = recipes.Recipe(steps=2_400, batch=16, learning_rate=1e-3, seed=313)
+POLICY = recipes.Recipe(steps=1_800, batch=16, learning_rate=1e-3, seed=313)
 POLICY_FAULTS = 3.0  # a clip on average
 RANK = 16
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -95,10 +96,13 @@ class Clips:
 
     @torch.no_grad()
     def encoded(self, generator: PipelineGenerator, work: Path) -> dict[str, Tensor]:
-        """`latents` [N, C, 9, 4, 4], `kinds` and `motions` [N, 9, 4, 4] of all clips, stored in parts in `work`."""
-        parts = []
+        """`latents` [N, C, 9, 4, 4], `kinds` and `motions` [N, 9, 4, 4] of all clips, stored in parts in `work`.
+
+        The names of the parts change with what they depend on: seed, faults and VAE.
+        """
+        parts, made_of = [], f"{self.seed}-{self.faults:g}-{base_of(generator.pipeline.vae)}"
         for start in tqdm(range(0, self.size, PART), desc="encode clips", unit="part"):
-            file = work / f"clips-{start:06d}.safetensors"
+            file = work / f"clips-{made_of}-{start:06d}.safetensors"
             if not file.is_file():
                 rows = map(self.clip, range(start, min(start + PART, self.size)))
                 pixels, kinds, motions = (torch.stack(column) for column in zip(*rows, strict=True))

@@ -14,16 +14,21 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Literal
 
 import numpy as np
 
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.records import Prompt
 from alignkit.sandbox.clips import DIRECTIONS
 from alignkit.sandbox.films import COLORS, SHAPES, SPEEDS, FilmSpec
 from alignkit.seeds import derive_seed
 
 CATEGORIES = ("one_moving", "one_still", "two_moving", "two_still")
+FREQUENCIES = (4 / 9, 1 / 18, 4 / 9, 1 / 18)  # of the categories in training, see `random_spec`
+_TRIES = 2_000  # for a new prompt of one category
+Share = Literal["training", "held_out"]
+SHARES: tuple[Share, Share] = ("training", "held_out")
 PREFIXES = ("", "a clip of ")
 MOVING = (
     ("moves {direction} {speed}", "slides {direction} {speed}", "{speed} moves {direction}"),
@@ -109,13 +114,41 @@ def parse(text: str) -> FilmSpec:
     return FilmSpec((kinds[mover], *kinds[:mover], *kinds[mover + 1 :]), direction, speed)
 
 
-def prompts(count: int, *, seed: int) -> list[Prompt]:
-    """Up to `count` prompts of different meaning; half have two objects, one in nine has no motion."""
-    rng = np.random.default_rng(derive_seed("film-prompts", seed))
-    chosen: dict[FilmSpec, Prompt] = {}
-    for _ in range(50 * count):
+def share_of(spec: FilmSpec) -> Share:
+    """The half of all meanings that `spec` is in, so that no training shows the meaning of a held-out prompt."""
+    return SHARES[derive_seed("film-share", repr(spec)) % 2]
+
+
+def spec_in(share: Share | None, rng: np.random.Generator) -> FilmSpec:
+    """A random meaning of one share, or of both; categories are as frequent as in training."""
+    while True:
         spec = random_spec(rng)
-        if len(chosen) < count and spec not in chosen:
+        if share is None or share_of(spec) == share:
+            return spec
+
+
+def prompts(count: int, *, seed: int, share: Share | None = None) -> list[Prompt]:
+    """Up to `count` different prompts; half have two objects, one in nine has no motion, as in training.
+
+    Prompts of one meaning have different wordings: there are only 15 meanings of one object at rest. `share` is the
+    half of the meanings: "training" or "held_out"; None for both.
+    """
+    require_share(share)
+    rng = np.random.default_rng(derive_seed("film-prompts", seed))
+    chosen: dict[str, Prompt] = {}
+    for _ in range(count):
+        wanted = str(rng.choice(CATEGORIES, p=FREQUENCIES))
+        for _ in range(_TRIES):
+            spec = spec_in(share, rng)
+            text = word(spec, rng)
             category = CATEGORIES[2 * (len(spec.kinds) - 1) + (spec.direction is None)]
-            chosen[spec] = Prompt.from_text(word(spec, rng), category=category)
+            if category == wanted and text not in chosen:
+                chosen[text] = Prompt.from_text(text, category=category)
+                break
     return list(chosen.values())
+
+
+def require_share(share: str | None) -> None:
+    """ConfigError for the name of no share."""
+    if share is not None and share not in SHARES:
+        raise ConfigError(f"share is '{share}'; use {SHARES[0]} or {SHARES[1]}, or leave it out")

@@ -155,13 +155,14 @@ class DenseDPOTrainer(OfflineTrainer):
         places = self._places(rows, frames, args.fps)
         ratio = self.generator.temporal_ratio
         own = [owners(*row, ratio) for row in zip(segments, places, strict=True)]
-        by_frame = []
+        by_frame, seen = [], []
         for values, numbers in zip(labels, own, strict=True):
             by_frame.append(torch.tensor([values[n] if values and n != NONE else 0 for n in numbers]))
+            seen.append([values[n] for n in dict.fromkeys(numbers) if values and n != NONE])  # `num_frames` cuts clips
         dataset.targets[LABELS] = by_frame
         dataset.targets[SEGMENTS] = list(map(torch.tensor, own))
-        dataset.targets[CLIP_LABEL] = torch.tensor(list(map(clip_label, labels)))
-        self._leave_out(dataset, labels, args.least_labelled)
+        dataset.targets[CLIP_LABEL] = torch.tensor(list(map(clip_label, seen)))
+        self._leave_out(dataset, seen, args.least_labelled)
         return dataset
 
     def _places(self, rows: Any, frames: Sequence[int], fps: float | None) -> list[Sequence[int]]:

@@ -12,7 +12,7 @@ from typing import Any
 from alignkit.errors import DataError
 from alignkit.segments import LABELS, Segments, checked_segments
 from alignkit.storage import Part, read_row, read_schema, read_table
-from data_pipelines.dense.rows import WEIGHTS
+from data_pipelines.dense.rows import SCHEDULE, WEIGHTS
 from data_pipelines.dense.shown import MEDIA
 from data_pipelines.dense.votes import IDENTITY, pair_id
 
@@ -78,7 +78,7 @@ def read_index(folder: Path, parts: Sequence[Part], truth: str | None) -> Index:
         if missing:
             raise DataError(f"'{folder / path}' lacks the columns {', '.join(missing)}; make the pairs again")
         has_truth |= truth in names
-        wanted = {*IDENTITY, WEIGHTS, *NEEDED, *({truth} if truth else ())} & set(names)
+        wanted = {*IDENTITY, WEIGHTS, SCHEDULE, *NEEDED, *({truth} if truth else ())} & set(names)
         for number, row in enumerate(read_table(folder / path, columns=sorted(wanted)).to_pylist()):
             pair = _indexed(row, path, number, f"'{folder / path}', row {number}", truth)
             if pair.id in pairs:

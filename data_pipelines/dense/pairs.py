@@ -36,7 +36,7 @@ from data_pipelines.dense.card import card_text
 from data_pipelines.dense.clips import Clip, Clips, Fault
 from data_pipelines.dense.config import PairsConfig
 from data_pipelines.dense.decoding import Decoded, ahead, decode_listed
-from data_pipelines.dense.rows import WEIGHTS, pair_row, rebuild_pair, request_for, table_of
+from data_pipelines.dense.rows import SCHEDULE, WEIGHTS, pair_row, rebuild_pair, request_for, table_of
 
 __all__ = ["make_pairs", "rebuild_pair"]
 
@@ -121,7 +121,8 @@ class _Writer:
         pair = self.maker.make(request, None if video is None else video.frames)
         row = pair_row(clip, request, pair, self.config, self.sampling)
         row |= {"source_sha256": "" if video is None else video.sha256}
-        row |= {"generator": self.maker.name, WEIGHTS: self.maker.weights, "codec": self.maker.codec}
+        row |= {"generator": self.maker.name, "codec": self.maker.codec}
+        row |= {WEIGHTS: self.maker.weights, SCHEDULE: self.maker.schedule}
         fps, shown = self.sampling.fps, self.config.videos or self.config.previews
         both = self.maker.decode(pair.latents) if shown else ()
         if self.config.videos:

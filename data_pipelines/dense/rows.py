@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-WEIGHTS = "weights"  # column: fingerprint of the generator's weights beside the VAE
+# Columns beside the VAE's that say which generator made a pair: fingerprints of its weights and of its noise schedule.
+WEIGHTS, SCHEDULE = "weights", "schedule"
 LATENTS = "latents"  # column, and the name of the tensor in each cell's safetensors bytes
 _SEEDS = 2.0**63  # every seed is below it
 
@@ -47,18 +48,19 @@ def rebuild_pair(row: Mapping[str, Any], data: bytes | Path | None, maker: PairM
 
     `maker` has the row's sampling. On the same machine, thread count and
     library versions the latents are equal to the last bit before they are stored (`latents_dtype`). Raises DataError
-    where the video, the VAE or the weights are others.
+    where the video, the VAE, the weights or the noise schedule are others.
     """
     where = f"source_id '{row['source_id']}'"
     if maker.codec != row["codec"]:
         raise DataError(
             f"{where}: made with the VAE {row['codec']}, and here is {maker.codec}; load the model of the row"
         )
-    if row.get(WEIGHTS) and maker.weights != row[WEIGHTS]:
-        raise DataError(
-            f"{where}: made with the weights {row[WEIGHTS]}, and here are {maker.weights}; load the model, the "
-            "adapters and the precision of the row"
-        )
+    for column, own, advice in (
+        (WEIGHTS, maker.weights, "load the model, the adapters and the precision of the row"),
+        (SCHEDULE, maker.schedule, "give the model the scheduler of the row, with its shift"),
+    ):
+        if row.get(column) and own != row[column]:
+            raise DataError(f"{where}: made with the {column} {row[column]}, and here are {own}; {advice}")
     if data is None:
         return maker.make(request_of(row), None)
     clip = decoded(data, where, sampling_of(row))
@@ -73,7 +75,7 @@ def sampling_of(row: Mapping[str, Any]) -> Sampling:
 
 
 def pair_row(clip: Clip, request: PairRequest, pair: Pair, config: PairsConfig, sampling: Sampling) -> dict[str, Any]:
-    """The columns of one pair, without those from the maker (`generator`, `weights`, `codec`, `videos`) and the file.
+    """The columns of one pair, without its videos, those of the maker (`generator`, `codec` ...) and of the file.
 
     `eta` and `sigma_start` are null where the copies differ in them.
     """
@@ -126,6 +128,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], *, videos: bool) -> pa.Table:
         "sampling",
         "generator",
         WEIGHTS,
+        SCHEDULE,
         "codec",
     )
     named: dict[str, Any] = {**dict.fromkeys(texts, text), LATENTS: medium}

@@ -25,7 +25,7 @@ from typing import Any
 from alignkit.errors import ConfigError, DataError, StorageError
 from alignkit.escape import get_logger
 from alignkit.storage import sync, write_atomic
-from data_pipelines.dense.rows import WEIGHTS
+from data_pipelines.dense.rows import SCHEDULE, WEIGHTS
 
 logger = get_logger(__name__)
 
@@ -98,13 +98,12 @@ def require_labeller(name: Any) -> None:
 def pair_id(row: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that stand for the two clips of a row and their segments.
 
-    The first of the SHA-256 of the columns `IDENTITY` as JSON, absent ones null, and of `weights`. Labels, latents and
-    videos do not count, so that the id of a row stays when it is labelled; a pair made again with another seed or by
-    other weights has another one.
+    The first of the SHA-256 of the columns `IDENTITY` as JSON, absent ones null, and of `weights` and `schedule`.
+    Labels, latents and videos do not count, so that the id of a row stays when it is labelled; a pair made again with
+    another seed, by other weights or with another noise schedule has another one.
     """
     known = {name: row.get(name) for name in IDENTITY}
-    if row.get(WEIGHTS):  # pairs of earlier versions have none, and keep their ids
-        known[WEIGHTS] = row[WEIGHTS]
+    known |= {name: row[name] for name in (WEIGHTS, SCHEDULE) if row.get(name)}  # pairs of earlier versions have none
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from alignkit import cli
 from alignkit.commands.ladder_job import LadderJob
+from alignkit.commands.training_data import TrainingData
 from alignkit.config import load
 from data_pipelines.ablations import first_share, shuffled_segments
 
@@ -125,6 +126,20 @@ def test_the_ladder_names_a_wrong_key_of_an_arms_pairs(ladder, capsys):
     ladder.write_text(yaml.safe_dump(keys), encoding="utf-8")
     assert cli.main(["ladder", "--config", str(ladder)]) == 2
     assert "arms.vanilla: pairs: " in capsys.readouterr().err
+
+
+def test_votes_that_no_training_reads_do_not_change_the_data(work, config, capsys):
+    """A labeller whose failed requests are asked again in every run must not end the run."""
+    keys = config | {"out": "run", "method": "densedpo", "train": {**TRAIN, "report_to": "none"}}
+    (work / "run.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+    assert cli.main(["run", "--config", "run.yaml"]) == 0, capsys.readouterr().err
+    data = TrainingData(kind="dense", path=work / "run" / "labels")
+    before = data.identity
+    with (data.path / "votes" / "motion.jsonl").open("a", encoding="utf-8") as votes:
+        votes.write('{"pair": "' + "0" * 16 + '", "segment": 0, "label": null, "labeller": "motion"}\n')
+    assert data.identity == before
+    (data.path / "manifest.json").unlink()
+    assert data.identity != before
 
 
 def test_shuffled_segments_keep_the_labels_and_move_them():

@@ -24,6 +24,7 @@ from alignkit.records import Prompt, Sampling
 from data_pipelines.dense import Clip, Clips, PairsConfig, make_pairs, read_clips, rebuild_pair
 from data_pipelines.dense.decoding import ahead
 from data_pipelines.dense.rows import request_for
+from data_pipelines.dense.votes import pair_id
 
 SAMPLING = Sampling(steps=2, num_frames=9, fps=4, height=8, width=8)
 CONFIG = PairsConfig(seed=3, part_size=2, workers=2)
@@ -36,6 +37,7 @@ class Formula:
     name: str = "formula"
     codec: str = "float32:abc"
     weights: str = "abc"
+    schedule: str = "steps"
     last: int = 10**9
     seen: list = field(default_factory=list)
 
@@ -207,6 +209,10 @@ def test_every_pair_can_be_built_again_from_its_row(folder, tmp_path, world):
         rebuild_pair(row, data, Formula(codec="float32:other"))
     with pytest.raises(DataError, match="made with the weights abc, and here are other; load the model"):
         rebuild_pair(row, data, Formula(weights="other"))
+    with pytest.raises(DataError, match="made with the schedule steps, and here are other; give the model the sched"):
+        rebuild_pair(row, data, Formula(schedule="other"))
+    for column in ("weights", "schedule"):  # votes on one are none on the other
+        assert pair_id(row) != pair_id({**row, column: "other"}) != pair_id({**row, column: None})
     run(folder, tmp_path / "vanilla", replace(CONFIG, kind="vanilla"))
     row = rows_of(tmp_path / "vanilla")[2]
     assert torch.equal(rebuild_pair(row, None, Formula()).latents, stored(row))

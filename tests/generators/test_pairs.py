@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny_families
 import torch
 from clips import frames
-from diffusers import UniPCMultistepScheduler, WanVideoToVideoPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanVideoToVideoPipeline
 from PIL import Image
 from tiny_families.parts import TOKENS
 
@@ -143,6 +144,21 @@ def test_what_a_pair_depends_on(maker):
     assert not torch.equal(first[1], other[1])
     assert not torch.equal(first[0], first[1])
     assert not first.requires_grad
+
+
+def test_weights_and_schedule_are_all_that_the_latents_depend_on(maker):
+    """Another shift of the schedule, another number of steps, the other expert of a model of two."""
+    found = {maker.schedule, RolloutPairs(maker.generator, replace(SAMPLING, steps=7)).schedule}
+    shifted = tiny_families.build("wan")
+    shifted.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    other = RolloutPairs(wrap(shifted, "tiny"), SAMPLING)
+    assert other.weights == maker.weights
+    assert len({*found, other.schedule}) == 3
+    experts = tiny_families.build("wan_high")
+    before = RolloutPairs(wrap(experts, "tiny"), SAMPLING).weights
+    with torch.no_grad():
+        next(experts.transformer_2.parameters()).add_(1)
+    assert RolloutPairs(wrap(experts, "tiny"), SAMPLING).weights != before
 
 
 def test_lower_eta_keeps_more_of_the_real_clip(maker):

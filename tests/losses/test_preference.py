@@ -291,6 +291,18 @@ def test_loser_scale_by_hand():
     assert scale.shape == (4, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loser_scale_under_autocast_is_that_of_float32(dtype):
+    """The squared norm of a frame's residual is larger than float16 holds."""
+    residual = torch.randn(2, 2, 16 * 60 * 104, generator=torch.Generator().manual_seed(3))
+    assert (residual.square().sum(-1) > torch.finfo(torch.float16).max).all()
+    residual[:, 1] += residual[:, 0]
+    with torch.autocast("cpu", dtype=dtype):
+        scale = loser_scale(residual, 0.5)
+    assert torch.equal(scale, loser_scale(residual, 0.5))
+    assert 0.4 < scale[0, 0, 1] < 0.6
+
+
 def test_protection_leaves_forward_values_alone():
     policy, reference, residual = errors(2, 4), errors(2, 4, seed=1), errors(2, 4, 9, seed=2)
     plain = rank_dpo(policy, reference, PHI.expand(2, 4), beta=30)

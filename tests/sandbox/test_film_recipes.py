@@ -65,6 +65,15 @@ def test_the_policy_and_the_adapter_that_undoes_it(models, tmp_path):
     assert (first - third).abs().max() < 0.3 * (first - second).abs().max()  # the rounding of float8 stays
 
 
+def test_stored_latents_are_those_of_their_clips(models, tmp_path):
+    """Clips with faults are not taken for those without in one work folder."""
+    generator = wrap(film_models.pipeline(AutoencoderKLWan.from_pretrained(models / "film_vae", dtype=torch.float32)))
+    clean, faulty = (film.Clips(2, 5, faults).encoded(generator, tmp_path)["latents"] for faults in (0.0, 9.0))
+    assert not torch.equal(clean, faulty)
+    assert torch.equal(film.Clips(2, 5).encoded(generator, tmp_path)["latents"], clean)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_the_classifiers_read_the_middle_and_the_average_follows(models):
     vae = AutoencoderKLWan.from_pretrained(models / "film_vae", dtype=torch.float32)
     generator = wrap(film_models.pipeline(vae))

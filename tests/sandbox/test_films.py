@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 import numpy as np
 import pytest
 
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.sandbox import film_captions, film_gold, film_models, films
 from alignkit.sandbox.clips import DIRECTIONS
-from alignkit.sandbox.film_captions import parse, prompts, random_spec, specs, word
+from alignkit.sandbox.film_captions import SHARES, parse, prompts, random_spec, specs, word
+from alignkit.sandbox.film_videos import videos
 from alignkit.sandbox.films import FRAMES, SEGMENTS, Actor, Film, FilmSpec
 from alignkit.segments import owners
 
@@ -56,13 +58,39 @@ def test_every_word_is_a_token_and_captions_fit():
     assert tokenizer.unk_token_id not in itertools.chain(*tokenizer(texts).input_ids)
 
 
-def test_prompts_differ_in_meaning_and_know_their_category():
-    asked = prompts(60, seed=3)
-    assert len({parse(prompt.text) for prompt in asked}) == 60
-    for prompt in asked:
-        spec = parse(prompt.text)
-        count = {1: "one", 2: "two"}[len(spec.kinds)]
-        assert prompt.metadata["category"] == f"{count}_{'moving' if spec.direction else 'still'}"
+def category_of(text):
+    spec = parse(text)
+    return f"{['one', 'two'][len(spec.kinds) - 1]}_{'moving' if spec.direction else 'still'}"
+
+
+def test_prompts_differ_and_know_their_category():
+    asked = prompts(600, seed=3)
+    assert len({prompt.text for prompt in asked}) == 600
+    assert prompts(30, seed=3) == asked[:30]
+    for part in (asked[:300], asked[300:]):  # no category runs out of prompts
+        counts = collections.Counter(prompt.metadata["category"] for prompt in part)
+        for category, share in zip(film_captions.CATEGORIES, (4 / 9, 1 / 18, 4 / 9, 1 / 18), strict=True):
+            assert abs(counts[category] / 300 - share) < 0.08
+    assert all(prompt.metadata["category"] == category_of(prompt.text) for prompt in asked)
+
+
+def test_shares_have_no_meaning_in_common():
+    """Each share has meanings of every category, and its prompts have the categories of all prompts."""
+    meanings = {share: {spec for spec in specs() if film_captions.share_of(spec) == share} for share in SHARES}
+    assert sum(map(len, meanings.values())) == len(specs())
+    for share, own in meanings.items():
+        assert abs(len(own) / len(specs()) - 0.5) < 0.05
+        asked = prompts(500, seed=23, share=share)
+        assert len(asked) == 500
+        assert {parse(prompt.text) for prompt in asked} <= own
+        assert {parse(video.caption) for video in videos(200, seed=29, share=share)} <= own
+        counts = collections.Counter(prompt.metadata["category"] for prompt in asked)
+        assert min(counts["one_moving"], counts["two_moving"]) > 180
+        assert min(counts["one_still"], counts["two_still"]) > 12
+    with pytest.raises(ConfigError, match="share is 'test'; use training or held_out"):
+        prompts(1, seed=0, share="test")
+    with pytest.raises(ConfigError, match="share is 'test'"):
+        videos(1, seed=0, share="test")
 
 
 # --- films ----------------------------------------------------------------------------------------------------------

@@ -234,6 +234,18 @@ def test_another_frame_rate_and_fewer_frames_shift_the_labels(make, rows):
 
 
 @pytest.mark.parametrize(
+    ("segments", "labels", "expected"),
+    [([[0, 5], [5, 7], [7, 9]], [1, -1, -1], [1, 1]), ([[0, 1], [1, 5], [5, 9]], [0, 1, -1], [0, 1])],
+)
+def test_segments_behind_the_last_frame_have_no_vote(make, rows, segments, labels, expected):
+    """Segments of the first five frames alone decide about the clip, and whether enough of it is labelled."""
+    data = rows(segments=[segments] * 2, labels=[labels, [0, 0, 1]])
+    cut = make(data, num_frames=5, loss="clip_dpo", least_labelled=0.5).train_dataset
+    assert [own.tolist() for own in cut.targets["labels"]] == [expected]
+    assert cut.targets["clip_label"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
         ({"labels": [[1, 0, -1], [1, 0, 3]]}, {}, "row 1: label 2 is 3; labels are 1"),
