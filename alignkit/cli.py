@@ -40,7 +40,7 @@ COMMANDS = {
     "report": ("alignkit.commands.report:main", "Write one self-contained report.html."),
     "doctor": ("alignkit.commands.doctor.main:main", "Show versions, devices, optional parts and memory estimates."),
     "sandbox train": ("alignkit.commands.sandbox:main", "Repeat the training of one model of the embedded sandbox."),
-    "ladder": ("alignkit.commands.ladder:main", "Compare training methods, arm by arm, on the sandbox."),
+    "ladder": ("alignkit.commands.ladder:main", "Compare training methods, arm by arm."),
 }
 
 # Causes outside the program that any write or read may meet, also one of a library; other errors keep their traceback.
@@ -48,7 +48,7 @@ _KNOWN = {
     errno.ENOSPC: "the disk is full: make room",
     errno.EDQUOT: "the disk quota is used up: make room",
     errno.EROFS: "the file system is read-only: choose another folder",
-    errno.EACCES: "mend the permissions of this file or its folder",
+    errno.EACCES: "correct the permissions of this file or its folder",
 }
 _USAGE = """\
 usage: alignkit VERB [--config FILE.yaml] [--key value ...] [--dry-run]
@@ -64,7 +64,7 @@ usage: alignkit VERB [--config FILE.yaml] [--key value ...] [--dry-run]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code (0 done, 2 an error the user can mend, 130 interrupted)."""
+    """Run the program; returns the exit code (0 done, 2 an error the user can correct, 130 interrupted)."""
     # OpenMP reads it when torch is imported. Threads that wait otherwise spin, and slow down other jobs on these cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -134,4 +134,5 @@ def _find(words: list[str]) -> Callable[[], None]:
 
 
 def _usage(verbs: Sequence[str] | dict[str, tuple[str, str]]) -> str:
-    return _USAGE.format(verbs="\n".join(f"  {verb:<14}{COMMANDS[verb][1]}" for verb in verbs))
+    width = max(map(len, COMMANDS)) + 2
+    return _USAGE.format(verbs="\n".join(f"  {verb:<{width}}{COMMANDS[verb][1]}" for verb in verbs))

@@ -38,11 +38,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How images, or videos of `num_frames` at `fps`, are generated; `extra` goes to the pipeline call as it is.
+    """How images or videos are generated.
 
-    `fps` is the frame rate that videos are stored and shown with; it is no input of the network. Counts and sizes are
-    at least 1; `guidance_scale` is finite and not negative, `fps` finite and positive. Which sizes a model takes
-    (multiples of 8 or more) is checked by its generator. Raises ConfigError.
+    guidance_scale: weight of classifier-free guidance; 1: no unconditional call.
+    num_frames: frames of a video; 1 makes images.
+    fps: frames a second with which videos are stored and shown; no input of the network.
+    extra: further keywords of the pipeline's call.
+
+    Counts and sizes are at least 1; the guidance scale is finite and not negative, the frame rate finite and positive.
+    Which sizes a model takes (multiples of 8 or more) is checked by its generator. Raises ConfigError.
     """
 
     steps: int = 30

@@ -31,7 +31,7 @@ class ClipsConfig:
     source: 'package.module:attribute', called as source(count, **options), returning `alignkit.pairs.RealVideo`
         records.
     options: keywords for `source`.
-    count: use so many videos, the first ones; needed with `source`.
+    count: use only the first videos, this many; needed with `source`.
     """
 
     path: Path | None = None

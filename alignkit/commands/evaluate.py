@@ -32,7 +32,7 @@ class EvaluateJob:
     """
 
     base: GeneratorSpec
-    tuned: GeneratorSpec
+    tuned: GeneratorSpec = field(metadata={"required": "(default: the base's)"})
     prompts: PromptsConfig
     rewards: Mapping[str, RewardSpec]
     gold: str | None = None

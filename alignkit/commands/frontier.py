@@ -70,9 +70,9 @@ class FrontierJob:
     others: other generators on the same axes, by a name of your choice, e.g. a joint training.
     prompts: where prompts come from; the held-out share is used (all with held_out: 0).
     rewards: all rewards by a name of your choice.
-    gold: the reward that judges and that no member was tuned for.
+    gold: the held-out reward, for which no member was tuned.
     evaluate: how base and mixtures are compared.
-    evaluate_prompts: use at most so many prompts.
+    evaluate_prompts: evaluate on at most this many prompts; default: all.
     table: where the table goes (default: OUT/frontier.md).
     title: its heading, and that of the page OUT/frontier.html.
     """

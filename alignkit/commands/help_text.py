@@ -16,7 +16,11 @@ from typing import Any
 from alignkit.config import describe, init_fields, is_trainer_config, own_keys
 from alignkit.provenance import plain
 
-_OUT = ["  --out  path  (required)", "        the folder of checkpoints, logs and the result; run again, it continues"]
+_REQUIRED = "(required)"
+_OUT = [
+    f"  --out  path  {_REQUIRED}",
+    "        the folder of checkpoints, logs and the result; run again, it continues",
+]
 
 
 def help_text(name: str, summary: str, schema: Any, *, flat: str = "") -> str:
@@ -25,22 +29,27 @@ def help_text(name: str, summary: str, schema: Any, *, flat: str = "") -> str:
     return "\n".join([*lines, *(_OUT if flat else []), *_key_lines(schema, "", flat)])
 
 
-def _key_lines(schema: Any, prefix: str, flat: str = "") -> Iterator[str]:
-    """Plain keys first, then section by section; in a trainer's config alignkit's keys before those of transformers."""
+def _key_lines(schema: Any, prefix: str, flat: str = "", required: str = _REQUIRED) -> Iterator[str]:
+    """Plain keys first, then section by section; in a trainer's config alignkit's keys before those of transformers.
+
+    `required` stands for the default of a key that has none; a section may say its own (`metadata["required"]`).
+    """
     hints, notes, fields = typing.get_type_hints(schema), _notes(schema), init_fields(schema)
     sections = {name: _section(hints[name]) for name in fields}
     own = own_keys(schema) if is_trainer_config(schema) else []
     fields = {name: fields[name] for name in [*own, *fields] if name in fields and name != "output_dir"}  # it is `out`
     for name, field in fields.items():
         if sections[name] is None or sections[name][1]:
-            yield f"  --{prefix}{name}  {describe(hints[name])}  {_default(field)}"
+            yield f"  --{prefix}{name}  {describe(hints[name])}  {_default(field) or required}"
             note = str(field.metadata.get("help", notes.get(name, "")))
             yield from textwrap.wrap(" ".join(note.split()), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
     nested = {name: found for name, found in sections.items() if found}
     for name, (section, suffix) in sorted(nested.items(), key=lambda item: item[0] != flat):
         first = (inspect.getdoc(section) or "").split("\n", maxsplit=1)[0]
         yield f"\n{prefix}{name}{suffix}: {notes.get(name) or first}"
-        yield from _key_lines(section, "" if name == flat else f"{prefix}{name}{suffix}.")
+        inside = "(required with this section)" if _default(fields[name]) else required
+        inside = str(fields[name].metadata.get("required", inside))
+        yield from _key_lines(section, "" if name == flat else f"{prefix}{name}{suffix}.", required=inside)
 
 
 def _section(annotation: Any) -> tuple[Any, str] | None:
@@ -66,7 +75,8 @@ def _notes(schema: Any) -> dict[str, str]:
 
 
 def _default(field: Field[Any]) -> str:
+    """The default in brackets; empty where there is none."""
     if field.default is MISSING and field.default_factory is MISSING:
-        return "(required)"
+        return ""
     value = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-    return f"[{plain(value)}]"
+    return f"[{plain(value)}]" if value != "" else "['']"

@@ -89,8 +89,8 @@ class LadderJob(PolicyJob):
     validation: media scored during training.
     evaluate: how base and tuned are compared.
     guidance_scales: guidance scales of further comparisons, which differ from `evaluate` in nothing else.
-    evaluate_from: leave out so many held-out prompts, those that a sweep has chosen by.
-    evaluate_prompts: use at most so many of the others.
+    evaluate_from: leave out this many held-out prompts, from the first: those by which a sweep chose.
+    evaluate_prompts: evaluate on at most this many of the others; default: all.
     workers: arms trained at the same time.
     contrasts: pairs of arms by their names: the table shows the gain of the first over the second.
     table: where the table goes.

@@ -25,7 +25,7 @@ class PolicyJob:
     generators: the generators by a name of your choice.
     rewards: all rewards by a name of your choice; the evaluation uses every one of them.
     policy: which generator is aligned.
-    gold: the reward that judges the result and must not be used before.
+    gold: the held-out reward that measures the result; it must not be used before.
     """
 
     out: Path

@@ -67,7 +67,7 @@ class RunJob(PolicyJob):
     validation: media generated and scored during training, on the first held-out prompts.
     train: the trainer's keys, less output_dir.
     evaluate: how base and tuned are compared, on the other held-out prompts.
-    evaluate_prompts: use at most so many of them.
+    evaluate_prompts: evaluate on at most this many held-out prompts; default: all.
     judges: judges that compare tuned with base pair by pair, by a name of your choice.
     """
 

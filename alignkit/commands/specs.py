@@ -201,7 +201,7 @@ class PromptsConfig:
     column: the text's column in formats that have columns.
     source: 'package.module:attribute', called as source(count, **options), returning Prompt records.
     options: keywords for `source`.
-    count: use so many prompts, the first ones; needed with `source`.
+    count: use only the first prompts, this many; needed with `source`.
     held_out: share of prompts kept apart from training for validation and evaluation, by a hash of the text.
     """
 

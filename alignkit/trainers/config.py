@@ -31,9 +31,13 @@ class AlignConfig(TrainingArguments):
     num_train_epochs: None | float = field(  # noqa: RUF036
         default=None, metadata={"help": "Times that each row is trained on, instead of max_steps."}
     )
-    logging_steps: float = field(default=1, metadata={"help": "Log the health panel every so many steps."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: a NaN has to be seen."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay off: batches are ours."})
+    logging_steps: float = field(default=1, metadata={"help": "Log the health panel every this many steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay false, so that a NaN is reported."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay false: alignkit builds its own batches."}
+    )
     # HfArgumentParser looks at the second arm of a union, so None comes first here, as in TrainingArguments.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "tensorboard, trackio, wandb, ..."}
@@ -183,7 +187,9 @@ class OfflineConfig(AlignConfig):
     num_frames: int | None = field(
         default=None, metadata={"help": "First frames of each video to train on; default: all that the codec takes."}
     )
-    fps: float | None = field(default=None, metadata={"help": "Frame rate that videos are brought to; default: own."})
+    fps: float | None = field(
+        default=None, metadata={"help": "Frame rate that videos are converted to; default: the video's own."}
+    )
 
     @property
     def sizes(self) -> Sizes:

@@ -67,13 +67,16 @@ class RankDPOConfig(OfflineConfig):
     )
     beta: float | None = field(
         default=None,
-        metadata={"help": f"Pull to the reference; default: {FLOW_BETA:g} for flow models, {BETA:g} for others."},
+        metadata={
+            "help": "Strength of the pull to the reference; larger changes the model less; default: "
+            f"{FLOW_BETA:g} for flow models, {BETA:g} for others."
+        },
     )
     rank_source: str = field(default="label", metadata={"help": "rank_dpo: tau from label or model order."})
     weighting: str = field(default="rank_gain", metadata={"help": "rank_dpo: rank_gain, gain or none (all-pairs DPO)."})
     lair_tau: float = field(default=0.5, metadata={"help": "lair: temperature of the softmax over phi."})
     lair_lambda: float = field(default=0.25, metadata={"help": "lair: weight of the squared implicit rewards."})
-    linear_eta: float = field(default=0.01, metadata={"help": "linear_dpo: least weight of a pair."})
+    linear_eta: float = field(default=0.01, metadata={"help": "linear_dpo: the smallest weight that a pair can get."})
     share_noise: bool = field(default=True, metadata={"help": "One noise for all candidates of a prompt."})
     share_timestep: bool = field(default=True, metadata={"help": "One timestep for all candidates of a prompt."})
     precompute_reference: bool = field(default=False, metadata={"help": "Reference errors once, for all runs."})
@@ -81,9 +84,15 @@ class RankDPOConfig(OfflineConfig):
         default=None,
         metadata={"help": "Reference: average of the policy with this decay (Linear-DPO: 0.995); default: the base."},
     )
-    low_memory: bool = field(default=False, metadata={"help": "Memory of one candidate, one forward more."})
+    low_memory: bool = field(
+        default=False,
+        metadata={"help": "Keep the activations of one candidate at a time; costs one more forward pass."},
+    )
     protect_winner: float | None = field(
-        default=None, metadata={"help": "mu of the loser's gradient scale (SDPO): 0.9 for SD1.5, 0.6 for SDXL; off."}
+        default=None,
+        metadata={
+            "help": "Diffusion-SDPO: limit the loser's gradient by this mu; 0.9 for SD1.5, 0.6 for SDXL; null: off."
+        },
     )
     sft_weight: float = field(default=0.0, metadata={"help": "Weight of the winner's denoising error beside the loss."})
 

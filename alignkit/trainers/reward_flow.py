@@ -90,7 +90,7 @@ class RewardConfig(WatchConfig, DataLossConfig):
     state_gradient_cap: float | None = field(
         default=1.0,
         metadata={
-            "help": "Cap each row's gradient of the state at so many times its norm after the last step; or null."
+            "help": "Cap each row's gradient of the state at this multiple of its norm after the last step; null: off."
         },
     )
     growth_limit: float = field(

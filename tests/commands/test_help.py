@@ -53,6 +53,24 @@ def test_help_loads_no_model_library(verb):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("verb", "lines"),
+    [
+        ("annotate", ["--pairs  path  (required)", "--generator.model  str  (required with this section)"]),
+        ("label", ["--generator.model  str  (required with this section)"]),
+        ("doctor", ["--critic.model  path  (required with this section)"]),
+        ("train drf", ["--model  str  (required)", "--validation.rewards  list of str  (required with this section)"]),
+        ("soup", ["--greedy.reward.reward  str  (required with this section)"]),
+        ("evaluate", ["--base.model  str  (required)", "--tuned.model  str  (default: the base's)"]),
+        ("generate", ["--generate.sources[].sampling.negative_prompt  str  ['']"]),
+    ],
+)
+def test_what_is_required_and_where(verb, lines, capsys):
+    assert cli.main([*verb.split(), "--help"]) == 0
+    page = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert set(lines) <= set(page)
+
+
 def test_the_method_comes_first_and_transformers_on_demand(capsys):
     assert cli.main(["train", "rankdpo", "--help"]) == 0
     page = capsys.readouterr().out
