@@ -74,10 +74,13 @@ def _plan(job: AspectsJob) -> list[str]:
     critics = {"preview": preview.critic} if preview.critic else {}
     missing = absences(generators if job.show else {}, rewards=critics if job.show else {}, prompts=job.prompts)
     what = f"print the questions ({kinds}) of {preview.prompts} prompts" if job.show else f"write questions ({kinds})"
+    where = f" into {job.out}"
+    if job.show:
+        where = f"; images go to {job.out}_show" if preview.critic and preview.generator else ""
     return [
         *missing,
         *job.writer.absent,
-        f"{what} of {job.prompts} with the writer '{job.writer.writer}' into {job.out}",
+        f"{what} of {job.prompts} with the writer '{job.writer.writer}'{where}",
     ]
 
 

@@ -29,7 +29,9 @@ class RankJob:
 
 
 def _plan(job: RankJob) -> list[str]:
-    return [f"rank the candidates in {job.candidates} by the scores in {job.scores} into {job.out}"]
+    folders = {"candidates": job.candidates, "scores": job.scores}
+    missing = [f"NOT THERE YET: {folder} ({name})" for name, folder in folders.items() if not folder.exists()]
+    return [*missing, f"rank the candidates in {job.candidates} by the scores in {job.scores} into {job.out}"]
 
 
 def _work(job: RankJob) -> None:

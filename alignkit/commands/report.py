@@ -62,7 +62,7 @@ class ReportJob:
 
 
 def gather(job: ReportJob) -> ReportInputs:
-    """What the parts hold. Raises MissingFileError for a named part that is not there."""
+    """What the parts hold. Raises MissingFileError for a named part that is not there, DataError if all are empty."""
     parts = job.parts
     for name, folder in {"run": job.run, **parts}.items():
         if folder is not None and not folder.is_dir():
@@ -70,7 +70,7 @@ def gather(job: ReportJob) -> ReportInputs:
     home = job.run or parts["training"] or parts["evaluation"] or parts["data"]
     state = _read(parts["training"], "trainer_state.json")
     evaluation = parts["evaluation"]
-    return ReportInputs(
+    inputs = ReportInputs(
         title=job.title,
         note=job.note,
         evaluation=evaluation if evaluation and (evaluation / "evaluation.json").is_file() else None,
@@ -81,6 +81,12 @@ def gather(job: ReportJob) -> ReportInputs:
         command=f"alignkit report --run {job.run}" if job.run else f"alignkit report --out {job.target} ...",
         gallery=job.gallery,
     )
+    if not (inputs.evaluation or inputs.log or inputs.data):
+        raise DataError(
+            f"'{home}' holds no evaluation, training or ranked data; give a folder that `alignkit run`, `evaluate`, "
+            "`train` or `rank` wrote"
+        )
+    return inputs
 
 
 def _read(folder: Path | None, name: str) -> Any:

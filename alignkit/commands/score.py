@@ -32,7 +32,8 @@ class ScoreJob:
 
 
 def _plan(job: ScoreJob) -> list[str]:
-    missing = absences({}, rewards={name: job.rewards[name] for name in job.score.rewards})
+    missing = [] if job.candidates.exists() else [f"NOT THERE YET: {job.candidates} (candidates)"]
+    missing += absences({}, rewards={name: job.rewards[name] for name in job.score.rewards})
     return [*missing, f"score the candidates in {job.candidates} with {', '.join(job.score.rewards)} into {job.out}"]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from alignkit.shipped import model_path
+
 BETA = 5000.0  # of Diffusion-DPO's SDXL runs
 FLOW_BETA = 500.0  # published values for flow models lie between 100 and 2000
 
@@ -27,8 +29,8 @@ def beta_note(prediction: str | None) -> str:
 
 
 def stored_prediction(model: str) -> str | None:
-    """What the network of a local diffusers folder predicts, by its scheduler's config; None for another model."""
-    file = Path(model) / "scheduler" / "scheduler_config.json"
+    """What the network of a local folder or a model of the sandbox predicts, by its scheduler; None for a hub id."""
+    file = Path(model_path(model)) / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return None
     config = json.loads(file.read_text(encoding="utf-8"))

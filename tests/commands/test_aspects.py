@@ -109,6 +109,7 @@ def test_a_dry_run_says_what_is_missing(folder, capsys):
     text = capsys.readouterr().out
     assert "NOT THERE YET: t.txt (template)" in text
     assert "print the questions (alignment) of 2 prompts of all prompts of captions.txt with the writer 's" in text
+    assert " into " not in text.splitlines()[-1]
 
 
 def test_a_run_writes_the_questions_of_its_prompts(folder, monkeypatch, capsys):

@@ -34,7 +34,40 @@ def test_a_copy_overwrites_nothing(tmp_path, monkeypatch, capsys):
     assert cli.main(["init", "--out", "second.yaml"]) == 0
     assert "--config second.yaml" in Path("second.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert cli.main(["init", "demoo"]) == 2
-    assert "no recipe 'demoo'. Did you mean 'demo'?" in capsys.readouterr().err
+    assert "alignkit: config: no recipe 'demoo'. Did you mean 'demo'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        (
+            ["score", "--rewards.red.reward=saturation", "--score.rewards=red", "--candidates=gone"],
+            ["gone (candidates)"],
+        ),
+        (["rank", "--candidates=gone", "--scores=away"], ["gone (candidates)", "away (scores)"]),
+    ],
+)
+def test_a_dry_run_says_which_folders_are_missing(words, absent, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*words, "--out=out", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "NOT THERE YET" in line] == [f"# - NOT THERE YET: {name}" for name in absent]
+
+
+@pytest.mark.parametrize("part", ["run", "evaluation", "training", "data"])
+def test_a_report_on_nothing_is_refused(part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    assert cli.main(["report", f"--{part}=empty", "--out=report.html"]) == 2
+    assert "'empty' holds no evaluation, training or ranked data; give a folder that" in capsys.readouterr().err
+    assert not Path("report.html").exists()
+
+
+def test_a_missing_key_says_where_it_is_given(capsys):
+    assert cli.main(["rank", "--candidates=gone", "--out=out"]) == 2
+    assert (
+        "key 'scores' is missing: give it as a flag or in the file of --config; see --help" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,12 @@ def test_beta_follows_from_what_the_network_predicts(make, model_folders, capsys
     assert "beta is not set" not in capsys.readouterr().out
 
 
+def test_a_dry_run_knows_beta_for_models_of_the_sandbox(capsys):
+    words = ["train", "rankdpo", "--model=sandbox:flow", "--data=none", "--output_dir=none", "--dry-run"]
+    assert cli.main(words) == 0
+    assert "beta is not set: 500, as the network predicts flow" in capsys.readouterr().out
+
+
 def test_a_validation_that_cannot_be_generated_is_refused_before_the_training(make):
     validation = Validation([], Sampling(steps=1, height=18, width=16), {})
     with pytest.raises(ConfigError, match=r"height is 18; .* takes multiples of 4: 16 or 20"):
