@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -27,6 +27,8 @@ from alignkit.yaml_tree import Located, parse_yaml, read_yaml
 Config = TypeVar("Config")
 
 _BAD: Any = object()
+_MOST_NAMES = 20  # that a message lists
+_LISTED = " `--help` lists the keys."
 _LISTS = (list, tuple, collections.abc.Sequence)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -235,10 +237,13 @@ def _coerce_dataclass(given: Located, schema: type, key: str, problems: list[str
         else:
             problems.append(f"{value.where}: unknown key '{prefix}{name}'.{suggest(name, schema)}")
     absent = [name for name, field in known.items() if name not in tree and _required(field)]
-    problems += [f"{given.where}: key '{prefix}{name}' is missing; it has no default" for name in absent]
+    problems += [
+        f"{given.where}: key '{prefix}{name}' is missing: give it as a flag or in the file of --config; see --help"
+        for name in absent
+    ]
     if len(problems) > before:
         return _BAD
-    return _construct(schema, values, f"{given.where}: {key or 'config'}", problems)
+    return _construct(schema, values, f"{given.where}: {key}" if key else given.where, problems)
 
 
 def _construct(schema: type, values: dict[str, Any], where: str, problems: list[str]) -> Any:
@@ -267,13 +272,19 @@ def suggest(name: str, schema: type) -> str:
     For a key that was renamed, or that belongs to TRL and has no counterpart, what to write instead.
     """
     known, hints = init_fields(schema), typing.get_type_hints(schema)
-    hint = advice(name, known) or nearest(name, known)
-    if not hint.startswith(" Known"):
+    hint = advice(name, known) or nearest_key(name, known)
+    if not hint.startswith((" Known", _LISTED)):
         return hint
     sections = [(key, hints[key]) for key in known if is_dataclass(hints[key])]
     inner = {leaf: f"{key}.{leaf}" for key, section in sections for leaf in init_fields(section)}
     close = difflib.get_close_matches(name, inner, n=1, cutoff=0.7)
     return f" Did you mean '{inner[close[0]]}'?" if close else hint
+
+
+def nearest_key(name: str, known: Collection[str]) -> str:
+    """What `nearest` says of a key; with more keys than a message should list, where they are listed."""
+    hint = nearest(name, known)
+    return _LISTED if hint.startswith(" Known") and len(known) > _MOST_NAMES else hint
 
 
 def is_trainer_config(schema: type) -> bool:

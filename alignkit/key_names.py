@@ -27,6 +27,7 @@ ALIASES = {
     "output_dir": "out",
     "max_train_steps": "max_steps",
     "train_batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
     "beta_dpo": "beta",
     "loss_type": "loss",
     "num_inference_steps": "steps",
@@ -44,6 +45,7 @@ RENAMED = {
     "seeds": ("seeds_per_prompt", "training_seeds"),
     "run_seed": ("seed",),
     "frames": ("num_frames",),
+    "batch_size": ("per_device_train_batch_size",),
 }
 _PEFT_CONFIG = "pass a LoraConfig of peft to the trainer from Python (`peft_config`)"
 # Keys of trl.ModelConfig that have no counterpart here.
@@ -94,8 +96,8 @@ def _translated(name: str, given: Located, problems: list[str]) -> Located | Non
 
 
 def advice(name: str, known: Collection[str]) -> str:
-    """` ...`: what to write instead of a key that was renamed, or that a user knows from TRL; empty for others."""
+    """` ...`: what to write instead of a key that is called otherwise here or that TRL has; empty for others."""
     renamed = [key for key in RENAMED.get(name, ()) if key in known]
     if renamed:
-        return f" It is now called '{renamed[0]}'; rename it."
+        return f" It is called '{renamed[0]}' here; rename it."
     return f" {REFUSED[name][0].upper()}{REFUSED[name][1:]}." if name in REFUSED else ""

@@ -143,9 +143,11 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise MissingFileError(f"'{path}' does not exist; '{path.parent}' is not a finished stage") from error
+        raise MissingFileError(
+            f"'{path}' does not exist; run the command that writes '{path.parent}' to its end"
+        ) from error
     except OSError as error:
-        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
+        raise DataError(f"'{path}' cannot be read: {error}; correct its permissions") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"'{path}' is not JSON: {error}; remove it and run the same command again") from error
 
@@ -233,7 +235,7 @@ def finished_part(folder: Path, name: str, *, inputs: Mapping[str, str] | None =
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"'{record}' cannot be read: {error}; mend its permissions") from error
+        raise DataError(f"'{record}' cannot be read: {error}; correct its permissions") from error
     except (ValueError, TypeError, RecursionError) as error:
         logger.warning("'%s' is damaged (%s); %s is rebuilt", record, error, name)
         return None
@@ -256,7 +258,7 @@ def checksum(path: Path) -> str:
     except FileNotFoundError as error:
         raise MissingFileError(f"'{path}' does not exist; run the stage that made it again") from error
     except OSError as error:
-        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
+        raise DataError(f"'{path}' cannot be read: {error}; correct its permissions") from error
 
 
 def _fault(path: Path, expected: str) -> str | None:
@@ -295,11 +297,20 @@ def recorded_parts(folder: Path, stage: str) -> tuple[dict[str, Any], list[Part]
     record that is none, and a record that names files outside `folder`.
     """
     path = folder / "manifest.json"
-    manifest = read_json(path)
+    try:
+        manifest = read_json(path)
+    except MissingFileError as error:
+        raise MissingFileError(
+            f"'{folder}' is not a finished stage '{stage}': it has no manifest.json; run `alignkit {stage}` "
+            "to its end, or give the folder that it wrote"
+        ) from error
     if not isinstance(manifest, dict) or "stage" not in manifest or not isinstance(manifest.get("parts"), int):
         raise DataError(f"'{path}' is no manifest of a stage; run the stage that made it again")
     if manifest["stage"] != stage:
-        raise DataError(f"'{folder}' holds the stage '{manifest['stage']}', expected '{stage}'")
+        raise DataError(
+            f"'{folder}' holds the stage '{manifest['stage']}', expected '{stage}'; give the folder that `alignkit "
+            f"{stage}` wrote"
+        )
     parts = []
     for name in map(part_name, range(manifest["parts"])):
         record = _record(folder, name)
@@ -358,7 +369,7 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MissingFileError(f"'{path}' does not exist; run the stage that made it again") from error
     except PermissionError as error:
-        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
+        raise DataError(f"'{path}' cannot be read: {error}; correct its permissions") from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"'{path}' is damaged or not a parquet file ({error}); run the stage that made it again, which rebuilds it"

@@ -1,4 +1,4 @@
-"""Reward gradients at full size on a CUDA card: peak memory of each stage and seconds, beside what the doctor says.
+"""Reward gradients at full size on a CUDA GPU: peak memory of each stage and seconds, beside what the doctor says.
 
     python benchmarks/full_size_reward_flow.py [--cases wan sdxl flux] [--minutes 6.5] [--tiny]
 
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     chosen = parser.parse_args()
     if not torch.cuda.is_available() and not chosen.tiny:
-        parser.error("this measures a CUDA card, and there is none here; --tiny shows on a CPU that the script works")
+        parser.error("this measures a CUDA GPU, and there is none here; --tiny shows on a CPU that the script works")
     signal.alarm(max(1, round(60 * chosen.minutes)))
     with tempfile.TemporaryDirectory() as work:
         for name in tqdm(chosen.cases, desc="cases"):

@@ -1,5 +1,5 @@
-"""Steps at full size on a CUDA card, RankDPO of SDXL and SD3.5-M and DenseDPO of Wan 2.1 1.3B: images/s or clips/s,
-peak memory, share of the card's peak.
+"""Steps at full size on a CUDA GPU, RankDPO of SDXL and SD3.5-M and DenseDPO of Wan 2.1 1.3B: images/s or clips/s,
+peak memory, share of the GPU's peak.
 
     python benchmarks/full_size_step.py [--models sdxl sd35_medium wan21_1_3b] [--steps 8] [--checkpointing] [--tiny]
 
@@ -325,7 +325,7 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.side = chosen.side or (64 if chosen.tiny else 1024)
     if not torch.cuda.is_available() and not chosen.tiny:
-        parser.error("this measures a CUDA card, and there is none here; --tiny shows on a CPU that the script works")
+        parser.error("this measures a CUDA GPU, and there is none here; --tiny shows on a CPU that the script works")
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as work:
         for name in chosen.models:

@@ -187,7 +187,7 @@ def _check_cards(folder: Path) -> None:
             fields = yaml.safe_load(header)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             what = " ".join(str(error).split())
-            raise DataError(f"'{card}' has a broken header: {what}; mend or remove it") from error
+            raise DataError(f"'{card}' has a broken header: {what}; correct or remove it") from error
         for name in _leaves(fields.get("configs") if isinstance(fields, dict) else None):
             Bounds(folder).path(name, f"'{card}', configs")
 

@@ -59,7 +59,7 @@ def test_a_dry_run_prints_the_keys_of_the_method_and_those_given(monkeypatch, ca
 
 @pytest.mark.parametrize("name", ["rankdpo_sd3.yaml", "rankdpo_sdxl.yaml", "rankdpo_sd15.yaml"])
 def test_published_recipes_judge_with_a_reward_of_another_make(name):
-    """The paper's ensemble ranks or watches; the held-out judge is no CLIP and ranks nothing."""
+    """The paper's ensemble ranks or watches; the held-out reward is no CLIP and ranks nothing."""
     config = yaml.safe_load((ROOT / "configs" / name).read_text(encoding="utf-8"))
     kinds = {key: spec["reward"] for key, spec in config["rewards"].items()}
     ensemble = {"pick_score", "hps", "image_reward", "aesthetic", "clip_score"}

@@ -79,12 +79,12 @@ def test_what_a_killed_process_left_is_removed_but_not_what_a_running_one_writes
 
 
 def test_unfinished_and_wrong_stages_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="not a finished stage"):
+    with pytest.raises(MissingFileError, match=r"not a finished stage 'generate': .* run `alignkit generate`"):
         storage.recorded_parts(tmp_path, "generate")
     part = storage.write_part(tmp_path, "part-00000", TABLE)
     storage.finish_run(tmp_path, "generate", [part], rows=3, counts={})
     assert storage.recorded_parts(tmp_path, "generate")[1] == [part]
-    with pytest.raises(DataError, match="'generate', expected 'score'"):
+    with pytest.raises(DataError, match="'generate', expected 'score'; give the folder that `alignkit score` wrote"):
         storage.recorded_parts(tmp_path, "score")
 
 

@@ -39,7 +39,10 @@ def layer_weights(net: nn.Module, name: str = lora.NAME) -> dict[str, tuple[Tens
             layer: Any = net.get_submodule(path)
             layers[path] = (down, up, lora.own_scale(layer, name) * len(down))
     if state:
-        raise AdapterError(f"adapter '{name}' of {type(net).__name__} is more than a plain LoRA: '{min(state)}'")
+        raise AdapterError(
+            f"adapter '{name}' of {type(net).__name__} is more than a plain LoRA: '{min(state)}'; train it again as a "
+            "plain LoRA, or merge it into the base"
+        )
     return layers
 
 
@@ -86,7 +89,7 @@ def write_diffusers(
         state |= {f"{component}.{level}{key}": value for key, value in states[component].items()}
         metadata |= {f"{component}.{key}": value for key, value in _plain(configs[component], part).items()}
     if not state:
-        raise AdapterError("the model carries no LoRA weights to export")
+        raise AdapterError("the model has no LoRA weights to export; train or load an adapter first")
     header = file_metadata(bases, **{METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     save_canonical(state, folder / lora.DIFFUSERS_FILE, header)
     return folder / lora.DIFFUSERS_FILE

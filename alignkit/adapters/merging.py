@@ -75,7 +75,7 @@ def require_weights(weights: Sequence[float], *, any_sum: bool) -> None:
     if not any_sum and abs(total - 1) > CLOSE:
         raise ConfigError(
             f"the weights {list(weights)} sum to {total:g}, not to 1, so the mixture would be stronger or weaker than "
-            "its members; mend them, give the rest to `base`, or allow it with any_sum: true"
+            "its members; correct them, give the rest to `base`, or allow it with any_sum: true"
         )
 
 

@@ -114,7 +114,10 @@ def lora_ends(state: State, label: str) -> tuple[str, str] | None:
         raise AdapterError(f"soup: {label} is empty")
     for key in state:
         if key.endswith(DORA_ENDS):
-            raise AdapterError(f"soup: {label} is a DoRA ('{key}'), whose change is no product of two matrices")
+            raise AdapterError(
+                f"soup: {label} is a DoRA ('{key}'), whose change is no product of two matrices; train it again as a "
+                "plain LoRA, or merge it into the base"
+            )
     for down, up in _LAYOUTS:
         paths = [key.removesuffix(down) for key in state if key.endswith(down)]
         if paths:
@@ -246,7 +249,10 @@ class WeightSoup:
         different = sorted(one.keys() ^ two.keys())
         different = different or [name for name in one if layout_of(one, name).shape != layout_of(two, name).shape]
         if different:
-            raise AdapterError(f"soup: {first[0]} and {other[0]} differ in the names or shapes of '{different[0]}'")
+            raise AdapterError(
+                f"soup: {first[0]} and {other[0]} differ in the names or shapes of '{different[0]}'; give members of "
+                "one base model"
+            )
 
     def dtype(self, name: str) -> torch.dtype:
         """The precision of a weight of the result."""

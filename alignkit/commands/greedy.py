@@ -140,7 +140,7 @@ class Candidates:
         if bad:
             raise NumericsError(
                 f"reward '{self.config.reward.reward}' is NaN or infinite on {bad} of {len(scores)} images of "
-                f"{self.names(weights)}, in '{folder}': its mean says nothing. Mend the reward, and give another "
+                f"{self.names(weights)}, in '{folder}': its mean says nothing. Correct the reward, and give another "
                 "greedy.work or remove that folder"
             )
         return float(np.mean(scores))

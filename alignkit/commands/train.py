@@ -34,8 +34,8 @@ from alignkit.commands.stages import RESUMABLE, default_notes, fit
 from alignkit.commands.trainer_keys import require_guard, trained_frames, trained_rewards
 from alignkit.commands.training_data import LOADERS, TrainingData
 from alignkit.commands.verb import Tree, Verb, execute, is_dry_run, wants_outline
-from alignkit.config import Located, init_fields
-from alignkit.errors import ConfigError, nearest
+from alignkit.config import Located, init_fields, nearest_key
+from alignkit.errors import ConfigError
 from alignkit.key_names import advice, with_own_names
 from alignkit.provenance import write_resolved
 from alignkit.shipped import model_path
@@ -173,7 +173,7 @@ def _schema(method: str, tree: Tree, problems: list[str], *, dry_run: bool, for_
     keys = saved | with_own_names(tree, known, problems)
     unknown = [name for name in keys if name not in known]
     for name in unknown:
-        hint = advice(name, known) or nearest(name, known)
+        hint = advice(name, known) or nearest_key(name, known)
         problems.append(f"{keys.pop(name).where}: unknown key '{name}'.{hint}")
     section: Tree = {name: given for name, given in keys.items() if name in trainer}
     if "out" in keys:

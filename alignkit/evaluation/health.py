@@ -49,7 +49,7 @@ def hacking_warning(evaluation: Evaluation) -> str:
     if not risen:
         return ""
     return (
-        f"{', '.join(risen)} rose while the held-out judge {gold.reward} fell "
+        f"{', '.join(risen)} rose while the held-out reward {gold.reward} fell "
         f"({compact(gold.overall.gain.mean, signed=True)}): this looks like reward hacking. Train for fewer steps, "
         "with a larger beta, or with more rewards in the ensemble."
     )

@@ -36,9 +36,9 @@ class ArmResult:
 
     @property
     def gold(self) -> Combined:
-        """The combined gain of the held-out judge. Raises DataError when the evaluation had none."""
+        """The combined gain of the held-out reward. Raises DataError when the evaluation had none."""
         if self.evaluation.gold is None:
-            raise DataError(f"arm '{self.name}' was evaluated without a gold judge")
+            raise DataError(f"arm '{self.name}' has no gold reward: set `gold` to one of `rewards`")
         return self.rewards[self.evaluation.gold.reward]
 
 

@@ -81,7 +81,7 @@ def evaluate(
 ) -> Evaluation:
     """Generate, score and compare both sides; writes `out_dir` (layout in `results`) and returns its statistics.
 
-    `gold` names the held-out judge among `rewards`. Run again after a kill, it continues; over a folder of another
+    `gold` names the held-out reward among `rewards`. Run again after a kill, it continues; over a folder of another
     evaluation it raises ResumeError with the difference. `inputs` identifies the weights: "base", "tuned" and
     "reward NAME", each with a `provenance.fingerprint`; without it the names alone stand for the models. `base_cache`
     is a folder that keeps base sides for later evaluations with equal base, prompts, seeds, sampling and rewards.
@@ -260,7 +260,7 @@ def _count_failures(table: pa.Table, failures: dict[str, int], most: float) -> N
             prompt = table["prompt"][int(np.argmax(bad))].as_py()
             raise NumericsError(
                 f"reward '{name}' is NaN or infinite on {failures[name]} items, more than {MOST_NOT_FINITE:.0%} of "
-                f"this side; the last for prompt {prompt!r}. Mend the reward or leave it out, into a new folder."
+                f"this side; the last for prompt {prompt!r}. Correct the reward or leave it out, and use a new folder."
             )
 
 

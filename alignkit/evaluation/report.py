@@ -131,7 +131,7 @@ def _header(run: ReportInputs, evaluation: Evaluation | None) -> str:
 def _hero(evaluation: Evaluation) -> str:
     lead = evaluation.result(lead_reward(evaluation))
     overall = lead.overall
-    kind = "held-out judge" if lead.is_gold else "proxy; no held-out judge in this run"
+    kind = "held-out reward" if lead.is_gold else "proxy; no held-out reward in this run"
     facts = {
         "Win rate, ties half": f"{compact(overall.win_rate.mean)} ({bounds(overall.win_rate)})",
         "Pairs": f"{overall.prompts} prompts \N{MULTIPLICATION SIGN} {evaluation.seeds_per_prompt} seeds",
@@ -178,7 +178,7 @@ def _result_section(evaluation: Evaluation | None) -> str:
     )
     warning = hacking_warning(evaluation)
     body = page.warning(warning) if warning else ""
-    lead = "Gold is the held-out judge that training never saw; the proxies below it are what training may have seen."
+    lead = "Gold is the held-out reward: training never uses it. The proxies below it may be used by training."
     return page.section(
         "result", title, lead if evaluation.gold else "", body + page.table(head, rows, caption, mark_first=True)
     )

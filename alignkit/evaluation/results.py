@@ -57,7 +57,7 @@ class Evaluation:
 
     @property
     def gold(self) -> RewardResult | None:
-        """The held-out judge, where there is one."""
+        """The held-out reward, where there is one."""
         return next((result for result in self.results if result.is_gold), None)
 
     def result(self, reward: str) -> RewardResult:

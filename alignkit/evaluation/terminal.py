@@ -20,7 +20,7 @@ def before_after(evaluation: Evaluation) -> str:
         f"guidance {sampling.guidance_scale:g}, {sampling.width}x{sampling.height}"
     )
     legend = f"interval: {evaluation.confidence:.0%}, bootstrap over prompts; wins: ties count half"
-    star = ["* held-out judge, never trained on"] if evaluation.gold else []
+    star = ["* held-out reward, never trained on"] if evaluation.gold else []
     return "\n".join([settings, "", lines[0], "-" * len(lines[0]), *lines[1:], "", *star, legend])
 
 

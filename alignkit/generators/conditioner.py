@@ -198,7 +198,7 @@ class Conditioner(nn.Module):
         encoder is trained.
         """
         if not self.has_reference:
-            raise AdapterError("no reference: no text encoder is trained")
+            raise AdapterError("no reference: no text encoder is trained; add a LoRA (`add_lora`) first")
         pipeline = self._family.pipeline
         before, was_reference = {name: pipeline.components[name] for name in self._frozen}, self._is_reference
         pipeline.register_modules(**{name: part.to(self._family.text_device) for name, part in self._frozen.items()})

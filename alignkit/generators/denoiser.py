@@ -119,7 +119,9 @@ class Denoiser(nn.Module):
         """
         layers = self._tree.lora_layers()
         if not self._frozen and not layers:
-            raise AdapterError("no reference: the model has neither an adapter nor a frozen copy")
+            raise AdapterError(
+                "no reference: the model has neither an adapter nor a frozen copy; call `add_lora` or load an adapter"
+            )
         before, self._is_reference = self._is_reference, True
         try:
             with lora.disabled(layers):

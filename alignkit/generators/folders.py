@@ -83,7 +83,10 @@ def _hub_index(model: str) -> dict[str, Any]:
     try:
         return dict(DiffusionPipeline.load_config(model))
     except OSError as error:
-        raise MissingFileError(f"'{model}' is no folder here, and no model with that hub id: {error}") from error
+        raise MissingFileError(
+            f"'{model}' is no folder here and cannot be read from the hub: check the name and the network "
+            f"(HF_HUB_OFFLINE); a gated model needs its licence accepted and `hf auth login` ({error})"
+        ) from error
 
 
 def component_names(index: Mapping[str, Any]) -> list[str]:

@@ -44,7 +44,9 @@ class PromptData(EpochData):
         super().__init__()
         self.prompts = [_prompt(row) for row in rows]
         if not self.prompts:
-            raise DataError("training data has no prompt")
+            raise DataError(
+                "training data has no prompt: check the file given as `prompts.file` or `data`, and `held_out`"
+            )
         self.noise_seed = noise_seed
         self._draw_ids = draw_ids(prompt.id for prompt in self.prompts)
 

@@ -317,7 +317,7 @@ def encode_rows(
     """
     media = _media_column(generator, rows)
     if not len(rows):
-        raise DataError("training data has no row")
+        raise DataError("training data has no row: check the file or folder given as `data`, and `held_out`")
     if sizes.num_frames is not None:
         generator.require_frames(sizes.num_frames, "num_frames")
     if media == LATENTS and CODEC in rows.column_names:

@@ -112,7 +112,7 @@ def _mean(name: str, values: Sequence[float]) -> float:
     """The mean of the finite values: a single NaN would make every checkpoint the best or the worst."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        raise NumericsError(f"reward '{name}' is NaN or infinite on all {len(values)} validation prompts; mend it")
+        raise NumericsError(f"reward '{name}' is NaN or infinite on all {len(values)} validation prompts; correct it")
     if len(finite) < len(values):
         bad = len(values) - len(finite)
         logger.warning("reward '%s' is NaN or infinite on %d of %d validation prompts", name, bad, len(values))

@@ -146,7 +146,11 @@ def _known_votes(folder: Path, index: Index, names: Mapping[str, str]) -> list[V
         for vote in kept:
             count = len(index.pairs[vote.pair].segments)
             if vote.segment >= count:
-                raise DataError(f"'{name}' voted on segment {vote.segment} of pair {vote.pair}, which has {count}")
+                raise DataError(
+                    f"'{name}' voted on segment {vote.segment} of pair {vote.pair}, which has {count}; remove this "
+                    f"vote from {VOTES}/{name}.jsonl in the folder given as `votes`, and delete its copy, "
+                    f"'{folder / VOTES / name}.jsonl'"
+                )
         votes += kept
     return votes
 

@@ -137,7 +137,7 @@ def _finish(folder: Path, parts: Sequence[Part], faults: Sequence[Fault], config
     path = write_quarantine(folder, quarantined)
     rows = sum(part.notes["rows"] for part in parts)
     if not rows:
-        raise DataError(f"no pair is left: all {len(quarantined)} videos are in quarantine, see '{path}'; mend them")
+        raise DataError(f"no pair is left: all {len(quarantined)} videos are in quarantine, see '{path}'; correct them")
     counts = {"pairs": rows, "quarantined": len(quarantined)}
     write_text(folder / "README.md", card_text(config, counts))
     return finish_run(folder, STAGE, parts, rows=rows, counts=counts)

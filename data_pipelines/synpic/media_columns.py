@@ -25,7 +25,7 @@ def find_column(columns: Iterable[str], where: object) -> str:
     """`images` or `videos`, whichever is among `columns`; DataError naming `where` for neither."""
     present = [name for name in MEDIA if name in set(columns)]
     if not present:
-        raise DataError(f"'{where}' has neither images nor videos among its columns")
+        raise DataError(f"'{where}' has no column `images` or `videos`; give what `alignkit generate` or `rank` wrote")
     return present[0]
 
 

@@ -176,7 +176,7 @@ class Scorer:
             path = write_quarantine(self.folder, bad)
             raise NumericsError(
                 f"{len(bad)} of {self.rows} rows have a reward that is NaN or infinite, over the limit of "
-                f"{QUARANTINE_LIMIT:.0%}; see '{path}', mend or leave out that reward and score into another folder"
+                f"{QUARANTINE_LIMIT:.0%}; see '{path}', correct or leave out that reward and score into another folder"
             )
 
     def finish(self) -> StageResult:

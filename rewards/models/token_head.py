@@ -97,7 +97,10 @@ def merge_adapters(state: Mapping[str, Tensor], alpha: float, *, rank_stabilised
     for name in halves:
         up, target = name.replace(_DOWN, _UP), name.replace(_DOWN, ".").replace(_UP, ".")
         if target not in merged or up not in state or up.replace(_UP, _DOWN) not in state:
-            raise DataError(f"'{name}': half an adapter, or no base weight '{target}' beside it")
+            raise DataError(
+                f"'{name}': the checkpoint lacks the other half of the adapter (lora_A or lora_B) or the base weight "
+                f"'{target}'; download it again"
+            )
         if name != up:
             down, rank = state[name].float(), len(state[name])
             scale = alpha / (rank**0.5 if rank_stabilised else rank)

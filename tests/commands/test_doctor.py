@@ -33,7 +33,7 @@ def test_a_model_folder_and_a_method(model_folders, capsys):
     assert all(f"  rank {rank} " in plain for rank in (8, 16, 32, 64, 128))
     assert "peak memory of rankdpo, 1 x 4 images a step" in plain
     for size in (24, 48, 80, 141):
-        assert any(f"{size} GB card" in line and line.endswith("fits as asked") for line in plain.splitlines())
+        assert any(f"{size} GB GPU" in line and line.endswith("fits as asked") for line in plain.splitlines())
     assert amounts(full, "activations")[0] > 4 * amounts(plain, "activations")[0] > 0
     assert amounts(plain, "reference") == amounts(plain, "forward")
     assert amounts(full, "reference") == [0]
@@ -56,7 +56,7 @@ def test_what_to_switch_on(monkeypatch, model_folders, capsys):
     monkeypatch.setattr(memory, "CARDS", (need, 0.001))
     assert cli.main(words) == 0
     said = capsys.readouterr().out
-    assert f"{need} GB card" in said
+    assert f"{need} GB GPU" in said
     assert re.search(r"with (activation_checkpointing|low_memory): true: \d\.\d GB", said)
     assert "does not fit: lower batch" in said
 

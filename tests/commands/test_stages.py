@@ -205,7 +205,7 @@ def test_the_command_names_the_stage(model_folders, critic, capsys):
     rows = {line[:40].strip(): float(line.split()[-2]) for line in said.splitlines() if line.endswith(" GB")}
     assert {"critic weights", *(f"then {name}" for name in stages.STAGES)} <= rows.keys()
     assert any(name.startswith("the peak, ") for name in rows)
-    assert said.count("GB card") == len(memory.CARDS)
+    assert said.count("GB GPU") == len(memory.CARDS)
 
 
 def test_critics_that_are_not_there_or_of_another_kind(tmp_path, model_folders, clip_folder, capsys):

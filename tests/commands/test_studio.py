@@ -129,7 +129,10 @@ def test_scores_are_of_the_shown_images(session, monkeypatch):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda s: recipe(s, rest=False, one=0.7, two=0.2), "the weights sum to 0.9, not to 1; mend them, or let the"),
+        (
+            lambda s: recipe(s, rest=False, one=0.7, two=0.2),
+            "the weights sum to 0.9, not to 1; correct them, or let the",
+        ),
         (lambda s: recipe(s, one=float("nan")), "the weight of one is nan; give a number"),
         (lambda s: recipe(s, one=None), "the weight of one is None; give a number"),
         (lambda s: recipe(s, "embedding", one=1.0), "a mixture of embeddings takes"),

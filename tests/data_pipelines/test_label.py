@@ -318,7 +318,7 @@ def test_agreement_with_the_truth_by_a_labeller_or_a_column(pairs, tmp_path):
     ("votes", "message"),
     [
         ([Vote("0" * 16, 0, 1, "anna")], "none of the 1 votes of 'anna' is on a pair of"),
-        ([("first", 2, 1)], "'anna' voted on segment 2 of pair .*, which has 2"),
+        ([("first", 2, 1)], "'anna' voted on segment 2 of pair .*, which has 2; remove .* from votes/anna.jsonl"),
         ([], "holds no votes of others"),
     ],
 )

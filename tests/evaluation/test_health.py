@@ -74,7 +74,7 @@ def test_proxies_that_rise_while_gold_falls_look_like_hacking(finished):
         return dataclasses.replace(result, overall=dataclasses.replace(result.overall, gain=Interval(mean, low, high)))
 
     hacked = dataclasses.replace(evaluation, results=(moved(gold, -0.3, -0.2, -0.1), moved(grey, 1, 2, 3)))
-    assert "grey rose while the held-out judge gold fell" in hacking_warning(hacked)
+    assert "grey rose while the held-out reward gold fell" in hacking_warning(hacked)
     fine = dataclasses.replace(evaluation, results=(moved(gold, 0.1, 0.2, 0.3), moved(grey, 1, 2, 3)))
     unsure = dataclasses.replace(evaluation, results=(moved(gold, -0.3, -0.2, -0.1), moved(grey, -1, 2, 3)))
     assert hacking_warning(fine) == hacking_warning(unsure) == ""

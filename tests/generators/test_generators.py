@@ -91,6 +91,15 @@ def test_every_missing_file_is_named_at_once(model_folders, tmp_path):
         load_generator(folder)
 
 
+def test_a_model_that_the_hub_does_not_give(monkeypatch):
+    def offline(_):
+        raise OSError("offline")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", offline)
+    with pytest.raises(MissingFileError, match=r"cannot be read from the hub: check the name .* \(offline\)"):
+        load_generator("org/name")
+
+
 def test_other_unusable_folders(model_folders, tmp_path):
     with pytest.raises(MissingFileError, match="no model folder"):
         load_generator(tmp_path / "nowhere")
@@ -107,7 +116,10 @@ def test_other_unusable_folders(model_folders, tmp_path):
 
 def test_no_reference_without_an_adapter(load):
     generator = load("unet")
-    with pytest.raises(AdapterError, match="neither an adapter nor a frozen copy"), generator.reference():
+    with (
+        pytest.raises(AdapterError, match="neither an adapter nor a frozen copy; call `add_lora`"),
+        generator.reference(),
+    ):
         pass
 
 

@@ -363,7 +363,7 @@ def test_other_unusable_data(load, ranked_rows, tmp_path):
     generator, rows = load("flow"), ranked_rows(2)
     with pytest.raises(DataError, match=r"lacks \['prompt'\]; its columns are"):
         encode_rows(generator, rows.remove_columns("prompt"), plan(), tmp_path)
-    with pytest.raises(DataError, match="has no row"):
+    with pytest.raises(DataError, match="has no row: check the file"):
         encode_rows(generator, rows.select([]), plan(), tmp_path)
     with pytest.raises(DataError, match="row 0: no image"):
         encode_rows(generator, altered(rows, 0, lambda item: item.update(images=[])), plan(), tmp_path)

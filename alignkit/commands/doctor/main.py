@@ -253,11 +253,11 @@ def _memory_lines(method: str, model: Model, setup: memory.Setup) -> list[str]:
 
 
 def _card_lines(verdict: Callable[[int], str]) -> list[str]:
-    """What `verdict` says of the bytes of each card."""
+    """What `verdict` says of the bytes of each GPU."""
     here, capacity = next(iter(devices().items()))
-    cards = {f"{size} GB card": size * memory.GB for size in memory.CARDS}
+    cards = {f"{size} GB GPU": size * memory.GB for size in memory.CARDS}
     cards[f"here: {here.split(',')[0]}, {capacity / memory.GB:.0f} GB"] = capacity
-    free = f"{memory.FREE:.0%} of a card is left free"
+    free = f"{memory.FREE:.0%} of a GPU's memory is left free"
     return [f"what fits ({free})", *(_row(name, verdict(int(size))) for name, size in cards.items())]
 
 

@@ -1,6 +1,6 @@
 """Peak memory and operations of a training: weights counted from the folder, the step measured on the meta device.
 
-Sizes are decimal gigabytes, as cards are sold. Deliberately not here: sharding over several devices.
+Sizes are decimal gigabytes, as in the names of GPUs. Deliberately not here: sharding over several devices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from alignkit.commands.doctor.model_shapes import Model
 
 GB = 10**9
 CARDS = (24, 48, 80, 141)  # GB
-FREE = 0.1  # share of a card that is left to its libraries and to the allocator's rounding
+FREE = 0.1  # share of a GPU's memory that is left to its libraries and to the allocator's rounding
 ADAM_BYTES = 4 + 4 + 8  # fp32 weight, gradient and two moments of a trained parameter
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -140,7 +140,7 @@ def run_of(setup: Setup) -> Any:
 
 
 def fits(amount: int, capacity: int) -> bool:
-    """Whether so many bytes leave enough of a card free."""
+    """Whether so many bytes leave enough of a GPU's memory free."""
     return amount < (1 - FREE) * capacity
 
 

@@ -126,7 +126,7 @@ SWITCHES = (
     Switch("critic options.checkpointing: true", (CRITIC,), "critic", {"checkpointing": True}),
     Switch("activation_checkpointing: true", (STEP,), "setup", {"activation_checkpointing": True}),
     Switch("decode_cache_on_cpu: true", (CRITIC, DECODING), "decoding", {"cache_on_cpu": True}),
-    Switch("critic options.device: another card", STAGES, "", {"critic_is_elsewhere": True}),
+    Switch("critic options.device: another GPU", STAGES, "", {"critic_is_elsewhere": True}),
     Switch("full_finetune: false", STAGES, "setup", {"full_finetune": False}),
     Switch("quantize: nf4", STAGES, "", {"quantized": True}),
     Switch(f"critic options.frames: {FEW_FRAMES}", (CRITIC,), "critic", {"frames": FEW_FRAMES}),

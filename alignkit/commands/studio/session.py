@@ -111,7 +111,7 @@ class Session:
             given[BASE] = round(1 - math.fsum(given.values()), 9)
         elif abs(math.fsum(given.values()) - 1) > CLOSE:
             total = math.fsum(given.values())
-            raise ConfigError(f"the weights sum to {total:g}, not to 1; mend them, or let the base have the rest")
+            raise ConfigError(f"the weights sum to {total:g}, not to 1; correct them, or let the base have the rest")
         if not all(map(_is_number, steps)):
             raise ConfigError(f"the window is {list(steps)}; give two numbers of steps")
         count = self.job.sampling.steps
