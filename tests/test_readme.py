@@ -28,7 +28,7 @@ def downloaded(words: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An empty folder in which README's downloads are done and the demo has run, as far as names go."""
+    """An empty folder in which README's downloads and commands are done, as far as the names of their results go."""
     work = tmp_path_factory.mktemp("readme")
     for words in LINES:
         if words[0] in ("hf", "curl"):
@@ -38,7 +38,10 @@ def folder(tmp_path_factory):
                 place.touch()
             else:
                 shutil.copytree(ROOT / "configs" / "models" / "sd35_medium", place)
-    (work / "runs" / "demo" / "ranked").mkdir(parents=True)
+    for result in ("demo/ranked", "stages/candidates", "stages/scores"):
+        (work / "runs" / result).mkdir(parents=True)
+    (work / "FOLDER").mkdir()
+    shutil.copy(ROOT / "configs" / "demo.yaml", work)
     return work
 
 
