@@ -7,10 +7,10 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from alignkit.adapters import lora
+from alignkit.adapters import exports, lora
 from alignkit.errors import AdapterError, MissingFileError
 
 PROMPTS = ["a red circle", "two blue rings"]
@@ -238,6 +238,13 @@ def test_damaged_files_of_an_adapter(load, tmp_path, file, data, match):
         (folder / "adapter_config.json").unlink()
         with pytest.raises(MissingFileError, match=r"adapter_config\.json' is missing beside"):
             load("unet", adapter=folder)
+
+
+def test_a_dora_is_not_exported():
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    net = inject_adapter_in_model(config, torch.nn.Sequential(torch.nn.Linear(4, 4)), adapter_name=lora.NAME)
+    with pytest.raises(AdapterError, match=r"more than a plain LoRA: .*; train it again as a plain LoRA, or merge"):
+        exports.layer_weights(net)
 
 
 def test_a_dora_file_is_refused_before_training(load, saved):
