@@ -195,7 +195,7 @@ def fingerprint_files(files: Mapping[str, Path]) -> str:
             for piece in _pieces(file, name):
                 digest.update(piece)
         except OSError as error:
-            raise DataError(f"'{file}' cannot be read: {error}; mend its permissions") from error
+            raise DataError(f"'{file}' cannot be read: {error}; correct its permissions") from error
     return digest.hexdigest()[:16]
 
 

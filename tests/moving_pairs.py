@@ -40,7 +40,7 @@ def both(caption: str, number: int, frames: int) -> np.ndarray:
 class Shapes:
     """A maker whose latents are the number of the pair and of the copy, which `decode` looks up."""
 
-    name, weights, codec = "shapes", "0", "float32:shapes"
+    name, weights, schedule, codec = "shapes", "0", "0", "float32:shapes"
 
     def __init__(self, pairs: dict[str, np.ndarray]) -> None:
         self.pairs = pairs

@@ -68,7 +68,9 @@ class DenseDPOConfig(OfflineConfig):
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each loss, in the order of `loss`; default: 1 each."}
     )
-    beta: float = field(default=500.0, metadata={"help": "Pull to the reference."})
+    beta: float = field(
+        default=500.0, metadata={"help": "Strength of the pull to the reference; larger changes the model less."}
+    )
     reduction: str = field(
         default="frame",
         metadata={"help": "dense_dpo: frame (the paper's code), segment, or sum (its eq. 7) in one sigmoid."},
@@ -78,7 +80,9 @@ class DenseDPOConfig(OfflineConfig):
     )
     share_noise: bool = field(default=True, metadata={"help": "One noise for both clips of a pair."})
     share_timestep: bool = field(default=True, metadata={"help": "One timestep for both clips of a pair."})
-    low_memory: bool = field(default=False, metadata={"help": "Memory of one clip, one forward more."})
+    low_memory: bool = field(
+        default=False, metadata={"help": "Keep the activations of one clip at a time; costs one more forward pass."}
+    )
     protect_winner: float | None = field(
         default=None, metadata={"help": "mu of the loser's gradient scale in each latent frame (SDPO); off."}
     )

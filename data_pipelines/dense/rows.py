@@ -65,7 +65,9 @@ def rebuild_pair(row: Mapping[str, Any], data: bytes | Path | None, maker: PairM
         return maker.make(request_of(row), None)
     clip = decoded(data, where, sampling_of(row))
     if clip.sha256 != row["source_sha256"]:
-        raise DataError(f"{where}: the video is another file than the row's (SHA-256 {row['source_sha256']})")
+        raise DataError(
+            f"{where}: the video is another file than the row's (SHA-256 {row['source_sha256']}); give that file"
+        )
     return maker.make(request_of(row), clip.frames)
 
 

@@ -208,7 +208,7 @@ def _read_file(path: Path) -> list[Vote]:
                 found.pop(vote.place, None)
                 found[vote.place] = vote
     except OSError as error:
-        raise DataError(f"'{path}' cannot be read: {error}; mend its permissions") from error
+        raise DataError(f"'{path}' cannot be read: {error}; correct its permissions") from error
     return list(found.values())
 
 
@@ -222,7 +222,7 @@ def _parsed(line: bytes, where: str, labeller: str) -> Vote | None:
         if not line.endswith(b"\n"):
             logger.warning("%s: a half line at the end is left out", where)
             return None
-        raise DataError(f"{where}: {error}; mend or remove the line, a vote is one JSON object a line") from error
+        raise DataError(f"{where}: {error}; correct or remove the line, a vote is one JSON object a line") from error
     if vote.labeller != labeller:
         raise DataError(f"{where}: a vote of '{vote.labeller}' in the file of '{labeller}'; move it to its own file")
     return vote
