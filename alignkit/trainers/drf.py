@@ -22,7 +22,7 @@ from alignkit.generators.state_gradients import LargestGradients, StateGradients
 from alignkit.generators.windows import rollout_windows
 from alignkit.records import Prompt
 from alignkit.trainers.aspect_windows import ByWindow, Window, used, windows_of
-from alignkit.trainers.chains import Chains
+from alignkit.trainers.chains import Chains, require_trained
 from alignkit.trainers.data import EpochData, PromptData
 from alignkit.trainers.reward_flow import RewardConfig, RewardTrainer
 from alignkit.trainers.velocity_penalty import both
@@ -119,6 +119,8 @@ class DRFTrainer(RewardTrainer):
         options = {"sources": keyed_sources(chains.seeds), **self.options(chains)}
         windows = [plan.steps for plan in plans]
         ends = rollout_windows(self.generator, chains.cond, chains.x, grid, windows, hooks, **options)
+        for window, latents in zip(windows, ends, strict=True):
+            require_trained(latents, window, self.state.global_step)
         with self._own_precision():
             media = torch.stack([self.decoded(latents) for latents in ends], 1)
             scored = self._by_window(media, prompts)

@@ -28,7 +28,7 @@ from alignkit.generators.state_gradients import LargestGradients, StateGradients
 from alignkit.generators.switching import by_step
 from alignkit.protocols import Preparing, Reward
 from alignkit.records import LossOutput, Prompt, Sampling, texts
-from alignkit.trainers.chains import Chains, require_bounded
+from alignkit.trainers.chains import Chains, require_bounded, require_trained
 from alignkit.trainers.data import EpochData, PromptData
 from alignkit.trainers.data_loss import DataLossConfig, OneSize, data_errors, null_condition, with_media
 from alignkit.trainers.guard import WatchConfig
@@ -216,7 +216,7 @@ class RewardTrainer(GuardedTrainer):
 
     @override
     def prepare_model(self, args: Any) -> None:
-        """As in AlignTrainer; the VAE is frozen, because gradients only pass through it."""
+        """As in AlignTrainer; what is not trained is frozen, because gradients only pass through it."""
         self.generator.require_sampling(args.sampling)
         super().prepare_model(args)
         if self.generator.model.trained_encoders:
@@ -228,7 +228,10 @@ class RewardTrainer(GuardedTrainer):
                 f"eta is {args.eta}, flow_sde {args.flow_sde}: '{self.generator.name}' cannot have them. eta is for "
                 "all models but few-step ones with steps of their own, flow_sde for those of them that predict a flow"
             )
-        self.generator.pipeline.vae.requires_grad_(False)
+        trained = set(self.trained_module().modules())
+        for part in self.generator.pipeline.components.values():  # Wan 2.2's other expert among them
+            if isinstance(part, nn.Module) and part not in trained:
+                part.requires_grad_(False)
         self._null = null_condition(self.generator) if args.data_weight > 0 else {}
 
     @override
@@ -325,6 +328,7 @@ class RewardTrainer(GuardedTrainer):
         penalty = self.penalty(chains, steps)
         options = {"on_step": both(gradients, penalty), "sources": keyed_sources(chains.seeds), "steps": steps}
         latents = rollout(self.generator, chains.cond, chains.x, chains.grid, **options, **self.options(chains))
+        require_trained(latents, steps, self.state.global_step)
         penalty_P = None if penalty is None else penalty.mean()
         return latents, penalty_P, self._score(latents, prompts)
 

@@ -241,6 +241,19 @@ def test_a_video_model_gets_the_gradient_of_plain_autograd(make, monkeypatch):
         make("wan", num_frames=5)
 
 
+def test_steps_of_the_other_expert_are_refused_and_it_gets_no_gradient(make):
+    """Of Wan 2.2's two experts the second has the last steps here, the first is trained."""
+    rewards = {"rewards": {"red": RedVideo()}, "num_frames": 5, "max_steps": 1}
+    trainer = make("wan_high", **rewards, gradient_steps="last 1")
+    with pytest.raises(ConfigError, match=r"gradient_steps: at training step 0 .*\[2\].* call no trained .* expert"):
+        trainer.train()
+    trainer = make("wan_high", **rewards, gradient_steps="first 1")
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+    parts = trainer.generator.pipeline.components
+    assert all(p.grad is None for p in parts["transformer_2"].parameters())
+
+
 def test_explosion_stops_before_the_weights_change(make):
     trainer = make(gradient_steps="all", growth_limit=1e-9)
     before = {name: value.detach().clone() for name, value in trainer._trainable().items()}
