@@ -256,14 +256,19 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         require_at_least(1, {"prompts": self.prompts, "batch_size": self.batch_size})
 
-    def build(self, prompts: Sequence[Prompt], rewards: Mapping[str, RewardSpec]) -> Validation:
-        """Load the rewards, for the first held-out `prompts`. Raises ConfigError when there are none."""
+    def build(
+        self, prompts: Sequence[Prompt], rewards: Mapping[str, RewardSpec], trained: Mapping[str, Reward]
+    ) -> Validation:
+        """Load the rewards that are not among the loaded `trained` ones, for the first held-out `prompts`.
+
+        Raises ConfigError where there are no prompts.
+        """
         from alignkit.trainers.validation import Validation
 
         if not prompts:
             raise ConfigError("validation has no held-out prompts; raise prompts.held_out or give more prompts")
         builders = RewardBuilders({name: rewards[name] for name in self.rewards})
-        loaded = {name: builder() for name, builder in builders.items()}
+        loaded = {name: trained[name] if name in trained else builder() for name, builder in builders.items()}
         require_independent(loaded)
         return Validation(prompts[: self.prompts], self.sampling, loaded, self.seed, self.batch_size)
 

@@ -36,7 +36,7 @@ from alignkit.protocols import Reporting
 from alignkit.records import Prompt, Sampling
 
 if TYPE_CHECKING:
-    from alignkit.protocols import ImageSource
+    from alignkit.protocols import ImageSource, Reward
     from alignkit.trainers.validation import Validation
 
 
@@ -56,7 +56,7 @@ def fit(
     args: Any,
     data: TrainingData,
     *,
-    validation: Callable[[], Validation] | None,
+    validation: Callable[[Mapping[str, Reward]], Validation] | None,
     select: Callable[[Any], Any] = lambda rows: rows,
     sampling: Sampling | None = None,
     rewards: Mapping[str, RewardSpec] | None = None,
@@ -65,10 +65,9 @@ def fit(
 
     The result is `output_dir/adapter`, `output_dir/model` after full fine-tuning, or `output_dir/encoder`. A finished
     training is recognised and loads nothing; with more steps than it had, it goes on from its last checkpoint. `select`
-    may choose or change the training rows (a `datasets.Dataset`, or prompts). `rewards` are those that the loss uses.
-    Raises ConfigError
-    before the training where the policy cannot be sampled with `sampling`, which is for later; StorageError where the
-    folder was deleted during the training.
+    may choose or change the training rows (a `datasets.Dataset`, or prompts). `rewards` are those that the loss uses;
+    `validation` gets them, loaded. Raises ConfigError before the training where the policy cannot be sampled with
+    `sampling`, which is for later; StorageError where the folder was deleted during the training.
     """
     from alignkit.trainers.checkpoint import writing
     from alignkit.trainers.sharding import whole
@@ -85,11 +84,11 @@ def fit(
     _require_checkpoint(folder, made_with)
     train = select(data.train())
     heldout = data.heldout() if args.eval_strategy != "no" else None
-    built = validation() if validation else None
+    loaded = {name: builder() for name, builder in RewardBuilders(rewards or {}).items()}
+    built = validation(loaded) if validation else None
     generator = load_policy(*policy)
     if sampling is not None:
         generator.require_sampling(sampling)
-    loaded = {name: builder() for name, builder in RewardBuilders(rewards or {}).items()}
     options: dict[str, Any] = {"rewards": loaded} if loaded else {}
     trainer = trainer_class(method)(generator, args, train, heldout, validation=built, **options)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)

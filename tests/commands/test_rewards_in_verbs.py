@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pickle
 import shutil
@@ -12,12 +13,15 @@ import yaml
 from chat_server import ChatServer, said
 
 from alignkit import cli
+from alignkit.commands import specs, stages
 from alignkit.commands.doctor import rewards as doctor_rewards
-from alignkit.commands.specs import RewardBuilders, RewardSpec, ValidationConfig, build_reward
+from alignkit.commands.specs import GeneratorSpec, RewardBuilders, RewardSpec, ValidationConfig, build_reward
+from alignkit.commands.training_data import TrainingData
 from alignkit.errors import ConfigError
 from alignkit.evaluation.paired import EvaluateConfig, evaluate
 from alignkit.records import Prompt
 from alignkit.resolve import resolve
+from alignkit.trainers.reward_flow import RewardConfig
 from rewards import REWARDS
 from rewards.models.media import Preparation
 
@@ -37,6 +41,28 @@ def test_clip_rewards_of_one_verb_look_through_one_tower(clip_folder):
     assert len(seen) == 1
     alone = [RewardBuilders({"x": s})["x"]()(media, PROMPTS).total for s in (spec, other)]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_a_trained_reward_of_the_validation_is_loaded_once(clip_folder, monkeypatch, tmp_path):
+    spec = RewardSpec(reward="clip_score", options={"model": str(clip_folder)})
+    build, names, given = specs.build_reward, [], {}
+
+    def stop(*_, **parts):
+        given.update(parts)
+        raise ConfigError("stopped before the training")
+
+    monkeypatch.setattr(specs, "build_reward", lambda name, options: names.append(name) or build(name, options))
+    monkeypatch.setattr(stages, "load_policy", lambda *_: None)
+    monkeypatch.setattr(stages, "trainer_class", lambda _: stop)
+    known = {"critic": spec, "other": RewardSpec(reward="saturation")}
+    args = RewardConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False)
+    data = TrainingData(kind="prompts", prompts=(PROMPTS, []))
+    validation = functools.partial(ValidationConfig(rewards=["critic", "other"]).build, PROMPTS, known)
+    policy = "policy", GeneratorSpec(model=str(clip_folder))
+    with pytest.raises(ConfigError, match="stopped before"):
+        stages.fit("any", policy, args, data, validation=validation, rewards={"critic": spec})
+    assert sorted(names) == ["clip_score", "saturation"]
+    assert given["validation"].rewards["critic"] is given["rewards"]["critic"]
 
 
 def test_members_are_part_of_a_composites_identity(clip_folder, tmp_path):
@@ -95,7 +121,7 @@ def test_stages_refuse_rewards_whose_rows_depend_on_each_other(mode, work, capsy
     with pytest.raises(ConfigError, match=f"its {mode}"):
         doctor_rewards.check(spec)
     with pytest.raises(ConfigError, match=f"its {mode}"):
-        ValidationConfig(rewards=["x"]).build(PROMPTS, {"x": spec})
+        ValidationConfig(rewards=["x"]).build(PROMPTS, {"x": spec}, {})
     with pytest.raises(ConfigError, match=f"its {mode}"):  # before anything is drawn
         evaluate(
             None,
