@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 
 from alignkit.aspects import Question, questions_of
@@ -65,6 +66,21 @@ def test_held_out_prompts_get_the_questions_of_the_dataset(tmp_path, caplog):
     assert "1 of 3 prompts of validation or evaluation have no questions" in caplog.text
     assert "the first one 'a star': a critic asks them what its options" in caplog.text
     assert TrainingData(kind="captions", path=path).with_questions([other]) == [other]
+
+
+def test_held_out_prompts_get_the_media_of_the_dataset_and_no_file_outside_it(tmp_path):
+    kept = {"bytes": b"a picture", "path": None}
+    for reference in (kept, {"bytes": None, "path": "/etc/hostname"}):
+        columns = {"prompt": ["a ring"], "questions": [["Is it?"]], "image": [reference], "mark": [None]}
+        rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+        rows.to_parquet(tmp_path / "rows.parquet")
+        data = TrainingData(kind="aspects", path=tmp_path / "rows.parquet")
+        if reference is kept:
+            (found,) = data.with_questions([Prompt.from_text("a ring")])
+            assert found.metadata == {"questions": ["Is it?"], "image": kept}
+        else:
+            with pytest.raises(DataError, match="/etc/hostname"):
+                data.with_questions([Prompt.from_text("a ring")])
 
 
 def test_questions_are_a_list():

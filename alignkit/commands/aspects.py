@@ -112,8 +112,11 @@ def _show(job: AspectsJob, prompts: Sequence[Prompt], build: Callable[[], Questi
     """Print the questions of a finished stage, or ask the writer for those of the first prompts."""
     count = job.preview.prompts
     if (job.out / "manifest.json").is_file():
+        from alignkit.trainers.data import PromptData
+
         rows = first_rows(job.out, recorded_parts(job.out, "aspects")[1], count)
-        shown = [_Shown(Prompt(row["prompt_id"], row["prompt"]), row["questions"]) for row in rows]
+        stored = [replace(prompt, id=prompt.metadata["prompt_id"]) for prompt in PromptData(rows, 0).prompts]
+        shown = [_Shown(prompt, prompt.metadata["questions"]) for prompt in stored]
     else:
         results = checked_drafts(prompts[:count], job.aspects, build())
         shown = [
@@ -153,7 +156,7 @@ def _answered(one: _Shown, image: Tensor | None, critic: Reward | None) -> list[
     if image is not None and critic is not None and not one.problems:
         import torch
 
-        prompt = replace(one.prompt, metadata={"questions": one.questions})
+        prompt = replace(one.prompt, metadata={**one.prompt.metadata, "questions": one.questions})
         with torch.no_grad():
             scores = as_scores(critic(image[None], [prompt]), "critic", 1)
         parts = {name: math.exp(value.item()) for name, value in scores.parts.items()}

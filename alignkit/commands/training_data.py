@@ -17,11 +17,12 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.escape import get_logger
 from alignkit.provenance import fingerprint, fingerprint_files
 from alignkit.records import Prompt
+from data_pipelines.cells import contained
 from data_pipelines.dense.votes import VOTES
 from data_pipelines.importers import load_ranked
-from data_pipelines.opening import files_beside, open_dataset
+from data_pipelines.opening import bounds_of, files_beside, open_dataset
 from data_pipelines.prompts import to_prompt
-from data_pipelines.rows import load_rows, without_prompts
+from data_pipelines.rows import MEDIA, load_rows, without_prompts
 from data_pipelines.segments import load_dense
 
 if TYPE_CHECKING:
@@ -90,30 +91,40 @@ class TrainingData:
         return self.prompts[1] or None
 
     def with_questions(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Prompts of a validation or evaluation with the questions that the dataset has about them, by their text.
+        """Prompts of a validation or evaluation with the dataset's questions about them, found by their text.
 
-        Warns of prompts without any, which a critic asks what it asks of every prompt. Other data has no questions.
+        They also get the other columns of the row, media among them, that they do not have themselves. Warns of prompts
+        without questions, which a critic asks what it asks of every prompt. Other data has no questions. Raises
+        DataError for a row that names a file outside the dataset.
         """
         if self.path is None or self.kind != "aspects":
             return list(prompts)
-        known: dict[str, Any] = {}
+        from alignkit.trainers.data import PromptData
+
+        wanted, known = {prompt.id for prompt in prompts}, dict[str, dict[str, Any]]()
         for name, rows in open_dataset(self.path, root=self.root, say=logger.debug, values=("questions",)).items():
-            if {"prompt", "questions"} <= set(rows.column_names):
-                for row in rows.select_columns(["prompt", "questions"]):
-                    known[to_prompt(row["prompt"], f"'{self.path}', split {name}").id] = row["questions"]
-        own = [{"questions": known[prompt.id]} if known.get(prompt.id) else {} for prompt in prompts]
-        found = [replace(prompt, metadata=asked | prompt.metadata) for prompt, asked in zip(prompts, own, strict=True)]
-        lacking = [prompt.text for prompt in found if not prompt.metadata.get("questions")]
+            if not {"prompt", "questions"} <= set(rows.column_names):
+                continue
+            where = f"'{self.path}', split {name}"
+            own = [to_prompt(text, where).id in wanted for text in rows["prompt"][:]]
+            found = rows.select([row for row, is_wanted in enumerate(own) if is_wanted])
+            for column in sorted(MEDIA.intersection(rows.column_names)):
+                found = contained(found, column, bounds_of(self.path, self.root), where)
+            for prompt in PromptData(found, 0).prompts if len(found) else ():
+                if prompt.metadata["questions"]:
+                    known[prompt.id] = {key: value for key, value in prompt.metadata.items() if value is not None}
+        held_out = [replace(prompt, metadata=known.get(prompt.id, {}) | prompt.metadata) for prompt in prompts]
+        lacking = [prompt.text for prompt in held_out if not prompt.metadata.get("questions")]
         if lacking:
             logger.warning(
                 "%d of %d prompts of validation or evaluation have no questions in '%s', the first one '%s': a critic "
                 "asks them what its options `questions` or `writer` say. Add rows about them, or give it a `writer`",
                 len(lacking),
-                len(found),
+                len(held_out),
                 self.path,
                 lacking[0],
             )
-        return found
+        return held_out
 
     def _load(self, path: Path, split: str) -> Dataset:
         if self.kind not in LOADERS:

@@ -249,10 +249,11 @@ class RewardTrainer(GuardedTrainer):
 
     def _try_rewards(self) -> None:
         """Prepare the rewards for all prompts; call each once, on decoded noise for the first, at the training size."""
+        prompts = [*self.prompts, *(self.validation.prompts if self.validation else ())]
         with self.accelerator.local_main_process_first():  # the others read what it has cached
             for reward in self._rewards.rewards.values():
                 if isinstance(reward, Preparing):
-                    reward.prepare(self.prompts)
+                    reward.prepare(prompts)
         first = next((data[0] for data in (self.train_dataset, self._held_out) if data), None)
         if first is None:
             return

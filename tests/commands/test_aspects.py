@@ -29,7 +29,7 @@ class Critic:
         (prompt,) = prompts
         good = {q["name"]: 0.75 if q["text"] else 0.25 for q in prompt.metadata["questions"]}
         parts = {name: torch.tensor([p]).log() for name, p in good.items()}
-        return Scores(media.mean((1, 2, 3)), parts)
+        return Scores(media.mean((1, 2, 3)) + prompt.metadata.get("mark", 0), parts)
 
 
 @pytest.fixture
@@ -80,6 +80,16 @@ def test_show_prints_questions_with_answers_and_writes_no_dataset(folder, stored
     assert "for each question P(good answer)" in text
     assert (folder / "questions" / "manifest.json").exists() == stored
     assert len(list((folder / "questions_show").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_show_gives_the_critic_all_columns_of_a_prompt(folder, stored, capsys):
+    rows = [json.dumps({"prompt": caption, "mark": 5}) for caption in CAPTIONS]
+    (folder / "marked.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    marked = [*RUN, "--prompts.file", "marked.jsonl"]
+    assert not stored or cli.main(marked) == 0
+    assert cli.main([*marked, "--show"]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("  total 5.") == 2
 
 
 def test_show_without_a_critic_and_of_a_text_that_cannot_be_used(folder, capsys):

@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from red_reward import PROMPTS, SETTINGS, Red
 from transformers import TrainerCallback
 
-from alignkit.errors import ConfigError, NumericsError
+from alignkit.errors import ConfigError, DataError, NumericsError
 from alignkit.generators.decoding import Decoding
 from alignkit.records import Prompt, Sampling, Scores
 from alignkit.trainers.checkpoint import find_checkpoint
 from alignkit.trainers.means import WeightedMeans
 from alignkit.trainers.reward_watch import MOST_PARTS, ConstantWatch, logged_parts
 from alignkit.trainers.self_check import SelfCheck
+from alignkit.trainers.validation import Validation
 
 QUICK = {"sampling_steps": 2, "guidance_scale": 1.0, "guard": None}
 
@@ -28,9 +29,9 @@ QUICK = {"sampling_steps": 2, "guidance_scale": 1.0, "guard": None}
 def make(load, tmp_path):
     from alignkit.trainers.reward_flow import RewardConfig, RewardTrainer
 
-    def build(*, rewards=None, rows=PROMPTS, **keys):
+    def build(family="flow", *, rewards=None, rows=PROMPTS, validation=None, **keys):
         args = RewardConfig(**{**SETTINGS, **QUICK, "output_dir": str(tmp_path / "run"), **keys})
-        return RewardTrainer(load("flow"), args, rows, rewards=rewards or {"red": Red()})
+        return RewardTrainer(load(family), args, rows, rewards=rewards or {"red": Red()}, validation=validation)
 
     return build
 
@@ -127,6 +128,30 @@ def test_dropout_passes_and_no_random_number_changes(make):
         train(trainer)
         ends.append(trainer._trainable())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+class Referring(Red):
+    """Reads the column `image` of every prompt."""
+
+    def prepare(self, prompts):
+        for prompt in prompts:
+            if prompt.metadata.get("image") is None:
+                raise DataError(f"prompt '{prompt.text}' has no reference")
+
+    def __call__(self, media, prompts):
+        self.prepare(prompts)
+        return super().__call__(media, prompts)
+
+
+def test_validation_prompts_are_prepared_before_the_training(make):
+    rows = [{"prompt": text, "image": b"a picture"} for text in PROMPTS]
+    keys = {"rewards": {"red": Referring()}, "rows": rows, "eval_strategy": "steps", "eval_steps": 1}
+    scored = {"held": Red()}
+    with pytest.raises(DataError, match="prompt 'a star' has no reference"):
+        make(validation=Validation([Prompt.from_text("a star")], Sampling(2, 1.0, 16, 16), scored), **keys)
+    prompts = [Prompt.from_text("a star", image=b"a picture")]
+    train(trainer := make(validation=Validation(prompts, Sampling(2, 1.0, 16, 16), scored), **keys))
+    assert any("eval_reward/red" in log for log in trainer.state.log_history)
 
 
 def noted(watch, steps, caplog):
