@@ -98,7 +98,7 @@ def estimators(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -
     """A line for each estimator, the exact one first."""
     given, exact = batches(trainer, chosen), []
     cases = {EXACT: (ESTIMATORS[EXACT], None), CAPPED: (ESTIMATORS[EXACT], 1.0)}
-    further = [replace(ESTIMATORS["draft"], steps=f"last {k}") for k in (2, 3, 5) if k < chosen.sampling_steps]
+    further = [replace(ESTIMATORS["draft"], steps=f"last {k}") for k in (2, 5) if k < chosen.sampling_steps]
     cases |= {estimator.steps: (estimator, None) for estimator in further}
     cases |= {name: (estimator, None) for name, estimator in ESTIMATORS.items() if name != EXACT}
     for name, (estimator, cap) in tqdm(cases.items(), desc="estimators"):

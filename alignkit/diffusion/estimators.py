@@ -172,6 +172,7 @@ ESTIMATORS = {
         source="ReFL: ImageReward, Xu et al. 2023, arXiv 2304.05977",
     ),
     "draft": Estimator("last 1", source="DRaFT-K with K = 1: Clark et al. 2023, arXiv 2309.17400"),
+    "draft-3": Estimator("last 3", source="DRaFT-K with K = 3: Clark et al. 2023, arXiv 2309.17400"),
     "draft-lv": Estimator(
         "last 1",
         noise_samples=2,  # beside the chain's own last step

@@ -37,9 +37,7 @@ class DRFConfig(RewardConfig):
         default_factory=lambda: {"critic": 1.0},
         metadata={"help": "Weights of the critic and of other rewards, by their names under `rewards`."},
     )
-    gradient_steps: str | None = field(
-        default="last 3", metadata={"help": "As in the method for any reward; null: those of `estimator`."}
-    )
+    estimator: str = field(default="draft-3", metadata={"help": "As in the method for any reward."})
     aspect_steps: dict[str, str] | None = field(
         default=None,
         metadata={

@@ -63,8 +63,8 @@ class RewardConfig(WatchConfig, DataLossConfig):
     estimator: str = field(
         default="draft",
         metadata={
-            "help": "Which steps carry gradients: exact (all), refl, draft, draft-lv, alignprop, drtune, first-step, "
-            "flowbp-sparse. The next five keys replace single settings of it."
+            "help": "Which steps carry gradients: exact (all), refl, draft, draft-3, draft-lv, alignprop, drtune, "
+            "first-step, flowbp-sparse. The next five keys replace single settings of it."
         },
     )
     gradient_steps: str | None = field(

@@ -69,6 +69,7 @@ def test_the_published_estimators():
     assert {plan.steps.active for plan in drawn["exact"]} == {None}
     assert {plan.steps.active for plan in drawn["draft"]} == {plan.steps.active for plan in drawn["draft-lv"]} == {last}
     assert {plan.noise_samples for plan in drawn["draft-lv"]} == {2}
+    assert {plan.steps.active for plan in drawn["draft-3"]} == {frozenset(range(N - 3, N))}
     assert {plan.end for plan in drawn["refl"]} == set(range(30, 40))
     assert all(plan.steps.active == {plan.end} for plan in drawn["refl"])
     assert {len(plan.steps.active) for plan in drawn["alignprop"]} == set(range(1, N + 1))

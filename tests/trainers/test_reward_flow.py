@@ -12,6 +12,7 @@ from red_reward import PROMPTS, SETTINGS, STEPS, Red
 from safetensors.torch import load_file
 from two_processes import run_two
 
+from alignkit.diffusion.estimators import ESTIMATORS
 from alignkit.errors import ConfigError, DataError, NumericsError, UnknownNameError
 from alignkit.records import Scores, texts
 from alignkit.seeds import derive_seed
@@ -310,6 +311,16 @@ def test_drf_needs_questions(make):
     trainer = make(rows=rows[:1], **keys)
     assert trainer.train_dataset[0]["prompts"].metadata["questions"] == ["Is there a ring?"]
     assert trainer.args.gradient.steps == "last 3"
+
+
+def test_drf_uses_the_estimator_that_is_named(tmp_path):
+    from alignkit.trainers.drf import DRFConfig
+
+    keys = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    for name, estimator in ESTIMATORS.items():
+        assert DRFConfig(estimator=name, **keys).gradient == estimator
+    assert DRFConfig(**keys).gradient.steps == "last 3"
+    assert DRFConfig(estimator="exact", gradient_steps="last 2", **keys).gradient.steps == "last 2"
 
 
 TWO = """
