@@ -39,7 +39,7 @@ class SelfCheck:
         device: where the policy is.
         autocast: makes the precision of the denoiser; `own_precision` that of VAE and rewards.
         half: whether `autocast` computes in 16 bits.
-        decoding: how the training decodes; a choice of frames is left out, because the clip is cut.
+        decoding: how the training decodes; its choice of frames is for the rewards alone, because the clip is cut.
     """
 
     generator: PipelineGenerator
@@ -113,7 +113,7 @@ class SelfCheck:
 
     def _reward(self, name: str, reward: Reward, prompt: Prompt, *, checkpointed: bool) -> Sequence[Tensor]:
         given = self.sampling
-        frames = [] if self.generator.modality == "image" else [given.num_frames]
+        frames = [] if self.generator.modality == "image" else [len(self.decoding.indices(given.num_frames))]
         media = torch.rand(1, *frames, 3, given.height, given.width, generator=torch.Generator().manual_seed(0))
         media = media.to(self.device).requires_grad_(True)
 

@@ -108,6 +108,26 @@ def test_a_clip_is_decoded_as_in_the_training(load):
         check.run(Prompt.from_text("a ring"), {})
 
 
+class Measuring(Red):
+    """Notes the shapes of clips."""
+
+    modality = "video"
+
+    def __init__(self):
+        self.shapes = []
+
+    def __call__(self, media, prompts):
+        self.shapes.append(tuple(media.shape))
+        return Scores(torch.sin(3 * media[:, :, 0]).mean((1, 2, 3)))
+
+
+def test_rewards_are_checked_on_as_many_frames_as_they_are_trained_on(make):
+    rewards = {"red": Measuring(), "other": Measuring()}
+    keys = {"num_frames": 9, "decode_frames": 2, "per_device_train_batch_size": 1}
+    train(make("wan", rewards=rewards, reward_weights={"red": 1.0, "other": 1.0}, **keys))
+    assert {shape for reward in rewards.values() for shape in reward.shapes} == {(1, 2, 3, 16, 16)}
+
+
 def test_the_denoiser_and_rewards_are_named_too(make):
     trainer = make()
     trainer.generator.guided = restless(trainer.generator.guided)
