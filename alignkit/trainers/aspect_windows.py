@@ -86,7 +86,8 @@ class ByWindow:
     """A reward of media once for each window, [B, W, ...] of equal values: its scores, each question's gradient at its
     own window's media.
 
-    One that asks no questions reads the first window's media. Every call of the reward is checkpointed.
+    Parts that are neither a question nor an aspect, such as `eight_bit`, add up over the windows as the total does. A
+    reward that asks no questions reads the first window's media. Every call of the reward is checkpointed.
     """
 
     def __init__(self, reward: Reward, windows: Sequence[Window]) -> None:
@@ -112,9 +113,13 @@ class ByWindow:
             share_R = torch.tensor([shares[row] for row in rows], dtype=scores.total.dtype, device=scores.total.device)
             index = torch.tensor(rows, device=total.device)
             total = total.to(scores.total).index_add(0, index, share_R * scores.total)
+            asked = {name for prompt in own for q in questions_of(prompt) for name in (q.name, f"aspect/{q.aspect}")}
             for name, value in scores.parts.items():
-                empty = parts.get(name, torch.full_like(total.detach(), float("nan")))
-                parts[name] = empty.index_copy(0, index, value.detach().to(empty))
+                known = parts.get(name, torch.full_like(total.detach(), float("nan")))
+                before = known[index]
+                added = (value if name in asked else share_R * value).detach().to(known)  # others add up
+                after = torch.where(before.isnan(), added, before + added.nan_to_num())
+                parts[name] = known.index_copy(0, index, after)
         return Scores(total, parts)
 
     def _scored(self, pixels: Tensor, prompts: Sequence[Prompt]) -> Scores:

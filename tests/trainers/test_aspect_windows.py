@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
-from alignkit.records import Scores
+from alignkit.records import Prompt, Scores
+from alignkit.trainers.aspect_windows import ByWindow, windows_of
 from rewards.models.questions import named, parts_of
 
 QUESTIONS = [
@@ -136,6 +137,24 @@ def test_a_critic_reads_each_question_once_and_another_reward_the_default_window
     assert critic.calls[:3] == forward
     alone, _ = gradients(make(rewards={"plain": Plain()}, reward_weights={"plain": 2.0}))
     torch.testing.assert_close(satisfied, alone * 2 / 3)
+
+
+class Stored(Critic):
+    def __call__(self, media, prompts):
+        scores = super().__call__(media, prompts)
+        return Scores(scores.total, {**scores.parts, "eight_bit": scores.total.detach()})
+
+
+def test_on_equal_media_all_parts_are_those_of_the_plain_reward():
+    """The third prompt's question `sharp` has another aspect than in the other prompts."""
+    other = [{**QUESTIONS[1], "aspect": "alignment"}, {"text": "red", "aspect": "quality", "name": "clean"}]
+    prompts = [Prompt.from_text(row["prompt"], questions=row["questions"]) for row in ROWS]
+    prompts.append(Prompt.from_text("a ring", questions=other))
+    media = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    windows = windows_of(WINDOWS, "last 2")
+    plain, found = Stored()(media, prompts), ByWindow(Stored(), windows)(torch.stack([media] * 3, 1), prompts)
+    torch.testing.assert_close(found.total, plain.total)
+    torch.testing.assert_close(found.parts, dict(plain.parts), equal_nan=True)
 
 
 def test_a_training_logs_the_largest_norms(make):
