@@ -18,6 +18,7 @@ _FIRST = re.compile(r"(is|are|was|were|do|does|did|has|have|had|can|could|will|w
 _NEGATION = re.compile(
     r"\b(no|not|never|none|nobody|nothing|nowhere|neither|nor|without|lacks?|lacking|absent|missing|\w+n't)\b"
 )
+_NO_CONTENT = re.compile(rf"or|{_NEGATION.pattern}")  # words of a fact that no question may have
 _SUFFIX = re.compile(r"\?\s*(?:(?:please )?answer (?:with )?yes or no\.?)?$", re.IGNORECASE)
 _ARTICLES = ("a", "an", "the")
 _STOP = {
@@ -49,8 +50,9 @@ def problems_of(draft: Draft, rules: Rules) -> list[str]:
 
     Checked: each question can be answered with yes or no, is phrased positively (its negated twin is the opposite),
     and is asked once; there are at most `rules.max_questions`; every aspect of `rules.aspects` has one; every fact is
-    covered by questions that have its words: all of an attribute, a count or a relation, one of an object or where
-    only the opposite is asked ("extra" facts have no words of the prompt).
+    covered by questions that have its words in text or negated: of an attribute, a count or a relation all but
+    negations and "or", one of an object or where only the opposite is asked ("extra" facts have no words of the
+    prompt).
     """
     if draft.problems:
         return list(draft.problems)
@@ -89,7 +91,10 @@ def _question_problems(question: Question, rules: Rules) -> Iterator[str]:
     for text in filter(None, (question.text, question.negated)):
         yield from _form_problems(text)
     if negation := _NEGATION.search(_bare(question.text).casefold()):
-        yield f"'{question.text}': '{negation[0]}' is a negation; ask so that yes is the good answer"
+        yield (
+            f"'{question.text}': '{negation[0]}' is a negation; ask so that yes is the good answer, or leave text "
+            "empty and ask the opposite in negated"
+        )
 
 
 def _form_problems(text: str) -> Iterator[str]:
@@ -140,7 +145,8 @@ def _uncovered(draft: Draft) -> Iterator[str]:
 def _unlike(fact: Fact, about: Sequence[Question]) -> Iterator[str]:
     """Words of the fact that the questions about it lack."""
     stop = _STOP - {"1"} if fact.kind == "count" else _STOP
-    own = {_stem(word): word for word in _words(fact.text) if word not in stop}
+    words = [word for word in _words(fact.text) if word not in stop and not _NO_CONTENT.fullmatch(word)]
+    own = {_stem(word): word for word in words}
     used = set(map(_stem, _words(" ".join(f"{question.text} {question.negated}" for question in about))))
     lacking = [word for stem, word in own.items() if stem not in used]
     if fact.kind in _EXACT and all(question.text for question in about):
@@ -157,10 +163,12 @@ def _words(text: str) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    """The same for the singular and the plural of an English word; not always a word."""
+    """The same for the forms "box" and "boxes", "run" and "running" of an English word; not always a word."""
     word = word.removesuffix("'s")
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
         word = word[:-1]
+    if re.fullmatch(r"\w*[aeiouy]\w*ing", word):  # not "ring" or "string"
+        word = re.sub(r"([^aeioulsz])\1$", r"\1", word.removesuffix("ing"))
     if len(word) > 3:
         word = word.removesuffix("e")
     return re.sub(r"v$", "f", re.sub(r"i$", "y", word))

@@ -51,6 +51,7 @@ def test_a_good_draft_has_no_problem():
         (asked("Is there a dog that isn't red?"), '"isn\'t" is a negation'.replace('"', "'")),
         (asked("Is there a dog without a tail?"), "'without' is a negation"),
         (asked("Is the dog not there?"), "'not' is a negation"),
+        (asked("Is the dog not there?"), "or leave text empty and ask the opposite in negated"),
         (asked(negated="How many dogs are there?"), "'How many dogs are there?': it must begin"),
         (asked("Is the number of dogs two?"), "repeats 'Is the number of dogs two?'"),
         (asked("Are there dogs?", negated="Are there the dogs?"), "repeats 'Are there dogs?'"),
@@ -73,9 +74,9 @@ def test_what_is_wrong_with_a_draft_is_said(draft, problem):
     assert any(problem in said for said in problems), problems
 
 
-def covering(kind, fact, *texts, negated=""):
-    """What is said of a draft in which questions cover one fact."""
-    questions = [Question(text, 1.0, "", f"q{number}", "alignment") for number, text in enumerate(texts)]
+def covering(kind, fact, *texts, twin="", negated=""):
+    """What is said of a draft in which questions cover one fact; `twin` is the opposite of each text."""
+    questions = [Question(text, 1.0, twin, f"q{number}", "alignment") for number, text in enumerate(texts)]
     questions += [Question("", 1.0, negated, "no", "alignment")] if negated else []
     draft = Draft((Fact(kind, fact),), questions, ((0,),) * len(questions))
     return problems_of(draft, Rules(("alignment",), 9))
@@ -97,6 +98,31 @@ def covering(kind, fact, *texts, negated=""):
 )
 def test_questions_that_have_the_words_of_a_fact_cover_it(kind, fact, texts):
     assert covering(kind, fact, *texts) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "fact", "text", "twin"),
+    [
+        ("attribute", "man without hat", "Is the man bareheaded?", "Is the man wearing a hat?"),
+        ("attribute", "man without hat", "", "Is the man wearing a hat?"),
+        ("count", "no cars", "Is the number of cars zero?", ""),
+        ("count", "no cars", "Is the street free of cars?", "Are there cars?"),
+        ("relation", "dog not on sofa", "Is the dog beside the sofa?", "Is the dog on the sofa?"),
+        ("attribute", "black or white cat", "Is the colour of the cat one of black and white?", ""),
+        ("count", "two or three birds", "Is the number of birds at least two and at most three?", ""),
+        ("attribute", "dog runs", "Is the dog running?", ""),
+        ("relation", "dog chasing cat", "Does the dog chase the cat?", ""),
+        ("attribute", "sitting cats", "Does each cat sit?", ""),
+        ("object", "buildings", "Is there a building?", ""),
+        ("attribute", "kings' rings", "Is it a king's ring?", ""),
+    ],
+)
+def test_negations_choices_and_forms_of_verbs_in_a_fact_can_be_asked_for(kind, fact, text, twin):
+    if text:
+        assert covering(kind, fact, text, twin=twin) == []
+    else:
+        assert covering(kind, fact, negated=twin) == []
+    assert covering(kind, fact, "Is it sharp?") != []
 
 
 @pytest.mark.parametrize(
