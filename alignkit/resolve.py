@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from alignkit.errors import ConfigError, UnknownNameError, nearest
 from alignkit.protocols import Obtainable
+
+# The values that an option with one of these annotations, or a union of them, takes; others are the builder's concern.
+_SIMPLE: Mapping[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str, os.PathLike),
+    "None": (type(None),),
+}
 
 
 def require_known(name: str, table: Mapping[str, str], *, kind: str) -> None:
@@ -44,7 +54,8 @@ def construct(builder: Callable[..., Any], options: Mapping[str, Any], *, what: 
     """`builder(**options)`, once the options are known to fit; what the builder itself raises stays as it is.
 
     Raises ConfigError naming `what`: for an option that it does not take, with the nearest and all that it does; for
-    one that is missing, with the builder's own word on how to get weights (`alignkit.protocols.Obtainable`).
+    one whose annotation is bool, int, float, str, or one of them or None, and whose value is not; for one that is
+    missing, with the builder's own word on how to get weights (`alignkit.protocols.Obtainable`).
     """
     parameters = inspect.signature(builder).parameters.values()
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -54,6 +65,13 @@ def construct(builder: Callable[..., Any], options: Mapping[str, Any], *, what: 
             if name not in named:
                 hint = nearest(name, named).partition(" Known:")[0]
                 raise ConfigError(f"{what} has no option '{name}'.{hint}{takes}")
+    for name, value in options.items():
+        annotation = named[name].annotation if name in named else "Any"
+        text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+        kinds = text.split(" | ")
+        types = tuple(kind for each in kinds for kind in _SIMPLE.get(each, (object,)))
+        if not isinstance(value, types) or (isinstance(value, bool) and "bool" not in kinds and object not in types):
+            raise ConfigError(f"{what}: its option '{name}' is {value!r}; it must be {text}")
     missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
     if missing:
         advice = (

@@ -108,7 +108,8 @@ def checked_drafts(prompts: Sequence[Prompt], config: AspectsConfig, writer: Que
     """A checked draft for every prompt, in order; one with problems is written again, up to `config.attempts` times.
 
     Those without problems have the weights of the config. Raises ServerError naming the first prompt whose last draft
-    `is_failed`: another time the same request may succeed.
+    `is_failed`: another time the same request may succeed; ConfigError where the writer gives another number of
+    drafts.
     """
     results = [Checked(Draft(), (), 0)] * len(prompts)
     waiting = list(range(len(prompts)))
@@ -116,7 +117,12 @@ def checked_drafts(prompts: Sequence[Prompt], config: AspectsConfig, writer: Que
         if not waiting:
             break
         complaints = [results[index].problems for index in waiting]
-        drafts = writer.write([prompts[index] for index in waiting], config.rules, complaints)
+        drafts = list(writer.write([prompts[index] for index in waiting], config.rules, complaints))
+        if len(drafts) != len(waiting):
+            raise ConfigError(
+                f"writer {type(writer).__name__} gave {len(drafts)} drafts for {len(waiting)} prompts; its write must "
+                "return one for each, in order"
+            )
         for index, draft in zip(waiting, drafts, strict=True):
             problems = problems_of(draft, config.rules)
             kept = draft if problems else replace(draft, questions=config.weighted(draft.questions))

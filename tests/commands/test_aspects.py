@@ -32,11 +32,18 @@ class Critic:
         return Scores(media.mean((1, 2, 3)) + prompt.metadata.get("mark", 0), parts)
 
 
+class Short:
+    """A writer that forgets all prompts."""
+
+    def write(self, prompts, rules, complaints):
+        return []
+
+
 @pytest.fixture
 def folder(work, monkeypatch):
     """A folder with captions and a config; the critic is a module of the user's."""
     module = type(pytest)("critic_for_aspects")
-    module.Critic = Critic
+    module.Critic, module.Short = Critic, Short
     monkeypatch.setitem(__import__("sys").modules, "critic_for_aspects", module)
     (work / "captions.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
     preview = {
@@ -104,6 +111,17 @@ def test_show_without_a_critic_and_of_a_text_that_cannot_be_used(folder, capsys)
         (["--writer.writer", "servd"], "Did you mean 'served'?"),
         (["--preview.image", "a.png"], "give either `generator` or `image`"),
         (["--writer.writer=served"], "writer 'served' needs the option 'base_url'. To get it: `vllm serve"),
+        (
+            ["--writer.options", "{extra_weight: abc}"],
+            "'sandbox': its option 'extra_weight' is 'abc'; it must be float",
+        ),
+        (["--writer.options", "{whole: true, twins: 3}"], "writer 'sandbox': its option 'twins' is 3; it must be bool"),
+        (["--writer.options", "{extra_weight: true}"], "its option 'extra_weight' is True; it must be float"),
+        (
+            ["--writer.writer=served", "--writer.options", "{base_url: 5, model: m, template: captions.txt}"],
+            "writer 'served': its option 'base_url' is 5; it must be str",
+        ),
+        (["--writer.writer=critic_for_aspects:Short"], "writer Short gave 0 drafts for 3 prompts"),
         (["--writer.writer=mine_for_commands:Painter"], "is a Painter without `write`"),
         (["--aspects.aspects", "[quality]"], "no question has the aspect 'quality'"),
     ],
