@@ -66,6 +66,14 @@ class OneSize(Sizes):
         return self.height, self.width
 
 
+def drop_media(rows: Any) -> Any:
+    """`rows` without their media, where they are a `datasets.Dataset`: prompts would keep all of them in memory."""
+    if not isinstance(rows, datasets.Dataset):
+        return rows
+    names = {LATENTS, *(name for both in COLUMNS.values() for name in both)}
+    return rows.remove_columns(sorted(names & {*rows.column_names}))
+
+
 class PromptsWithMedia(PromptData):
     """Prompts with the cached latents of their rows' media: an item of each, the latents' under `data.NAME`.
 
@@ -75,8 +83,7 @@ class PromptsWithMedia(PromptData):
     def __init__(
         self, rows: datasets.Dataset, noise_seed: int, latents: LatentDataset, *, keeps_media: bool = False
     ) -> None:
-        names = {LATENTS, *(name for both in COLUMNS.values() for name in both)}
-        super().__init__(rows if keeps_media else rows.remove_columns(sorted(names & {*rows.column_names})), noise_seed)
+        super().__init__(rows if keeps_media else drop_media(rows), noise_seed)
         self.latents = latents
 
     def __getitem__(self, index: int) -> dict[str, Any]:

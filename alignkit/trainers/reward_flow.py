@@ -30,7 +30,7 @@ from alignkit.protocols import Preparing, Reward
 from alignkit.records import LossOutput, Prompt, Sampling, texts
 from alignkit.trainers.chains import Chains, require_bounded, require_trained
 from alignkit.trainers.data import EpochData, PromptData
-from alignkit.trainers.data_loss import DataLossConfig, OneSize, data_errors, null_condition, with_media
+from alignkit.trainers.data_loss import DataLossConfig, OneSize, data_errors, drop_media, null_condition, with_media
 from alignkit.trainers.guard import WatchConfig
 from alignkit.trainers.guarded import GuardedTrainer
 from alignkit.trainers.ranges import COUNT, NOT_NEGATIVE, POSITIVE, require_in_range
@@ -238,13 +238,13 @@ class RewardTrainer(GuardedTrainer):
     def prepare_data(self, rows: Any, args: Any) -> EpochData | None:
         """As in AlignTrainer; with `data_weight` the rows' media are encoded too.
 
-        The prompts then have the media themselves only where a reward is `Preparing`.
+        The prompts have the media of a dataset themselves only where a reward is `Preparing`.
         """
+        keeps_media = any(isinstance(reward, Preparing) for reward in self._rewards.rewards.values())
         if not args.needs_media or rows is None or isinstance(rows, EpochData):
-            return super().prepare_data(rows, args)
+            return super().prepare_data(rows if keeps_media else drop_media(rows), args)
         frames = (args.num_frames or 1) if self.generator.modality == "video" else None
         sizes = OneSize(num_frames=frames, height=args.height, width=args.width)
-        keeps_media = any(isinstance(reward, Preparing) for reward in self._rewards.rewards.values())
         return with_media(self.generator, rows, args, sizes, self.ranks, keeps_media=keeps_media)
 
     def _try_rewards(self) -> None:

@@ -78,12 +78,13 @@ class Reads(Red):
         self.read = [prompt.metadata["image"] for prompt in prompts]
 
 
-def test_encoded_media_stay_in_memory_only_for_a_reward_that_reads_them(make, rows):
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_encoded_media_stay_in_memory_only_for_a_reward_that_reads_them(make, rows, weight):
     given = rows((16, 16), (16, 16)).add_column("mark", [0, 1])
-    trainer = make(given, data_weight=1.0)
+    trainer = make(given, data_weight=weight)
     assert [prompt.metadata for prompt in trainer.prompts] == [{"mark": 0}, {"mark": 1}]
     reward = Reads()
-    make(given, data_weight=1.0, rewards={"red": reward})
+    make(given, data_weight=weight, rewards={"red": reward})
     assert [medium["bytes"] for medium in reward.read] == [row["image"]["bytes"] for row in given]
 
 
