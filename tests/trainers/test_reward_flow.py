@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
 
 import datasets
@@ -326,7 +327,9 @@ def test_drf_uses_the_estimator_that_is_named(tmp_path):
 TWO = """
 import torch
 
+from alignkit.aspects import questions_of
 from alignkit.records import Scores
+from alignkit.trainers.drf import DRFTrainer
 from alignkit.trainers.reward_flow import RewardTrainer
 
 
@@ -340,31 +343,57 @@ class Red:
 class WithRed(RewardTrainer):
     def __init__(self, *args, **options):
         super().__init__(*args, rewards={"red": Red()}, **options)
+
+
+class Critic(Red):
+    asks_questions, needs_prompt, native_range = True, True, (0.0, 1.0)
+    comparable_across_prompts, licence, source = True, "Apache-2.0", "here"
+
+    def __call__(self, media, prompts):
+        channels = [int(question.text) for prompt in prompts for question in questions_of(prompt)]
+        return Scores(torch.stack([pixels[channel].square().mean() for pixels, channel in zip(media, channels)]))
+
+
+class WithCritic(DRFTrainer):
+    def __init__(self, *args, **options):
+        super().__init__(*args, rewards={"red": Critic()}, **options)
 """
 
 
 def test_two_processes_equal_one(tmp_path, model_folders, worker, monkeypatch):
     """The worker gives no rewards, so the trainer has its own. Steps are repeated inside DDP's backward pass; every
-    rank draws the same steps.
+    rank draws the same steps. With windows per aspect each rank's rows lack the other rank's window.
     """
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "two_reward_flow.py").write_text(TWO)
-    datasets.Dataset.from_dict({"prompt": PROMPTS}).save_to_disk(tmp_path / "rows")
-    keys = {"optim": "sgd", "estimator": "alignprop", "kl_weight": 0.1, "train_sampling_strategy": "sequential"}
-    job = {
-        "model": str(model_folders["flow"]),
-        "rows": str(tmp_path / "rows"),
-        "method": ["alignkit.trainers.reward_flow:RewardConfig", "two_reward_flow:WithRed"],
-        "path": str(tmp_path),
-        "settings": SETTINGS | keys | {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 4},
+    asked = [[{"text": str(row // 2), "aspect": ("alignment", "quality")[row // 2]}] for row in range(4)]
+    datasets.Dataset.from_dict({"prompt": PROMPTS, "questions": asked}).save_to_disk(tmp_path / "rows")
+    keys = {"optim": "sgd", "kl_weight": 0.1, "train_sampling_strategy": "sequential"}
+    windows = {"gradient_steps": "last 1", "aspect_steps": {"alignment": "first 1"}}
+    methods = {
+        ("reward_flow:RewardConfig", "WithRed"): {"estimator": "alignprop"},
+        ("drf:DRFConfig", "WithCritic"): windows,
     }
-    one = worker["train"](job)
-    settings = job["settings"] | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2}
-    history = run_two(tmp_path, job | {"settings": settings | {"ddp_backend": "gloo"}})
-    for name in ("loss", "grad_norm", "health/reward/red", "health/state_gradient/02"):
-        found, expected = ([log[name] for log in logs if name in log] for logs in (history, one.state.log_history))
-        assert len(expected) == 2
-        assert found == pytest.approx(expected, rel=1e-4), name
-    weights = load_file(tmp_path / "job-0.safetensors")
-    for name, value in one._trainable().items():
-        torch.testing.assert_close(weights[name], value.detach(), rtol=1e-4, atol=1e-6)
+    jobs = [
+        {
+            "model": str(model_folders["flow"]),
+            "rows": str(tmp_path / "rows"),
+            "method": [f"alignkit.trainers.{config}", f"two_reward_flow:{trainer}"],
+            "path": str(tmp_path),
+            "settings": SETTINGS | keys | own | {"output_dir": str(tmp_path / trainer), "ddp_backend": "gloo"},
+        }
+        for (config, trainer), own in methods.items()
+    ]
+    run_two(tmp_path, jobs)
+    for number, job in enumerate(jobs):
+        alone = {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 4, "ddp_backend": None}
+        one = worker["train"](job | {"settings": job["settings"] | alone})
+        stored = tmp_path / ("job-0.log" if number == 0 else f"job-0-{number}.log")
+        history = json.loads(stored.read_text())
+        for name in ("loss", "grad_norm", "health/reward/red", "health/state_gradient/02"):
+            found, expected = ([log[name] for log in logs if name in log] for logs in (history, one.state.log_history))
+            assert len(expected) == 2
+            assert found == pytest.approx(expected, rel=1e-4), name
+        weights = load_file(stored.with_suffix(".safetensors"))
+        for name, value in one._trainable().items():
+            torch.testing.assert_close(weights[name], value.detach(), rtol=1e-4, atol=1e-6)
