@@ -210,9 +210,9 @@ class TextCraftorTrainer(RewardTrainer):
 
     @override
     def conditioning(self, model: nn.Module, prompts: list[str], steps: Steps, count: int) -> ByStep:
+        tuned = self._tuned(model, prompts)  # first: it switches off the dropout of the base's encoders too
         with torch.no_grad():
             base = model(prompts, reference=True).to(self.generator.device)
-        tuned = self._tuned(model, prompts)
         used = frozenset(self.args.window.on(count))
         if torch.is_grad_enabled():
             active = frozenset(range(count)) if steps.active is None else steps.active

@@ -108,8 +108,13 @@ def derived(trainer, batch, *, active, used, null=True, kl=0.0):
     ],
 )
 def test_the_gradient_is_that_of_plain_autograd(make, family, keys, told):
+    """Trainer puts the model in training mode before each loss; T5, frozen here, has dropout then."""
     trainer = make(family, **keys)
     batch = exact(trainer)
+    for module in trainer.generator.conditioner.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    trainer.model.train()
     found = gradients(trainer, trainer.method_loss(trainer.model, batch).loss.mean())
     expected = gradients(trainer, derived(trainer, batch, active={3, 4}, **told))
     assert expected.norm() > 0
