@@ -87,11 +87,11 @@ def fit(
     heldout = data.heldout() if args.eval_strategy != "no" else None
     built = validation() if validation else None
     generator = load_policy(*policy)
-    if sampling is not None:
-        generator.require_sampling(sampling)
     loaded = {name: builder() for name, builder in RewardBuilders(rewards or {}).items()}
     options: dict[str, Any] = {"rewards": loaded} if loaded else {}
     trainer = trainer_class(method)(generator, args, train, heldout, validation=built, **options)
+    if sampling is not None:  # after the trainer is made, which may choose the steps of tuned text encoders
+        generator.require_sampling(sampling)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)
     if not claimed(folder):  # the export would make the folder again, without what belongs to it
         raise StorageError(f"'{folder}' was deleted or moved during the training; run the same command again")
