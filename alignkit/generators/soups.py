@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -69,7 +70,9 @@ def make_soup(
     Raises StorageError where `out` holds something, AdapterError for members of another base and for an output that
     cannot hold the result.
     """
-    mix = Mix(base, members, weights, merge or Merge())
+    # Without the base itself: its change is 0, and its weight would count in the scale of TIES.
+    used = [bool(member.components) for member in members]
+    mix = Mix(base, list(compress(members, used)), list(compress(weights, used)), merge or Merge())
     mix.merge.check(weights, any_sum=any_sum)
     changed, kind = _changed(members), kind_of_result(base, members, output, rank)
     require_new(out)

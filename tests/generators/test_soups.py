@@ -191,6 +191,22 @@ def test_a_strength_of_a_denoiser(load, model_folders, tmp_path):
     assert all(torch.allclose(mixed[key], torch.lerp(states[0][key], states[1][key], 0.4), atol=1e-6) for key in mixed)
 
 
+def test_a_share_of_the_base_is_a_smaller_strength_in_every_method(load, model_folders, tmp_path):
+    one = tuned_encoders(load("unet").pipeline, tmp_path / "one", 1, ["text_encoder"])
+    before, after = (load_file(f / "text_encoder" / "model.safetensors") for f in (model_folders["unet"], one))
+    halves = {
+        "linear": ("base", one, "--weights", 0.5, 0.5),
+        "dare": (one, "base", "--weights", 0.5, 0.5, "--method", "dare"),
+        "ties": ("base", one, "--weights", 0.5, 0.5, "--method", "ties"),
+        "alone": (one, "--weights", 0.5, "--method", "ties", "--any_sum", "true"),
+    }
+    for name, told in halves.items():
+        out = tmp_path / name
+        assert soup("--members", *told, "--base", model_folders["unet"], "--out", out) == 0
+        mixed = load_file(out / "text_encoder" / "model.safetensors")
+        assert all(torch.allclose(mixed[key], (before[key] + after[key]) / 2, atol=1e-6) for key in mixed), name
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
