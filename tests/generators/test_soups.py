@@ -207,6 +207,17 @@ def test_a_share_of_the_base_is_a_smaller_strength_in_every_method(load, model_f
         assert all(torch.allclose(mixed[key], (before[key] + after[key]) / 2, atol=1e-6) for key in mixed), name
 
 
+def test_the_config_says_the_precision_of_the_result(load, model_folders, tmp_path):
+    """A half-precision base with a float32 member; transformers would load the result in half precision."""
+    one = tuned_encoders(load("unet").pipeline, tmp_path / "one", 1, ["text_encoder"])
+    shutil.copytree(model_folders["unet"], tmp_path / "base")
+    load("unet").pipeline.text_encoder.half().save_pretrained(tmp_path / "base" / "text_encoder")
+    assert soup("--members", one, "--weights", 1, "--base", tmp_path / "base", "--out", tmp_path / "mix") == 0
+    mixed = load_file(tmp_path / "mix" / "text_encoder" / "model.safetensors")
+    assert {value.dtype for value in mixed.values()} == {torch.float32}
+    assert transformers.CLIPTextModel.from_pretrained(tmp_path / "mix" / "text_encoder").dtype == torch.float32
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
