@@ -72,7 +72,8 @@ class FrontierJob:
     rewards: all rewards by a name of your choice.
     gold: the held-out reward, for which no member was tuned.
     evaluate: how base and mixtures are compared.
-    evaluate_prompts: evaluate on at most this many prompts; default: all.
+    evaluate_from: leave out this many of the prompts first, those that a sweep has chosen by.
+    evaluate_prompts: evaluate on at most this many of the others; default: all.
     table: where the table goes (default: OUT/frontier.md).
     title: its heading, and that of the page OUT/frontier.html.
     """
@@ -94,11 +95,13 @@ class FrontierJob:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     evaluate_prompts: int | None = None
     table: Path | None = None
+    evaluate_from: int = 0
     title: str = "The frontier"
 
     def __post_init__(self) -> None:
         require_at_least(1, {"grid": self.grid, "evaluate_prompts": self.evaluate_prompts})
         if self.base.is_own or self.base.adapter is not None or self.base.encoder is not None:
+        require_at_least(0, {"evaluate_from": self.evaluate_from})
             raise ConfigError("base: give a diffusers model without adapter and encoder; those are members")
         require_plain_names(self.members, "members")
         require_plain_names(self.others, "others")
@@ -146,7 +149,7 @@ class FrontierJob:
     def asked(self) -> Sequence[Prompt]:
         """The prompts that base and mixtures are compared on. Raises what the prompts' source raises."""
         held_out = self.prompts.split()[1] if self.prompts.held_out else self.prompts.read()
-        return held_out[: self.evaluate_prompts]
+        return held_out[self.evaluate_from :][: self.evaluate_prompts]
 
     def folder(self, space: str, name: str, seed: int) -> Path:
         """The folder of one point of one training seed."""

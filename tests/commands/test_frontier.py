@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from random_adapters import shake
 from alignkit import cli
 from alignkit.adapters import lora
 from alignkit.adapters.mixture import read_mixture
-from alignkit.commands.frontier import read_frontier
+from alignkit.commands.frontier import FrontierJob, read_frontier
+from alignkit.commands.ladder_job import LadderJob
 from alignkit.commands.specs import GeneratorSpec, build_generator
+from alignkit.config import build, read_tree
 from alignkit.diffusion.tuned_steps import TunedSteps
 from alignkit.evaluation.frontier import MEMBERS
 from alignkit.generators.tuned_encoders import save_tuned
@@ -183,3 +186,13 @@ def test_the_dry_run_says_what_is_missing(frontier, capsys):
     printed = capsys.readouterr().out
     assert "NOT THERE YET: nowhere (members)" in printed
     assert "evaluate 3 points" in printed
+
+
+def test_it_judges_on_prompts_that_no_sweep_has_chosen_by():
+    """The tastes share their prompts with the sweep of reward gradients."""
+    problems = []
+    front = build(FrontierJob, read_tree([], Path("configs/frontier_tastes.yaml"), problems), problems)
+    sweep = build(LadderJob, read_tree([], Path("configs/sweep_drf.yaml"), problems), problems)
+    assert not problems
+    asked, used = ({prompt.id for prompt in side} for side in (front.asked(), sweep.judged(sweep.shares)))
+    assert (len(asked), len(used), asked & used) == (120, 120, set())
