@@ -67,7 +67,8 @@ class FrontierJob:
     window: the steps in which embedding and prediction mixtures act, as in `alignkit soup`. Members alone are then
         evaluated in these steps too, as the end points of such a space.
     null: whether embedding mixtures also replace the null condition of guidance.
-    others: other generators on the same axes, by a name of your choice, e.g. a joint training.
+    others: other generators on the same axes, by a name of your choice, e.g. a joint training: one, or a list of one
+        for each training seed. The interval of a single one is over prompts alone.
     prompts: where prompts come from; the held-out share is used (all with held_out: 0).
     rewards: all rewards by a name of your choice.
     gold: the held-out reward, for which no member was tuned.
@@ -88,20 +89,20 @@ class FrontierJob:
     any_sum: bool = False
     window: Sequence[float] | None = None
     null: bool = True
-    others: Mapping[str, GeneratorSpec] = field(default_factory=dict)
+    others: Mapping[str, GeneratorSpec | Sequence[GeneratorSpec]] = field(default_factory=dict)
     prompts: PromptsConfig
     rewards: Mapping[str, RewardSpec]
     gold: str | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate_from: int = 0
     evaluate_prompts: int | None = None
     table: Path | None = None
-    evaluate_from: int = 0
     title: str = "The frontier"
 
     def __post_init__(self) -> None:
+        require_at_least(0, {"evaluate_from": self.evaluate_from})
         require_at_least(1, {"grid": self.grid, "evaluate_prompts": self.evaluate_prompts})
         if self.base.is_own or self.base.adapter is not None or self.base.encoder is not None:
-        require_at_least(0, {"evaluate_from": self.evaluate_from})
             raise ConfigError("base: give a diffusers model without adapter and encoder; those are members")
         require_plain_names(self.members, "members")
         require_plain_names(self.others, "others")
@@ -112,6 +113,12 @@ class FrontierJob:
         counts = {name: len(folders) for name, folders in self.members.items()}
         if len(set(counts.values())) > 1 or not min(counts.values()):
             raise ConfigError(f"members have {counts} trainings; give equally many, one for each training seed")
+        for name, given in self.others.items():
+            if not isinstance(given, GeneratorSpec) and len(given) != len(self.seeds):
+                raise ConfigError(
+                    f"others.{name} has {len(given)} trainings; give one generator, or one for each of the members' "
+                    f"{len(self.seeds)} training seeds"
+                )
         if len(set(self.objectives)) < max(2, len(self.objectives)):
             raise ConfigError(f"objectives: {list(self.objectives)}; give at least two rewards, each once")
         self._check_points()
@@ -146,6 +153,11 @@ class FrontierJob:
             return ALL_STEPS
         return TunedSteps.between(self.window, null=self.null or space != "embedding")
 
+    def trainings(self, other: str) -> Sequence[GeneratorSpec]:
+        """The generators of one of `others`, by training seed."""
+        given = self.others[other]
+        return [given] if isinstance(given, GeneratorSpec) else given
+
     def asked(self) -> Sequence[Prompt]:
         """The prompts that base and mixtures are compared on. Raises what the prompts' source raises."""
         held_out = self.prompts.split()[1] if self.prompts.held_out else self.prompts.read()
@@ -179,7 +191,8 @@ def _tasks(job: FrontierJob) -> Iterator[_Task]:
         points += [(space, _name(weights), weights) for weights in (*ends, *job.weights)]
     for seed in job.seeds:
         yield from (_Task(*point, seed) for point in points)
-    yield from (_Task(OTHERS, name, (0.0,) * len(rows), 0) for name in job.others)
+    for name in job.others:
+        yield from (_Task(OTHERS, name, (0.0,) * len(rows), seed) for seed in range(len(job.trainings(name))))
 
 
 @dataclass(frozen=True)
@@ -255,9 +268,10 @@ class _Mixer:
 
 def _plan(job: FrontierJob) -> list[str]:
     tasks = list(_tasks(job))
+    others = {f"{name}, seed {n}": one for name in job.others for n, one in enumerate(job.trainings(name))}
     missing = [folder for folders in job.members.values() for folder in folders if not Path(folder).exists()]
     return [
-        *absences({"base": job.base, **job.others}, rewards=job.rewards, prompts=job.prompts),
+        *absences({"base": job.base, **others}, rewards=job.rewards, prompts=job.prompts),
         *(f"NOT THERE YET: {folder} (members)" for folder in missing),
         f"mix {', '.join(job.members)} in {len(job.weights)} ways in the spaces {', '.join(job.spaces)}",
         f"evaluate {len(tasks)} points on the held-out share of {job.prompts}, scored by {', '.join(job.rewards)}",
@@ -280,7 +294,7 @@ def _work(argv: Sequence[str], job: FrontierJob) -> None:
         with locked(folder):
             sides = {
                 "base": job.base,
-                "tuned": job.others[task.name] if task.space == OTHERS else mixer.mixed(task),
+                "tuned": job.trainings(task.name)[task.seed] if task.space == OTHERS else mixer.mixed(task),
             }
             out = folder / "evaluation"
             compare(
@@ -326,7 +340,7 @@ def _read(job: FrontierJob, tasks: Sequence[_Task]) -> tuple[Frontier, dict[str,
     """All points, and the folder of the first seed's evaluation of each."""
     found, folders = [], {}
     for task in tasks:
-        seeds = [0] if task.space == OTHERS else list(job.seeds)
+        seeds = range(len(job.trainings(task.name))) if task.space == OTHERS else job.seeds
         own = [job.folder(task.space, task.name, seed) / "evaluation" for seed in seeds]
         result = read_arm(task.name, own) if task.seed == 0 else None
         if result is not None:

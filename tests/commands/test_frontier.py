@@ -20,7 +20,7 @@ from alignkit.commands.ladder_job import LadderJob
 from alignkit.commands.specs import GeneratorSpec, build_generator
 from alignkit.config import build, read_tree
 from alignkit.diffusion.tuned_steps import TunedSteps
-from alignkit.evaluation.frontier import MEMBERS
+from alignkit.evaluation.frontier import MEMBERS, OTHERS
 from alignkit.generators.tuned_encoders import save_tuned
 from alignkit.records import Sampling
 
@@ -84,7 +84,9 @@ def test_a_front_in_two_spaces(work, frontier, capsys):
     files = {file: file.stat().st_mtime_ns for file in points.rglob("*.parquet")}
 
     others = {"joint": {"model": yaml.safe_load((work / "front.yaml").read_text())["base"]["model"]}}
+    others["joint"] = [others["joint"]] * 2  # one for each training seed
     assert cli.main(frontier(spaces=["weights", "prediction"], others=others)) == 0, capsys.readouterr().err
+    assert next(one for one in read_frontier(work / "front").points if one.space == OTHERS).result.runs == (0, 1)
     after = {file: file.stat().st_mtime_ns for file in points.rglob("*.parquet")}
     assert files.items() < after.items()
     text = (work / "front" / "frontier.md").read_text(encoding="utf-8").replace("\\", "")
@@ -173,6 +175,8 @@ def test_a_mixture_of_other_members_is_not_used(work, frontier, members, capsys)
         ({"others": {"a/b": {"model": "m"}}}, "others: the name 'a/b' becomes a folder"),
         ({"spaces": ["noise"]}, "spaces"),
         ({"grid": 0}, "grid is 0"),
+        ({"others": {"a": [{"model": "m"}] * 3}}, "others.a has 3 trainings; give one generator, or one for each of"),
+        ({"others": {"a": {"modl": "m"}}}, "unknown key 'others.a.modl'"),
     ],
 )
 def test_wrong_configs_are_refused_before_any_work(work, frontier, changes, message, capsys):
