@@ -2,6 +2,7 @@
 
     OUT/base                                   the base's side, made once
     OUT/points/SPACE/WEIGHTS/seed-S/mixture    what `alignkit soup` makes
+    OUT/points/SPACE/WEIGHTS/seed-S/soup       of mixed weights that act in a window: the one member of that mixture
     OUT/points/SPACE/WEIGHTS/seed-S/evaluation base against the mixture, scored by all rewards
 
 A point whose evaluation is finished is recognised, so the command may be stopped and given again, with more points,
@@ -64,9 +65,9 @@ class FrontierJob:
     grid: weights are the multiples of 1 / grid that sum to 1; for two members and 4 these are 1, 0.75, 0.5, 0.25, 0.
     points: further weights, each one number a member.
     any_sum: allow points whose weights do not sum to 1.
-    window: the steps in which embedding and prediction mixtures act, as in `alignkit soup`. Members alone are then
-        evaluated in these steps too, as the end points of such a space.
-    null: whether embedding mixtures also replace the null condition of guidance.
+    window: the steps in which all mixtures act, as in `alignkit soup`; the base acts in the others. Members change text
+        encoders alone then, or denoisers alone. Members alone are evaluated in these steps too, as end points.
+    null: whether mixtures of text encoders also replace the null condition of guidance.
     others: other generators on the same axes, by a name of your choice, e.g. a joint training: one, or a list of one
         for each training seed. The interval of a single one is over prompts alone.
     prompts: where prompts come from; the held-out share is used (all with held_out: 0).
@@ -149,9 +150,9 @@ class FrontierJob:
 
     def steps(self, space: str) -> TunedSteps:
         """Where a mixture of `space` acts."""
-        if space not in ("embedding", "prediction"):
+        if space in (MEMBERS, OTHERS):
             return ALL_STEPS
-        return TunedSteps.between(self.window, null=self.null or space != "embedding")
+        return TunedSteps.between(self.window, null=self.null or space == "prediction")
 
     def trainings(self, other: str) -> Sequence[GeneratorSpec]:
         """The generators of one of `others`, by training seed."""
@@ -237,8 +238,10 @@ class _Mixer:
         if task.space == OTHERS or not is_mixture(out):
             return
         made, (members, weights) = read_mixture(out), self._parts(task)
-        files = [record.files for record in made.members]
-        found = {"members": files, "weights": list(made.weights), "window": made.window}
+        soup = out.with_name("soup")
+        mixed = read_mixture(soup) if is_mixture(soup) else made
+        files = [record.files for record in mixed.members]
+        found = {"members": files, "weights": list(mixed.weights), "window": made.window}
         checksums = [own for _, own in members]
         wanted = {"members": checksums, "weights": weights, "window": self.job.steps(task.space)}
         different = [key for key in wanted if found[key] != wanted[key]]
@@ -254,16 +257,37 @@ class _Mixer:
         from alignkit.adapters.mixture import is_mixture
         from alignkit.generators.soups import make_mixture, make_soup
 
-        out = self._folder(task)
+        out, window = self._folder(task), self.job.steps(task.space)
         if not is_mixture(out):  # its record is written last
             shutil.rmtree(out, ignore_errors=True)
-            members, weights = self._parts(task)
-            parts = (self._base, [member for member, _ in members], weights, out)
+            given, weights = self._parts(task)
+            members = [member for member, _ in given]
             if task.space in ("embedding", "prediction"):
-                make_mixture(*parts, space=task.space, window=self.job.steps(task.space), any_sum=True)
+                make_mixture(self._base, members, weights, out, space=task.space, window=window, any_sum=True)
+            elif window == ALL_STEPS:
+                make_soup(self._base, members, weights, out, any_sum=True)
             else:
-                make_soup(*parts, any_sum=True)
+                self._make_soup_in_window(members, weights, out, window)
         return replace(self.job.base, adapter=out)
+
+    def _make_soup_in_window(
+        self, members: Sequence[Member], weights: Sequence[float], out: Path, window: TunedSteps
+    ) -> None:
+        """Mixed weights have no window, so they become the one member of a mixture that has."""
+        from alignkit.generators.members import read_member
+        from alignkit.generators.soups import make_mixture, make_soup, require_space
+
+        changed = {component for member in members for component in member.components}
+        space: Literal["embedding", "prediction"] = "prediction"
+        if any(component.startswith("text_encoder") for component in changed):
+            space = "embedding"
+        require_space(members, space)
+        soup = out.with_name("soup")
+        shutil.rmtree(soup, ignore_errors=True)
+        # Without the members' window, or a warning says that they act in all steps now.
+        make_soup(self._base, [replace(one, window=None) for one in members], weights, soup, any_sum=True)
+        mixed = replace(read_member(str(soup), self._base), window=members[0].window)
+        make_mixture(self._base, [mixed], [1.0], out, space=space, window=window)
 
 
 def _plan(job: FrontierJob) -> list[str]:

@@ -123,11 +123,13 @@ def test_whole_text_encoders_as_weights_and_as_embeddings(work, load, frontier, 
     told = frontier(members={"one": ["one"], "two": ["two"]}, spaces=["weights", "embedding"], window=[0.5, 1.0])
     assert cli.main(told) == 0, capsys.readouterr().err
     again = read_frontier(work / "front")
-    assert [one.name for one in again.of("weights")] == ["one", "two", "0.5-0.5"]
+    assert [one.name for one in again.of("weights")] == ["1-0", "0-1", "0.5-0.5"]
     assert [one.name for one in again.of("embedding")] == ["1-0", "0-1", "0.5-0.5"]
     gains = {(one.space, one.name): one.gains(("red", "dark")) for one in again.points}
     assert all(abs(gain).max() > 0 for gain in gains.values())
     assert abs(gains["embedding", "1-0"] - gains[MEMBERS, "one"]).max() > 0
+    assert gains["weights", "1-0"] == pytest.approx(gains["embedding", "1-0"], abs=1e-6)
+    assert cli.main(told) == 0, capsys.readouterr().err  # the soup in its mixture is recognised
     tuned = build_generator("one", GeneratorSpec(model=str(load("unet").pipeline.name_or_path), encoder=work / "one"))
     spec = GeneratorSpec(model=tuned.pipeline.name_or_path, adapter=work / "front/points/embedding/1-0/seed-0/mixture")
     images = [
