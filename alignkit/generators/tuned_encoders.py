@@ -100,3 +100,4 @@ def load_tuned(generator: PipelineGenerator, folder: Path) -> None:
     if record.weights != (1.0,):
         raise ConfigError(f"'{folder / FILE}': tuned text encoders have weight 1, not {list(record.weights)}")
     generator.conditioner.put(parts, record.window)
+    generator.conditioner.folder = folder

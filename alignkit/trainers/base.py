@@ -388,6 +388,7 @@ class AlignTrainer(ResumingTrainer):
             component=self.generator.component,
             loading=self.generator.lora_loading,
             modality=self.generator.modality,
+            encoder=self.generator.conditioner.folder,
         )
 
     def data_summary(self) -> dict[str, Any]:
