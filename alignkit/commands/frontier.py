@@ -36,7 +36,7 @@ from alignkit.config import build, read_tree
 from alignkit.diffusion.tuned_steps import ALL_STEPS, TunedSteps
 from alignkit.errors import ConfigError, DataError, MissingFileError, ResumeError, require_at_least
 from alignkit.escape import to_code, to_markdown
-from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, simplex, table
+from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, load_moocore, simplex, table
 from alignkit.evaluation.frontier_page import render
 from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.ladder import read_arm
@@ -304,6 +304,7 @@ def _plan(job: FrontierJob) -> list[str]:
 
 
 def _work(argv: Sequence[str], job: FrontierJob) -> None:
+    load_moocore()  # before any point is made
     # What a point depends on is in its own folder; the rest may change.
     free = {"members", "spaces", "grid", "points", "any_sum", "others", "objectives", "table", "title"}
     claim_config(job.out, job, free)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,13 @@ def test_the_dry_run_says_what_is_missing(frontier, capsys):
     printed = capsys.readouterr().out
     assert "NOT THERE YET: nowhere (members)" in printed
     assert "evaluate 3 points" in printed
+
+
+def test_without_moocore_no_point_is_made(work, frontier, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "moocore", None)
+    assert cli.main(frontier()) == 2
+    assert "pip install 'alignkit[frontier]'" in capsys.readouterr().err
+    assert not (work / "front" / "points").exists()
 
 
 def test_it_judges_on_prompts_that_no_sweep_has_chosen_by():
