@@ -99,7 +99,7 @@ def fit(
     with writing(folder):
         trainer.save_state()
         trainer.export(result)
-        if args.save_merged and not args.full_finetune:
+        if args.save_merged:
             with whole(trainer.generator):  # all processes take part, one writes
                 if args.should_save:
                     trainer.generator.save_merged(folder / "merged")

@@ -154,6 +154,11 @@ class TextCraftorTrainer(RewardTrainer):
 
         Encoders that were loaded as tuned (`load_generator(encoder=...)`) are trained further.
         """
+        if self._peft_config is not None:
+            raise ConfigError(
+                "peft_config is for a denoiser's LoRA; for one of text encoders give full_finetune: false with "
+                "lora_rank, lora_alpha and lora_targets"
+            )
         generator, conditioner = self.generator, self.generator.conditioner
         chosen = args.encoders or list(generator.lora_encoders) or list(conditioner.encoders)
         generator.model.requires_grad_(False)
