@@ -74,7 +74,7 @@ class FrontierJob:
     rewards: all rewards by a name of your choice.
     gold: the held-out reward, for which no member was tuned.
     evaluate: how base and mixtures are compared.
-    evaluate_from: leave out this many of the prompts first, those that a sweep has chosen by.
+    evaluate_from: leave out this many of these prompts, from the first: those by which a sweep chose.
     evaluate_prompts: evaluate on at most this many of the others; default: all.
     table: where the table goes (default: OUT/frontier.md).
     title: its heading, and that of the page OUT/frontier.html.
