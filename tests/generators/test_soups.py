@@ -265,6 +265,11 @@ def test_bad_encoders_are_refused_by_name(refused, load, model_folders, tmp_path
     transformers.CLIPTextModelWithProjection(config).save_pretrained(tmp_path / "shape" / "text_encoder")
     assert "has the shape [16], not [32]" in refused("flow", members=[tmp_path / "shape"], weights=[1])
     assert "is a CLIPTextModel" in refused("flow", members=[model_folders["unet"] / "text_encoder"], weights=[1])
+    state = {f"strange.{key}": value for key, value in encoder.state_dict().items()}
+    encoder.save_pretrained(tmp_path / "keys" / "text_encoder")
+    save_file(state, tmp_path / "keys" / "text_encoder" / "model.safetensors", {"format": "pt"})
+    assert "does not fit the text_encoder of" in (said := refused("flow", members=[tmp_path / "keys"], weights=[1]))
+    assert "it lacks '" in said
     encoder.save_pretrained(tmp_path / "unnamed")
     assert "2 components of that class" in refused("flow", members=[tmp_path / "unnamed"], weights=[1])
 
