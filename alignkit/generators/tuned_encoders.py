@@ -67,6 +67,8 @@ def _save_adapters(generator: PipelineGenerator, folder: Path, bases: dict[str, 
             adapted[name] = part
             loader = type(generator.pipeline).__name__
             place, reason = "'lora'", f"the LoRA loader of a {loader} does not read a LoRA of it"
+            if not generator.comfyui:
+                place, reason = "'lora' or 'comfyui'", f"{reason}, and ComfyUI's keys for such a model are not known"
         logger.warning("no file in %s of '%s' holds %s: %s; use '%s'", place, folder, name, reason, folder / name)
     if readable:
         exports.export_diffusers(readable, folder / "lora", bases=bases)
