@@ -195,6 +195,8 @@ def _coerce_union(given: Located, annotation: Any, key: str, problems: list[str]
         arms = [arm for arm in arms if (typing.get_origin(arm) or arm) not in _LISTS]
     if any(_is_enum(arm) for arm in arms):  # transformers writes `IntervalStrategy | str` and means the former
         arms = [arm for arm in arms if arm is not str]
+    if isinstance(given.value, dict):  # no list takes it, so what is wrong in it can be said
+        arms = [arm for arm in arms if (typing.get_origin(arm) or arm) not in _LISTS]
     real = [arm for arm in arms if arm is not type(None)]
     for arm in arms:
         own: list[str] = []

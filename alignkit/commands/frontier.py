@@ -2,6 +2,7 @@
 
     OUT/base                                   the base's side, made once
     OUT/points/SPACE/WEIGHTS/seed-S/mixture    what `alignkit soup` makes
+    OUT/points/SPACE/WEIGHTS/seed-S/soup       of mixed weights that act in a window: the one member of that mixture
     OUT/points/SPACE/WEIGHTS/seed-S/evaluation base against the mixture, scored by all rewards
 
 A point whose evaluation is finished is recognised, so the command may be stopped and given again, with more points,
@@ -35,7 +36,7 @@ from alignkit.config import build, read_tree
 from alignkit.diffusion.tuned_steps import ALL_STEPS, TunedSteps
 from alignkit.errors import ConfigError, DataError, MissingFileError, ResumeError, require_at_least
 from alignkit.escape import to_code, to_markdown
-from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, simplex, table
+from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, Point, load_moocore, simplex, table
 from alignkit.evaluation.frontier_page import render
 from alignkit.evaluation.generated import write_generated
 from alignkit.evaluation.ladder import read_arm
@@ -64,15 +65,17 @@ class FrontierJob:
     grid: weights are the multiples of 1 / grid that sum to 1; for two members and 4 these are 1, 0.75, 0.5, 0.25, 0.
     points: further weights, each one number a member.
     any_sum: allow points whose weights do not sum to 1.
-    window: the steps in which embedding and prediction mixtures act, as in `alignkit soup`. Members alone are then
-        evaluated in these steps too, as the end points of such a space.
-    null: whether embedding mixtures also replace the null condition of guidance.
-    others: other generators on the same axes, by a name of your choice, e.g. a joint training.
+    window: the steps in which all mixtures act, as in `alignkit soup`; the base acts in the others. Members change text
+        encoders alone then, or denoisers alone. Members alone are evaluated in these steps too, as end points.
+    null: whether mixtures of text encoders also replace the null condition of guidance.
+    others: other generators on the same axes, by a name of your choice, e.g. a joint training: one, or a list of one
+        for each training seed. The interval of a single one is over prompts alone.
     prompts: where prompts come from; the held-out share is used (all with held_out: 0).
     rewards: all rewards by a name of your choice.
     gold: the held-out reward, for which no member was tuned.
     evaluate: how base and mixtures are compared.
-    evaluate_prompts: evaluate on at most this many prompts; default: all.
+    evaluate_from: leave out this many of these prompts, from the first: those by which a sweep chose.
+    evaluate_prompts: evaluate on at most this many of the others; default: all.
     table: where the table goes (default: OUT/frontier.md).
     title: its heading, and that of the page OUT/frontier.html.
     """
@@ -87,16 +90,18 @@ class FrontierJob:
     any_sum: bool = False
     window: Sequence[float] | None = None
     null: bool = True
-    others: Mapping[str, GeneratorSpec] = field(default_factory=dict)
+    others: Mapping[str, GeneratorSpec | Sequence[GeneratorSpec]] = field(default_factory=dict)
     prompts: PromptsConfig
     rewards: Mapping[str, RewardSpec]
     gold: str | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate_from: int = 0
     evaluate_prompts: int | None = None
     table: Path | None = None
     title: str = "The frontier"
 
     def __post_init__(self) -> None:
+        require_at_least(0, {"evaluate_from": self.evaluate_from})
         require_at_least(1, {"grid": self.grid, "evaluate_prompts": self.evaluate_prompts})
         if self.base.is_own or self.base.adapter is not None or self.base.encoder is not None:
             raise ConfigError("base: give a diffusers model without adapter and encoder; those are members")
@@ -109,6 +114,12 @@ class FrontierJob:
         counts = {name: len(folders) for name, folders in self.members.items()}
         if len(set(counts.values())) > 1 or not min(counts.values()):
             raise ConfigError(f"members have {counts} trainings; give equally many, one for each training seed")
+        for name, given in self.others.items():
+            if not isinstance(given, GeneratorSpec) and len(given) != len(self.seeds):
+                raise ConfigError(
+                    f"others.{name} has {len(given)} trainings; give one generator, or one for each of the members' "
+                    f"{len(self.seeds)} training seeds"
+                )
         if len(set(self.objectives)) < max(2, len(self.objectives)):
             raise ConfigError(f"objectives: {list(self.objectives)}; give at least two rewards, each once")
         self._check_points()
@@ -139,14 +150,19 @@ class FrontierJob:
 
     def steps(self, space: str) -> TunedSteps:
         """Where a mixture of `space` acts."""
-        if space not in ("embedding", "prediction"):
+        if space in (MEMBERS, OTHERS):
             return ALL_STEPS
-        return TunedSteps.between(self.window, null=self.null or space != "embedding")
+        return TunedSteps.between(self.window, null=self.null or space == "prediction")
+
+    def trainings(self, other: str) -> Sequence[GeneratorSpec]:
+        """The generators of one of `others`, by training seed."""
+        given = self.others[other]
+        return [given] if isinstance(given, GeneratorSpec) else given
 
     def asked(self) -> Sequence[Prompt]:
         """The prompts that base and mixtures are compared on. Raises what the prompts' source raises."""
         held_out = self.prompts.split()[1] if self.prompts.held_out else self.prompts.read()
-        return held_out[: self.evaluate_prompts]
+        return held_out[self.evaluate_from :][: self.evaluate_prompts]
 
     def folder(self, space: str, name: str, seed: int) -> Path:
         """The folder of one point of one training seed."""
@@ -176,7 +192,8 @@ def _tasks(job: FrontierJob) -> Iterator[_Task]:
         points += [(space, _name(weights), weights) for weights in (*ends, *job.weights)]
     for seed in job.seeds:
         yield from (_Task(*point, seed) for point in points)
-    yield from (_Task(OTHERS, name, (0.0,) * len(rows), 0) for name in job.others)
+    for name in job.others:
+        yield from (_Task(OTHERS, name, (0.0,) * len(rows), seed) for seed in range(len(job.trainings(name))))
 
 
 @dataclass(frozen=True)
@@ -221,8 +238,10 @@ class _Mixer:
         if task.space == OTHERS or not is_mixture(out):
             return
         made, (members, weights) = read_mixture(out), self._parts(task)
-        files = [record.files for record in made.members]
-        found = {"members": files, "weights": list(made.weights), "window": made.window}
+        soup = out.with_name("soup")
+        mixed = read_mixture(soup) if is_mixture(soup) else made
+        files = [record.files for record in mixed.members]
+        found = {"members": files, "weights": list(mixed.weights), "window": made.window}
         checksums = [own for _, own in members]
         wanted = {"members": checksums, "weights": weights, "window": self.job.steps(task.space)}
         different = [key for key in wanted if found[key] != wanted[key]]
@@ -238,23 +257,45 @@ class _Mixer:
         from alignkit.adapters.mixture import is_mixture
         from alignkit.generators.soups import make_mixture, make_soup
 
-        out = self._folder(task)
+        out, window = self._folder(task), self.job.steps(task.space)
         if not is_mixture(out):  # its record is written last
             shutil.rmtree(out, ignore_errors=True)
-            members, weights = self._parts(task)
-            parts = (self._base, [member for member, _ in members], weights, out)
+            given, weights = self._parts(task)
+            members = [member for member, _ in given]
             if task.space in ("embedding", "prediction"):
-                make_mixture(*parts, space=task.space, window=self.job.steps(task.space), any_sum=True)
+                make_mixture(self._base, members, weights, out, space=task.space, window=window, any_sum=True)
+            elif window == ALL_STEPS:
+                make_soup(self._base, members, weights, out, any_sum=True)
             else:
-                make_soup(*parts, any_sum=True)
+                self._make_soup_in_window(members, weights, out, window)
         return replace(self.job.base, adapter=out)
+
+    def _make_soup_in_window(
+        self, members: Sequence[Member], weights: Sequence[float], out: Path, window: TunedSteps
+    ) -> None:
+        """Mixed weights have no window, so they become the one member of a mixture that has."""
+        from alignkit.generators.members import read_member
+        from alignkit.generators.soups import make_mixture, make_soup, require_space
+
+        changed = {component for member in members for component in member.components}
+        space: Literal["embedding", "prediction"] = "prediction"
+        if any(component.startswith("text_encoder") for component in changed):
+            space = "embedding"
+        require_space(members, space)
+        soup = out.with_name("soup")
+        shutil.rmtree(soup, ignore_errors=True)
+        # Without the members' window, or a warning says that they act in all steps now.
+        make_soup(self._base, [replace(one, window=None) for one in members], weights, soup, any_sum=True)
+        mixed = replace(read_member(str(soup), self._base), window=members[0].window)
+        make_mixture(self._base, [mixed], [1.0], out, space=space, window=window)
 
 
 def _plan(job: FrontierJob) -> list[str]:
     tasks = list(_tasks(job))
+    others = {f"{name}, seed {n}": one for name in job.others for n, one in enumerate(job.trainings(name))}
     missing = [folder for folders in job.members.values() for folder in folders if not Path(folder).exists()]
     return [
-        *absences({"base": job.base, **job.others}, rewards=job.rewards, prompts=job.prompts),
+        *absences({"base": job.base, **others}, rewards=job.rewards, prompts=job.prompts),
         *(f"NOT THERE YET: {folder} (members)" for folder in missing),
         f"mix {', '.join(job.members)} in {len(job.weights)} ways in the spaces {', '.join(job.spaces)}",
         f"evaluate {len(tasks)} points on the held-out share of {job.prompts}, scored by {', '.join(job.rewards)}",
@@ -263,6 +304,7 @@ def _plan(job: FrontierJob) -> list[str]:
 
 
 def _work(argv: Sequence[str], job: FrontierJob) -> None:
+    load_moocore()  # before any point is made
     # What a point depends on is in its own folder; the rest may change.
     free = {"members", "spaces", "grid", "points", "any_sum", "others", "objectives", "table", "title"}
     claim_config(job.out, job, free)
@@ -277,7 +319,7 @@ def _work(argv: Sequence[str], job: FrontierJob) -> None:
         with locked(folder):
             sides = {
                 "base": job.base,
-                "tuned": job.others[task.name] if task.space == OTHERS else mixer.mixed(task),
+                "tuned": job.trainings(task.name)[task.seed] if task.space == OTHERS else mixer.mixed(task),
             }
             out = folder / "evaluation"
             compare(
@@ -323,7 +365,7 @@ def _read(job: FrontierJob, tasks: Sequence[_Task]) -> tuple[Frontier, dict[str,
     """All points, and the folder of the first seed's evaluation of each."""
     found, folders = [], {}
     for task in tasks:
-        seeds = [0] if task.space == OTHERS else list(job.seeds)
+        seeds = range(len(job.trainings(task.name))) if task.space == OTHERS else job.seeds
         own = [job.folder(task.space, task.name, seed) / "evaluation" for seed in seeds]
         result = read_arm(task.name, own) if task.seed == 0 else None
         if result is not None:

@@ -210,6 +210,7 @@ def _report(job: Any, result: Path) -> Path:
         plain(job),
         inputs.data,
         kind=job.train.result_name,
+        encoder=job.aligned.encoder,
     )
     write_card(card, result)
     return report.target

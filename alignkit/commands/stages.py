@@ -87,10 +87,10 @@ def fit(
     loaded = {name: builder() for name, builder in RewardBuilders(rewards or {}).items()}
     built = validation(loaded) if validation else None
     generator = load_policy(*policy)
-    if sampling is not None:
-        generator.require_sampling(sampling)
     options: dict[str, Any] = {"rewards": loaded} if loaded else {}
     trainer = trainer_class(method)(generator, args, train, heldout, validation=built, **options)
+    if sampling is not None:  # after the trainer is made, which may choose the steps of tuned text encoders
+        generator.require_sampling(sampling)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or True)
     if not claimed(folder):  # the export would make the folder again, without what belongs to it
         raise StorageError(f"'{folder}' was deleted or moved during the training; run the same command again")
@@ -98,7 +98,7 @@ def fit(
     with writing(folder):
         trainer.save_state()
         trainer.export(result)
-        if args.save_merged and not args.full_finetune:
+        if args.save_merged:
             with whole(trainer.generator):  # all processes take part, one writes
                 if args.should_save:
                     trainer.generator.save_merged(folder / "merged")

@@ -31,6 +31,15 @@ pipe.load_lora_weights("path/to/this/folder"{loading})
 
 A pipeline without `load_lora_weights` takes the adapter through PEFT:
 `PeftModel.from_pretrained(pipe.{component}, "path/to/this/folder/peft")`."""
+_USE_ON_ENCODERS = """## Use
+
+The adapter was trained on tuned text encoders, which act in some steps, and belongs with them:
+
+```python
+from alignkit import load_generator
+
+generator = load_generator({name}, encoder={encoder}, adapter="path/to/this/folder")
+```"""
 _USE_MODEL = """## Use
 
 ```python
@@ -68,7 +77,8 @@ class CardInputs:
 
     `kind`: adapter, model or encoder. `validation` holds the metrics of held-out evaluations during training, by step,
     and `grid` their last images. `component` is the trained part of the pipeline, `loading` what `load_lora_weights`
-    takes beside the folder, `modality` "image" or "video", where there is no evaluation that shows which.
+    takes beside the folder, `modality` "image" or "video", where there is no evaluation that shows which. `encoder` is
+    the folder of the tuned text encoders that the training began with.
     """
 
     title: str
@@ -85,6 +95,7 @@ class CardInputs:
     component: str = "transformer"
     loading: Mapping[str, Any] = field(default_factory=dict)
     modality: str = "image"
+    encoder: Path | None = None
 
 
 def write_card(card: CardInputs, folder: Path) -> Path:
@@ -109,13 +120,15 @@ def render_card(card: CardInputs, evaluation: Evaluation | None, shown: Mapping[
     base = card.base_model
     what = f"{_KINDS[card.kind]} {to_code(base)}"
     loading = "".join(f", {name}={value!r}" for name, value in card.loading.items())
-    use = {"adapter": _USE_ADAPTER, "encoder": _USE_ENCODERS}.get(card.kind, _USE_MODEL)
-    code = (_LOAD_SANDBOX if base.startswith(SANDBOX) else _LOAD).format(name=json.dumps(to_terminal(base)))
+    adapter = _USE_ADAPTER if card.encoder is None else _USE_ON_ENCODERS
+    use = {"adapter": adapter, "encoder": _USE_ENCODERS}.get(card.kind, _USE_MODEL)
+    name, encoder = (json.dumps(to_terminal(str(one))) for one in (base, card.encoder))
+    code = (_LOAD_SANDBOX if base.startswith(SANDBOX) else _LOAD).format(name=name)
     parts = [
         _front_matter(card),
         f"# {to_markdown(card.title)}\n\n{what}, trained with {to_markdown(card.method)} by alignkit.",
-        use.format(code=code, loading=loading, component=card.component),
-        _scores(evaluation),
+        use.format(code=code, loading=loading, component=card.component, name=name, encoder=encoder),
+        _scores(evaluation, card.encoder),
         _pictures(shown),
         _validation(card),
         _block("Data", card.data, "No data statistics were recorded."),
@@ -134,7 +147,7 @@ def _front_matter(card: CardInputs) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False).strip()}\n---"
 
 
-def _scores(evaluation: Evaluation | None) -> str:
+def _scores(evaluation: Evaluation | None, encoder: Path | None) -> str:
     if evaluation is None:
         return "## Scores\n\nNo paired evaluation of this result is recorded here."
     head = "| reward | base | tuned | paired gain | interval | win rate |\n|---|--:|--:|--:|:-:|--:|"
@@ -149,6 +162,8 @@ def _scores(evaluation: Evaluation | None) -> str:
         f"for both sides. Sampler for every number: {to_markdown(sampling_text(evaluation.sampling))}. "
         f"{evaluation.confidence:.0%} bootstrap intervals over prompts."
     )
+    if encoder is not None:
+        note += f" The base is the model with the text encoders in {to_code(str(encoder))}."
     return "\n".join(["## Scores", "", to_markdown(verdict(evaluation)), "", head, *rows, "", note])
 
 

@@ -93,7 +93,7 @@ class Frontier:
         """The points that no other beats, by their mean gains; the base, with gains of 0, is one of the others."""
         base = np.zeros((1, len(self.objectives)))
         values = np.concatenate([self._gains(self.points), base])
-        kept = _moocore().is_nondominated(values, maximise=True, keep_weakly=True)
+        kept = load_moocore().is_nondominated(values, maximise=True, keep_weakly=True)
         return [point for point, is_kept in zip(self.points, kept, strict=False) if is_kept]
 
     def runs(self, space: str) -> Mapping[int, Floats]:
@@ -113,7 +113,7 @@ class Frontier:
         by_space = {space: list(self.runs(space).values()) for space in (MEMBERS, *self.spaces)}
         every = np.concatenate([gains for runs in by_space.values() for gains in runs])
         lowest = np.minimum(every.min(0), 0.0)
-        measure = functools.partial(_moocore().hypervolume, ref=lowest, maximise=True)
+        measure = functools.partial(load_moocore().hypervolume, ref=lowest, maximise=True)
         return {space: list(map(measure, runs)) for space, runs in by_space.items()}
 
     def attainment(self, space: str) -> dict[float, Floats]:
@@ -122,7 +122,7 @@ class Frontier:
         if len(runs) < 2 or len(self.objectives) not in (2, 3):
             return {}
         sets = np.repeat(np.arange(len(runs)), [len(own) for own in runs.values()])
-        found = _moocore().eaf(-np.concatenate(list(runs.values())), sets, percentiles=list(LEVELS))
+        found = load_moocore().eaf(-np.concatenate(list(runs.values())), sets, percentiles=list(LEVELS))
         return {level: -found[found[:, -1] == level, :-1] for level in LEVELS}
 
     def barriers(self) -> list[Barrier]:
@@ -215,7 +215,8 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _moocore() -> Any:
+def load_moocore() -> Any:
+    """The library that measures sets of points. Raises ConfigError where it is not installed."""
     try:
         import moocore
     except ImportError as error:

@@ -26,43 +26,63 @@ _LEVEL_NAMES = dict(zip(LEVELS, ("any run", "half of the runs", "all runs"), str
 def render(frontier: Frontier, folders: Mapping[str, Path], *, title: str, command: str, prompts: int = 4) -> str:
     """The page; `folders` are evaluations by the name `SPACE NAME` of their point, whose images are shown."""
     header = f'<header><p class="eyebrow">alignkit frontier</p><h1>{to_html(title)}</h1></header>'
-    plots = "".join(plot(frontier, pair) for pair in itertools.combinations(frontier.objectives, 2))
     lead = "Each point is a mixture, with its gain over the base and intervals. Up and to the right is better."
     strips = "".join(_strip(frontier, space, folders, prompts) for space in frontier.spaces)
     note = "Equal prompts and seeds in every column; weights of the members in this order: " + ", ".join(
         frontier.members
     )
     parts = [
-        page.section("front", "The front", lead, f'<div class="charts wide">{plots}</div>' + _table(frontier)),
+        page.section(
+            "front", "The front", lead, f'<div class="charts wide">{_panels(frontier)}</div>' + _table(frontier)
+        ),
         page.section("pictures", "Images", note, strips),
         page.section("setup", "Command", "", f"<pre>{to_html(command)}</pre>"),
     ]
     return page.document(title, header + "".join(parts))
 
 
-def plot(frontier: Frontier, axes: tuple[str, str], marks: Sequence[Dot] = (), lines: Sequence[Series] = ()) -> str:
-    """A panel with all points on two objectives; `marks` and `lines` are drawn beside them."""
+def _panels(frontier: Frontier) -> str:
+    """For every two objectives a panel of all points; of several spaces, each has one more with all that runs reach."""
+    panels = []
+    for axes in itertools.combinations(frontier.objectives, 2):
+        panels.append(plot(frontier, axes))
+        if len(frontier.spaces) > 1:
+            panels += [plot(frontier, axes, space=one) for one in frontier.spaces if len(frontier.runs(one)) > 1]
+    return "".join(panels)
+
+
+def plot(
+    frontier: Frontier,
+    axes: tuple[str, str],
+    marks: Sequence[Dot] = (),
+    lines: Sequence[Series] = (),
+    *,
+    space: str | None = None,
+) -> str:
+    """A panel with all points, or those of one space, on two objectives; `marks` and `lines` are drawn beside them."""
     best, dots = frontier.non_dominated(), []
-    for point in frontier.points:
+    points = frontier.points if space is None else frontier.of(space)
+    for point in points:
         x, y = (point.result.rewards[name].gain for name in axes)
         tone = "good" if point in best else "quiet" if point.space == OTHERS else "tuned"
         dots.append(Dot(f"{point.space} {point.name}", x, y, _SHAPES[point.space], tone))
-    reached, meaning = _reached(replace(frontier, objectives=axes))
-    spaces = dict.fromkeys(point.space for point in frontier.points)
-    shown = "; ".join(f"{_SHAPES[space]}: {space}" for space in spaces)
+    reached, meaning = _reached(replace(frontier, objectives=axes), frontier.spaces if space is None else [space])
+    spaces = dict.fromkeys(point.space for point in points)
+    shown = "; ".join(f"{_SHAPES[one]}: {one}" for one in spaces)
     shown += f". Green: no other point is better in every objective.{meaning}"
-    chart = scatter_chart([*dots, *marks], [*reached, *lines], alt=f"{axes[1]} against {axes[0]}", names=axes)
-    return page.panel(f"{axes[1]} against {axes[0]}", shown, chart)
+    title = f"{axes[1]} against {axes[0]}{f', {space}' if space else ''}"
+    chart = scatter_chart([*dots, *marks], [*reached, *lines], alt=title, names=axes)
+    return page.panel(title, shown, chart)
 
 
-def _reached(frontier: Frontier) -> tuple[list[Series], str]:
+def _reached(frontier: Frontier, spaces: Sequence[str]) -> tuple[list[Series], str]:
     """What the runs reach on the two objectives, as lines, and what the lines mean; of several spaces half of the runs.
 
     All levels of several spaces would be too many lines to tell apart.
     """
-    levels = LEVELS if len(frontier.spaces) == 1 else (50.0,)
+    levels = LEVELS if len(spaces) == 1 else (50.0,)
     lines, meaning = [], {}
-    for space in frontier.spaces:
+    for space in spaces:
         for level, corners in frontier.attainment(space).items():
             if level in levels:
                 name, dash = (_LEVEL_NAMES[level], _LEVEL_DASHES[level]) if len(levels) > 1 else (space, _DASHES[space])

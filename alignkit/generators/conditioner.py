@@ -54,10 +54,12 @@ class Conditioner(nn.Module):
     """All text encoders of a pipeline; its forward encodes prompts, so DDP and FSDP can wrap it.
 
     Trained encoders stay components of the pipeline, so `generate` uses them too: in the steps of a chain that `window`
-    names, by default in all. The same holds for a mixture of encoders (`mix`).
+    names, by default in all. The same holds for a mixture of encoders (`mix`). `folder` is where tuned encoders were
+    loaded from.
     """
 
     window: TunedSteps | None = None
+    folder: Path | None = None
 
     def __init__(self, family: TextFamily) -> None:
         super().__init__()

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 MIXABLE = ("text_encoder", "unet", "transformer")  # how the names of components begin that can be mixed
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 _TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # T5's two names of one weight; files may have either
+# Levels of CLIP and Qwen2.5-VL that files or loaded networks have, and what is left of them.
+_LEVELS = {lora.TEXT_LEVEL: "", "model.language_model.": "model.", "model.visual.": "visual."}
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,7 @@ def _require_same_component(name: str, component: str, folder: Path, base: Base)
 def weights_of(folder: Path, component: str, base: Base) -> StoredTensors:
     """A component's weights under the base's names for them.
 
-    CLIP's level `text_model.`, which versions of transformers have or have not, and T5's two names of its embedding
+    Levels of CLIP and Qwen2.5-VL, which versions of transformers have or have not, and T5's two names of its embedding
     count as the same. Raises AdapterError naming folder and weight for names or shapes that the base does not have.
     """
     own = StoredTensors(require_weights(folder, base.index[component][0]).files)
@@ -342,7 +344,9 @@ def weights_of(folder: Path, component: str, base: Base) -> StoredTensors:
 
 def plain_name(name: str) -> str:
     """A weight's name without what differs between files of one model."""
-    name = name.removeprefix(lora.TEXT_LEVEL)
+    for level, short in _LEVELS.items():
+        if name.startswith(level):
+            return short + name.removeprefix(level)
     return _TIED.get(name, name)
 
 
@@ -354,7 +358,7 @@ def renamed_layers(adapter: Lora, names: Sequence[str]) -> Lora:
     places = {plain_name(name).removesuffix(".weight"): name.removesuffix(".weight") for name in names}
     layers = {}
     for path, layer in adapter.layers.items():
-        plain = path.removeprefix(lora.TEXT_LEVEL)
+        plain = plain_name(path)
         if plain not in places:
             raise AdapterError(
                 f"the base's files have no weight of the layer '{path}': they were written by another version of the "

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from alignkit.adapters import lora, lora_files
@@ -183,8 +184,10 @@ class EmbeddingMixture(MixedGenerator):
     def _mixed_encode(self, *arguments: Any, **named: Any) -> Any:
         results = []
         for variant in self._variants:
+            # Some pipelines write their template into the list of prompts, so each member gets a list of its own.
+            given, told = tree_map(lambda leaf: leaf, (arguments, named))
             with self._encoders_of(variant):
-                results.append(self._encode(*arguments, **named))
+                results.append(self._encode(*given, **told))
         return mixed(results, self._weights)
 
     @contextmanager

@@ -7,9 +7,11 @@ memory of a few of their weights.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +30,7 @@ from alignkit.errors import AdapterError, StorageError
 from alignkit.escape import get_logger
 from alignkit.generators.members import Base, Member, renamed_layers, require_one_base, weights_of
 from alignkit.locks import LOCK
-from alignkit.storage import checksum
+from alignkit.storage import checksum, read_json, write_json
 
 Output = Literal["auto", "adapter", "components", "model"]
 logger = get_logger(__name__)
@@ -69,7 +71,9 @@ def make_soup(
     Raises StorageError where `out` holds something, AdapterError for members of another base and for an output that
     cannot hold the result.
     """
-    mix = Mix(base, members, weights, merge or Merge())
+    # Without the base itself: its change is 0, and its weight would count in the scale of TIES.
+    used = [bool(member.components) for member in members]
+    mix = Mix(base, list(compress(members, used)), list(compress(weights, used)), merge or Merge())
     mix.merge.check(weights, any_sum=any_sum)
     changed, kind = _changed(members), kind_of_result(base, members, output, rank)
     require_new(out)
@@ -273,6 +277,11 @@ def _write_component(mix: Mix, component: str, out: Path) -> None:
     for file in (mix.base.folder / component).glob("*.json"):
         if ".index." not in file.name:  # the result has no shards
             shutil.copyfile(file, out / file.name)
+    config, floats = out / "config.json", [one.dtype for one in layouts.values() if one.dtype.is_floating_point]
+    said = read_json(config)
+    for key in said.keys() & {"dtype", "torch_dtype"}:  # transformers loads in this precision
+        said[key] = str(Counter(floats).most_common(1)[0][0]).removeprefix("torch.")
+    write_json(config, said)
     stem = "diffusion_pytorch_model" if mix.base.index[component][0] == "diffusers" else "model"
     write_stream(out / f"{stem}.safetensors", layouts, mixed.weight, file_metadata(None))
 

@@ -62,18 +62,30 @@ def with_null(tuned: Conditioning, base: Conditioning, window: TunedSteps) -> Co
 
 @dataclass
 class Clock:
-    """The number of the present step, and how many steps the chain has."""
+    """The number of the present step, and how many steps the chain has.
 
-    index: int = 0
+    order: calls of the scheduler's `step` that make one step: 2 for Heun. extra: further calls of the first step, such
+    as one of PNDM. calls: so far.
+    """
+
     total: int = 0
+    order: int = 1
+    extra: int = 0
+    calls: int = 0
+
+    @property
+    def index(self) -> int:
+        """First 0."""
+        return max(0, self.calls - self.extra) // self.order
 
 
 @contextmanager
 def counted_steps(pipeline: Any, on_step: Callable[[], None] = lambda: None) -> Iterator[Clock]:
     """Count the steps of the chains that the pipeline runs within it.
 
-    A chain begins with the scheduler's `set_timesteps`; each step ends with the scheduler's `step`, before which
-    `on_step` is called. A call of a pipeline is one chain, and some families call theirs once for each prompt.
+    A chain begins with the scheduler's `set_timesteps`. `on_step` is called before each call of the scheduler's `step`;
+    the last of a step's calls ends that step. A call of a pipeline is one chain, and some families call theirs once for
+    each prompt.
     """
     scheduler, clock = pipeline.scheduler, Clock()
     step, set_timesteps = scheduler.step, scheduler.set_timesteps
@@ -81,13 +93,15 @@ def counted_steps(pipeline: Any, on_step: Callable[[], None] = lambda: None) -> 
     @functools.wraps(step)  # pipelines ask both for the names of their parameters
     def counted(*given: Any, **named: Any) -> Any:
         on_step()
-        clock.index += 1
+        clock.calls += 1
         return step(*given, **named)
 
     @functools.wraps(set_timesteps)
     def begun(*given: Any, **named: Any) -> Any:
         result = set_timesteps(*given, **named)
-        clock.index, clock.total = 0, len(scheduler.timesteps)
+        calls, clock.order, clock.calls = len(scheduler.timesteps), scheduler.order, 0
+        clock.total = scheduler.num_inference_steps or -(-calls // clock.order)
+        clock.extra = max(0, calls - clock.total * clock.order)  # as the pipelines count their warm-up
         return result
 
     with replaced(scheduler, step=counted, set_timesteps=begun):
@@ -205,7 +219,7 @@ class _Switch:
 
     def __call__(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         leaves, form = tree_flatten((given, named))
-        if self._clock.index == 0:
+        if self._clock.calls == 0:
             self._learn(leaves)
         if self._clock.index not in self._window.on(self._clock.total):
             return None

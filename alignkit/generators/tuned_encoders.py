@@ -67,6 +67,8 @@ def _save_adapters(generator: PipelineGenerator, folder: Path, bases: dict[str, 
             adapted[name] = part
             loader = type(generator.pipeline).__name__
             place, reason = "'lora'", f"the LoRA loader of a {loader} does not read a LoRA of it"
+            if not generator.comfyui:
+                place, reason = "'lora' or 'comfyui'", f"{reason}, and ComfyUI's keys for such a model are not known"
         logger.warning("no file in %s of '%s' holds %s: %s; use '%s'", place, folder, name, reason, folder / name)
     if readable:
         exports.export_diffusers(readable, folder / "lora", bases=bases)
@@ -100,3 +102,4 @@ def load_tuned(generator: PipelineGenerator, folder: Path) -> None:
     if record.weights != (1.0,):
         raise ConfigError(f"'{folder / FILE}': tuned text encoders have weight 1, not {list(record.weights)}")
     generator.conditioner.put(parts, record.window)
+    generator.conditioner.folder = folder

@@ -96,14 +96,14 @@ class AlignTrainer(ResumingTrainer):
         **trainer_options: Any,
     ) -> None:
         self.generator, self.validation = as_generator(model, args.device), validation
-        if validation is not None:
-            self.generator.require_sampling(validation.sampling)
         self.generator.pipeline.to(args.device)
         args._n_gpu = min(args.n_gpu, 1)  # noqa: SLF001 - no DataParallel: several GPUs are torchrun's or accelerate's
         self.ranks = Ranks(args.process_index, args.world_size)
         self._health = WeightedMeans()
         self._peft_config = peft_config
         self.prepare_model(args)
+        if validation is not None:  # after `prepare_model`, which may choose the steps of tuned text encoders
+            self.generator.require_sampling(validation.sampling)
         train, held_out = (self._rows(rows, args) for rows in (train_dataset, eval_dataset))
         # Trainer refuses eval_strategy without a dataset, also when there is only validation.
         super().__init__(
@@ -388,6 +388,7 @@ class AlignTrainer(ResumingTrainer):
             component=self.generator.component,
             loading=self.generator.lora_loading,
             modality=self.generator.modality,
+            encoder=self.generator.conditioner.folder,
         )
 
     def data_summary(self) -> dict[str, Any]:

@@ -143,6 +143,8 @@ class AlignConfig(TrainingArguments):
     def _check_adapter_keys(self) -> None:
         if self.full_finetune and self.lora_targets:
             raise ConfigError("lora_targets and full_finetune exclude each other; keep one")
+        if self.full_finetune and self.save_merged:
+            raise ConfigError("save_merged is for a LoRA: after full_finetune nothing is left to merge; leave it out")
         if self.train_text_encoder and (self.full_finetune or self.fsdp):
             raise ConfigError("train_text_encoder goes with a LoRA on one device or DDP: no full_finetune, no fsdp")
         if self.text_encoder_targets and not self.train_text_encoder:

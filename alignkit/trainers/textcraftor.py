@@ -154,6 +154,11 @@ class TextCraftorTrainer(RewardTrainer):
 
         Encoders that were loaded as tuned (`load_generator(encoder=...)`) are trained further.
         """
+        if self._peft_config is not None:
+            raise ConfigError(
+                "peft_config is for a denoiser's LoRA; for one of text encoders give full_finetune: false with "
+                "lora_rank, lora_alpha and lora_targets"
+            )
         generator, conditioner = self.generator, self.generator.conditioner
         chosen = args.encoders or list(generator.lora_encoders) or list(conditioner.encoders)
         generator.model.requires_grad_(False)
@@ -210,9 +215,9 @@ class TextCraftorTrainer(RewardTrainer):
 
     @override
     def conditioning(self, model: nn.Module, prompts: list[str], steps: Steps, count: int) -> ByStep:
+        tuned = self._tuned(model, prompts)  # first: it switches off the dropout of the base's encoders too
         with torch.no_grad():
             base = model(prompts, reference=True).to(self.generator.device)
-        tuned = self._tuned(model, prompts)
         used = frozenset(self.args.window.on(count))
         if torch.is_grad_enabled():
             active = frozenset(range(count)) if steps.active is None else steps.active

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ from random_adapters import shake
 from alignkit import cli
 from alignkit.adapters import lora
 from alignkit.adapters.mixture import read_mixture
-from alignkit.commands.frontier import read_frontier
+from alignkit.commands.frontier import FrontierJob, read_frontier
+from alignkit.commands.ladder_job import LadderJob
 from alignkit.commands.specs import GeneratorSpec, build_generator
+from alignkit.config import build, read_tree
 from alignkit.diffusion.tuned_steps import TunedSteps
-from alignkit.evaluation.frontier import MEMBERS
+from alignkit.evaluation.frontier import MEMBERS, OTHERS
 from alignkit.generators.tuned_encoders import save_tuned
 from alignkit.records import Sampling
 
@@ -81,7 +85,9 @@ def test_a_front_in_two_spaces(work, frontier, capsys):
     files = {file: file.stat().st_mtime_ns for file in points.rglob("*.parquet")}
 
     others = {"joint": {"model": yaml.safe_load((work / "front.yaml").read_text())["base"]["model"]}}
+    others["joint"] = [others["joint"]] * 2  # one for each training seed
     assert cli.main(frontier(spaces=["weights", "prediction"], others=others)) == 0, capsys.readouterr().err
+    assert next(one for one in read_frontier(work / "front").points if one.space == OTHERS).result.runs == (0, 1)
     after = {file: file.stat().st_mtime_ns for file in points.rglob("*.parquet")}
     assert files.items() < after.items()
     text = (work / "front" / "frontier.md").read_text(encoding="utf-8").replace("\\", "")
@@ -118,11 +124,13 @@ def test_whole_text_encoders_as_weights_and_as_embeddings(work, load, frontier, 
     told = frontier(members={"one": ["one"], "two": ["two"]}, spaces=["weights", "embedding"], window=[0.5, 1.0])
     assert cli.main(told) == 0, capsys.readouterr().err
     again = read_frontier(work / "front")
-    assert [one.name for one in again.of("weights")] == ["one", "two", "0.5-0.5"]
+    assert [one.name for one in again.of("weights")] == ["1-0", "0-1", "0.5-0.5"]
     assert [one.name for one in again.of("embedding")] == ["1-0", "0-1", "0.5-0.5"]
     gains = {(one.space, one.name): one.gains(("red", "dark")) for one in again.points}
     assert all(abs(gain).max() > 0 for gain in gains.values())
     assert abs(gains["embedding", "1-0"] - gains[MEMBERS, "one"]).max() > 0
+    assert gains["weights", "1-0"] == pytest.approx(gains["embedding", "1-0"], abs=1e-6)
+    assert cli.main(told) == 0, capsys.readouterr().err  # the soup in its mixture is recognised
     tuned = build_generator("one", GeneratorSpec(model=str(load("unet").pipeline.name_or_path), encoder=work / "one"))
     spec = GeneratorSpec(model=tuned.pipeline.name_or_path, adapter=work / "front/points/embedding/1-0/seed-0/mixture")
     images = [
@@ -170,6 +178,8 @@ def test_a_mixture_of_other_members_is_not_used(work, frontier, members, capsys)
         ({"others": {"a/b": {"model": "m"}}}, "others: the name 'a/b' becomes a folder"),
         ({"spaces": ["noise"]}, "spaces"),
         ({"grid": 0}, "grid is 0"),
+        ({"others": {"a": [{"model": "m"}] * 3}}, "others.a has 3 trainings; give one generator, or one for each of"),
+        ({"others": {"a": {"modl": "m"}}}, "unknown key 'others.a.modl'"),
     ],
 )
 def test_wrong_configs_are_refused_before_any_work(work, frontier, changes, message, capsys):
@@ -183,3 +193,20 @@ def test_the_dry_run_says_what_is_missing(frontier, capsys):
     printed = capsys.readouterr().out
     assert "NOT THERE YET: nowhere (members)" in printed
     assert "evaluate 3 points" in printed
+
+
+def test_without_moocore_no_point_is_made(work, frontier, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "moocore", None)
+    assert cli.main(frontier()) == 2
+    assert "pip install 'alignkit[frontier]'" in capsys.readouterr().err
+    assert not (work / "front" / "points").exists()
+
+
+def test_it_judges_on_prompts_that_no_sweep_has_chosen_by():
+    """The tastes share their prompts with the sweep of reward gradients."""
+    problems = []
+    front = build(FrontierJob, read_tree([], Path("configs/frontier_tastes.yaml"), problems), problems)
+    sweep = build(LadderJob, read_tree([], Path("configs/sweep_drf.yaml"), problems), problems)
+    assert not problems
+    asked, used = ({prompt.id for prompt in side} for side in (front.asked(), sweep.judged(sweep.shares)))
+    assert (len(asked), len(used), asked & used) == (120, 120, set())

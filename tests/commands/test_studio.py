@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from random_adapters import shake
+from tiny_families import FAMILIES
 
 from alignkit import cli
 from alignkit.adapters.mixture import BASE, read_mixture
@@ -124,6 +125,30 @@ def test_scores_are_of_the_shown_images(session, monkeypatch):
     assert "n/a" in view.scores(again)
     nothing = session.shot(recipe(session), PROMPT, SEED, quiet)
     assert nothing.mix is nothing.base
+
+
+def test_clips(work, load, model_folders):
+    told = FAMILIES["wan"]
+    generator = load("wan")
+    generator.add_lora(2, 5.0, None, 0.0)
+    shake(generator.net, 1, only="lora_")
+    generator.save_adapter(work / "lora")
+    size = {"height": told.side, "width": told.side, "num_frames": told.frames}
+    job = StudioJob(
+        base=GeneratorSpec(model=str(model_folders["wan"])),
+        members={"one": str(work / "lora")},
+        prompt=PROMPT,
+        sampling=Sampling(steps=2, guidance_scale=2.0, **size),
+        rewards={"red": RewardSpec(reward="mine_for_commands:RedVideo")},
+        out=work / "mixes",
+    )
+    opened = Session.open(job, quiet)
+    for mix in (recipe(opened, one=0.5), recipe(opened, "prediction", (1, 2), one=0.5)):
+        shot = opened.shot(mix, PROMPT, SEED, quiet)
+        assert shot.mix.image.shape == (told.frames, told.side, told.side, 3)
+        assert shot.mix.scores["red"] == pytest.approx(shot.mix.image[..., 0].mean() / 255, abs=1e-5)
+        assert not np.array_equal(shot.mix.image, shot.base.image)
+        assert view.stage(shot, 8.0).count("image/webp") == 2
 
 
 @pytest.mark.parametrize(

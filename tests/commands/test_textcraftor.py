@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -79,6 +80,56 @@ def test_candidates_are_drawn_with_tuned_encoders(work, model_folders, load, cap
         pixels = np.array(Image.open(io.BytesIO(row["images"][number]["bytes"])))
         found = torch.from_numpy(pixels).permute(2, 0, 1) / 255
         assert (found - expected).abs().max() <= 1 / 255
+
+
+def test_a_denoiser_on_tuned_encoders(work, model_folders, load, capsys):
+    """Text and denoiser: the card names both, and what the base of its scores is."""
+    generator = load("unet")
+    generator.conditioner.unfreeze()
+    shake(generator.conditioner.encoders["text_encoder"], 1, 0.1)
+    generator.conditioner.window = TunedSteps(0.5, 1.0)
+    save_tuned(generator, work / "encoder")
+    sampling = {"height": 16, "width": 16, "steps": 2}
+    job = {
+        "out": "run",
+        "method": "reward_flow",
+        "prompts": {"file": "prompts.txt", "held_out": 0.5},
+        "generators": {"a": {"model": str(model_folders["unet"]), "encoder": "encoder"}},
+        "rewards": {"red": {"reward": "mine_for_commands:Red"}},
+        "policy": "a",
+        "train": {"reward_weights": {"red": 1}, "sampling_steps": 2, "max_steps": 1, "bf16": False, "guard": None},
+        "evaluate": {"seeds_per_prompt": 1, "sampling": sampling},
+    }
+    job["train"] |= {"height": 16, "width": 16, "gradient_steps": "last 1", "per_device_train_batch_size": 1}
+    (work / "run.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
+    assert cli.main(["run", "--config=run.yaml"]) == 0, capsys.readouterr().err
+    card = (work / "run" / "train" / "adapter" / "README.md").read_text(encoding="utf-8")
+    model = model_folders["unet"]
+    assert f'load_generator("{model}", encoder="encoder", adapter="path/to/this/folder")' in card
+    assert "The base is the model with the text encoders in `encoder`." in card
+    assert "load_lora_weights" not in card
+
+
+@pytest.mark.parametrize("section", ["evaluate", "validation"])
+def test_a_window_without_a_step_is_said_before_the_training(work, model_folders, section, capsys):
+    """The last of 25 steps is none of 2."""
+    few, many = ({"height": 16, "width": 16, "steps": steps} for steps in (2, 25))
+    job = {
+        "out": "run",
+        "method": "textcraftor",
+        "prompts": {"file": "prompts.txt", "held_out": 0.5},
+        "generators": {"a": {"model": str(model_folders["unet"])}},
+        "rewards": {name: {"reward": f"mine_for_commands:{name.title()}"} for name in ("red", "dark")},
+        "policy": "a",
+        "validation": {"rewards": ["dark"], "prompts": 1, "sampling": few if section == "validation" else many},
+        "train": {"reward_weights": {"red": 1}, "gradient_steps": "last 1", "tuned_steps": "last 1", "guard": None},
+        "evaluate": {"sampling": few if section == "evaluate" else many},
+    }
+    job["train"] |= {"height": 16, "width": 16, "max_steps": 1, "bf16": False}
+    (work / "run.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
+    assert cli.main(["run", "--config=run.yaml"]) == 2
+    assert "window [0.96, 1) holds none of the 2 steps" in capsys.readouterr().err
+    assert not (work / "run" / "train" / "encoder").exists()
 
 
 def test_the_direct_variant_takes_a_dataset(work, model_folders, capsys):

@@ -8,7 +8,7 @@ import pytest
 from fronts import NAMES, REWARDS, point
 
 from alignkit.evaluation.frontier import MEMBERS, OTHERS, Frontier, simplex, table
-from alignkit.evaluation.frontier_page import _reached, _stairs, plot
+from alignkit.evaluation.frontier_page import _panels, _reached, _stairs, plot
 from alignkit.evaluation.frontier_place import place, plots
 
 
@@ -60,16 +60,23 @@ def test_attainment_of_the_runs(frontier):
 
 
 def test_panels_show_what_runs_reach_on_their_two_axes(frontier):
-    """One space: all levels; several: half of the runs. With three objectives, those of the panel alone."""
+    """One space: all levels; several: half of the runs, and each has a panel with all levels.
+
+    With three objectives, those of the panel alone.
+    """
     two = plot(frontier, REWARDS)
     assert two.count('class="t-quiet reach') == 2
     assert "Lines: what half of the runs reach (solid: weights, dashed: prediction)." in two
+    panels = _panels(frontier)
+    for space in ("weights", "prediction"):
+        assert f"warm against sharp, {space}" in panels
+        assert all(panels.count(f"<title>{space}, {level}<") == 1 for level in ("any run", "all runs"))
     one = plot(Frontier(["a", "b"], REWARDS, frontier.points[:3]), REWARDS)
     assert one.count('class="t-quiet reach') == 3
     assert "Lines: what the runs reach (dotted: any run, solid: half of the runs, dashed: all runs)." in one
     ends = [point(MEMBERS, (1, 0), (4, 0, 9), (4, 0, 9)), point(MEMBERS, (0, 1), (0, 4, 0), (0, 4, 0))]
     three = Frontier(["a", "b"], NAMES, [*ends, point("weights", (0.5, 0.5), (2, 2, 8), (1, 1, 8))])
-    reached = {line.name: line.points for line in _reached(replace(three, objectives=("sharp", "warm")))[0]}
+    reached = {line.name: line.points for line in _reached(replace(three, objectives=REWARDS), ["weights"])[0]}
     assert reached["weights, all runs"] == _stairs(frontier.attainment("weights")[100.0])
     assert plot(three, ("sharp", "deep")).count('class="t-quiet reach') == 3
     alone = Frontier(["a", "b"], REWARDS, [point(MEMBERS, (1, 0), (4, 0)), point("weights", (0.5, 0.5), (2, 2))])

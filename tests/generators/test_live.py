@@ -9,6 +9,7 @@ import torch
 from random_adapters import shake
 from tiny_families import FAMILIES
 
+from alignkit.adapters import exports
 from alignkit.adapters.mixture import BASE
 from alignkit.commands.specs import GeneratorSpec, build_generator
 from alignkit.diffusion.tuned_steps import ALL_STEPS, TunedSteps
@@ -16,6 +17,7 @@ from alignkit.errors import AdapterError, ConfigError
 from alignkit.generators.live import LiveMix, Recipe
 from alignkit.generators.members import Base, read_member
 from alignkit.generators.soups import make_mixture, make_soup
+from alignkit.generators.tuned_encoders import save_tuned
 from alignkit.records import Sampling
 
 CLOSE = 1e-4  # largest pixel difference, float32
@@ -86,6 +88,25 @@ def test_images_are_those_of_the_written_mixtures(live, folders, base, model_fol
         assert (written - plain).abs().max() > 20 * CLOSE, recipe
         assert torch.equal(live.generate(nothing, *JOB), live.generate(replace(nothing, space=recipe.space), *JOB))
         assert (live.generate(nothing, *JOB) - plain).abs().max() <= CLOSE, recipe
+
+
+def test_an_encoder_whose_files_have_other_names_than_the_network(load, model_folders, tmp_path):
+    """Qwen2.5-VL of Qwen-Image: whole in memory, and a LoRA of it written as a component."""
+    base, told = Base.open(str(model_folders["qwen_image"])), FAMILIES["qwen_image"]
+    job = (["a red circle"], (5,), Sampling(steps=2, guidance_scale=3.0, height=told.side, width=told.side))
+    tuned = load("qwen_image")
+    tuned.conditioner.add_lora(2)
+    shake(tuned.conditioner.encoders["text_encoder"], 1, 0.3, only="lora_")
+    expected = tuned.generate(*job)
+    save_tuned(tuned, tmp_path / "whole")
+    exports.export_peft(tuned.conditioner.encoders["text_encoder"], tmp_path / "lora" / "text_encoder", base_model="")
+    assert (load("qwen_image").generate(*job) - expected).abs().max() > 20 * CLOSE
+    whole = read_member(str(tmp_path / "whole"), base)
+    found = LiveMix(load("qwen_image"), base, {"one": whole})
+    assert (found.generate(Recipe(space="weights", weights={"one": 1.0}), *job) - expected).abs().max() <= CLOSE
+    make_soup(base, [read_member(str(tmp_path / "lora"), base)], [1.0], tmp_path / "mix", output="components")
+    written = load("qwen_image", adapter=tmp_path / "mix")
+    assert (written.generate(*job) - expected).abs().max() <= CLOSE
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,16 @@ def test_the_base_has_the_rest_to_one(kind, weights, load, members, model_folder
     assert (short - full).abs().max() > 20 * CLOSE
 
 
+def test_two_equal_halves_are_the_member(load, members, model_folders, tmp_path):
+    """Z-Image's pipeline writes its template into the list of prompts."""
+    base = Base.open(str(model_folders["z_image"]))
+    member = read_member(str(members("z_image", "embedding")[0]), base)
+    make_mixture(base, [member] * 2, [0.5, 0.5], tmp_path / "mix", space="embedding")
+    found = load_mixture(load("z_image"), tmp_path / "mix").generate(*job("z_image"))
+    alone = member_alone(load, members, "z_image", "embedding", 0).generate(*job("z_image"))
+    assert (found - alone).abs().max() <= CLOSE
+
+
 # --- windows: the pipeline and our chain ----------------------------------------------------------------------------
 
 

@@ -191,6 +191,33 @@ def test_a_strength_of_a_denoiser(load, model_folders, tmp_path):
     assert all(torch.allclose(mixed[key], torch.lerp(states[0][key], states[1][key], 0.4), atol=1e-6) for key in mixed)
 
 
+def test_a_share_of_the_base_is_a_smaller_strength_in_every_method(load, model_folders, tmp_path):
+    one = tuned_encoders(load("unet").pipeline, tmp_path / "one", 1, ["text_encoder"])
+    before, after = (load_file(f / "text_encoder" / "model.safetensors") for f in (model_folders["unet"], one))
+    halves = {
+        "linear": ("base", one, "--weights", 0.5, 0.5),
+        "dare": (one, "base", "--weights", 0.5, 0.5, "--method", "dare"),
+        "ties": ("base", one, "--weights", 0.5, 0.5, "--method", "ties"),
+        "alone": (one, "--weights", 0.5, "--method", "ties", "--any_sum", "true"),
+    }
+    for name, told in halves.items():
+        out = tmp_path / name
+        assert soup("--members", *told, "--base", model_folders["unet"], "--out", out) == 0
+        mixed = load_file(out / "text_encoder" / "model.safetensors")
+        assert all(torch.allclose(mixed[key], (before[key] + after[key]) / 2, atol=1e-6) for key in mixed), name
+
+
+def test_the_config_says_the_precision_of_the_result(load, model_folders, tmp_path):
+    """A half-precision base with a float32 member; transformers would load the result in half precision."""
+    one = tuned_encoders(load("unet").pipeline, tmp_path / "one", 1, ["text_encoder"])
+    shutil.copytree(model_folders["unet"], tmp_path / "base")
+    load("unet").pipeline.text_encoder.half().save_pretrained(tmp_path / "base" / "text_encoder")
+    assert soup("--members", one, "--weights", 1, "--base", tmp_path / "base", "--out", tmp_path / "mix") == 0
+    mixed = load_file(tmp_path / "mix" / "text_encoder" / "model.safetensors")
+    assert {value.dtype for value in mixed.values()} == {torch.float32}
+    assert transformers.CLIPTextModel.from_pretrained(tmp_path / "mix" / "text_encoder").dtype == torch.float32
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +265,11 @@ def test_bad_encoders_are_refused_by_name(refused, load, model_folders, tmp_path
     transformers.CLIPTextModelWithProjection(config).save_pretrained(tmp_path / "shape" / "text_encoder")
     assert "has the shape [16], not [32]" in refused("flow", members=[tmp_path / "shape"], weights=[1])
     assert "is a CLIPTextModel" in refused("flow", members=[model_folders["unet"] / "text_encoder"], weights=[1])
+    state = {f"strange.{key}": value for key, value in encoder.state_dict().items()}
+    encoder.save_pretrained(tmp_path / "keys" / "text_encoder")
+    save_file(state, tmp_path / "keys" / "text_encoder" / "model.safetensors", {"format": "pt"})
+    assert "does not fit the text_encoder of" in (said := refused("flow", members=[tmp_path / "keys"], weights=[1]))
+    assert "it lacks '" in said
     encoder.save_pretrained(tmp_path / "unnamed")
     assert "2 components of that class" in refused("flow", members=[tmp_path / "unnamed"], weights=[1])
 

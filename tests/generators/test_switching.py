@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from tiny_families import FAMILIES
 
 from alignkit.diffusion.tuned_steps import TunedSteps, fixed_steps
@@ -147,6 +148,22 @@ def test_steps_are_counted_for_each_chain_and_one_count_stands_within_another(lo
         generator.generate(PROMPTS, SEEDS, told)
     assert ends == 2 * [(step, step, COUNT) for step in range(COUNT)]
     assert not {"step", "set_timesteps"} & set(vars(pipe.scheduler))
+
+
+@pytest.mark.parametrize(
+    ("solver", "indices"), [(HeunDiscreteScheduler, [0, 0, 1, 1, 2, 2, 3]), (PNDMScheduler, [0, 0, 1, 2, 3])]
+)
+def test_a_step_may_be_several_calls_of_the_network(tuned, solver, indices):
+    """The last two of four steps, in numbers and in shares."""
+    generator, _, sampling = tuned("unet", TunedSteps.between((2, 4)), steps=4)
+    pipe = generator.pipeline
+    pipe.scheduler = solver.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    seen = []
+    with counted_steps(pipe, lambda: seen.append((clock.index, clock.total))) as clock:
+        found = generator.generate(PROMPTS, SEEDS, sampling)
+    assert seen[-len(indices) :] == [(index, 4) for index in indices]
+    generator.conditioner.window = TunedSteps(0.5, 1.0)
+    assert torch.equal(generator.generate(PROMPTS, SEEDS, sampling), found)
 
 
 def test_a_window_of_all_steps_is_the_tuned_encoder_alone(tuned, load):

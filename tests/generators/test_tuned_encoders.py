@@ -125,10 +125,12 @@ def test_comfyui_reads_the_other_encoders(family, name, prefix, own, load, tmp_p
         torch.testing.assert_close(changed[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_sana_has_no_file_for_comfyui(load, tmp_path):
+def test_sana_has_no_file_for_comfyui(load, tmp_path, warnings):
     """ComfyUI does not run it."""
     save_tuned(tune(load("sana"), ["text_encoder"], full=False), tmp_path / "out")
     assert files(tmp_path / "out") == ["text_encoder/model.safetensors"]
+    assert "no file in 'lora' or 'comfyui' of" in warnings()[-1]
+    assert "and ComfyUI's keys for such a model are not known" in warnings()[-1]
 
 
 # --- as members of mixtures -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
+from peft import LoraConfig
 from red_reward import CHAIN, PROMPTS, TRAINING, Red
 
 from alignkit.diffusion.steps import Steps
@@ -108,8 +109,13 @@ def derived(trainer, batch, *, active, used, null=True, kl=0.0):
     ],
 )
 def test_the_gradient_is_that_of_plain_autograd(make, family, keys, told):
+    """Trainer puts the model in training mode before each loss; T5, frozen here, has dropout then."""
     trainer = make(family, **keys)
     batch = exact(trainer)
+    for module in trainer.generator.conditioner.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    trainer.model.train()
     found = gradients(trainer, trainer.method_loss(trainer.model, batch).loss.mean())
     expected = gradients(trainer, derived(trainer, batch, active={3, 4}, **told))
     assert expected.norm() > 0
@@ -296,6 +302,15 @@ def test_bad_settings_are_named(make, keys, message):
 
 def test_drawn_steps_are_not_compared_with_the_window(make):
     assert make("unet", gradient_steps="random 1").args.gradient.steps == "random 1"
+
+
+def test_settings_that_would_be_ignored_are_refused(load, tmp_path):
+    args = TextCraftorConfig(**SETTINGS, output_dir=str(tmp_path))
+    options = {"rewards": {"red": Red()}, "peft_config": LoraConfig(r=2)}
+    with pytest.raises(ConfigError, match="peft_config is for a denoiser's LoRA"):
+        TextCraftorTrainer(load("unet"), args, PROMPTS, **options)
+    with pytest.raises(ConfigError, match="save_merged is for a LoRA: after full_finetune nothing is left to merge"):
+        TextCraftorConfig(**SETTINGS, output_dir=str(tmp_path), save_merged=True)
 
 
 def test_half_precision_is_for_a_lora(load, make):
