@@ -143,6 +143,7 @@ class Timed:
 
     def __post_init__(self) -> None:
         self.name, self.weights, self.codec = self.maker.name, self.maker.weights, self.maker.codec
+        self.schedule = self.maker.schedule
         self.taken: dict[str, list[float]] = {"stage": [], "bare": []}
         self._since = 0.0
 
@@ -189,7 +190,7 @@ def pairs(model: Path, chosen: argparse.Namespace, work: Path) -> dict[str, Any]
 class Idle:
     """A `PairMaker` that computes nothing."""
 
-    name, weights, codec = "idle", "none", "none"
+    name, weights, schedule, codec = "idle", "none", "none", "none"
 
     def make(self, request: PairRequest, clip: np.ndarray | None) -> Pair:  # noqa: ARG002
         """Zeros."""

@@ -65,7 +65,7 @@ def test_votes_outlive_the_program(pairs, tmp_path, end):
     ("words", "message"),
     [
         ([], "key 'pairs' is missing"),
-        (["--pairs", "absent"], "'absent/manifest.json' does not exist"),
+        (["--pairs", "absent"], "'absent' is not a finished stage 'dense-pairs'"),
         (["--pairs", "absent", "--port", "70000"], "port is 70000; give a number below 65536"),
         (["--pairs", "absent", "--annotator", "a b"], "'a b' is no name of a labeller"),
     ],
