@@ -185,9 +185,9 @@ class EmbeddingMixture(MixedGenerator):
         results = []
         for variant in self._variants:
             # Some pipelines write their template into the list of prompts, so each member gets a list of its own.
-            given, told = tree_map(lambda leaf: leaf, (arguments, named))
+            positional, keywords = tree_map(lambda leaf: leaf, (arguments, named))
             with self._encoders_of(variant):
-                results.append(self._encode(*given, **told))
+                results.append(self._encode(*positional, **keywords))
         return mixed(results, self._weights)
 
     @contextmanager

@@ -27,8 +27,8 @@ from alignkit.seeds import derive_seed
 CATEGORIES = ("one_moving", "one_still", "two_moving", "two_still")
 FREQUENCIES = (4 / 9, 1 / 18, 4 / 9, 1 / 18)  # of the categories in training, see `random_spec`
 _TRIES = 2_000  # for a new prompt of one category
-Share = Literal["training", "held_out"]
-SHARES: tuple[Share, Share] = ("training", "held_out")
+Split = Literal["training", "held_out"]
+SPLITS: tuple[Split, Split] = ("training", "held_out")
 PREFIXES = ("", "a clip of ")
 MOVING = (
     ("moves {direction} {speed}", "slides {direction} {speed}", "{speed} moves {direction}"),
@@ -114,32 +114,32 @@ def parse(text: str) -> FilmSpec:
     return FilmSpec((kinds[mover], *kinds[:mover], *kinds[mover + 1 :]), direction, speed)
 
 
-def share_of(spec: FilmSpec) -> Share:
+def split_of(spec: FilmSpec) -> Split:
     """The half of all meanings that `spec` is in, so that no training shows the meaning of a held-out prompt."""
-    return SHARES[derive_seed("film-share", repr(spec)) % 2]
+    return SPLITS[derive_seed("film-halves", repr(spec)) % 2]
 
 
-def spec_in(share: Share | None, rng: np.random.Generator) -> FilmSpec:
-    """A random meaning of one share, or of both; categories are as frequent as in training."""
+def spec_in(split: Split | None, rng: np.random.Generator) -> FilmSpec:
+    """A random meaning of one split, or of both; categories are as frequent as in training."""
     while True:
         spec = random_spec(rng)
-        if share is None or share_of(spec) == share:
+        if split is None or split_of(spec) == split:
             return spec
 
 
-def prompts(count: int, *, seed: int, share: Share | None = None) -> list[Prompt]:
+def prompts(count: int, *, seed: int, split: Split | None = None) -> list[Prompt]:
     """Up to `count` different prompts; half have two objects, one in nine has no motion, as in training.
 
-    Prompts of one meaning have different wordings: there are only 15 meanings of one object at rest. `share` is the
+    Prompts of one meaning have different wordings: there are only 15 meanings of one object at rest. `split` is the
     half of the meanings: "training" or "held_out"; None for both.
     """
-    require_share(share)
+    require_split(split)
     rng = np.random.default_rng(derive_seed("film-prompts", seed))
     chosen: dict[str, Prompt] = {}
     for _ in range(count):
         wanted = str(rng.choice(CATEGORIES, p=FREQUENCIES))
         for _ in range(_TRIES):
-            spec = spec_in(share, rng)
+            spec = spec_in(split, rng)
             text = word(spec, rng)
             category = CATEGORIES[2 * (len(spec.kinds) - 1) + (spec.direction is None)]
             if category == wanted and text not in chosen:
@@ -148,7 +148,7 @@ def prompts(count: int, *, seed: int, share: Share | None = None) -> list[Prompt
     return list(chosen.values())
 
 
-def require_share(share: str | None) -> None:
-    """ConfigError for the name of no share."""
-    if share is not None and share not in SHARES:
-        raise ConfigError(f"share is '{share}'; use {SHARES[0]} or {SHARES[1]}, or leave it out")
+def require_split(split: str | None) -> None:
+    """ConfigError for the name of no split."""
+    if split is not None and split not in SPLITS:
+        raise ConfigError(f"split is '{split}'; use {SPLITS[0]} or {SPLITS[1]}, or leave it out")

@@ -9,20 +9,20 @@ import numpy as np
 from alignkit.media import encode_clip
 from alignkit.pairs import RealVideo
 from alignkit.sandbox import films
-from alignkit.sandbox.film_captions import Share, parse, require_share, spec_in, word
+from alignkit.sandbox.film_captions import Split, parse, require_split, spec_in, word
 from alignkit.seeds import derive_seed
 
 
-def videos(count: int, *, seed: int, share: Share | None = None) -> list[RealVideo]:
-    """`count` correct clips of random meaning with their captions; number i is a function of (seed, share, i).
+def videos(count: int, *, seed: int, split: Split | None = None) -> list[RealVideo]:
+    """`count` correct clips of random meaning with their captions; number i is a function of (seed, split, i).
 
-    `share` is the half of the meanings, see `film_captions.prompts`.
+    `split` is the half of the meanings, see `film_captions.prompts`.
     """
-    require_share(share)
+    require_split(split)
     found = []
     for number in range(count):
         rng = np.random.default_rng(derive_seed("film-video", seed, number))
-        caption = word(spec_in(share, rng), rng)
+        caption = word(spec_in(split, rng), rng)
         found.append(RealVideo(f"film-{number:05d}", caption, functools.partial(_render, caption, seed, number)))
     return found
 

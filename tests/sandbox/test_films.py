@@ -11,7 +11,7 @@ import pytest
 from alignkit.errors import ConfigError, DataError
 from alignkit.sandbox import film_captions, film_gold, film_models, films
 from alignkit.sandbox.clips import DIRECTIONS
-from alignkit.sandbox.film_captions import SHARES, parse, prompts, random_spec, specs, word
+from alignkit.sandbox.film_captions import SPLITS, parse, prompts, random_spec, specs, word
 from alignkit.sandbox.film_videos import videos
 from alignkit.sandbox.films import FRAMES, SEGMENTS, Actor, Film, FilmSpec
 from alignkit.segments import owners
@@ -74,23 +74,23 @@ def test_prompts_differ_and_know_their_category():
     assert all(prompt.metadata["category"] == category_of(prompt.text) for prompt in asked)
 
 
-def test_shares_have_no_meaning_in_common():
-    """Each share has meanings of every category, and its prompts have the categories of all prompts."""
-    meanings = {share: {spec for spec in specs() if film_captions.share_of(spec) == share} for share in SHARES}
+def test_splits_have_no_meaning_in_common():
+    """Each split has meanings of every category, and its prompts have the categories of all prompts."""
+    meanings = {split: {spec for spec in specs() if film_captions.split_of(spec) == split} for split in SPLITS}
     assert sum(map(len, meanings.values())) == len(specs())
-    for share, own in meanings.items():
+    for split, own in meanings.items():
         assert abs(len(own) / len(specs()) - 0.5) < 0.05
-        asked = prompts(500, seed=23, share=share)
+        asked = prompts(500, seed=23, split=split)
         assert len(asked) == 500
         assert {parse(prompt.text) for prompt in asked} <= own
-        assert {parse(video.caption) for video in videos(200, seed=29, share=share)} <= own
+        assert {parse(video.caption) for video in videos(200, seed=29, split=split)} <= own
         counts = collections.Counter(prompt.metadata["category"] for prompt in asked)
         assert min(counts["one_moving"], counts["two_moving"]) > 180
         assert min(counts["one_still"], counts["two_still"]) > 12
-    with pytest.raises(ConfigError, match="share is 'test'; use training or held_out"):
-        prompts(1, seed=0, share="test")
-    with pytest.raises(ConfigError, match="share is 'test'"):
-        videos(1, seed=0, share="test")
+    with pytest.raises(ConfigError, match="split is 'test'; use training or held_out"):
+        prompts(1, seed=0, split="test")
+    with pytest.raises(ConfigError, match="split is 'test'"):
+        videos(1, seed=0, split="test")
 
 
 # --- films ----------------------------------------------------------------------------------------------------------
