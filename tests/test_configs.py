@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from alignkit import cli
+from alignkit.commands.ladder_job import LadderJob
+from alignkit.config import load
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -46,6 +48,15 @@ def test_the_config_of_a_dry_run_is_read_again(path, monkeypatch, capsys, tmp_pa
     second = capsys.readouterr().out
     assert yaml.safe_load(second) == yaml.safe_load(printed)  # 1.0 is 1
     assert second.partition("# what")[2] == printed.partition("# what")[2]
+
+
+LADDERS = [path for path in FILES if path.read_text(encoding="utf-8").startswith("# alignkit ladder ")]
+
+
+@pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.name)
+def test_a_ladder_has_prompts_to_evaluate(path):
+    job = load(LadderJob, file=path)
+    assert len(job.judged(job.shares)) >= 0.9 * (job.evaluate_prompts or 1)
 
 
 def test_a_dry_run_prints_the_keys_of_the_method_and_those_given(monkeypatch, capsys):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
 
 from alignkit.commands.dense_job import DenseJob
 from alignkit.commands.methods import find_method, known_method
@@ -150,14 +149,14 @@ class DatasetJob(PolicyJob):
 
     data: DatasetConfig
     method: str
-    trains_on_prompts: ClassVar[bool] = False
 
     @property
     def held_out_advice(self) -> str:
         return "" if self.data.held_out > 0 else ", or data.held_out above 0"
 
-    def split_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        return super().split_prompts() if self.prompts.held_out else ([], self.prompts.read())
+    @property
+    def trains_on_prompts(self) -> bool:
+        return False
 
     def data_plan(self) -> list[str]:
         missing = [] if self.data.path.exists() else [f"NOT THERE YET: {self.data.path} (data)"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from alignkit.commands.dense_pairs import ClipsConfig, PairStage
 from alignkit.commands.label import LabelStage
@@ -12,7 +11,6 @@ from alignkit.commands.policy_job import PolicyJob
 from alignkit.commands.training_data import PromptShares, TrainingData
 from alignkit.commands.verb import counts_line
 from alignkit.errors import ConfigError
-from alignkit.records import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,6 @@ class DenseJob(PolicyJob):
     label: LabelStage
     held_out_pairs: float = 0.0
     pairs_folder: Path | None = None
-    trains_on_prompts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,8 +46,9 @@ class DenseJob(PolicyJob):
     def held_out_advice(self) -> str:
         return "" if self.held_out_pairs > 0 else ", or held_out_pairs above 0"
 
-    def split_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        return super().split_prompts() if self.prompts.held_out else ([], self.prompts.read())
+    @property
+    def trains_on_prompts(self) -> bool:
+        return False
 
     def data_plan(self) -> list[str]:
         return [

@@ -142,6 +142,10 @@ class LadderJob(PolicyJob):
         if len(self.comparisons) != 1 + len(self.guidance_scales):
             raise ConfigError(f"guidance_scales is {list(self.guidance_scales)}; it repeats a guidance scale")
 
+    @property
+    def trains_on_prompts(self) -> bool:
+        return any(self.data_job(name).trains_on_prompts for name in self.arms)
+
     def data_job(self, name: str) -> PolicyJob:
         """What makes an arm's training data: a job with the ladder's sections for that kind of data.
 
@@ -167,7 +171,9 @@ class LadderJob(PolicyJob):
         if arm.pairs:
             sections |= {"pairs": self._pairs_of(name), "pairs_folder": None}
         if arm.writer or arm.pairs or arm.label:
-            sections["out"] = self.out / "arms" / name
+            alike = (arm.writer, arm.pairs, arm.label)
+            first = next(key for key, other in self.arms.items() if alike == (other.writer, other.pairs, other.label))
+            sections["out"] = self.out / "arms" / first
         return made(**sections)
 
     def _pairs_of(self, name: str) -> PairStage:

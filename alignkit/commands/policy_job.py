@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from alignkit.commands.specs import GeneratorSpec, PromptsConfig, RewardSpec, require_names
 from alignkit.commands.training_data import PromptShares, TrainingData
@@ -34,7 +33,6 @@ class PolicyJob:
     rewards: Mapping[str, RewardSpec]
     policy: str
     gold: str | None = None
-    trains_on_prompts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_names([self.policy], self.generators, kind="generator", key="policy")
@@ -47,6 +45,11 @@ class PolicyJob:
             raise ConfigError(
                 f"gold is '{self.gold}', which is also in {key}; gold must not be used before the evaluation"
             )
+
+    @property
+    def trains_on_prompts(self) -> bool:
+        """Whether training needs prompts. Where it does not, held_out: 0 gives all of them to the evaluation."""
+        return True
 
     @property
     def aligned(self) -> GeneratorSpec:
@@ -69,7 +72,8 @@ class PolicyJob:
 
     def split_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Training prompts, and prompts for validation and evaluation."""
-        return self.prompts.split()
+        has_split = self.trains_on_prompts or self.prompts.held_out
+        return self.prompts.split() if has_split else ([], self.prompts.read())
 
     def data_plan(self) -> list[str]:
         """Lines of a dry run about the training data."""

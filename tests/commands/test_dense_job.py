@@ -103,6 +103,21 @@ def ladder(work, config):
     return work / "ladder.yaml"
 
 
+def test_arms_with_the_same_pairs_of_their_own_share_them(ladder):
+    keys = yaml.safe_load(ladder.read_text(encoding="utf-8"))
+    keys["arms"]["vanilla_beta"] = keys["arms"]["vanilla"] | {"train": {"loss": "clip_dpo", "beta": 9.0}}
+    ladder.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    job = load(LadderJob, file=ladder)
+    assert job.data_job("vanilla_beta") == job.data_job("vanilla")
+    assert job.data_job("vanilla_beta").out == job.out / "arms" / "vanilla"
+
+
+def test_all_prompts_of_a_ladder_are_evaluated_with_held_out_0(ladder):
+    """Its training prompts are the captions of the videos."""
+    job = load(LadderJob, ["--prompts.held_out", "0"], file=ladder)
+    assert (job.shares.train, len(job.shares.evaluation)) == ([], len(job.prompts.read()))
+
+
 def test_arms_share_pairs_unless_they_have_their_own(work, ladder, capsys):
     job = load(LadderJob, file=ladder)
     jobs = {name: job.data_job(name) for name in job.arms}
