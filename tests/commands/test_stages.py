@@ -49,22 +49,23 @@ def weights_of(*modules):
 
 
 @pytest.mark.parametrize(
-    ("family", "size"),
+    ("family", "size", "decoding"),
     [
-        ("unet", (64, 64, 1)),
-        ("wan", (32, 32, 21)),  # six latent frames, of which the doctor runs four and five
-        ("cogvideox", (32, 32, 9)),
+        ("unet", (64, 64, 1), Decoding()),
+        ("wan", (32, 32, 21), Decoding()),  # six latent frames, of which the doctor runs four and five
+        ("wan", (32, 320, 5), Decoding(tiles=True)),  # two tiles
+        ("cogvideox", (32, 32, 9), Decoding()),
     ],
 )
-def test_decoding_takes_what_it_takes(load, model_folders, family, size):
+def test_decoding_takes_what_it_takes(load, model_folders, family, size, decoding):
     generator = load(family)
     vae = generator.pipeline.vae.requires_grad_(False)
     latents = torch.randn(1, *generator.latent_shape(*size), requires_grad=True)
     with Ledger([latents, *weights_of(vae)]) as ledger:
-        pixels = generator.decode(latents, Decoding())
+        pixels = generator.decode(latents, decoding)
         kept = ledger.live
         pixels.backward(torch.ones_like(pixels))
-    told = decoding_stage(read_model(model_folders[family]), size, "float32", Decoding())
+    told = decoding_stage(read_model(model_folders[family]), size, "float32", decoding)
     assert told.peak == pytest.approx(ledger.peak, rel=0.1)
     assert told.kept == pytest.approx(kept, rel=0.1)
 
@@ -170,6 +171,14 @@ def test_switches_are_for_the_stage_with_the_peak(chain):
         name, before = stages.peak(model, plain)
         assert stages.stage(model, lower, name) + sum(stages.resident(model, lower).values()) < before
         plain = lower
+
+
+def test_tiles_are_for_a_video_of_several(chain):
+    model, plain = chain
+    switch = next(switch for switch in stages.SWITCHES if "tiles" in switch.changes)
+    wide = replace(plain, setup=replace(plain.setup, width=512))
+    assert stages.stage(model, switch.on(wide), stages.DECODING) < stages.stage(model, wide, stages.DECODING)
+    assert stages.stage(model, switch.on(plain), stages.DECODING) == stages.stage(model, plain, stages.DECODING)
 
 
 def test_switches_that_mean_nothing_are_left_out(chain):

@@ -70,6 +70,12 @@ def has_cache(model: Model) -> bool:
 
 
 @functools.cache
+def has_tiles(model: Model) -> bool:
+    """Whether the VAE can decode in spatial tiles."""
+    return "use_tiling" in vars(_codec(model, "float32").pipeline.vae)
+
+
+@functools.cache
 def latent_numbers(model: Model, size: tuple[int, int, int]) -> int:
     """How many numbers a latent of `size` (height, width, frames) is."""
     return math.prod(_codec(model, "float32").latent_shape(*size))

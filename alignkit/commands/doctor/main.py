@@ -63,6 +63,7 @@ class DoctorJob:
     unconditional_gradient: whether their unconditional call carries gradients too.
     decode_frames: of a video, decode and score only the first frames, this many; default: all.
     decode_cache_on_cpu: keep what a causal video VAE caches in the memory of the CPU.
+    decode_tiles: decode in spatial tiles.
     critic: the vision-language model that scores; without it no reward is counted.
     reward: a name in the table of rewards, or 'package.module:attribute' of your own; it is loaded and tried on three
         shipped photographs, where the right captions must win.
@@ -87,6 +88,7 @@ class DoctorJob:
     unconditional_gradient: bool = True
     decode_frames: int | None = None
     decode_cache_on_cpu: bool = False
+    decode_tiles: bool = False
     critic: CriticPlan | None = None
     reward: str | None = None
     judge: str | None = None
@@ -292,7 +294,7 @@ def chain_of(job: DoctorJob, setup: memory.Setup, model: Model) -> Chain:
         setup,
         states=2 * defaults.sampling_steps,
         guidance=Guidance.NONE if is_called_once else both,
-        decoding=Decoding(job.decode_frames, cache_on_cpu=job.decode_cache_on_cpu),
+        decoding=Decoding(job.decode_frames, cache_on_cpu=job.decode_cache_on_cpu, tiles=job.decode_tiles),
         critic=job.critic,
     )
 

@@ -14,7 +14,14 @@ from typing import Any
 
 from alignkit.commands.doctor import memory
 from alignkit.commands.doctor.critic_plan import CriticPlan
-from alignkit.commands.doctor.dry_media import critic_numbers, critic_stage, decoding_stage, has_cache, latent_numbers
+from alignkit.commands.doctor.dry_media import (
+    critic_numbers,
+    critic_stage,
+    decoding_stage,
+    has_cache,
+    has_tiles,
+    latent_numbers,
+)
 from alignkit.commands.doctor.dry_step import Cost, Guidance, dry_step
 from alignkit.commands.doctor.model_shapes import Model
 from alignkit.generators.decoding import Decoding
@@ -129,6 +136,7 @@ SWITCHES = (
     Switch("critic options.device: another GPU", STAGES, "", {"critic_is_elsewhere": True}),
     Switch("full_finetune: false", STAGES, "setup", {"full_finetune": False}),
     Switch("quantize: nf4", STAGES, "", {"quantized": True}),
+    Switch("decode_tiles: true", (DECODING,), "decoding", {"tiles": True}),
     Switch(f"critic options.frames: {FEW_FRAMES}", (CRITIC,), "critic", {"frames": FEW_FRAMES}),
     Switch("unconditional_gradient: false", (STEP,), "", {"guidance": Guidance.CONDITIONAL}),
 )
@@ -171,6 +179,8 @@ def _is_open(model: Model, chain: Chain, switch: Switch) -> bool:
         return (critic.frames or chain.setup.frames) > FEW_FRAMES if critic else False
     if "cache_on_cpu" in switch.changes:
         return has_cache(model)
+    if "tiles" in switch.changes:
+        return has_tiles(model)
     if "quantized" in switch.changes:
         return not chain.setup.tunes_denoiser and chain.setup.dtype != "float32"
     return "guidance" not in switch.changes or chain.guidance is Guidance.BOTH
