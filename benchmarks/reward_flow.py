@@ -1,8 +1,9 @@
-"""Reward gradients: what each estimator costs and how close it is to the exact gradient; memory against steps.
+"""Reward gradients: the cost and the error of each estimator, memory against steps, and a step beside its bare calls.
 
     python benchmarks/reward_flow.py --estimators [--model sandbox:unet] [--reward preference --weights sandbox:careful]
         [--batches 4] [--batch 8] [--sampling_steps 8] [--guidance_scale 1]
     python benchmarks/reward_flow.py --memory [the same]
+    python benchmarks/reward_flow.py --step [--window 3] [--repeats 7] [the same]
 
 `--estimators`: one JSON line for each estimator: CPU seconds of a gradient, the cosine of its gradient to the exact one
 on the same prompts and noise (mean, least and largest over batches), the cosine between the gradients of different
@@ -10,6 +11,8 @@ batches, and the norms. `capped` is the exact chain with the cap of the trainer'
 `--memory`: one JSON line for each number of differentiated steps: peak bytes of the tensors that one gradient makes and
 CPU seconds, with each step and the decoding checkpointed, with each step alone, and with none; `time_over_steps_alone`
 is the CPU time of the first over that of the second.
+`--step`: one JSON line: CPU seconds (on a GPU: seconds) of a training step through the last `--window` steps, of the
+forward and backward passes that it needs and nothing else, and their ratio; the two take turns.
 A critic is `--reward yes_no --weights sandbox:vlm`; each prompt has the questions of its grammar.
 The weights are a LoRA at its start, in float32, so B of the LoRA alone has a gradient.
 """
@@ -21,7 +24,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,12 +32,15 @@ from unittest import mock
 
 import torch
 from agreement import with_questions
-from rankdpo_step import TensorBytes
+from rankdpo_step import WARM_UP, TensorBytes, Turns
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import PrinterCallback
 
 from alignkit.commands.specs import build_reward
 from alignkit.diffusion.estimators import ESTIMATORS, Estimator
+from alignkit.diffusion.solvers import ddim_step
 from alignkit.generators import load_generator
 from alignkit.sandbox.aspects import GrammarWriter
 from alignkit.sandbox.captions import prompts
@@ -47,7 +53,7 @@ EXACT, CAPPED = "exact", "capped"
 
 
 def build(chosen: argparse.Namespace, folder: str) -> reward_flow.RewardTrainer:
-    """A trainer on the sandbox's prompts whose gradients are taken, and that is never run."""
+    """A trainer on the sandbox's prompts: its gradients are taken, or its steps are timed."""
     arguments = reward_flow.RewardConfig(
         output_dir=folder,
         reward_weights={"reward": 1.0},
@@ -55,7 +61,12 @@ def build(chosen: argparse.Namespace, folder: str) -> reward_flow.RewardTrainer:
         guidance_scale=chosen.guidance_scale,
         height=chosen.side,
         width=chosen.side,
-        state_gradient_cap=None,
+        gradient_steps=f"last {chosen.window}",
+        per_device_train_batch_size=chosen.batch,
+        max_steps=chosen.repeats + WARM_UP,
+        guard=None,
+        self_check=False,
+        **({} if chosen.step else {"state_gradient_cap": None}),
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
@@ -155,6 +166,50 @@ def memory(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> It
         yield line
 
 
+def bare_step(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> Callable[[], None]:
+    """The calls of a training step and nothing else."""
+    generator, args, batch = trainer.generator, trainer.args, batches(trainer, chosen)[0]
+    words = [prompt.text for prompt in batch["prompts"]]
+    shape = generator.latent_shape(args.height, args.width)
+    grid, first = generator.grid(args.sampling_steps, shape), args.sampling_steps - chosen.window
+    sources = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+    noise = torch.cat([generator.initial_noise(shape, source) for source in sources]).to(args.device) * grid.start
+    (reward,) = trainer._rewards.rewards.values()  # noqa: SLF001 - the one that it trains on
+
+    def step() -> None:
+        with torch.no_grad():
+            cond = generator.conditioner(words)
+        x = noise
+
+        def predict(state: Tensor, index: int) -> Tensor:
+            return generator.guided(generator.model, state, grid.times(index, state), cond, args.guidance_scale)
+
+        for index in range(len(grid)):
+            repeats = index >= first
+            with torch.set_grad_enabled(repeats):
+                prediction = checkpoint(predict, x, index, use_reentrant=False) if repeats else predict(x, index)
+                x = ddim_step(generator.prediction, prediction, x, grid, index)
+        pixels = checkpoint(generator.decode, x, args.decoding, use_reentrant=False)
+        (-reward(pixels, batch["prompts"]).total.mean()).backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def step(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One line with the seconds of both."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # a busy CPU has its own time
+    turns = Turns(lambda: {"bare": bare_step(trainer, chosen)}, clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(turns)
+    trainer.train()
+    taken = turns.medians()
+    yield {name: round(float(value), 4) for name, value in taken.items()} | {
+        "ratio": round(float(taken["bare"] / taken["step"]), 4)
+    }
+
+
 def _peak(trainer: reward_flow.RewardTrainer, batch: dict[str, Any]) -> tuple[int, float]:
     with TensorBytes() as counter:
         gradient(trainer, batch)
@@ -166,6 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--estimators", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--step", action="store_true")
+    parser.add_argument("--window", type=int, default=3, help="with --step: differentiated steps, the last ones")
+    parser.add_argument("--repeats", type=int, default=7, help="with --step: steps that are timed")
     parser.add_argument("--model", default="sandbox:unet")
     parser.add_argument("--reward", default="preference")
     parser.add_argument("--weights", default="sandbox:careful", help="the reward's option `model`; '' for none")
@@ -175,12 +233,13 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--side", type=int, default=64, help="image size in pixels")
     chosen = parser.parse_args()
-    if not (chosen.estimators or chosen.memory):
-        parser.error("name what is measured: --estimators or --memory")
+    questions = (estimators, memory, step)
+    if not any(vars(chosen)[measure.__name__] for measure in questions):
+        parser.error("name what is measured: --estimators, --memory or --step")
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(chosen, folder)
-        settings = {key: value for key, value in vars(chosen).items() if key not in ("estimators", "memory")}
-        for measure in (estimators, memory):
+        settings = {key: value for key, value in vars(chosen).items() if key not in [one.__name__ for one in questions]}
+        for measure in questions:
             for line in measure(trainer, chosen) if vars(chosen)[measure.__name__] else ():
                 print(json.dumps({"question": measure.__name__, "settings": settings, **line}), flush=True)
 

@@ -316,13 +316,16 @@ def test_dense_steps_and_pairs_are_measured_beside_bare_calls(benchmarks, monkey
     assert script.peak_of_stage(2, 16) > 0
 
 
-def test_estimators_and_memory_of_reward_gradients_are_measured(benchmarks, monkeypatch, capsys):
+def test_reward_gradients_are_measured(benchmarks, monkeypatch, capsys):
     """At their tiniest: the exact gradient first, and less memory with checkpoints than without."""
     script = importlib.import_module("reward_flow")
-    words = ["--estimators", "--memory", "--batches", "1", "--batch", "1", "--sampling_steps", "4", "--side", "32"]
+    words = ["--estimators", "--memory", "--step", "--repeats", "1"]
+    words += ["--batches", "1", "--batch", "1", "--sampling_steps", "4", "--side", "32"]
     monkeypatch.setattr(sys, "argv", ["reward_flow.py", *words])
     script.main()
-    lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    printed = capsys.readouterr().out.splitlines()
+    lines = [json.loads(line) for line in printed if line.startswith('{"question"')]
+    assert [line["ratio"] > 0 for line in lines if line["question"] == "step"] == [True]
     first, *_ = estimators = [line for line in lines if "estimator" in line]
     assert (first["estimator"], first["cosine_to_exact"]) == ("exact", [1.0, 1.0, 1.0])
     assert all(abs(line["cosine_to_exact"][0]) <= 1.001 for line in estimators)
