@@ -4,7 +4,7 @@
     DATA/aspects                        questions, where an arm trains on those
     DATA/pairs  labels                  pairs of clips and their labels, where an arm trains on those
     DATA/base  cache                    the base side, latents and reference errors, shared by all arms
-    OUT/arms/NAME/aspects pairs labels  data of an arm that has a writer, pairs or labels of its own
+    DATA/arms/NAME/aspects pairs labels data of an arm that has a writer, pairs or labels of its own
     OUT/arms/NAME/seed-S                a training, its adapter and its evaluation
 
 Arms are trained in worker processes, each on its share of the cores; a finished arm is recognised, so the command may

@@ -72,8 +72,8 @@ class ArmConfig:
 class LadderJob(PolicyJob):
     """Train and evaluate every arm with every seed.
 
-    data: where candidates, rankings, questions and caches are; ladders that name the same folder share them (default:
-        out).
+    data: where candidates, rankings, questions, pairs of clips and caches are, those of single arms by their names;
+        ladders that name the same folder share them (default: out).
     generate: which generators generate how many candidates, and how; for arms that train on ranked candidates.
     score: which rewards rank the candidates.
     rank: how scores become rankings.
@@ -173,7 +173,7 @@ class LadderJob(PolicyJob):
         if arm.writer or arm.pairs or arm.label:
             alike = (arm.writer, arm.pairs, arm.label)
             first = next(key for key, other in self.arms.items() if alike == (other.writer, other.pairs, other.label))
-            sections["out"] = self.out / "arms" / first
+            sections["out"] = self.shared / "arms" / first
         return made(**sections)
 
     def _pairs_of(self, name: str) -> PairStage:

@@ -109,7 +109,7 @@ def test_arms_with_the_same_pairs_of_their_own_share_them(ladder):
     ladder.write_text(yaml.safe_dump(keys), encoding="utf-8")
     job = load(LadderJob, file=ladder)
     assert job.data_job("vanilla_beta") == job.data_job("vanilla")
-    assert job.data_job("vanilla_beta").out == job.out / "arms" / "vanilla"
+    assert job.data_job("vanilla_beta").out == job.shared / "arms" / "vanilla"
 
 
 def test_all_prompts_of_a_ladder_are_evaluated_with_held_out_0(ladder):
@@ -126,7 +126,7 @@ def test_arms_share_pairs_unless_they_have_their_own(work, ladder, capsys):
     assert jobs["vanilla"].pairs.sampling == job.pairs.sampling
     assert cli.main(["ladder", "--config", str(ladder)]) == 0, capsys.readouterr().err
     found = {path.parent.relative_to(work).as_posix() for path in work.rglob("manifest.json")}
-    arms = {f"ladder/arms/{name}" for name in ("flicker/labels", "vanilla/labels", "vanilla/pairs")}
+    arms = {f"shared/arms/{name}" for name in ("flicker/labels", "vanilla/labels", "vanilla/pairs")}
     assert {"shared/pairs", "shared/labels"} | arms <= found
     page = (work / "ladder.md").read_text(encoding="utf-8")
     for said in ("34% of the rows", "random labels", "labels by flicker", 'pairs: `{"kind": "vanilla"}`'):

@@ -190,7 +190,7 @@ def test_each_arm_has_data_of_its_kind(work, ladder):
     job = load(LadderJob, file=work / ladder(arms=arms)[2])
     jobs = {name: job.data_job(name) for name in arms}
     assert [type(own).__name__ for own in jobs.values()] == ["SynPicJob", "QuestionsJob", "QuestionsJob", "PolicyJob"]
-    assert [str(own.out) for own in jobs.values()] == ["shared", "shared", "ladder/arms/twins", "shared"]
+    assert [str(own.out) for own in jobs.values()] == ["shared", "shared", "shared/arms/twins", "shared"]
     assert jobs["twins"].writer.options == {"twins": True}
 
 
