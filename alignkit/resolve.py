@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from alignkit.errors import ConfigError, UnknownNameError, nearest
 from alignkit.protocols import Obtainable
 
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 # The values that an option with one of these annotations, or a union of them, takes; others are the builder's concern.
 _SIMPLE: Mapping[str, tuple[type, ...]] = {
     "bool": (bool,),
@@ -78,4 +80,10 @@ def construct(builder: Callable[..., Any], options: Mapping[str, Any], *, what: 
             f" To get it: {builder.get}." if isinstance(builder, Obtainable) and isinstance(builder.get, str) else ""
         )
         raise ConfigError(f"{what} needs the option '{missing[0]}'.{advice}{takes}")
-    return builder(**options)
+    try:
+        return builder(**options)
+    except TypeError as error:  # from what the builder passes its **options to
+        unknown = _UNEXPECTED.search(str(error))
+        if unknown is None or unknown[1] in named or unknown[1] not in options:
+            raise
+        raise ConfigError(f"{what} has no option '{unknown[1]}'.{takes}") from error

@@ -145,6 +145,8 @@ def test_stages_refuse_rewards_whose_rows_depend_on_each_other(mode, work, capsy
             "has no option 'haed'. Did you mean 'head'.*Its options: model, head",
         ),
         ("saturation", {"zzz": 1}, "has no option 'zzz'. Its options: none"),
+        ("vqa_score", {"model": "m", "frames": 8}, "reward 'vqa_score' has no option 'frames'. Its options: model, "),
+        ("yes_no", {"model": "m", "modalty": "video"}, "reward 'yes_no' has no option 'modalty'"),
         ("served_yes_no", {"base_url": "http://h", "model": "m", "timout": 1}, "has no option 'timout'.*'timeout'"),
     ],
 )

@@ -177,10 +177,8 @@ def _is_open(model: Model, chain: Chain, switch: Switch) -> bool:
         return (critic if critic and switch.part == "critic" else chain.setup).dtype == "float32"
     if "frames" in switch.changes:
         return (critic.frames or chain.setup.frames) > FEW_FRAMES if critic else False
-    if "cache_on_cpu" in switch.changes:
-        return has_cache(model)
-    if "tiles" in switch.changes:
-        return has_tiles(model)
+    if switch.part == "decoding":
+        return has_cache(model) if "cache_on_cpu" in switch.changes else has_tiles(model)
     if "quantized" in switch.changes:
         return not chain.setup.tunes_denoiser and chain.setup.dtype != "float32"
     return "guidance" not in switch.changes or chain.guidance is Guidance.BOTH
