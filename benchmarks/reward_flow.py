@@ -1,4 +1,4 @@
-"""Reward gradients: the cost and the error of each estimator, memory against steps, and a step beside its bare calls.
+"""Reward gradients: cost and error of each estimator, memory against steps, and the speed of a training step.
 
     python benchmarks/reward_flow.py --estimators [--model sandbox:unet] [--reward preference --weights sandbox:careful]
         [--batches 4] [--batch 8] [--sampling_steps 8] [--guidance_scale 1]
@@ -42,6 +42,7 @@ from alignkit.commands.specs import build_reward
 from alignkit.diffusion.estimators import ESTIMATORS, Estimator
 from alignkit.diffusion.solvers import ddim_step
 from alignkit.generators import load_generator
+from alignkit.records import texts
 from alignkit.sandbox.aspects import GrammarWriter
 from alignkit.sandbox.captions import prompts
 from alignkit.shipped import model_path
@@ -166,31 +167,37 @@ def memory(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> It
         yield line
 
 
-def bare_step(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> Callable[[], None]:
-    """The calls of a training step and nothing else."""
-    generator, args, batch = trainer.generator, trainer.args, batches(trainer, chosen)[0]
-    words = [prompt.text for prompt in batch["prompts"]]
+def bare_step(
+    trainer: reward_flow.RewardTrainer, batch: dict[str, Any], window: int, encode: Callable[[], tuple[Any, Any]]
+) -> Callable[[], None]:
+    """The calls of a training step and nothing else, with the same activation checkpoints: steps, decoding, reward.
+
+    The last `window` steps of the chain have gradients.
+    `encode` gives the conditioning of the steps before those, and that of those.
+    """
+    generator, args = trainer.generator, trainer.args
     shape = generator.latent_shape(args.height, args.width)
-    grid, first = generator.grid(args.sampling_steps, shape), args.sampling_steps - chosen.window
+    grid, first = generator.grid(args.sampling_steps, shape), args.sampling_steps - window
     sources = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
     noise = torch.cat([generator.initial_noise(shape, source) for source in sources]).to(args.device) * grid.start
     (reward,) = trainer._rewards.rewards.values()  # noqa: SLF001 - the one that it trains on
 
     def step() -> None:
-        with torch.no_grad():
-            cond = generator.conditioner(words)
+        before, within = encode()
         x = noise
 
         def predict(state: Tensor, index: int) -> Tensor:
+            cond = within if index >= first else before
             return generator.guided(generator.model, state, grid.times(index, state), cond, args.guidance_scale)
 
         for index in range(len(grid)):
             repeats = index >= first
             with torch.set_grad_enabled(repeats):
                 prediction = checkpoint(predict, x, index, use_reentrant=False) if repeats else predict(x, index)
-                x = ddim_step(generator.prediction, prediction, x, grid, index)
-        pixels = checkpoint(generator.decode, x, args.decoding, use_reentrant=False)
-        (-reward(pixels, batch["prompts"]).total.mean()).backward()
+            x = ddim_step(generator.prediction, prediction, x, grid, index)
+        pixels = generator.decode(x, args.decoding)
+        total = checkpoint(lambda media: reward(media, batch["prompts"]).total, pixels, use_reentrant=False)
+        (-total.mean()).backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 
@@ -200,7 +207,14 @@ def bare_step(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) ->
 def step(trainer: reward_flow.RewardTrainer, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One line with the seconds of both."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # a busy CPU has its own time
-    turns = Turns(lambda: {"bare": bare_step(trainer, chosen)}, clock)
+    batch = batches(trainer, chosen)[0]
+
+    @torch.no_grad()
+    def encode() -> tuple[Any, Any]:
+        cond = trainer.generator.conditioner(texts(batch["prompts"]))
+        return cond, cond
+
+    turns = Turns(lambda: {"bare": bare_step(trainer, batch, chosen.window, encode)}, clock)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(turns)
     trainer.train()

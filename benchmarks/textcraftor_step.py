@@ -17,18 +17,16 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from rankdpo_step import WARM_UP, TensorBytes, Turns, keep_freed_memory
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from reward_flow import bare_step
 from transformers import PrinterCallback
 
 from alignkit.commands.specs import build_reward
-from alignkit.diffusion.solvers import ddim_step
 from alignkit.generators import load_generator
 from alignkit.records import texts
 from alignkit.sandbox.captions import prompts
@@ -71,43 +69,19 @@ def first_batch(trainer: TextCraftorTrainer) -> dict[str, Any]:
     return collate([trainer.train_dataset[row] for row in range(trainer.args.train_batch_size)])
 
 
-def bare_step(trainer: TextCraftorTrainer) -> Callable[[], None]:
-    """The calls of a step and nothing else."""
-    generator, args, batch = trainer.generator, trainer.args, first_batch(trainer)
-    words, conditioner, decoding = texts(batch["prompts"]), generator.conditioner, args.decoding
-    shape = generator.latent_shape(args.height, args.width)
-    grid = generator.grid(args.sampling_steps, shape)
-    sources = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
-    noise = torch.cat([generator.initial_noise(shape, source) for source in sources]).to(args.device) * grid.start
-    (reward,) = trainer._rewards.rewards.values()  # noqa: SLF001 - the one that it trains on
-    first = args.sampling_steps - len(args.gradient.draw(args.sampling_steps).steps.active or ())
-
-    def step() -> None:
-        with torch.no_grad():
-            base = conditioner(words, reference=True)
-        tuned, x = conditioner(words), noise
-
-        def predict(state: Tensor, index: int) -> Tensor:
-            cond = tuned if index >= first else base
-            return generator.guided(generator.model, state, grid.times(index, state), cond, args.guidance_scale)
-
-        for index in range(len(grid)):
-            with torch.set_grad_enabled(index >= first):
-                repeats = index >= first
-                prediction = checkpoint(predict, x, index, use_reentrant=False) if repeats else predict(x, index)
-            x = ddim_step(generator.prediction, prediction, x, grid, index)
-        (-reward(generator.decode(x, decoding), batch["prompts"]).total.mean()).backward()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    return step
-
-
 def speed(chosen: argparse.Namespace, folder: str) -> Iterator[dict[str, Any]]:
     """Seconds of full and bare steps."""
     trainer = build(chosen, folder)
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # a busy CPU has its own time
-    turns = Turns(lambda: {"bare": bare_step(trainer)}, clock)
+    batch, window = first_batch(trainer), len(trainer.args.gradient.draw(chosen.steps).steps.active or ())
+    words, conditioner = texts(batch["prompts"]), trainer.generator.conditioner
+
+    def encode() -> tuple[Any, Any]:
+        with torch.no_grad():
+            base = conditioner(words, reference=True)
+        return base, conditioner(words)
+
+    turns = Turns(lambda: {"bare": bare_step(trainer, batch, window, encode)}, clock)
     trainer.add_callback(turns)
     trainer.train()
     taken = turns.medians()

@@ -193,7 +193,7 @@ def table(frontier: Frontier, *, title: str, settings: Sequence[str]) -> str:
     lines += ["", "Hypervolume, one number a run:", "", *_rows(["space", "hypervolume"], volumes)]
     barriers = []
     for one in frontier.barriers():
-        at, ends = ":".join(map(str, one.at)), " and ".join(one.ends)
+        at, ends = ":".join(map("{:.3g}".format, one.at)), " and ".join(one.ends)
         barriers.append(
             [one.space, to_markdown(ends), to_markdown(one.reward), at, _gain(one.height, scales[one.reward])]
         )
