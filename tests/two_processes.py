@@ -1,28 +1,66 @@
-"""Runs tests/trainers/worker.py as a program: one process, or two that train together."""
+"""Runs tests/trainers/worker.py in a process of its own, or in two that train together.
+
+The processes are forked from one that has imported torch, diffusers and the trainers, so they start at once.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
-PATIENCE = 900  # seconds; importing torch alone takes long on a busy machine
+PATIENCE = 900  # seconds, on a busy machine
 WORKER = Path(__file__).parent / "trainers" / "worker.py"
+SERVER = multiprocessing.get_context("forkserver")
+
+
+def run_script(script, arguments, out, environment):
+    """The body of a process: `main` of the file `script`, its output in the file `out`."""
+    import torch
+
+    os.environ.update(environment)
+    with Path(out).open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    torch.set_num_threads(1)
+    runpy.run_path(script)["main"](*arguments)
+
+
+def start_script(script, arguments, out, **environment):
+    """`main(*arguments)` of the file `script` in a process that prints into the file `out`."""
+    if forkserver._forkserver._forkserver_pid is None:
+        SERVER.set_forkserver_preload(["tiny_families", "alignkit.trainers.rankdpo", "alignkit.trainers.reward_flow"])
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(WORKER.parents[2])])
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    process = SERVER.Process(target=run_script, args=(str(script), arguments, str(out), environment))
+    process.start()
+    return process
+
+
+def ended(process):
+    """The exit status of a process, after its end."""
+    process.join(PATIENCE)
+    return process.exitcode
 
 
 def start(tmp_path, job, rank=0, world=1, port=0):
-    """worker.py as a program of one thread, as one of `world` processes."""
+    """worker.py as a process of one thread, as one of `world` processes."""
     file = tmp_path / f"job-{rank}.json"
     file.write_text(json.dumps(job))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    environment = {}
     if world > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with (tmp_path / f"out-{rank}.txt").open("w") as out:
-        return subprocess.Popen([sys.executable, str(WORKER), str(file)], env=environment, stdout=out, stderr=out)
+    return start_script(WORKER, [file], tmp_path / f"out-{rank}.txt", **environment)
 
 
 def _free_port():
@@ -35,7 +73,7 @@ def run_two(tmp_path, job):
     """The job in two processes; the logged history of the first. What each prints is in out-RANK.txt."""
     port = _free_port()
     processes = [start(tmp_path, job, rank, 2, port) for rank in range(2)]
-    codes = [process.wait(timeout=PATIENCE) for process in processes]
+    codes = [ended(process) for process in processes]
     assert codes == [0, 0], "".join((tmp_path / f"out-{rank}.txt").read_text()[-3000:] for rank in range(2))
     return json.loads((tmp_path / "job-0.log").read_text())
 

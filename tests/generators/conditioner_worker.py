@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
-import torch
 from safetensors.torch import save_file
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,7 +19,7 @@ def loss_of(cond):
     return cond.tensors["encoder_hidden_states"].square().mean() + cond.null["encoder_hidden_states"].mean()
 
 
-def run(model, store, out, rank):
+def main(model, store, out, rank):
     """Each rank encodes its own prompt; afterwards all hold the mean of the gradients."""
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     conditioner = load_generator(model, device="cpu").conditioner
@@ -40,8 +37,3 @@ def run(model, store, out, rank):
         whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
         save_file({name: g.contiguous().clone() for name, g in whole.items()}, f"{out}/{kind}-{rank}.safetensors")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(*sys.argv[1:4], int(sys.argv[4]))

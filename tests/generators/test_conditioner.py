@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
+from two_processes import ended, start_script
 
 from alignkit.adapters import lora
 from alignkit.errors import AdapterError, ConfigError, UnknownNameError
@@ -230,12 +228,10 @@ def test_generate_leaves_the_modes_as_they_were(load):
 
 def test_two_processes_share_gradients(load, model_folders, tmp_path):
     """DDP and FSDP2 wrap the module: each process has its own prompt, all get the mean of the gradients."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
     arguments = [str(model_folders["unet"]), str(tmp_path / "store"), str(tmp_path)]
-    command = [sys.executable, str(WORKER), *arguments]
-    with (tmp_path / "out.txt").open("w") as out:
-        workers = [subprocess.Popen([*command, str(rank)], env=environment, stdout=out, stderr=out) for rank in (0, 1)]
-        assert [worker.wait(300) for worker in workers] == [0, 0], (tmp_path / "out.txt").read_text()
+    outs = [tmp_path / "out-0.txt", tmp_path / "out-1.txt"]
+    workers = [start_script(WORKER, [*arguments, rank], out) for rank, out in enumerate(outs)]
+    assert [ended(worker) for worker in workers] == [0, 0], "".join(out.read_text() for out in outs)
     conditioner = load("unet").conditioner
     conditioner.unfreeze()
     (sum(loss_of(conditioner([prompt])) for prompt in PROMPTS) / 2).backward()

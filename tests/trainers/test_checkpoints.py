@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer
-from two_processes import PATIENCE, run_two, start
+from two_processes import ended, run_two, start
 
 from alignkit.errors import CheckpointMismatchError, ResumeError
 from alignkit.trainers.checkpoint import MARK, damage, find_checkpoint
@@ -63,7 +63,7 @@ def test_resume_after_sigkill_equals_the_unbroken_run(tmp_path, model_folders, r
     told = job(tmp_path, model_folders, ranked_rows, kill_at=5)
     process = start(tmp_path, told)
     whole = worker["train"](job(tmp_path, model_folders, ranked_rows, name="whole"))
-    assert process.wait(timeout=PATIENCE) == -9, (tmp_path / "out-0.txt").read_text()
+    assert ended(process) == -9, (tmp_path / "out-0.txt").read_text()
     assert find_checkpoint(tmp_path / "run").name == "checkpoint-4"
     told.pop("kill_at")
     resumed = worker["train"](told, resume=True)

@@ -1,4 +1,5 @@
-"""One training run described by a job file; the kill and two-process tests run this as a program, others call `train`.
+"""One training run described by a job file; the kill and two-process tests call `main` in a process of its own, others
+`train`.
 
 A job: model, rows (a dataset saved to disk), settings of the config, and optionally held_out, kill_at (step), validate
 (a number of prompts), resume (a checkpoint), export (a folder), method (config and trainer as module:attribute), path
@@ -126,7 +127,6 @@ def run(job: dict[str, Any], name: Path) -> None:
 
 
 def main(job_file: Path) -> None:
-    torch.set_num_threads(1)
     warnings.simplefilter("error", ResourceWarning)
     jobs = json.loads(job_file.read_text())
     for number, job in enumerate(jobs if isinstance(jobs, list) else [jobs]):
@@ -136,7 +136,3 @@ def main(job_file: Path) -> None:
         sys.stdout.flush()
         # Not by the interpreter's own end: gloo's destructor waits for its thread, which may wait for the interpreter.
         os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
