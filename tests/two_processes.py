@@ -31,8 +31,8 @@ def run_script(script, arguments, out, environment):
     runpy.run_path(script)["main"](*arguments)
 
 
-def start_script(script, arguments, out, **environment):
-    """`main(*arguments)` of the file `script` in a process that prints into the file `out`."""
+def server():
+    """The context whose processes are forked from one that has imported everything."""
     if forkserver._forkserver._forkserver_pid is None:
         SERVER.set_forkserver_preload(["tiny_families", "alignkit.trainers.rankdpo", "alignkit.trainers.reward_flow"])
         before = os.environ.get("PYTHONPATH")
@@ -41,7 +41,12 @@ def start_script(script, arguments, out, **environment):
             forkserver.ensure_running()
         finally:
             os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-    process = SERVER.Process(target=run_script, args=(str(script), arguments, str(out), environment))
+    return SERVER
+
+
+def start_script(script, arguments, out, **environment):
+    """`main(*arguments)` of the file `script` in a process that prints into the file `out`."""
+    process = server().Process(target=run_script, args=(str(script), arguments, str(out), environment))
     process.start()
     return process
 

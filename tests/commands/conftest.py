@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from two_processes import server
 
 # A user's own module: a painter of noise, and a reward that likes red.
 MINE = """\
@@ -63,3 +64,10 @@ def work(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("mine_for_commands", None)
+
+
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """A ladder's workers are forked from a process that has imported everything, in place of new ones."""
+    started = server()
+    monkeypatch.setattr("alignkit.commands.ladder.multiprocessing.get_context", lambda _: started)

@@ -118,6 +118,7 @@ def test_all_prompts_of_a_ladder_are_evaluated_with_held_out_0(ladder):
     assert (job.shares.train, len(job.shares.evaluation)) == ([], len(job.prompts.read()))
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_arms_share_pairs_unless_they_have_their_own(work, ladder, capsys):
     job = load(LadderJob, file=ladder)
     jobs = {name: job.data_job(name) for name in job.arms}

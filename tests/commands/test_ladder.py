@@ -76,6 +76,7 @@ def forget_key(file, section, key):
     file.write_text(json.dumps(record), encoding="utf-8")
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_arms_and_a_second_ladder_on_the_same_candidates(work, ladder, capsys):
     assert cli.main(ladder()) == 0, capsys.readouterr().err
     page = (work / "ladder.md").read_text(encoding="utf-8")
