@@ -25,9 +25,10 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 demo: venv
 	@$(BIN)/alignkit run --config $(CONFIG)
 
-# One thread a worker: several pools of threads on the same cores wait for each other.
+# One thread a worker: several pools of threads on the same cores wait for each other. `worksteal` keeps the tests of a
+# file in one worker, which makes the fixtures of the file once.
 test: venv
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-vllm: venv $(VLLM_STAMP)
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_PYTHON=$(VLLM_VENV)/bin/python VLM=$(VLM) \
