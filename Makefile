@@ -25,8 +25,8 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 demo: venv
 	@$(BIN)/alignkit run --config $(CONFIG)
 
-# One thread a worker: several pools of threads on the same cores wait for each other. `worksteal` keeps the tests of a
-# file in one worker, which makes the fixtures of the file once.
+# One thread a worker: several pools of threads on the same cores wait for each other. With `worksteal` most files stay in
+# one worker, so their fixtures are made once.
 test: venv
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 

@@ -344,3 +344,16 @@ def test_agreement_with_gold_is_measured(benchmarks, monkeypatch, capsys):
     assert {"aspects", "aspects/object", "vqa", "clip", "careful"} <= set(lines)
     assert lines["vqa"]["images"] == 2
     assert script.auc(np.array([0.1, 0.9]), np.array([0.0, 1.0])) == 1.0
+
+
+def test_plain_and_compiled_sampling_are_measured_in_turns(benchmarks, monkeypatch, capsys):
+    script = importlib.import_module("compiled_sampling")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _: None)  # compiling takes most of a minute
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    words = ["--only", "unet", "--batch", "1", "--repeats", "3"]
+    monkeypatch.setattr(sys, "argv", ["compiled_sampling.py", *words])
+    script.main()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["generator"], line["batch"]) == ("unet", 1)
+    assert line["plain_s"] > 0 < line["compiled_s"]
+    assert line["pays_after"] is None or line["plain_s"] >= line["compiled_s"]

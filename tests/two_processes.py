@@ -5,6 +5,7 @@ The processes are forked from one that has imported torch, diffusers and the tra
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -14,9 +15,10 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
+
 PATIENCE = 900  # seconds, on a busy machine
 WORKER = Path(__file__).parent / "trainers" / "worker.py"
-SERVER = multiprocessing.get_context("forkserver")
 
 
 def run_script(script, arguments, out, environment):
@@ -31,17 +33,15 @@ def run_script(script, arguments, out, environment):
     runpy.run_path(script)["main"](*arguments)
 
 
+@functools.cache
 def server():
     """The context whose processes are forked from one that has imported everything."""
-    if forkserver._forkserver._forkserver_pid is None:
-        SERVER.set_forkserver_preload(["tiny_families", "alignkit.trainers.rankdpo", "alignkit.trainers.reward_flow"])
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(WORKER.parents[2])])
-        try:
-            forkserver.ensure_running()
-        finally:
-            os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-    return SERVER
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_families", "alignkit.trainers.rankdpo", "alignkit.trainers.reward_flow"])
+    with pytest.MonkeyPatch.context() as patch:  # the server finds modules by this alone
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(WORKER.parents[2])]))
+        forkserver.ensure_running()
+    return context
 
 
 def start_script(script, arguments, out, **environment):
@@ -54,6 +54,8 @@ def start_script(script, arguments, out, **environment):
 def ended(process):
     """The exit status of a process, after its end."""
     process.join(PATIENCE)
+    if process.is_alive():  # the end of the tests would wait for it
+        process.kill()
     return process.exitcode
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.adapters.mixture import acts_while_sampling, is_mixture
 from alignkit.errors import ConfigError, UnknownNameError, nearest, require_at_least
+from alignkit.escape import get_logger
 from alignkit.generators import GENERATORS
 from alignkit.generators.frames import require_known_frames
 from alignkit.protocols import Judge, Reporting, require_independent
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from alignkit.trainers.validation import Validation
     from data_pipelines.synpic import GenerateConfig
 
+logger = get_logger(__name__)
+
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -44,7 +47,7 @@ class GeneratorSpec:
     encoder: a folder of tuned text encoders, used in the steps that its alignkit.json names.
     dtype: the precision of its weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes); text encoders and VAE keep `dtype`.
-    compile: sample by torch.compile: faster, but the first batch takes half a minute to some minutes longer.
+    compile: sample with torch.compile; the first batch takes half a minute to some minutes longer. Not for mixtures.
     family: 'package.module:attribute' of your own family, for a pipeline class that alignkit does not know.
     options: keywords for a builder of your own, or of the family (Wan 2.2: expert).
     """
@@ -306,9 +309,7 @@ def build_generator(name: str, spec: GeneratorSpec) -> Any:
         return resolve(spec.model, {}, kind="generator")(**spec.options)
     if spec.adapter is not None and acts_while_sampling(spec.adapter):
         if spec.compile:
-            raise ConfigError(
-                f"generator '{name}': the mixture '{spec.adapter}' changes weights while it samples; remove `compile`"
-            )
+            logger.warning("'%s' acts while it samples, so '%s' is sampled without `compile`", spec.adapter, name)
         load_mixture = resolve("alignkit.generators.mixtures:load_mixture", {}, kind="mixture")
         return load_mixture(load_policy(name, replace(spec, adapter=None)), spec.adapter, spec.family)
     generator = load_policy(name, spec)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from alignkit.commands import specs
 from alignkit.commands.specs import GeneratorSpec, build_generator, load_policy
 from alignkit.errors import ConfigError
+from alignkit.generators.members import Base, read_member
+from alignkit.generators.soups import make_mixture
 from alignkit.records import Sampling
 
 SAMPLING = Sampling(steps=2, guidance_scale=3.0, height=16, width=16)
@@ -57,13 +58,20 @@ def test_a_policy_is_not_compiled(model_folders, compiled):
     assert not compiled
 
 
-def test_refusals(model_folders, monkeypatch, tmp_path):
+def test_refusals(model_folders, monkeypatch):
     spec = GeneratorSpec(model=str(model_folders["unet"]), compile=True)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(ConfigError, match=r"compile: true needs a C\+\+ compiler on a CPU: install g\+\+, or remove"):
         build_generator("one", spec)
-    monkeypatch.setattr(specs, "acts_while_sampling", lambda _: True)
-    with pytest.raises(ConfigError, match=r"generator 'one': the mixture .* changes weights while it samples; remove"):
-        build_generator("one", GeneratorSpec(model=spec.model, adapter=tmp_path, compile=True))
     with pytest.raises(ConfigError, match="your own builder: its adapter, encoder, dtype, quantize, compile, family"):
         GeneratorSpec(model="mine:Painter", compile=True)
+
+
+def test_a_mixture_that_acts_while_sampling_stays_plain(load, model_folders, tmp_path, compiled, caplog):
+    load("unet").pipeline.text_encoder.save_pretrained(tmp_path / "tuned" / "text_encoder")
+    model = str(model_folders["unet"])
+    base = Base.open(model)
+    make_mixture(base, [read_member(str(tmp_path / "tuned"), base)], [1.0], tmp_path / "mix", space="embedding")
+    build_generator("one", GeneratorSpec(model=model, adapter=tmp_path / "mix", compile=True))
+    assert "mix' acts while it samples, so 'one' is sampled without `compile`" in caplog.text
+    assert not compiled
