@@ -47,7 +47,7 @@ class GeneratorSpec:
     encoder: a folder of tuned text encoders, used in the steps that its alignkit.json names.
     dtype: the precision of its weights.
     quantize: the network's frozen weights in int8 (torchao) or nf4 (bitsandbytes); text encoders and VAE keep `dtype`.
-    compile: sample with torch.compile; the first batch takes half a minute to some minutes longer. Not for mixtures.
+    compile: sample with torch.compile (slow first batch); not for mixtures of embeddings or predictions.
     family: 'package.module:attribute' of your own family, for a pipeline class that alignkit does not know.
     options: keywords for a builder of your own, or of the family (Wan 2.2: expert).
     """
