@@ -268,11 +268,12 @@ def strip(target: Path, folders: Sequence[str], count: int) -> dict[str, object]
     rows = range(0, min(count * each, len(asked)), each)
     columns = {"base": runs[0].media("base", rows)}
     columns |= {Path(folder).parts[-3]: run.media("tuned", rows) for folder, run in zip(folders, runs, strict=True)}
-    cell, left, top = 104, 232, 22
+    headings = [textwrap.wrap(name.replace("_", " "), 14) for name in columns]
+    cell, left, top = 104, 232, 6 + 16 * max(map(len, headings))
     page = Image.new("RGB", (left + cell * len(columns), top + cell * len(rows)), "white")
     pen = ImageDraw.Draw(page)
-    for column, (name, encoded) in enumerate(columns.items()):
-        pen.text((left + column * cell + 4, 4), name, fill="black", font_size=13)
+    for column, (heading, encoded) in enumerate(zip(headings, columns.values(), strict=True)):
+        pen.multiline_text((left + column * cell + 4, 4), "\n".join(heading), fill="black", font_size=13)
         for line, row in enumerate(rows):
             image = Image.open(io.BytesIO(encoded[row])).convert("RGB")
             is_right = shows(look(np.asarray(image, np.float32) / 255), parse(asked[row].text))

@@ -186,8 +186,9 @@ def _make_data(job: LadderJob) -> tuple[PromptShares, dict[str, TrainingData]]:
             made[key] = own.make_data(shares)
             if is_new[own.out]:
                 write_cost(job.data_cost(name), time.process_time() - started)
-            prepared = own.prepared(prepared) if own.out == job.shared else prepared
         data[name] = made[key]
+    for name in {type(own): name for name, own in jobs.items()}.values():
+        prepared = job.data_job(name, is_own=False).prepared(prepared)
     return prepared, data
 
 

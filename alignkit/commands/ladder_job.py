@@ -77,7 +77,7 @@ class LadderJob(PolicyJob):
     generate: which generators generate how many candidates, and how; for arms that train on ranked candidates.
     score: which rewards rank the candidates.
     rank: how scores become rankings.
-    writer: what writes the questions, for arms that train on those.
+    writer: what writes the questions of held-out prompts, and of arms without their own.
     aspects: which questions are written, and how.
     clips: where real videos come from, for arms that train on pairs of clips.
     pairs: which pairs are made of them, by the policy, and how they are sampled.
@@ -146,12 +146,14 @@ class LadderJob(PolicyJob):
     def trains_on_prompts(self) -> bool:
         return any(self.data_job(name).trains_on_prompts for name in self.arms)
 
-    def data_job(self, name: str) -> PolicyJob:
+    def data_job(self, name: str, *, is_own: bool = True) -> PolicyJob:
         """What makes an arm's training data: a job with the ladder's sections for that kind of data.
 
-        Raises ConfigError where a section that it needs is missing, or an option of the arm is for another kind.
+        `is_own`: with the arm's own writer, pairs and labels, where it has any. Raises ConfigError where a section that
+        it needs is missing, or an option of the arm is for another kind.
         """
         arm, kind = self.arms[name], find_method(self.arms[name].method).data
+        arm = arm if is_own else ArmConfig(method=arm.method)
         made = data_kind(arm.method).made
         for key, kinds in OPTION_OF.items():
             if vars(arm)[key] != vars(ArmConfig())[key] and kind not in kinds:

@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from alignkit import cli
+from alignkit.aspects import questions_of
+from alignkit.commands import ladder as ladders
 from alignkit.commands.ladder_job import LadderJob
 from alignkit.config import load
 
@@ -193,6 +195,19 @@ def test_each_arm_has_data_of_its_kind(work, ladder):
     assert [type(own).__name__ for own in jobs.values()] == ["SynPicJob", "QuestionsJob", "QuestionsJob", "PolicyJob"]
     assert [str(own.out) for own in jobs.values()] == ["shared", "shared", "shared/arms/twins", "shared"]
     assert jobs["twins"].writer.options == {"twins": True}
+
+
+def test_arms_with_writers_of_their_own_are_evaluated_by_the_questions_of_the_ladder(work, ladder):
+    """Else the critic asks them its one question for all prompts, and its gains differ between ladders."""
+    writer = {"writer": "sandbox", "options": {"number_of_all": True}}
+    prompts = {"source": "alignkit.sandbox.captions:prompts", "options": {"seed": 3}, "count": 12, "held_out": 0.5}
+    own = load(LadderJob, file=work / ladder(arms={"own": {"method": "drf", "writer": writer}}, prompts=prompts)[2])
+    shares, data = ladders._make_data(own)
+    held_out = [{question.name for question in questions_of(prompt)} for prompt in shares.evaluation]
+    assert held_out
+    assert all(held_out)
+    assert "all" not in set().union(*held_out)
+    assert all("all" in {question["name"] for question in row["questions"]} for row in data["own"].train())
 
 
 PARENT = """
