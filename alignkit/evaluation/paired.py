@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def evaluate(
         base_side = {"inputs": {name: known[name] for name in known if name != "tuned"}, "evaluation": settings}
         cached = _cache_folder(base_cache, base_side)
         items = _items(prompts, config)
-        _write_side(cached or out_dir / "base", base, items, config, rewards)
+        _write_side(cached or out_dir / "base", base, items, config, rewards, is_shared=cached is not None)
         if cached:
             _adopt(cached, out_dir / "base")
         _write_side(out_dir / "tuned", tuned, items, config, rewards)
@@ -210,12 +211,25 @@ def _require_whole(folder: Path, parts: int) -> None:
 
 
 def _write_side(
-    folder: Path, source: ImageSource, items: Sequence[_Item], config: EvaluateConfig, rewards: Mapping[str, Reward]
+    folder: Path,
+    source: ImageSource,
+    items: Sequence[_Item],
+    config: EvaluateConfig,
+    rewards: Mapping[str, Reward],
+    *,
+    is_shared: bool = False,
 ) -> None:
-    """Write the parts of one side that are not there whole, one batch a part."""
+    """Write the parts of one side that are not there whole, one batch a part.
+
+    `is_shared`: other processes may write the same side now, so parts are written in a random order; in the same order
+    all processes would generate the same part at the same time.
+    """
     failures = dict.fromkeys(rewards, 0)
+    parts = [*enumerate(range(0, len(items), config.batch_size))]
+    if is_shared:
+        random.Random().shuffle(parts)
     with tqdm(total=len(items), desc=to_line(f"evaluate {source.name}"), unit="item") as bar:
-        for number, start in enumerate(range(0, len(items), config.batch_size)):
+        for number, start in parts:
             batch = items[start : start + config.batch_size]
             name = f"{number:05d}"
             file = f"{name}.parquet"

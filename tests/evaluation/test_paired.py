@@ -98,6 +98,22 @@ def test_the_base_side_is_drawn_once_for_many_adapters(world, tmp_path):
     assert len(base.drawn) == 48
 
 
+def test_processes_that_share_a_base_side_generate_different_parts_first(world, tmp_path):
+    """In one order all of them would generate the same part at the same time."""
+    config, drawn, scores = dataclasses.replace(world.config, batch_size=2), [], []
+    for k in range(4):
+        base, out = world.source("base"), tmp_path / f"out-{k}"
+        shared = {"inputs": {"base": "weights-1"}, "base_cache": tmp_path / f"cache-{k}"}
+        evaluate(
+            base, world.source("tuned"), world.prompts, config, out, rewards=world.rewards(), gold="gold", **shared
+        )
+        drawn.append(base.drawn)
+        scores.append(read_pairs(out).base["grey"].tolist())
+    assert any(order != drawn[0] for order in drawn[1:])
+    assert all(sorted(order) == sorted(drawn[0]) for order in drawn)
+    assert all(score == scores[0] for score in scores)
+
+
 @pytest.mark.parametrize("change", [{"seed": 6}, {"seeds_per_prompt": 2}, {"sampling": Sampling(3, 1.0, 8, 8)}])
 def test_a_cached_base_is_not_reused_for_other_settings(world, tmp_path, change):
     base, cache = world.source("base"), {"inputs": {"base": "weights-1"}, "base_cache": tmp_path / "cache"}
