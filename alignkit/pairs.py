@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from alignkit.records import Prompt, Verdict
+from alignkit.records import Prompt, Sampling, Verdict
 from alignkit.segments import Segments
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class PairMaker(ClipDecoder, Protocol):
     """A video generator with settings of sampling, as the stage uses it."""
 
     name: str
+    sampling: Sampling
     weights: str  # fingerprint of all weights that the latents depend on beside the VAE's: denoiser, adapters, encoders
     schedule: str  # fingerprint of the noise schedule's steps
 

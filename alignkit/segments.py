@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LABELS, SEGMENTS = "labels", "segments"  # columns
+ETAS = "etas"  # column: the noise level at which each clip of a pair started, 0 for a real video
 CODEC = "codec"  # column: fingerprint of the VAE that a row's latents belong to, PRECISION:HASH
 LEAST_LABELLED = 0.2  # share of segments without a tie that a training pair has at least (DenseDPO, A.3)
 NONE = -1  # the segment of a frame that no segment covers

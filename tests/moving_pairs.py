@@ -42,8 +42,8 @@ class Shapes:
 
     name, weights, schedule, codec = "shapes", "0", "0", "float32:shapes"
 
-    def __init__(self, pairs: dict[str, np.ndarray]) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: dict[str, np.ndarray], sampling: Sampling) -> None:
+        self.pairs, self.sampling = pairs, sampling
 
     def make(self, request, clip):
         number = list(self.pairs).index(request.prompt)
@@ -62,5 +62,5 @@ def write(out: Path, count: int = 2, *, frames: int = 16, **options: object) -> 
     config = PairsConfig(part_size=3, segment_seconds=frames / SEGMENTS / FPS, **options)
     sampling = Sampling(steps=2, num_frames=frames, fps=FPS, height=SIZE, width=SIZE)
     found = Clips(clips, [], lambda text, where: encode_clip(pairs[text][0], FPS))
-    make_pairs(found, config, sampling, out, build_maker=lambda: Shapes(pairs))
-    return Shapes(pairs)
+    make_pairs(found, config, sampling, out, build_maker=lambda: Shapes(pairs, sampling))
+    return Shapes(pairs, sampling)

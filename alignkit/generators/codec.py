@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Codec:
 
     pipeline: Any
     name: str
+    latent_group: ClassVar[int]  # see `FamilyDescription`
     _has_overflowed = False
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -92,8 +93,13 @@ class Codec:
 
     @property
     def temporal_ratio(self) -> int:
-        """r: a video has 1 + r k frames, one latent frame per r frames after the first. 1 for images."""
+        """r: one latent frame per r frames of a video after the first. 1 for images."""
         return 1
+
+    @property
+    def frame_step(self) -> int:
+        """r g: the model makes videos of 1 + r g k frames; see `generators.frames`."""
+        return self.temporal_ratio * self.latent_group
 
     @property
     def latent_channels(self) -> int:

@@ -35,6 +35,7 @@ class FamilyDescription:
     origin: how files of its LoRAs are recognised and what they are called in messages.
     comfyui: the keys of its LoRAs in ComfyUI; None where ComfyUI has none.
     default_size: (height, width, frames) that the pipeline generates by default; None: the network's sample size.
+    latent_group: latent frames after the first that the VAE decodes together; a video has 1 + r g k frames.
     own_steps: whether its chains follow a few-step sampling of their own instead of `diffusion.solvers`.
     """
 
@@ -42,6 +43,7 @@ class FamilyDescription:
     origin: ClassVar[Origin]
     comfyui: ClassVar[Keys | None] = None
     default_size: ClassVar[tuple[int, int, int] | None] = None
+    latent_group: ClassVar[int] = 1
     own_steps: ClassVar[bool] = False
 
     @classmethod

@@ -133,7 +133,7 @@ class PipelineGenerator(FamilyDescription, Codec):
 
     def require_frames(self, frames: int, key: str) -> None:
         """ConfigError naming `key` for a number of frames that the model does not make; see `generators.frames`."""
-        require_frames(frames, key, self.name, modality=self.modality, ratio=self.temporal_ratio)
+        require_frames(frames, key, self.name, modality=self.modality, step=self.frame_step)
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
         """Warn, once per generator, of prompts that are longer than its text encoders read."""

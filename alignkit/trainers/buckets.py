@@ -44,9 +44,9 @@ class Sizes:
         options = buckets(self.resolution, max(1, math.ceil(wished / multiple)) * multiple)
         return min(options, key=lambda size: abs(math.log(size[1] * height / (size[0] * width))))
 
-    def frames(self, available: int, ratio: int) -> int:
-        """Frames of a row whose shortest clip has so many: 1 + `ratio` k, as the codec's time axis asks."""
-        return self.num_frames or 1 + (available - 1) // ratio * ratio
+    def frames(self, available: int, step: int) -> int:
+        """Frames of a row whose shortest clip has so many: 1 + `step` k, as the codec's time axis asks."""
+        return self.num_frames or 1 + (available - 1) // step * step
 
 
 AS_THEY_ARE = Sizes()

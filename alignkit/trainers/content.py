@@ -35,7 +35,7 @@ def latents_key(generator: PipelineGenerator, sizes: Sizes = AS_THEY_ARE) -> str
     """Identifies what latents depend on beside a row's media: the codec, its settings, and how media are resized."""
     vae = generator.pipeline.components["vae"]
     config = {name: str(value) for name, value in vae.config.items() if not name.startswith("_")}
-    settings = [config, astuple(sizes), generator.pixel_multiple, generator.temporal_ratio]
+    settings = [config, astuple(sizes), generator.pixel_multiple, generator.frame_step]
     return _key(generator, fingerprint(vae), settings)
 
 

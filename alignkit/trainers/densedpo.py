@@ -33,6 +33,7 @@ from alignkit.losses.dense import counted
 from alignkit.records import LossOutput
 from alignkit.segments import (
     CODEC,
+    ETAS,
     LABELS,
     LEAST_LABELLED,
     NONE,
@@ -153,6 +154,7 @@ class DenseDPOTrainer(OfflineTrainer):
         if self.generator.modality != "video":
             raise ConfigError(f"'{self.generator.name}' makes images; segments are those of videos: use a video model")
         _require_columns(rows, args)
+        _warn_of_unequal_starts(rows)
         labels, segments = read_labels(rows)
         dataset = super().prepare_data(rows, args)
         frames = [shape[2] for shape in dataset.latent_shapes]
@@ -302,4 +304,19 @@ def _require_columns(rows: Any, args: DenseDPOConfig) -> None:
         raise ConfigError(
             "the data holds latents, which are trained on as they are; leave out num_frames, fps, resolution and "
             "bucket_step, or give rows with videos"
+        )
+
+
+def _warn_of_unequal_starts(rows: Any) -> None:
+    """`dense-pairs` refuses to make such pairs; rows may come from elsewhere."""
+    etas = column(rows, ETAS).to_pylist() if ETAS in rows.column_names else []
+    unequal = sum(len(set(row or ())) > 1 for row in etas)
+    if unequal:
+        logger.warning(
+            "in %d of %d pairs the clips started at different noise levels (column '%s'), or one is the real video: "
+            "they differ in noise statistics, from which the loss falls without any gain in quality (DenseDPO, A.2 "
+            "and C.4)",
+            unequal,
+            len(etas),
+            ETAS,
         )

@@ -223,7 +223,7 @@ class Encoder:
         wished, fps = self.sizes.num_frames, self.sizes.fps
         clips = [decode_clip(*pair, count=wished, fps=fps) for pair in zip(cells, where, strict=True)]
         shortest = min(len(frames) for frames in clips)
-        frames = self.sizes.frames(shortest, self.generator.temporal_ratio)
+        frames = self.sizes.frames(shortest, self.generator.frame_step)
         if shortest < frames:
             raise DataError(
                 f"row {row}: a clip has {shortest} frames, num_frames asks for {frames}; lower it or remove the row"

@@ -11,6 +11,7 @@ from alignkit.errors import DataError
 from alignkit.pairs import Pair, PairMaker, PairRequest
 from alignkit.records import Sampling
 from alignkit.seeds import derive_seed
+from alignkit.segments import ETAS
 from data_pipelines.dense.clips import Clip
 from data_pipelines.dense.config import PairsConfig
 from data_pipelines.dense.decoding import decoded
@@ -40,15 +41,15 @@ def request_for(clip: Clip, config: PairsConfig) -> PairRequest:
 
 def request_of(row: Mapping[str, Any]) -> PairRequest:
     """The request that a row was made from."""
-    return PairRequest(row["prompt"], tuple(row["seeds"]), tuple(row["etas"]), row["eta_meaning"])
+    return PairRequest(row["prompt"], tuple(row["seeds"]), tuple(row[ETAS]), row["eta_meaning"])
 
 
 def rebuild_pair(row: Mapping[str, Any], data: bytes | Path | None, maker: PairMaker) -> Pair:
     """The pair of `row` made again from its video `data`; None for a vanilla pair.
 
-    `maker` has the row's sampling. On the same machine, thread count and
-    library versions the latents are equal to the last bit before they are stored (`latents_dtype`). Raises DataError
-    where the video, the VAE, the weights or the noise schedule are others.
+    On the same machine, thread count and library versions the latents are equal to the last bit before they are stored
+    (`latents_dtype`). Raises DataError where the video, the VAE, the weights, the noise schedule or the settings of
+    sampling are others.
     """
     where = f"source_id '{row['source_id']}'"
     if maker.codec != row["codec"]:
@@ -61,9 +62,15 @@ def rebuild_pair(row: Mapping[str, Any], data: bytes | Path | None, maker: PairM
     ):
         if row.get(column) and own != row[column]:
             raise DataError(f"{where}: made with the {column} {row[column]}, and here are {own}; {advice}")
+    sampling = sampling_of(row)
+    if maker.sampling.plain() != sampling.plain():
+        raise DataError(
+            f"{where}: made with the sampling {row['sampling']}, and here is {maker.sampling.to_json()}; build the "
+            "maker with `sampling_of(row)`"
+        )
     if data is None:
         return maker.make(request_of(row), None)
-    clip = decoded(data, where, sampling_of(row))
+    clip = decoded(data, where, sampling)
     if clip.sha256 != row["source_sha256"]:
         raise DataError(
             f"{where}: the video is another file than the row's (SHA-256 {row['source_sha256']}); give that file"
@@ -92,7 +99,7 @@ def pair_row(clip: Clip, request: PairRequest, pair: Pair, config: PairsConfig, 
         "kind": config.kind,
         "eta": etas[0] if etas[0] == etas[1] else None,
         "sigma_start": sigmas[0] if sigmas[0] == sigmas[1] else None,
-        "etas": etas,
+        ETAS: etas,
         "sigma_starts": sigmas,
         "eta_meaning": request.meaning,
         "seeds": list(request.seeds),
@@ -134,7 +141,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], *, videos: bool) -> pa.Table:
         "codec",
     )
     named: dict[str, Any] = {**dict.fromkeys(texts, text), LATENTS: medium}
-    named |= {"eta": number, "sigma_start": number, "etas": List(number), "sigma_starts": List(number)}
+    named |= {"eta": number, "sigma_start": number, ETAS: List(number), "sigma_starts": List(number)}
     named |= {"seeds": List(whole), "fps": number, "num_frames": whole, "segments": List(List(whole))}
     named |= {"labels": List(Value("int8")), "label_source": text}
     if videos:

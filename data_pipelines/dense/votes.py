@@ -146,14 +146,18 @@ def _mend_end(handle: Any) -> None:
     size = handle.seek(0, os.SEEK_END)
     handle.seek(max(0, size - _MOST_LINE - 1))
     tail = handle.read().rpartition(b"\n")[2]
-    if not tail:
-        return
-    try:
-        Vote(**json.loads(tail))
-    except (ValueError, TypeError, RecursionError):  # DataError is a ValueError
-        handle.truncate(size - len(tail))
-    else:
+    if _is_vote(tail):
         handle.write(b"\n")
+    else:
+        handle.truncate(size - len(tail))
+
+
+def _is_vote(line: bytes) -> bool:
+    try:
+        Vote(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):  # DataError is a ValueError
+        return False
+    return True
 
 
 def read_votes(folder: Path, labeller: str | None = None, *, withdrawn: bool = False) -> list[Vote]:
@@ -189,12 +193,19 @@ def import_votes(source: Path, folder: Path, taken: Collection[str]) -> None:
                 f"'{path}' has votes of '{path.stem}', which is also a labeller here; rename the labeller"
             )
         read_votes(source, path.stem)  # before anything is copied
-        copy, votes = folder / VOTES / path.name, path.read_bytes()
-        if copy.is_file() and not votes.startswith(copy.read_bytes()):
+        copy, votes = folder / VOTES / path.name, _whole_lines(path)
+        if copy.is_file() and not votes.startswith(_whole_lines(copy)):
             raise ConfigError(
                 f"'{copy}' has votes that '{path}' lacks; add them to '{path}', or leave '{source}' out of `votes`"
             )
         write_atomic(copy, votes)
+
+
+def _whole_lines(path: Path) -> bytes:
+    """The file as the labeller's next vote leaves it: its last line completed, or cut off where it is no vote."""
+    data = path.read_bytes()
+    tail = data.rpartition(b"\n")[2]
+    return data + b"\n" if _is_vote(tail) else data[: len(data) - len(tail)]
 
 
 def _read_file(path: Path) -> list[Vote]:

@@ -68,7 +68,7 @@ def test_a_run_takes_them_as_its_data(pairs, model_folders, tmp_path, monkeypatc
     assert yaml.safe_load(printed)["train"]["beta"] == 500.0
 
 
-@pytest.mark.parametrize("name", ["wan21_1_3b", "ltx_video"])
+@pytest.mark.parametrize("name", ["wan21_1_3b", "wan21_14b", "ltx_video", "hunyuan_video"])
 def test_the_doctor_counts_two_clips_and_the_reference(name):
     folder = configs() / "models" / name
     setup = setup_of(DoctorJob(model=folder, method="densedpo", candidates=7), planned_model(folder))

@@ -38,6 +38,7 @@ class Formula:
     codec: str = "float32:abc"
     weights: str = "abc"
     schedule: str = "steps"
+    sampling: Sampling = SAMPLING
     last: int = 10**9
     seen: list = field(default_factory=list)
 
@@ -211,6 +212,10 @@ def test_every_pair_can_be_built_again_from_its_row(folder, tmp_path, world):
         rebuild_pair(row, data, Formula(weights="other"))
     with pytest.raises(DataError, match="made with the schedule steps, and here are other; give the model the sched"):
         rebuild_pair(row, data, Formula(schedule="other"))
+    with pytest.raises(
+        DataError, match=r'made with the sampling .*"guidance_scale": 5.0.* here is .*: 3.0, .*sampling_of'
+    ):
+        rebuild_pair(row, data, Formula(sampling=replace(SAMPLING, guidance_scale=3.0)))
     for column in ("weights", "schedule"):  # votes on one are none on the other
         assert pair_id(row) != pair_id({**row, column: "other"}) != pair_id({**row, column: None})
     run(folder, tmp_path / "vanilla", replace(CONFIG, kind="vanilla"))

@@ -230,6 +230,24 @@ def test_imported_votes_do_not_replace_newer_ones(pairs, tmp_path):
     assert len(read_votes(tmp_path / "out", "anna")) == len(ids_of(pairs)) + 1
 
 
+def test_a_half_vote_is_no_vote_that_a_source_lacks(pairs, tmp_path):
+    """The labeller's next vote removes it from the source: it must not be in the copy."""
+    append_votes(tmp_path / "people", "anna", [Vote(pair, 0, 1, "anna") for pair in ids_of(pairs)])
+    source = tmp_path / "people" / "votes" / "anna.jsonl"
+    whole = source.read_bytes()
+    given = {"build_labellers": {}, "votes_dirs": [tmp_path / "people"]}
+    copy = tmp_path / "out" / "votes" / "anna.jsonl"
+    source.write_bytes(whole + b'{"pair": "9f0')
+    run(pairs, tmp_path / "out", **given)
+    assert copy.read_bytes() == whole
+    source.write_bytes(whole[:-1])  # the last vote is whole, its line break is missing
+    run(pairs, tmp_path / "out", **given)
+    assert copy.read_bytes() == whole
+    append_votes(tmp_path / "people", "anna", [Vote(ids_of(pairs)[0], 1, -1, "anna")])
+    run(pairs, tmp_path / "out", **given)
+    assert copy.read_bytes() == source.read_bytes() != whole
+
+
 def test_a_pair_that_fails_does_not_stop_the_others(tmp_path):
     """One caption that the labeller refuses, and one pair whose latents are damaged."""
 

@@ -13,6 +13,7 @@ from clips import frames
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanVideoToVideoPipeline
 from PIL import Image
 from tiny_families.parts import TOKENS
+from tiny_families.videos import VIDEOS
 
 from alignkit.errors import ConfigError, NumericsError
 from alignkit.generators import wrap
@@ -132,6 +133,31 @@ def test_discrete_times_start_at_the_next_step():
     grid = maker.generator.grid(6, maker.generator.latent_shape(16, 16, 5))
     assert pair.sigma_starts[0] == float(grid.from_sigma(0.8).sigma[0]) <= 0.8
     assert pair.latents.shape == (2, *maker.generator.latent_shape(16, 16, 5))
+
+
+@pytest.mark.parametrize("family", VIDEOS)
+@pytest.mark.parametrize("meaning", ["sigma", "step_index"])
+def test_every_video_family_makes_pairs(family, meaning):
+    """With as many frames as asked for, for each of the first valid numbers of frames of the family's codec."""
+    generator = wrap(tiny_families.build(family))
+    for count in (1 + generator.frame_step, 1 + 2 * generator.frame_step):
+        maker = RolloutPairs(generator, replace(SAMPLING, steps=4, num_frames=count, height=32, width=32))
+        pair = maker.make(request_with(meaning=meaning, etas=(0.9, 0.9)), frames(count, 32, 32))
+        assert maker.decode(pair.latents).shape == (2, count, 32, 32, 3)
+        assert not torch.equal(*pair.latents)
+    with pytest.raises(ConfigError, match=rf"takes 1 \+ {generator.frame_step} k"):
+        RolloutPairs(generator, replace(SAMPLING, num_frames=2 + generator.frame_step))
+
+
+def test_latent_frames_that_are_decoded_in_pairs():
+    """CogVideoX decodes an even number of latent frames to other frames than were encoded: such clips are refused."""
+    generator = wrap(tiny_families.build("cogvideox"))
+    vae = generator.pipeline.vae
+    assert generator.frame_step == generator.temporal_ratio * vae.num_latent_frames_batch_size == 4
+    with torch.no_grad():
+        assert vae.decode(torch.zeros(1, 4, 2, 4, 4)).sample.shape[2] == 4  # of three frames
+    with pytest.raises(ConfigError, match=r"num_frames is 3; .* takes 1 \+ 4 k: 1 or 5"):
+        generator.latent_shape(16, 16, 3)
 
 
 def test_what_a_pair_depends_on(maker):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from clips import encoded, frames
 from safetensors.torch import save
+from tiny_families.videos import VIDEOS
 
 from alignkit.adapters.fingerprint import base_of
 from alignkit.errors import ConfigError, DataError
@@ -103,7 +104,7 @@ def test_other_reductions_count_their_own_terms(make, rows, batch_of, reduction,
     assert output.loss.flatten().tolist() == pytest.approx([math.log(2)] * count)
 
 
-@pytest.mark.parametrize("family", ["wan_tokens", "cogvideox", "ltx", "hunyuan"])
+@pytest.mark.parametrize("family", [family for family in VIDEOS if family != "wan"])  # `wan` is that of other tests
 def test_video_families_train(make, rows, family):
     """Each with its own temporal ratio and layout of latents; the start is log 2."""
     clips = [[encoded(frames(9, 32, 32, seed=10 * row + k)) for k in range(2)] for row in range(2)]
@@ -213,6 +214,16 @@ def test_several_losses_are_means_of_each_pair(make, batch_of, stir):
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_with_unequal_starts_are_named(make, rows, caplog):
+    with caplog.at_level(logging.WARNING):
+        make(rows(etas=[[0.7, 0.7], [0.0, 0.7]]))
+    assert "in 1 of 2 pairs the clips started at different noise levels (column 'etas')" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        make(rows(etas=[[0.7, 0.7], [0.8, 0.8]]))
+    assert "noise levels" not in caplog.text
 
 
 def test_pairs_with_too_few_labels_are_left_out(make, rows, caplog):

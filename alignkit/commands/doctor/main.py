@@ -151,8 +151,8 @@ def setup_of(job: DoctorJob, model: Model) -> memory.Setup:
     side = int(model.config.get("sample_size") or 128) * model.vae_ratio
     height, width, frames = family.default_size or (side, side, 1)
     if job.num_frames is not None:
-        frames, ratio = job.num_frames, model.vae_frames
-        require_frames(frames, "num_frames", str(job.model), modality=family.modality, ratio=ratio)
+        frames, step = job.num_frames, model.vae_frames * family.latent_group
+        require_frames(frames, "num_frames", str(job.model), modality=family.modality, step=step)
     return memory.Setup(
         height=job.resolution or height,
         width=job.resolution or width,

@@ -58,6 +58,7 @@ class CogVideoX(VideoGenerator):
 
     tokens = 226
     default_size = (480, 720, 49)
+    latent_group = 2  # `num_latent_frames_batch_size` of the VAE
     origin = Origin(
         "CogVideoX", "CogVideoXTransformer3DModel", r"\A(?!.*(attn2|add_q_proj)).*transformer_blocks\.\d+\.attn1"
     )

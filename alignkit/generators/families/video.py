@@ -63,6 +63,6 @@ class VideoGenerator(PipelineGenerator):
         return (channels, self.latent_frames(frames), *sides)
 
     def latent_frames(self, frames: int) -> int:
-        """T of a video of F frames. Raises ConfigError unless F = 1 + r k."""
+        """T of a video of F frames. Raises ConfigError unless F = 1 + r g k."""
         self.require_frames(frames, "num_frames")
         return (frames - 1) // self.temporal_ratio + 1
