@@ -128,17 +128,38 @@ def codec(folder: str, count: int) -> dict[str, object]:
 
 
 def video(folder: str, count: int, sampling: Sampling, adapter: str | None) -> dict[str, object]:
-    """Means of the verdict and its parts over `count` prompts."""
+    """Means of the verdict and its parts over `count` prompts, and three figures that are no parts of it.
+
+    `color_in_frames`: share of the wanted objects and frames in which an object of the colour is seen;
+    `shape_in_frames`: in which its shape is the wanted one. `path`: length of the motion in the wanted direction over
+    that of rendered clips of the same captions.
+    """
     asked = film_captions.prompts(count, seed=77)
-    scores = film_gold.FilmGoldReward()(draw(folder, asked, sampling, adapter), asked)
-    means = {name: round(float(values.mean()), 4) for name, values in {"gold": scores.total, **scores.parts}.items()}
-    return {"question": "gold of a video generator", "model": folder, **means, "sampling": sampling.to_json()}
+    drawn = draw(folder, asked, sampling, adapter)
+    scores = film_gold.FilmGoldReward()(drawn, asked)
+    means = {name: values.numpy() for name, values in {"gold": scores.total, **scores.parts}.items()}
+    found: dict[str, list[float]] = defaultdict(list)
+    rng = np.random.default_rng(derive_seed("gold-video"))
+    for prompt, clip in zip(asked, drawn.permute(0, 1, 3, 4, 2).numpy(), strict=True):
+        spec = film_captions.parse(prompt.text)
+        reading = film_gold.read(clip, spec)
+        found["color_in_frames"].append(float((reading.overlap > 0).mean()))
+        found["shape_in_frames"].append(float(reading.fits.mean()))
+        if spec.direction is not None:
+            rendered = film_gold.read(films.render(films.compose(spec, rng), rng), spec)
+            found["made"].append(reading.path[0])
+            found["rendered"].append(rendered.path[0])
+    path = round(float(np.nanmean(found.pop("made")) / np.mean(found.pop("rendered"))), 4)
+    shares = {name: round(float(np.mean(values)), 4) for name, values in {**means, **found}.items()}
+    settings = sampling.to_json()
+    return {"question": "gold of a video generator", "model": folder, **shares, "path": path, "sampling": settings}
 
 
 def video_pairs(folder: str, count: int, sampling: Sampling, eta: float) -> dict[str, object]:
     """Pairs of `count` rendered clips, noised at `eta` and denoised, by gold's verdicts and graded scores of segments.
 
-    `labelled`: at least a fifth of the segments differ. `mixed`: each copy is better in some segment, of all pairs.
+    `segments`: share of segments that differ. `labelled`: at least a fifth of a pair's segments do. `mixed`: each copy
+    is better in some segment, of all pairs.
     `faulty`: copies with a fault; `partly`: of these, with at least one segment that is right.
     """
     maker = RolloutPairs(load_generator(folder, dtype=torch.float32), sampling)
@@ -156,6 +177,7 @@ def video_pairs(folder: str, count: int, sampling: Sampling, eta: float) -> dict
             "binary": right[0].astype(int) - right[1].astype(int),
             "graded": np.sign(graded) * (np.abs(graded) > TIE),
         }.items():
+            found[f"{name}_segments"].append((labels != 0).mean())
             found[f"{name}_labelled"].append((labels != 0).mean() >= LEAST_LABELLED)
             found[f"{name}_mixed"].append(set(labels) >= {1, -1})
         for reading in readings:

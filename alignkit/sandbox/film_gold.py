@@ -63,7 +63,8 @@ class Sightings:
 class Reading:
     """What the verifier found in a clip of F frames for a caption with K objects.
 
-    `overlap` [K, F]: of each wanted object with its shape, 0 where no object has its colour. `scores` [F]: graded
+    `overlap` [K, F]: of each wanted object with its shape, 0 where no object has its colour. `fits` [K, F]: whether an
+    object has its colour and no other shape overlaps more. `scores` [F]: graded
     share of wanted objects that are there, 1 is best; more objects than wanted lower it. `is_faulty` [F].
     `shifts` [K, 2]: pixels (x, y) from the first frame to the last along a line fitted to the places of each wanted
     object's colour; NaN if it is mostly not seen.
@@ -71,6 +72,7 @@ class Reading:
 
     spec: FilmSpec
     overlap: NDArray[np.float32]
+    fits: NDArray[np.bool_]
     scores: NDArray[np.float32]
     is_faulty: NDArray[np.bool_]
     shifts: NDArray[np.float32]
@@ -91,7 +93,7 @@ class Reading:
         """Whether the wanted object moves in the wanted direction; without a direction, whether all stand still."""
         if self.spec.direction is None:
             return self.rests_are_still
-        along, across = self._path
+        along, across = self.path
         return bool(along >= MOVES and abs(across) <= STRAIGHT * along)
 
     @cached_property
@@ -99,11 +101,11 @@ class Reading:
         """Whether the path has the length that the caption says; without a direction, whether all stand still."""
         if self.spec.direction is None:
             return self.rests_are_still
-        along, _ = self._path
+        along, _ = self.path
         return bool(MOVES <= along < FAST if self.spec.speed == "slowly" else along >= FAST)
 
     @cached_property
-    def _path(self) -> tuple[float, float]:
+    def path(self) -> tuple[float, float]:
         """Pixels of the first object's shift along and across the wanted direction."""
         ux, uy = DIRECTIONS[self.spec.direction or "left"]
         x, y = self.shifts[0]
@@ -216,9 +218,10 @@ def read(frames: NDArray[np.float32], spec: FilmSpec) -> Reading:
         shifts[index] = _shift(track)
     scores = overlap.sum(0) / np.maximum(count, wanted)
     is_counted = count == wanted
-    is_right = is_counted & ((overlap >= RIGHT) & (excess <= 0)).all(0)
+    fits = (overlap > 0) & (excess <= 0)
+    is_right = is_counted & ((overlap >= RIGHT) & fits).all(0)
     is_wrong = ~is_counted | ((overlap < FAULTY) | (excess > CLEARLY)).any(0)
-    return Reading(spec, overlap, scores, _lasting(is_right, is_wrong), shifts)
+    return Reading(spec, overlap, fits, scores, _lasting(is_right, is_wrong), shifts)
 
 
 def _shift(track: NDArray[np.float32]) -> NDArray[np.float32]:
