@@ -21,7 +21,7 @@ from torch import Tensor
 from alignkit.adapters.lora import DOWN, UP, longest_first
 from alignkit.adapters.low_rank import Lost, factorised, product, truncated
 from alignkit.adapters.merging import CLOSE, Merge, Method, combine
-from alignkit.adapters.plain import DORA_ENDS, require_plain
+from alignkit.adapters.plain import DORA_ENDS, require_finite, require_plain
 from alignkit.adapters.tensor_files import layout_of
 from alignkit.errors import AdapterError
 from alignkit.escape import get_logger
@@ -45,6 +45,7 @@ def soup(
     seed: int = 0,
     rank: int | None = None,
     base: State | None = None,
+    any_sum: bool = False,
 ) -> dict[str, Tensor]:
     """The state dict whose weights, or whose changes of the weights, are sum_i weights[i] state_dicts[i].
 
@@ -57,10 +58,11 @@ def soup(
     Other state dicts (full weights) must have the same names and shapes; sums are computed in float64. With `base` the
     result is base + sum_i weights[i] (state_dicts[i] - base): for weights that sum to 1 the same as without.
 
-    Weights are used as they are. `method`, `density` and `seed` are those of `merging.Merge`; TIES and DARE need `rank`
-    for LoRAs and `base` for full weights. Raises AdapterError naming the member and the key for DoRA, for LoRA mixed
-    with full weights, for shapes or names that do not fit, and for a LoRA that shares no layer with another;
-    ConfigError for what the method cannot take.
+    Weights sum to 1, unless `any_sum` allows otherwise or the method is wise_ft. `method`, `density` and `seed` are
+    those of `merging.Merge`; TIES and DARE need `rank` for LoRAs and `base` for full weights. Raises AdapterError
+    naming the member and the key for DoRA, for LoRA mixed with full weights, for NaN or infinite values, for shapes or
+    names that do not fit, and for a LoRA that shares no layer with another; ConfigError for what the method cannot
+    take.
     """
     if not state_dicts or len(state_dicts) != len(weights):
         raise AdapterError(f"soup: {len(state_dicts)} state dicts and {len(weights)} weights; give one weight for each")
@@ -68,7 +70,9 @@ def soup(
         if not math.isfinite(weight):
             raise AdapterError(f"soup: the weight of member {number} is {weight}; give finite numbers")
     merge = Merge(method, density, seed)
-    merge.check(weights, any_sum=True)
+    merge.check(weights, any_sum=any_sum)
+    for number, state in enumerate(state_dicts):
+        require_finite(state, f"soup: member {number}")
     layouts = [lora_ends(state, f"member {number}") for number, state in enumerate(state_dicts)]
     for number, layout in enumerate(layouts):
         if layout != layouts[0]:
@@ -190,7 +194,7 @@ def soup_of_loras(
         if not merge.is_linear:
             shape = (len(layers[0][1]), *layers[0][0].shape[1:])
             changes = [partial(member.change, path, shape) for member in members]
-            down, up, cut = factorised(combine(changes, weights, merge, path), rank or 1)
+            down, up, cut = factorised(combine(changes, weights, merge, path).expand(shape), rank or 1)
         else:
             down, up = _stacked(path, members, weights)
             down, up, cut = truncated(down, up, rank) if rank is not None and len(down) > rank else (down, up, Lost())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +41,23 @@ def require_plain(config: Mapping[str, Any], where: str, advice: str) -> None:
 
 
 def require_loadable(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
-    """Raise AdapterError unless a file's weights are finite and, with its LoraConfig values, a plain LoRA."""
+    """Raise AdapterError unless a file's weights and alphas are finite and a plain LoRA, with its LoraConfig values."""
     advice = "Export it as a plain LoRA"
     require_plain(config, where, advice)
-    for key, value in state.items():
+    for key in state:
         if key.endswith(DORA_ENDS):
             require_plain({"use_dora": True}, f"{where}, '{key}'", advice)
-        if not value.float().isfinite().all():
+    require_finite(state, where)
+    alphas = {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}
+    for key, alpha in alphas.items():
+        if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
+            raise AdapterError(f"{where}: the alpha of '{key}' is {alpha!r:.80}, not a finite number; export it again")
+
+
+def require_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise AdapterError naming the first weight that holds NaN or infinite values."""
+    for key, value in state.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
             raise AdapterError(
                 f"{where}: '{key}' holds NaN or infinite values. The file is damaged or its training diverged; use an "
                 "earlier checkpoint or export it again"

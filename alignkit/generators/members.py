@@ -325,10 +325,15 @@ def weights_of(folder: Path, component: str, base: Base) -> StoredTensors:
     """
     own = StoredTensors(require_weights(folder, base.index[component][0]).files)
     theirs = base.tensors(component)
-    by_plain = {plain_name(name): name for name in own}
+    by_plain: dict[str, str] = {}
+    for name in own:
+        first = by_plain.setdefault(plain_name(name), name)
+        if first != name and not torch.equal(own[first], own[name]):  # two names of one weight
+            raise AdapterError(f"'{folder}': '{first}' and '{name}' must be equal, they are one weight; save it again")
     names = {name: by_plain[plain_name(name)] for name in theirs if plain_name(name) in by_plain}
     missing = [name for name in theirs if name not in names and not is_computed(name)]
-    extra = [name for name in own if name not in names.values() and not is_computed(name)]
+    wanted = set(map(plain_name, theirs))
+    extra = [name for name in own if plain_name(name) not in wanted and not is_computed(name)]
     if not names or missing or extra:
         problem = f"it lacks '{missing[0]}'" if missing else f"'{extra[0]}' is none of its weights"
         raise AdapterError(f"'{folder}' does not fit the {component} of '{base.model}': {problem}")

@@ -217,6 +217,8 @@ def test_methods_that_leave_the_rank_work_on_the_product(method):
     result = soup([alone, members[1]], [0.4, 0.6], method=method, density=0.5, seed=1, rank=6)
     merge_of_one = merged([torch.zeros(3, 2, 3, 3), change_of(members[1], "c.conv")], [0.4, 0.6], merge, "c.conv")
     assert (change_of(result, "c.conv") - merge_of_one).abs().max() <= 1e-10
+    nothing = soup(members, [0.0, 0.0], method=method, rank=2, any_sum=True)  # all of the weight is the base's
+    assert not change_of(nothing, "c.conv").any()
     with pytest.raises(AdapterError, match="no product of two factors; give the rank"):
         soup(members, [0.4, 0.6], method=method, density=0.5)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alignkit.adapters import lora, soup, with_alphas
-from alignkit.errors import AdapterError
+from alignkit.errors import AdapterError, ConfigError
 
 SHAPES = {"a.to_q": (6, 5), "b.to_k": (4, 7), "c.conv": (3, 2, 3, 3)}
 
@@ -42,7 +42,7 @@ def test_a_soup_of_loras_is_the_weighted_sum_of_their_changes(ends):
     """Different ranks, alphas and layers, and a negative weight."""
     members = [member(1, 2, 7.0, ends=ends), member(2, 3, ends=ends), member(3, 1, 0.5, ("a.to_q",), ends)]
     weights = [0.3, 0.9, -1.7]
-    mixed = soup(members, weights)
+    mixed = soup(members, weights, any_sum=True)
     assert mixed["a.to_q" + ends[0]].shape == (6, 5)
     assert mixed["b.to_k" + ends[0]].shape == (5, 7)
     for path in SHAPES:
@@ -89,7 +89,7 @@ def test_a_soup_of_injected_adapters_matches_both_active(load):
     x = torch.randn(7, 5, dtype=torch.float64)
     expected = net(x)
     states = [with_alphas(lora.adapter_state(net, n), net.peft_config[n].to_dict()) for n in ("one", "two")]
-    lora.load(net, soup(states, [0.4, -0.6]), {}, where="the soup", origin=lambda: "a test", name="soup")
+    lora.load(net, soup(states, [0.4, -0.6], any_sum=True), {}, where="the soup", origin=lambda: "a test", name="soup")
     net.double()
     lora.activate(net, {"soup": 1.0})
     assert (net(x) - expected).abs().max() <= 1e-12
@@ -117,6 +117,14 @@ def test_what_does_not_mix_is_named():
         soup([one, one], [1.0])
     with pytest.raises(AdapterError, match="weight of member 1 is nan"):
         soup([one, one], [1.0, float("nan")])
+    with pytest.raises(ConfigError, match=r"the weights \[0.5, 0.25\] sum to 0.75, not to 1"):
+        soup([one, one], [0.5, 0.25])
+    for value in (float("nan"), float("inf")):
+        for key in ("a.to_q" + lora.UP, "a.to_q.alpha"):
+            with pytest.raises(AdapterError, match=f"member 1: '{key}' holds NaN or infinite values"):
+                soup([one, {**one, key: torch.full_like(one.get(key, torch.ones(())), value)}], [0.5, 0.5])
+    with pytest.raises(AdapterError, match="member 0: 'x' holds NaN"):
+        soup([{"x": torch.tensor([float("nan")])}], [1.0])
     with pytest.raises(AdapterError, match="member 1 has another layout"):
         soup([one, {"a.to_q.weight": torch.ones(6, 5)}], [0.5, 0.5])
     with pytest.raises(AdapterError, match=r"'a.to_q.lora_B.weight' of member 0 does not belong to a plain LoRA"):

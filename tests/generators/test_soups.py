@@ -207,6 +207,27 @@ def test_a_share_of_the_base_is_a_smaller_strength_in_every_method(load, model_f
         assert all(torch.allclose(mixed[key], (before[key] + after[key]) / 2, atol=1e-6) for key in mixed), name
 
 
+def test_a_weight_under_two_names(model_folders, tmp_path, capsys):
+    """A base whose T5 file holds its embedding twice; its own soup is a member again, unequal copies are refused."""
+    base, part = tmp_path / "base", "text_encoder_3"
+    shutil.copytree(model_folders["flow"], base)
+    file = base / part / "model.safetensors"
+    state = load_file(file)
+    twin = {"shared.weight", "encoder.embed_tokens.weight"}
+    (stored,) = twin & state.keys()
+    save_file({**state, **{name: state[stored].clone() for name in twin}}, file, {"format": "pt"})
+    shutil.copytree(base / part, tmp_path / "one" / part)
+    told = ("--weights", 0.5, 0.5, "--base", base)
+    assert soup("--members", tmp_path / "one", "base", *told, "--out", tmp_path / "mix") == 0
+    assert soup("--members", tmp_path / "mix", "base", *told, "--out", tmp_path / "again") == 0
+    assert twin < load_file(tmp_path / "again" / part / "model.safetensors").keys()
+    changed = {**load_file(file), "shared.weight": 2 * state[stored]}
+    save_file(changed, tmp_path / "one" / part / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert soup("--members", tmp_path / "one", "base", *told, "--out", tmp_path / "no") == 2
+    assert "must be equal, they are one weight" in capsys.readouterr().err
+
+
 def test_the_config_says_the_precision_of_the_result(load, model_folders, tmp_path):
     """A half-precision base with a float32 member; transformers would load the result in half precision."""
     one = tuned_encoders(load("unet").pipeline, tmp_path / "one", 1, ["text_encoder"])
@@ -248,6 +269,13 @@ def test_bad_members_are_refused_by_name(refused, adapters, load, model_folders,
     ):
         save_file({**state, **change}, tmp_path / f"{name}.safetensors", metadata)
         assert message in refused("flow", members=[tmp_path / f"{name}.safetensors"], weights=[1]), name
+    kohya = next((one / "comfyui").glob("*.safetensors"))
+    alphas = {name: value for name, value in load_file(kohya).items() if name.endswith(".alpha")}
+    for name, value in (("nan", float("nan")), ("inf", float("inf"))):
+        broken = {**load_file(kohya), (first := min(alphas)): torch.full_like(alphas[first], value)}
+        save_file(broken, tmp_path / f"alpha-{name}.safetensors", {"format": "pt"})
+        said = refused("flow", members=[tmp_path / f"alpha-{name}.safetensors", two], weights=[0.5, 0.5])
+        assert f"is {name}, not a finite number" in said
     strange = {"transformer.nowhere.to_q" + end: torch.ones(2, 2) for end in (lora.DOWN, lora.UP)}
     save_file(strange, tmp_path / "strange.safetensors", {"format": "pt"})
     assert "has no layer 'nowhere.to_q'" in refused("flow", members=[tmp_path / "strange.safetensors"], weights=[1])
