@@ -11,6 +11,7 @@ import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from tiny_families import FAMILIES
 
+from alignkit.adapters.mixture import HERE, MemberRecord, Mixture, write_mixture
 from alignkit.diffusion.tuned_steps import TunedSteps, fixed_steps
 from alignkit.errors import AlignKitError, ConfigError
 from alignkit.generators.rollout import denoise
@@ -174,22 +175,26 @@ def test_a_window_of_all_steps_is_the_tuned_encoder_alone(tuned, load):
     torch.testing.assert_close(found, plain.generate(PROMPTS, SEEDS, sampling), rtol=0, atol=1e-6)
 
 
-def test_embeddings_switched_by_hand_in_a_plain_pipeline(tuned):
-    """With the functions of docs/mixing.md."""
+@pytest.mark.parametrize(
+    "window", [TunedSteps.between((1, 2)), TunedSteps(0.4, 1.0), TunedSteps(0.0, 0.4), TunedSteps(null=False)], ids=str
+)
+@pytest.mark.parametrize(("family", "guidance"), [("unet", 2.0), ("unet", 1.0), ("sdxl", 2.0)])
+def test_a_window_in_a_plain_pipeline(tuned, tmp_path, family, guidance, window):
+    """With the functions of docs/mixing.md, which read window and null from the record."""
     page = (Path(__file__).parents[2] / "docs" / "mixing.md").read_text(encoding="utf-8")
-    code = next(block for block in page.split("```python\n") if "def switch_embeddings" in block)
+    code = next(block for block in page.split("```python\n") if "def tuned_steps" in block)
     pasted: dict[str, object] = {}
     exec(code.partition("```")[0], pasted)
-    for family, guidance in (("unet", 2.0), ("unet", 1.0), ("sdxl", 2.0)):
-        generator, base, sampling = tuned(family, TunedSteps.between((1, 2)), guidance_scale=guidance)
-        pipe, original = base.pipeline, dict(base.conditioner.encoders)
-        outside = pasted["texts_of_loop"](pipe, PROMPTS, guidance > 1)
-        pipe.register_modules(**dict(generator.conditioner.encoders))
-        inside = pasted["texts_of_loop"](pipe, PROMPTS, guidance > 1)
-        pipe.register_modules(**original)
-        sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        size = {"height": sampling.height, "width": sampling.width, "num_inference_steps": COUNT}
-        switch = {"callback_on_step_end": pasted["switch_embeddings"](inside, outside, 1, 2)}
-        expected = pipe(PROMPTS, generator=sources, guidance_scale=guidance, output_type="pt", **size, **switch)[0]
-        found = generator.generate(PROMPTS, SEEDS, sampling)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    generator, base, sampling = tuned(family, window, guidance_scale=guidance)
+    for name, encoder in generator.conditioner.encoders.items():
+        encoder.save_pretrained(tmp_path / name)
+    member = MemberRecord(name="tuned", place=HERE)
+    record = Mixture(space="embedding", base=family, members=(member,), weights=(1.0,), window=window)
+    write_mixture(tmp_path, record)
+    sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    size = {"height": sampling.height, "width": sampling.width}
+    told = pasted["tuned_steps"](base.pipeline, tmp_path, PROMPTS, COUNT, guided=guidance > 1)
+    expected = base.pipeline(generator=sources, guidance_scale=guidance, output_type="pt", **size, **told)[0]
+    found = generator.generate(PROMPTS, SEEDS, sampling)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(found, base.generate(PROMPTS, SEEDS, sampling))
