@@ -14,9 +14,13 @@ from red_reward import CHAIN, PROMPTS, TRAINING, Red
 from alignkit.diffusion.steps import Steps
 from alignkit.diffusion.tuned_steps import TunedSteps
 from alignkit.errors import AdapterError, ConfigError, DataError, UnknownNameError
+from alignkit.generators import load_generator
 from alignkit.generators.tuned_encoders import load_tuned, save_tuned
 from alignkit.records import Conditioning, texts
+from alignkit.sandbox.captions import prompts
+from alignkit.shipped import model_path
 from alignkit.trainers.textcraftor import TextCraftorConfig, TextCraftorTrainer
+from rewards.preference import PreferenceReward
 
 COUNT = 5  # steps of a chain: the last 2 have gradients, the last 3 the tuned embedding
 WINDOWS = {"sampling_steps": COUNT, "gradient_steps": "last 2", "tuned_steps": "last 3"}
@@ -130,19 +134,45 @@ def test_held_out_losses_are_those_of_images_as_they_are_sampled(make):
         torch.testing.assert_close(found, derived(trainer, batch, active=(), used={2, 3, 4}))
 
 
-def test_a_fixed_batch_rises_monotonically(make):
-    """Three steps with gradients, fixed noise, AdamW at a small rate."""
-    trainer = make("unet", gradient_steps="last 3")
-    batch = exact(trainer)
-    optimizer = torch.optim.AdamW(trainer._trainable().values(), lr=1e-4)
+def rises(trainer, batch, rate, count):
+    """Whether the reward of a fixed batch with fixed noise rises in each step of AdamW."""
+    optimizer = torch.optim.AdamW(trainer._trainable().values(), lr=rate)
     rewards = []
-    for _ in range(6):
+    for _ in range(count):
         loss = trainer.method_loss(trainer.model, batch).loss.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         rewards.append(-loss.item())
-    assert rewards == sorted(set(rewards))
+    return rewards == sorted(set(rewards))
+
+
+def test_a_fixed_batch_rises_monotonically(make):
+    """Three steps with gradients."""
+    trainer = make("unet", gradient_steps="last 3")
+    assert rises(trainer, exact(trainer), 1e-4, 6)
+
+
+def test_a_fixed_batch_of_the_sandbox_rises_monotonically(make):
+    """The same with encoders that were trained with their generator, and a trained reward."""
+    trainer = make(
+        rows=prompts(2, seed=3),
+        generator=load_generator("sandbox:flow"),
+        rewards={"careful": PreferenceReward(model_path("sandbox:careful"))},
+        reward_weights={"careful": 1.0},
+        encoders=["text_encoder", "text_encoder_2"],
+        full_finetune=False,
+        lora_rank=8,
+        lora_targets=["q_proj", "v_proj", "fc1", "fc2"],
+        sampling_steps=12,
+        gradient_steps="last 3",
+        guidance_scale=2.5,
+        height=64,
+        width=64,
+        state_gradient_cap=1.0,
+    )
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(2)])
+    assert rises(trainer, batch, 5e-4, 4)
 
 
 def test_the_encoders_run_once_a_step(make):
