@@ -313,8 +313,8 @@ def _warn_of_unequal_starts(rows: Any) -> None:
     unequal = sum(len(set(row or ())) > 1 for row in etas)
     if unequal:
         logger.warning(
-            "in %d of %d pairs the clips started at different noise levels (column '%s'), or one is the real video: the "
-            "training learns the difference in noise, and quality does not rise (DenseDPO, A.2 and C.4); remove them",
+            "in %d of %d pairs the clips started at different noise levels (column '%s'), or one is the real video. "
+            "Training learns the difference in noise, and quality does not rise (DenseDPO, A.2 and C.4); remove them",
             unequal,
             len(etas),
             ETAS,
