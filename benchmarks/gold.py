@@ -139,6 +139,7 @@ def video(folder: str, count: int, sampling: Sampling, adapter: str | None) -> d
     scores = film_gold.FilmGoldReward()(drawn, asked)
     means = {name: values.numpy() for name, values in {"gold": scores.total, **scores.parts}.items()}
     found: dict[str, list[float]] = defaultdict(list)
+    made, wanted = [], []
     rng = np.random.default_rng(derive_seed("gold-video"))
     for prompt, clip in zip(asked, drawn.permute(0, 1, 3, 4, 2).numpy(), strict=True):
         spec = film_captions.parse(prompt.text)
@@ -147,9 +148,9 @@ def video(folder: str, count: int, sampling: Sampling, adapter: str | None) -> d
         found["shape_in_frames"].append(float(reading.fits.mean()))
         if spec.direction is not None:
             rendered = film_gold.read(films.render(films.compose(spec, rng), rng), spec)
-            found["made"].append(reading.path[0])
-            found["rendered"].append(rendered.path[0])
-    path = round(float(np.nanmean(found.pop("made")) / np.mean(found.pop("rendered"))), 4)
+            made.append(reading.path[0])
+            wanted.append(rendered.path[0])
+    path = round(float(np.nanmean(made) / np.mean(wanted)), 4) if np.isfinite(made).any() else None
     shares = {name: round(float(np.mean(values)), 4) for name, values in {**means, **found}.items()}
     settings = sampling.to_json()
     return {"question": "gold of a video generator", "model": folder, **shares, "path": path, "sampling": settings}

@@ -40,15 +40,15 @@ def test_keywords_of_the_pipeline_pass(load):
 @pytest.mark.parametrize("name", tiny_families.VIDEOS)
 def test_frames_that_a_video_pipeline_would_round_are_refused_loaded_or_not(name, load, model_folders):
     generator, folder = load(name), model_folders[name]
-    ratio = generator.temporal_ratio
+    step = generator.temporal_ratio * generator.latent_group
     refused = (
-        rf"num_frames is 4; '{name}' takes 1 \+ {ratio} k: {1 if ratio > 2 else 3} or {1 + ratio if ratio > 2 else 5}$"
+        rf"num_frames is 4; '{name}' takes 1 \+ {step} k: {1 if step > 2 else 3} or {1 + step if step > 2 else 5}$"
     )
     with pytest.raises(ConfigError, match=f"sampling: {refused}"):
         require_sampling(generator, Sampling(num_frames=4, height=32, width=32))
     with pytest.raises(ConfigError, match=refused):
         require_known_frames(4, "num_frames", folder, name)
-    for frames in (1, 1 + ratio, 1 + 2 * ratio):
+    for frames in (1, 1 + step, 1 + 2 * step):
         require_sampling(generator, Sampling(num_frames=frames, height=32, width=32))
         require_known_frames(frames, "num_frames", folder, name)
 
