@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import shutil
 import tempfile
@@ -133,9 +134,10 @@ def watched() -> Iterator[Peak]:
         thread.join()
 
 
-def measure(question: str, base: Base, denoiser: str, members: list[str], out: Path) -> None:
-    """Mix 0.7 and 0.3, and print."""
-    before = time.perf_counter()
+def measure(question: str, folder: str, members: list[str], out: Path) -> None:
+    """Mix 0.7 and 0.3, and print. In a process of its own, whose memory nothing else was in."""
+    base = Base.open(folder)
+    denoiser, before = base.family.component, time.perf_counter()
     with watched() as peak:
         make_soup(base, [read_member(name, base) for name in members], [0.7, 0.3], out)
     seconds = time.perf_counter() - before
@@ -159,10 +161,17 @@ def main() -> None:
         work = Path(folder)
         base = make_base(chosen.model, work / "base")
         denoiser = base.family.component
-        if "lora" in chosen.only:
-            measure("lora", base, denoiser, make_loras(base, denoiser, chosen.rank, work), work / "mixed_lora")
-        if "weights" in chosen.only:
-            measure("weights", base, denoiser, make_tuned(base, denoiser, work), work / "mixed_weights")
+        made = {
+            "lora": lambda: make_loras(base, denoiser, chosen.rank, work),
+            "weights": lambda: make_tuned(base, denoiser, work),
+        }
+        for question in chosen.only:
+            arguments = (question, str(base.folder), made[question](), work / f"mixed_{question}")
+            process = multiprocessing.get_context("spawn").Process(target=measure, args=arguments)
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"soup_memory: the process of '{question}' ended with {process.exitcode}")
 
 
 if __name__ == "__main__":

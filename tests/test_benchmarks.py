@@ -262,23 +262,26 @@ def test_a_step_of_text_encoders_runs_the_chain_once_in_bounded_memory(benchmark
     assert max(line["over_one"] for line in lines if line["question"] == "memory") < 1.05
 
 
-def test_soups_of_two_loras_and_of_two_denoisers_are_measured(benchmarks, model_folders, monkeypatch, capsys, tmp_path):
+def test_soups_of_two_loras_and_of_two_denoisers_are_measured(benchmarks, model_folders, monkeypatch, capfd, tmp_path):
     """The bytes of a LoRA of the sum of both ranks, and of a whole denoiser in float16."""
     script = importlib.import_module("soup_memory")
     folder = model_folders["sdxl"]
     monkeypatch.setattr(script, "CONFIGS", folder.parent)
-    words = ["--model", folder.name, "--rank", "2", "--work", str(tmp_path)]
+    words = ["--model", folder.name, "--rank", "2", "--work", str(tmp_path), "--only", "lora"]
     monkeypatch.setattr(sys, "argv", ["soup_memory.py", *words])
     script.main()
-    of_loras, of_weights = map(json.loads, capsys.readouterr().out.splitlines())
-    network = script.shapes(folder / "unet", "UNet2DConditionModel", "diffusers")
+    assert not list(tmp_path.iterdir())
+    base = script.make_base(folder.name, tmp_path / "base")
+    script.measure("weights", str(base.folder), script.make_tuned(base, "unet", tmp_path), tmp_path / "mixed")
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    of_loras, of_weights = map(json.loads, lines)
+    network = base.shapes("unet")
     layers = [part for name, part in network.named_modules() if script.LAYERS.search(name)]
     numbers = sum(value.numel() for value in network.state_dict().values())
     assert [of_loras["question"], of_weights["question"]] == ["lora", "weights"]
     for found, size in ((of_loras, sum(4 * 4 * sum(one.weight.shape) for one in layers)), (of_weights, 2 * numbers)):
         assert size < found["result_bytes"] < size + 2**17  # a header of names
         assert found["peak_bytes"] > 0 < found["two_tensors_bytes"]
-    assert not list(tmp_path.iterdir())
 
 
 def test_rounded_products_are_those_of_bfloat16_inputs(benchmarks):
