@@ -284,6 +284,21 @@ def test_soups_of_two_loras_and_of_two_denoisers_are_measured(benchmarks, model_
         assert found["peak_bytes"] > 0 < found["two_tensors_bytes"]
 
 
+def test_the_agreement_of_gradients_is_that_of_their_common_part(benchmarks, monkeypatch, capsys):
+    script = importlib.import_module("gradient_agreement")
+    same, opposite = torch.tensor([[3.0, 4.0], [6.0, 8.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    both = torch.cat([same, same])
+    assert script.agreement(both) == {"cosine": 1, "error": 0, "norm": 7.5, "common": pytest.approx(7.3598, abs=1e-4)}
+    assert script.agreement(torch.cat([opposite, opposite]))["common"] == 0
+    words = ["--rewards", "saturation", "--settings", "first 1", "--batches", "3", "--prompts", "1"]
+    monkeypatch.setattr(sys, "argv", ["gradient_agreement.py", *words])
+    script.main()
+    (line,) = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert (line["reward"], line["steps"]) == ("saturation", "first 1")
+    assert -1 <= line["cosine"] <= 1
+    assert line["norm"] > 0
+
+
 def test_rounded_products_are_those_of_bfloat16_inputs(benchmarks):
     """Values and gradients of a convolution and a product under autocast: of rounded inputs, in float32, rounded."""
     rounded = importlib.import_module("rounded_bf16").RoundedBf16
