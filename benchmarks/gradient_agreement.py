@@ -1,13 +1,14 @@
-"""How well the gradients of different batches agree, by which steps of the chain carry them. JSON lines.
+"""Agreement of the gradients of different batches, for each choice of the steps with gradients. JSON lines.
 
     python benchmarks/gradient_agreement.py [--rewards careful showy] [--settings "last 3" ...] [--batches 8]
         [--prompts 8]
 
-TextCraftor on `sandbox:flow`, a LoRA on both text encoders before its first step, the settings of
-configs/sweep_textcraftor.yaml. `cosine`: mean over all pairs of batches; 0 if the gradients are noise. `error`: its
-standard error, of pairs as if they were independent. `norm`: mean norm of a batch's gradient. `common`: the norm of
-what all batches have in common, the root of the mean product of two batches (0 if that is negative). `seconds`: CPU a
-batch.
+TextCraftor on `sandbox:flow`: a LoRA on both text encoders, before its first step, with the settings of
+configs/sweep_textcraftor.yaml.
+
+`cosine`: mean over all pairs of batches; 0 if the gradients have nothing in common. `error`: its standard error, as if
+the pairs were independent. `norm`: mean norm of the gradient of a batch. `common`: norm of the part that all batches
+have in common, the root of the mean product of two batches (0 if that is negative). `seconds`: CPU seconds a batch.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ import time
 from typing import Any
 
 import torch
+from textcraftor_step import trainer_of
 from torch import Tensor
-from transformers import PrinterCallback
 
 from alignkit.commands.specs import build_reward
-from alignkit.generators import load_generator
 from alignkit.sandbox.captions import prompts
 from alignkit.shipped import model_path
 from alignkit.trainers.data import collate
-from alignkit.trainers.textcraftor import TextCraftorConfig, TextCraftorTrainer
+from alignkit.trainers.textcraftor import TextCraftorTrainer
 
 ALL = {"gradient_steps": "all"}
 CUT = ALL | {"coupling": 0.0}
@@ -53,14 +53,12 @@ REWARDS = {
 
 
 def build(reward: str, folder: str, batch: int, batches: int, settings: dict[str, Any]) -> TextCraftorTrainer:
-    """A trainer whose first step has not been taken."""
+    """A trainer before its first step."""
     kind, options = REWARDS[reward]
     keys: dict[str, Any] = {
-        "reward_weights": {reward: 1.0},
         "full_finetune": False,
         "lora_rank": 16,
         "lora_targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        "tuned_steps": "all",
         "as_sampled": True,
         "sampling_steps": 12,
         "guidance_scale": 2.5,
@@ -68,20 +66,10 @@ def build(reward: str, folder: str, batch: int, batches: int, settings: dict[str
         "width": 64,
         "max_steps": batches,
         "per_device_train_batch_size": batch,
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,
-        "guard": None,
-        "self_check": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
     }
-    arguments = TextCraftorConfig(output_dir=folder, **{**keys, **settings})
-    generator = load_generator("sandbox:flow", device=str(arguments.device))
     scored = build_reward(kind, {name: model_path(value) for name, value in options.items()})
     asked = prompts(batch * batches, seed=31)
-    trainer = TextCraftorTrainer(generator, arguments, asked, rewards={reward: scored})
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return trainer_of("sandbox:flow", folder, {reward: scored}, asked, **{**keys, **settings})
 
 
 def gradients(trainer: TextCraftorTrainer, batch: int, batches: int) -> Tensor:
@@ -97,7 +85,7 @@ def gradients(trainer: TextCraftorTrainer, batch: int, batches: int) -> Tensor:
 
 
 def agreement(found: Tensor) -> dict[str, float]:
-    """Cosines, norms and what is common of gradients [batches, weights]."""
+    """Cosine, its error, norm and common part of gradients [batches, weights]."""
     products, norms = found @ found.T, found.norm(dim=1)
     upper = torch.triu_indices(len(found), len(found), offset=1)
     cosines = (products / torch.outer(norms, norms))[upper[0], upper[1]]

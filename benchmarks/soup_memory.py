@@ -135,7 +135,7 @@ def watched() -> Iterator[Peak]:
 
 
 def measure(question: str, folder: str, members: list[str], out: Path) -> None:
-    """Mix 0.7 and 0.3, and print. In a process of its own, whose memory nothing else was in."""
+    """Mix with weights 0.7 and 0.3, and print. Run it in its own process: freed memory of other work would count."""
     base = Base.open(folder)
     denoiser, before = base.family.component, time.perf_counter()
     with watched() as peak:

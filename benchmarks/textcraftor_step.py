@@ -17,7 +17,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,40 +28,51 @@ from transformers import PrinterCallback
 
 from alignkit.commands.specs import build_reward
 from alignkit.generators import load_generator
-from alignkit.records import texts
+from alignkit.records import Prompt, texts
 from alignkit.sandbox.captions import prompts
 from alignkit.shipped import model_path
 from alignkit.trainers.data import collate
 from alignkit.trainers.textcraftor import TextCraftorConfig, TextCraftorTrainer
 
 
-def build(chosen: argparse.Namespace, folder: str, rewards: int = 1, **keys: Any) -> TextCraftorTrainer:
-    """A trainer on the sandbox's prompts, with `rewards` copies of one reward."""
-    reward = build_reward("preference", {"model": model_path(chosen.reward)})
-    named = {f"reward_{number}": reward for number in range(rewards)}
-    steps = chosen.repeats + WARM_UP
+def trainer_of(
+    model: str, folder: str, rewards: Mapping[str, Any], asked: Sequence[Prompt], **keys: Any
+) -> TextCraftorTrainer:
+    """A trainer for the rewards in equal parts, without files, checks and printing; `keys` are those of the config."""
     arguments = TextCraftorConfig(
         output_dir=folder,
-        reward_weights=dict.fromkeys(named, 1.0),
-        sampling_steps=chosen.steps,
-        guidance_scale=chosen.guidance_scale,
-        height=chosen.side,
-        width=chosen.side,
-        tuned_steps="all",
-        max_steps=steps,
-        per_device_train_batch_size=chosen.prompts,
+        reward_weights=dict.fromkeys(rewards, 1.0),
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         guard=None,
         self_check=False,
         save_strategy="no",
         disable_tqdm=True,
-        **{"gradient_steps": f"last {chosen.window}", **keys},
+        **{"tuned_steps": "all", **keys},
     )
-    generator = load_generator(chosen.model, device=str(arguments.device))
-    trainer = TextCraftorTrainer(generator, arguments, prompts(chosen.prompts * steps, seed=11), rewards=named)
+    generator = load_generator(model, device=str(arguments.device))
+    trainer = TextCraftorTrainer(generator, arguments, asked, rewards=rewards)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def build(chosen: argparse.Namespace, folder: str, rewards: int = 1) -> TextCraftorTrainer:
+    """A trainer on the sandbox's prompts, with `rewards` copies of one reward."""
+    reward = build_reward("preference", {"model": model_path(chosen.reward)})
+    steps = chosen.repeats + WARM_UP
+    return trainer_of(
+        chosen.model,
+        folder,
+        {f"reward_{number}": reward for number in range(rewards)},
+        prompts(chosen.prompts * steps, seed=11),
+        sampling_steps=chosen.steps,
+        guidance_scale=chosen.guidance_scale,
+        height=chosen.side,
+        width=chosen.side,
+        gradient_steps=f"last {chosen.window}",
+        max_steps=steps,
+        per_device_train_batch_size=chosen.prompts,
+    )
 
 
 def first_batch(trainer: TextCraftorTrainer) -> dict[str, Any]:
